@@ -1,0 +1,43 @@
+"""Run a function in two gloo processes on this machine and hand back what each rank returned."""
+
+import datetime
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+WORLD_SIZE = 2
+
+
+def run_in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """
+    `[function(0, *args), function(1, *args)]`, each in its own process of one initialised gloo group.
+
+    `function` is defined at module level (it is imported by the processes), and its result can be pickled. An
+    exception in either process is raised here, and ends the other one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run_rank, args=(folder, function, args), nprocs=WORLD_SIZE, join=True)
+        return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORLD_SIZE)]
+
+
+def _run_rank(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(os.path.join(folder, "store"), WORLD_SIZE),
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    try:
+        torch.save(function(rank, *args), os.path.join(folder, f"{rank}.pt"))
+        # the store's file must outlive the slower rank
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

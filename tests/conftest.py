@@ -1,0 +1,21 @@
+"""Settings that every test runs under: no network, quiet libraries, one thread."""
+
+import os
+
+
+# Before any Hugging Face library is imported, and inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import hypothesis
+import torch
+
+
+# The order of float additions then never depends on the machine; tiny models are faster this way too.
+torch.set_num_threads(1)
+
+# A busy machine must not fail an example for being slow.
+hypothesis.settings.register_profile("trl_apa", deadline=None)
+hypothesis.settings.load_profile("trl_apa")

@@ -1,0 +1,187 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_apa.advantages import gae
+from trl_apa.rewards import token_rewards
+
+
+def ragged(seed, rows=4, columns=7):
+    """Random float64 rewards and values and a mask with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    values = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    mask = torch.rand(rows, columns, generator=generator) < 0.7
+    return rewards, values, mask
+
+
+def naive_gae(rewards, values, mask, gamma, gae_lambda):
+    """The defining sum, Adv_t = sum_l (gamma gae_lambda)^l delta_t+l, on the counted tokens of each row."""
+    advantages = torch.zeros_like(rewards)
+    for row in range(len(rewards)):
+        at = [t for t in range(rewards.shape[1]) if mask[row, t]]
+        v = [values[row, t].item() for t in at] + [0.0]
+        delta = [rewards[row, t].item() + gamma * v[i + 1] - v[i] for i, t in enumerate(at)]
+        for i, t in enumerate(at):
+            advantages[row, t] = sum((gamma * gae_lambda) ** k * delta[i + k] for k in range(len(at) - i))
+    return advantages
+
+
+def test_hand_worked():
+    rewards = torch.tensor([[0.0, 0.0, 1.0, 99.0]])
+    values = torch.tensor([[0.5, 0.25, 0.75, 99.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    advantages, returns = gae(rewards, values, mask, gamma=0.5, gae_lambda=0.5)
+    # delta_2 = 1 + 0.5 * 0 - 0.75 = 0.25
+    # delta_1 = 0 + 0.5 * 0.75 - 0.25 = 0.125
+    # delta_0 = 0 + 0.5 * 0.25 - 0.5 = -0.375
+    # Adv_2 = 0.25; Adv_1 = 0.125 + 0.25 * 0.25 = 0.1875; Adv_0 = -0.375 + 0.25 * 0.1875 = -0.328125
+    assert advantages.tolist() == [[-0.328125, 0.1875, 0.25, 0.0]]
+    # returns: -0.328125 + 0.5, 0.1875 + 0.25, 0.25 + 0.75
+    assert returns.tolist() == [[0.171875, 0.4375, 1.0, 0.0]]
+
+
+def test_a_gap_is_skipped_hand_worked():
+    rewards = torch.tensor([[0.0, 7.0, 1.0]])
+    values = torch.tensor([[0.5, 9.0, 0.25]])
+    mask = torch.tensor([[True, False, True]])
+    advantages, returns = gae(rewards, values, mask, gamma=0.5, gae_lambda=1.0)
+    # the successor of token 0 is token 2, one discount away: delta_0 = 0 + 0.5 * 0.25 - 0.5 = -0.375
+    # delta_2 = 1 - 0.25 = 0.75; Adv_0 = -0.375 + 0.5 * 0.75 = 0
+    assert advantages.tolist() == [[0.0, 0.0, 0.75]]
+    assert returns.tolist() == [[0.5, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (0.5, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_equals_the_defining_sum(gamma, gae_lambda):
+    rewards, values, mask = ragged(0)
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
+    expected = naive_gae(rewards, values, mask, gamma, gae_lambda)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(returns, torch.where(mask, expected + values, 0.0), rtol=0, atol=1e-13)
+
+
+def test_lambda_one_is_return_minus_value():
+    # a terminal score and no discount: the return is the score on every counted token, whatever the values
+    _, values, mask = ragged(1)
+    mask[:, 0] = True
+    scores = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    advantages, returns = gae(token_rewards(scores, mask), values, mask, gamma=1.0, gae_lambda=1.0)
+    everywhere = scores[:, None].expand_as(mask)
+    torch.testing.assert_close(returns, torch.where(mask, everywhere, 0.0), rtol=0, atol=1e-13)
+    torch.testing.assert_close(advantages, torch.where(mask, everywhere - values, 0.0), rtol=0, atol=1e-13)
+
+
+def test_lambda_zero_is_the_one_step_error():
+    rewards, values, _ = ragged(2)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    advantages, _ = gae(rewards, values, mask, gamma=0.9, gae_lambda=0.0)
+    successors = torch.cat([values[:, 1:], torch.zeros(len(values), 1, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(advantages, rewards + 0.9 * successors - values, rtol=0, atol=1e-14)
+
+
+def test_true_values_leave_no_advantage():
+    # V(s_t) = discounted sum of the rewards to come: nothing is better than expected, whatever gae_lambda
+    rewards, _, mask = ragged(3)
+    _, true_values = gae(rewards, torch.zeros_like(rewards), mask, gamma=0.8, gae_lambda=1.0)
+    for gae_lambda in (0.0, 0.5, 1.0):
+        advantages, returns = gae(rewards, true_values, mask, 0.8, gae_lambda)
+        assert advantages.abs().max().item() < 1e-14
+        torch.testing.assert_close(returns, true_values, rtol=0, atol=1e-14)
+
+
+def test_linear_in_rewards_and_values():
+    first, second = ragged(4), ragged(5)
+    mask = first[2]
+    both, _ = gae(2 * first[0] + second[0], 2 * first[1] + second[1], mask, 0.9, 0.7)
+    apart = 2 * gae(first[0], first[1], mask, 0.9, 0.7)[0] + gae(second[0], second[1], mask, 0.9, 0.7)[0]
+    torch.testing.assert_close(both, apart, rtol=0, atol=1e-13)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 1000), places=st.lists(st.integers(0, 5), min_size=1, max_size=5))
+def test_masked_columns_anywhere_change_nothing(seed, places):
+    # left padding, right padding and gaps, full of garbage
+    rewards, values, _ = ragged(seed, rows=2, columns=5)
+    advantages, returns = gae(rewards, values, torch.ones(2, 5, dtype=torch.bool), 0.9, 0.8)
+    source = list(range(5))
+    for place in sorted(places, reverse=True):
+        source.insert(place, -1)
+    counted = torch.tensor([column >= 0 for column in source])
+
+    def widen(x):
+        wide = torch.full((2, len(source)), math.nan, dtype=torch.float64)
+        wide[:, counted] = x
+        return wide
+
+    wide_advantages, wide_returns = gae(widen(rewards), widen(values), counted.expand(2, -1), 0.9, 0.8)
+    assert torch.equal(wide_advantages[:, counted], advantages)
+    assert torch.equal(wide_returns[:, counted], returns)
+    assert wide_advantages[:, ~counted].eq(0).all()
+    assert wide_returns[:, ~counted].eq(0).all()
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e300])
+def test_garbage_behind_the_mask_changes_nothing(garbage):
+    rewards, values, mask = ragged(6)
+    clean = gae(rewards, values, mask, 0.9, 0.8)
+    dirty = gae(rewards.masked_fill(~mask, garbage), values.masked_fill(~mask, garbage), mask, 0.9, 0.8)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[1], dirty[1])
+
+
+def test_rows_do_not_meet():
+    rewards, values, mask = ragged(7)
+    whole, _ = gae(rewards, values, mask, 0.9, 0.8)
+    parts = [gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1], 0.9, 0.8)[0] for i in range(len(rewards))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_inputs_are_left_alone_and_results_are_constants():
+    rewards, values, mask = ragged(8)
+    kept = rewards.clone(), values.clone(), mask.clone()
+    advantages, returns = gae(rewards.requires_grad_(), values.requires_grad_(), mask, 0.9, 0.8)
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+    assert torch.equal(rewards, kept[0])
+    assert torch.equal(values, kept[1])
+    assert torch.equal(mask, kept[2])
+
+
+def test_dtypes():
+    rewards, values, mask = ragged(9)
+    assert gae(rewards.float(), values.bfloat16(), mask, 1.0, 0.95)[0].dtype == torch.float32
+    assert gae(rewards.bfloat16(), values.double(), mask, 1.0, 0.95)[1].dtype == torch.float64
+
+
+def test_no_value_is_read_on_the_host():
+    # a meta tensor has no data: reading a number of it raises
+    rewards, values, mask = (x.to("meta") for x in ragged(10))
+    assert gae(rewards, values, mask, 1.0, 0.95)[0].shape == rewards.shape
+
+
+def test_nothing_to_do():
+    empty = torch.zeros(2, 0)
+    assert gae(empty, empty, empty.bool(), 1.0, 0.95)[0].shape == (2, 0)
+    nothing_counted, _ = gae(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool), 1.0, 0.95)
+    assert nothing_counted.eq(0).all()
+
+
+def test_errors():
+    rewards, values, mask = ragged(11)
+    with pytest.raises(ValueError, match="rewards_BR has shape"):
+        gae(rewards[:, 1:], values, mask, 1.0, 0.95)
+    with pytest.raises(ValueError, match="values_BR has shape"):
+        gae(rewards, values[0], mask, 1.0, 0.95)
+    with pytest.raises(ValueError, match="response_mask_BR has dtype"):
+        gae(rewards, values, mask.float(), 1.0, 0.95)
+    with pytest.raises(ValueError, match="response_mask_BR has shape"):
+        gae(rewards[0], values[0], mask[0], 1.0, 0.95)
+    for gamma in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="gamma is"):
+            gae(rewards, values, mask, gamma, 0.95)
+    with pytest.raises(ValueError, match="gae_lambda is 2"):
+        gae(rewards, values, mask, 1.0, 2.0)
