@@ -1,0 +1,204 @@
+"""`generate`: order, padding, where a response ends, and that nothing leaks in from the model's own defaults."""
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from tests.tiny import EOS, FAMILIES, PAD, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_trainer
+from trl_apa import APATrainer
+from trl_apa.generation import ResponseLengths, end_token_ids, generation_options
+
+
+def ends_with_eos_only(response):
+    return EOS not in response[:-1].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_greedy_equals_one_by_one_greedy_in_the_callers_order(tmp_path, family):
+    trainer = tiny_trainer(tmp_path, tiny_model(family))
+    queries = tiny_rollouts(7, max_query=20)[0]
+    batched = trainer.generate(queries, batch_size=3, return_prompt=False, do_sample=False, max_new_tokens=9)
+    for query, response in zip(queries, batched, strict=True):
+        alone = trainer.generate(query, return_prompt=False, do_sample=False, max_new_tokens=9)
+        assert alone.shape == (1, len(response))
+        assert torch.equal(alone[0], response)
+        assert ends_with_eos_only(response)
+
+
+def test_the_prompt_comes_back_unless_told_otherwise_and_an_eos_in_it_cuts_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    query = torch.tensor([4, EOS, PAD, 5])
+    whole = trainer.generate([query], do_sample=False, max_new_tokens=5)[0]
+    response = trainer.generate([query], return_prompt=False, do_sample=False, max_new_tokens=5)[0]
+    assert torch.equal(whole, torch.cat([query, response]))
+    assert len(response) >= 1
+
+
+def test_length_sampler_is_drawn_once_a_batch(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer._end_token_ids = []
+    draws = iter([3, 5])
+    queries = [torch.tensor([2, 3]), torch.tensor([4]), torch.tensor([5, 6, 7]), torch.tensor([8, 9, 2, 3])]
+    responses = trainer.generate(queries, length_sampler=lambda: next(draws), batch_size=2, return_prompt=False)
+    assert [len(r) for r in responses] == [3, 3, 5, 5]
+
+
+def test_reference_responses_come_as_a_pair_and_differ_once_the_policy_has_moved(tmp_path):
+    for trainer_kwargs in (None, {"peft_config": lora_config()}):
+        trainer = tiny_trainer(tmp_path, trainer_kwargs=trainer_kwargs, learning_rate=0.1)
+        queries, responses, scores = tiny_rollouts()
+        options = {"return_prompt": False, "do_sample": False, "max_new_tokens": 8, "generate_ref_response": True}
+        policy, reference = trainer.generate(queries, **options)
+        assert [r.tolist() for r in policy] == [r.tolist() for r in reference]
+        for _ in range(3):
+            trainer.step(queries, responses, scores)
+        moved, still = trainer.generate(queries, **options)
+        assert [r.tolist() for r in still] == [r.tolist() for r in reference]
+        assert [r.tolist() for r in moved] != [r.tolist() for r in reference]
+
+
+def test_sampling_matches_the_logprobs_of_the_update(tmp_path):
+    """First-token frequencies of 4,000 samples at temperature 0.7 against exp(log pi) at 0.7.
+
+    The bound is six standard errors of a frequency, over at most 32 tokens: a false failure once in 10^7 seeds.
+    """
+    model = tiny_model()
+    model.generation_config = GenerationConfig(top_k=2, temperature=0.1, repetition_penalty=3.0, eos_token_id=EOS)
+    trainer = tiny_trainer(tmp_path, model, temperature=0.7, batch_size=4000, mini_batch_size=4000)
+    samples = trainer.generate([torch.tensor([5, 6])] * 4000, return_prompt=False, batch_size=4000, max_new_tokens=1)
+    frequencies = torch.bincount(torch.cat(samples), minlength=32) / 4000
+    with torch.no_grad():
+        logits = trainer.model.policy(input_ids=torch.tensor([[5, 6]])).logits[0, -1]
+    probabilities = torch.softmax(logits / 0.7, dim=-1)
+    bound = 6 * (probabilities * (1 - probabilities) / 4000).sqrt() + 1e-3
+    assert (frequencies > 0).sum() > 2
+    assert ((frequencies - probabilities).abs() < bound).all()
+    assert model.generation_config.top_k == 2
+
+
+def letter_tokenizer():
+    """A token a letter: transformers' stop strings want to spell any text."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123"
+    vocabulary = {"<pad>": PAD, "<eos>": EOS, **{letter: i + 2 for i, letter in enumerate(letters)}}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_a_stop_string_ends_the_response_with_the_tokens_that_spell_it(tmp_path, pad):
+    """Also where pad equals EOS: the pads that fill a stopped row up are not part of the response."""
+    trainer = APATrainer(tiny_config(tmp_path), tiny_model(), tokenizer=letter_tokenizer())
+    trainer._pad_token_id = pad
+    queries = [torch.tensor([2 + i, 3]) for i in range(12)]
+    options = {"return_prompt": False, "do_sample": False, "max_new_tokens": 10, "batch_size": 12}
+    free = trainer.generate(queries, **options)
+    stop = trainer.tokenizer.decode(free[0][1:3])
+    stopped = trainer.generate(queries, stop_strings=[stop], **options)
+    assert any(len(a) < len(b) for a, b in zip(stopped, free, strict=True))
+    for response, unstopped in zip(stopped, free, strict=True):
+        text = trainer.tokenizer.decode(unstopped, skip_special_tokens=True)
+        expected = text[: text.index(stop) + 2] if stop in text else text
+        assert trainer.tokenizer.decode(response, skip_special_tokens=True) == expected
+        assert stop in text or torch.equal(response, unstopped)
+
+
+def test_lengths_are_remembered_for_each_row():
+    """Row 0 ends at its second generated token, row 1 never, row 2 at the first; tokens after that are filling."""
+
+    def ends_on_nine(input_ids, scores):
+        return input_ids[:, -1] == 9
+
+    lengths = ResponseLengths(prompt_width=2, criteria=[ends_on_nine])
+    tokens = torch.tensor([[1, 1, 3, 9, 0], [1, 1, 3, 4, 5], [1, 9, 9, 0, 9]])
+    done = [lengths(tokens[:, :width], None).tolist() for width in (3, 4, 5)]
+    assert done == [[False, False, True], [True, False, True], [True, False, True]]
+    assert [row.tolist() for row in lengths.cut(tokens)] == [[3, 9], [3, 4, 5], [9]]
+
+
+def test_options_of_the_call_win_over_the_config_and_the_rest_goes_to_the_model():
+    defaults = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_new_tokens": 7,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    # What StackLLaMA passes.
+    classic = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "eos_token_id": 100_000}
+    config, stop, rest = generation_options(defaults, {**classic, "streamer": "s", "stop_strings": "x"})
+    assert (config.eos_token_id, config.min_length, config.max_new_tokens, stop) == (100_000, -1, 7, "x")
+    assert rest == {"streamer": "s"}
+    config, _, _ = generation_options(defaults, {"max_length": 30, "do_sample": False})
+    assert (config.max_length, config.max_new_tokens, config.do_sample) == (30, None, False)
+    config, _, _ = generation_options(defaults, {"generation_config": GenerationConfig(top_k=5, max_new_tokens=3)})
+    assert (config.top_k, config.max_new_tokens, config.do_sample) == (5, 3, True)
+    with pytest.warns(UserWarning, match=r"temperature=0\.5.*config\.temperature=1\.0"):
+        generation_options(defaults, {"temperature": 0.5})
+
+
+def test_every_id_that_may_end_a_response_is_known():
+    class Model:
+        generation_config = GenerationConfig(eos_token_id=[7, 3])
+
+    class Tokenizer:
+        eos_token_id = 5
+
+    assert end_token_ids(Model(), Tokenizer()) == [3, 5, 7]
+    Model.generation_config = GenerationConfig()
+    assert end_token_ids(Model(), Tokenizer()) == [5]
+
+
+def test_classic_generation_kwargs_run(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    kwargs = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": PAD}
+    responses = trainer.generate(
+        tiny_rollouts()[0], return_prompt=False, length_sampler=lambda: 4, eos_token_id=100_000, **kwargs
+    )
+    assert [len(r) for r in responses] == [4] * 4
+
+
+def test_generate_refuses_what_it_cannot_answer(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"query_tensor\[0\] has shape \(1, 2\)"):
+        trainer.generate(torch.tensor([[2, 3]]))
+    with pytest.raises(ValueError, match=r"query_tensor\[1\] has shape \(0,\)"):
+        trainer.generate([torch.tensor([2]), torch.tensor([], dtype=torch.long)])
+    with pytest.raises(ValueError, match=r"row 0 has 66 tokens, but the model has 64 positions"):
+        trainer.generate([torch.tensor([2, 3])], max_new_tokens=64)
+
+
+def test_a_failing_generate_leaves_tokenizer_and_generation_config_as_they_were(tmp_path):
+    model = tiny_model()
+    model.generation_config = own = GenerationConfig(top_k=2)
+    trainer = tiny_trainer(tmp_path, model)
+    side = trainer.tokenizer.padding_side
+
+    def fail():
+        raise KeyError("length")
+
+    with pytest.raises(KeyError, match="length"):
+        trainer.generate([torch.tensor([2])], length_sampler=fail)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("device lost")
+
+    model.forward = broken
+    with pytest.raises(RuntimeError, match="device lost"):
+        trainer.generate([torch.tensor([2])], max_new_tokens=2)
+    assert trainer.tokenizer.padding_side == side
+    assert model.generation_config is own
+
+
+def test_entropy_and_logprobs_are_those_of_the_distribution(tmp_path):
+    """A policy that is uniform over the vocabulary: log pi = -log 32 and entropy log 32 at every token."""
+    trainer = tiny_trainer(tmp_path, tiny_model(scale=0.0))
+    stats = trainer.step(*tiny_rollouts())
+    assert stats["apa/policy/entropy"] == pytest.approx(math.log(32), rel=1e-5)
+    assert stats["objective/entropy"] == pytest.approx(math.log(32) * stats["tokens/responses_len_mean"], rel=1e-5)

@@ -1,0 +1,328 @@
+"""What surrounds the update: statistics, reward shaping, controllers, optimizers, data, trackers, the hub."""
+
+import math
+
+import datasets
+import pytest
+import torch
+from transformers import TrainerCallback, get_constant_schedule_with_warmup
+
+import trl_apa.trainer
+from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
+from trl_apa import APATrainer
+from trl_apa.kl import AdaptiveKLController, FixedKLController
+
+
+EXPECTED = {
+    "objective/kl",
+    "objective/kl_per_token",
+    "objective/kl_k3",
+    "objective/kl_k3_per_token",
+    "objective/kl_coef",
+    "objective/entropy",
+    "apa/policy/entropy",
+    "apa/policy/advantages_mean",
+    "apa/mean_scores",
+    "apa/std_scores",
+    "apa/loss/policy",
+    "apa/loss/value",
+    "apa/loss/total",
+    "apa/returns/mean",
+    "apa/returns/var",
+    "apa/val/vpred",
+    "apa/val/error",
+    "apa/val/clipfrac",
+    "apa/val/mean",
+    "apa/val/var",
+    "apa/val/var_explained",
+    "apa/grad_norm/policy",
+    "apa/grad_norm/value",
+    "apa/grad_norm/total",
+    "apa/learning_rate",
+    "tokens/queries_len_mean",
+    "tokens/queries_len_std",
+    "tokens/responses_len_mean",
+    "tokens/responses_len_std",
+    "tokens/eos_share",
+    "tokens/counted",
+    "time/apa/forward_pass",
+    "time/apa/compute_rewards",
+    "time/apa/compute_advantages",
+    "time/apa/optimize_step",
+    "time/apa/calc_stats",
+    "time/apa/total",
+    "time/apa/tokens_per_second",
+}
+OF_LOSS = {
+    "apa": {f"apa/policy/{name}" for name in ("residual", "residual_sq", "log_ratio", "log_normalizer")},
+    "awr": {f"apa/policy/{name}" for name in ("weight", "weight_sq", "log_normalizer")},
+    "ppo": {f"apa/policy/{name}" for name in ("approxkl", "policykl", "ratio", "clipfrac")}
+    | {"apa/mean_non_score_reward"},
+}
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
+def test_statistics_are_a_flat_dict_of_finite_floats(tmp_path, loss_type):
+    stats = tiny_trainer(tmp_path, loss_type=loss_type).step(*tiny_rollouts())
+    assert stats.keys() == EXPECTED | OF_LOSS[loss_type]
+    assert all(type(value) is float and math.isfinite(value) for value in stats.values())
+
+
+def test_statistics_by_hand(tmp_path):
+    """Two responses of 1 and 3 tokens, scores 1 and 3, a value model that says 0, gamma = gae_lambda = 1.
+
+    Returns are 1 | 3 3 3: mean 2.5, unbiased variance (2.25 + 3 * 0.25) / 3 = 1. Values are 0, so they explain nothing
+    of it. The value loss is 0.5 * (1 + 9 + 9 + 9) / 4 = 3.5, the error 7.
+    """
+    trainer = tiny_trainer(tmp_path, batch_size=2, mini_batch_size=2, gae_lambda=1.0)
+    queries = [torch.tensor([2, 3]), torch.tensor([4, 5, 6, 7])]
+    responses = [torch.tensor([8]), torch.tensor([9, 10, EOS])]
+    stats = trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(3)])
+    expected = {
+        "apa/mean_scores": 2.0,
+        "apa/std_scores": math.sqrt(2.0),
+        "apa/returns/mean": 2.5,
+        "apa/returns/var": 1.0,
+        "apa/val/mean": 0.0,
+        "apa/val/var_explained": 0.0,
+        "apa/val/error": 7.0,
+        "apa/loss/value": 3.5,
+        "apa/policy/advantages_mean": 0.0,
+        "tokens/queries_len_mean": 3.0,
+        "tokens/queries_len_std": 1.0,
+        "tokens/responses_len_mean": 2.0,
+        "tokens/responses_len_std": 1.0,
+        "tokens/eos_share": 0.5,
+        "tokens/counted": 4.0,
+        "objective/kl": 0.0,
+        "objective/kl_coef": 0.1,
+    }
+    for name, value in expected.items():
+        assert stats[name] == pytest.approx(value, abs=1e-5), name
+    # Whitened advantages are -1.5, 0.5, 0.5, 0.5 and pi = pi_init, so the residual is -A/0.1: mean square 100 * 0.75.
+    assert stats["apa/loss/policy"] == pytest.approx(75.0, rel=1e-5)
+    log_mean = math.log((math.exp(-15) + 3 * math.exp(5)) / 4)
+    assert stats["apa/policy/log_normalizer"] == pytest.approx(log_mean, rel=1e-5)
+    assert stats["apa/loss/total"] == pytest.approx(stats["apa/loss/policy"] + 3.5, rel=1e-6)
+
+
+def test_masked_tokens_are_in_no_statistic(tmp_path):
+    """A tool's text in the middle: what it says changes nothing that is reported of the tokens before it."""
+    seen = []
+    for tool_text in ([8, 9], [20, 21]):
+        trainer = tiny_trainer(tmp_path, batch_size=2, mini_batch_size=2, learning_rate=1e-9)
+        responses = [torch.tensor([5, 6, *tool_text]), torch.tensor([7, 5, *tool_text])]
+        masks = [torch.tensor([1, 1, 0, 0])] * 2
+        queries, scores = [torch.tensor([2, 3])] * 2, [torch.tensor(0.5), torch.tensor(-1.0)]
+        seen.append(trainer.step(queries, responses, scores, masks))
+        assert seen[-1]["tokens/counted"] == 4
+        assert seen[-1]["tokens/responses_len_mean"] == 2
+    for name, value in seen[0].items():
+        if not name.startswith("time/"):
+            assert seen[1][name] == pytest.approx(value, abs=1e-6), name
+
+
+def shaped_rewards(trainer, rollouts):
+    collected, ended_B = trainer._collect(*rollouts, None)
+    trainer._prepare_for_updates()
+    trainer._evaluate_rollouts(collected)
+    return trainer._token_rewards(collected, ended_B).sum(dim=1)
+
+
+def test_missing_eos_penalty_scaling_and_clipping_shape_the_score_in_that_order(tmp_path):
+    """Rows 1 and 3 end with EOS. Scores 4, 4, 0, 0 less 1 for rows 0 and 2: 3, 4, -1, 0; unbiased std sqrt(17/3)."""
+    queries, responses, _ = tiny_rollouts()
+    scores = [torch.tensor(s) for s in (4.0, 4.0, 0.0, 0.0)]
+    options = {"missing_eos_penalty": 1.0}
+    rewards_B = shaped_rewards(tiny_trainer(tmp_path, **options), (queries, responses, scores))
+    assert rewards_B.tolist() == [3.0, 4.0, -1.0, 0.0]
+    options |= {"scale_rewards": True, "score_clip": 1.5}
+    std = math.sqrt(17 / 3)
+    rewards_B = shaped_rewards(tiny_trainer(tmp_path, **options), (queries, responses, scores))
+    assert rewards_B.tolist() == pytest.approx([3 / std, 1.5, -1 / std, 0.0], rel=1e-5)
+    options |= {"center_rewards": True, "score_clip": 100.0}
+    rewards_B = shaped_rewards(tiny_trainer(tmp_path, **options), (queries, responses, scores))
+    assert rewards_B.tolist() == pytest.approx([1.5 / std, 2.5 / std, -2.5 / std, -1.5 / std], rel=1e-5)
+
+
+def test_the_kl_controllers(tmp_path):
+    trainer = tiny_trainer(tmp_path, loss_type="ppo", init_kl_coef=0.2, target=6.0, horizon=100.0)
+    assert isinstance(trainer.kl_ctl, AdaptiveKLController)
+    stats = trainer.step(*tiny_rollouts())
+    # KL 0 is far below the target: the error is clipped to -0.2, and four responses of a horizon of 100 have passed.
+    assert stats["objective/kl_coef"] == pytest.approx(0.2)
+    assert trainer.kl_ctl.value == pytest.approx(0.2 * (1 - 0.2 * 4 / 100))
+    for options in ({"loss_type": "ppo", "adap_kl_ctrl": False}, {"loss_type": "apa"}, {"loss_type": "awr"}):
+        trainer = tiny_trainer(tmp_path, **options)
+        assert isinstance(trainer.kl_ctl, FixedKLController)
+        trainer.step(*tiny_rollouts())
+        assert trainer.kl_ctl.value == trainer.config.kl_coef
+
+
+def test_apa_makes_no_old_policy_forward_and_ppo_one(tmp_path):
+    """Forward passes of the policy in one step of one epoch: the update's own, and for PPO one more."""
+    for loss_type, expected in (("apa", 1), ("awr", 1), ("ppo", 2)):
+        trainer = tiny_trainer(tmp_path, loss_type=loss_type)
+        calls = []
+        trainer.model.policy.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer.step(*tiny_rollouts())
+        assert len(calls) == expected
+
+
+def test_the_number_of_optimizer_steps_and_the_schedule(tmp_path):
+    """2 epochs of 8 rollouts in mini-batches of 2 x 2: four updates; the rate falls once a step, to 0 after four."""
+    options = {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "ppo_epochs": 2}
+    trainer = tiny_trainer(tmp_path, lr_scheduler_type="linear", steps=32, learning_rate=1e-3, **options)
+    rates = []
+    for number in range(1, 5):
+        rates.append(trainer.step(*tiny_rollouts(8))["apa/learning_rate"])
+        assert trainer.state.global_step == 4 * number
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_callers_optimizer_and_scheduler_also_train_the_value_model(tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=2)
+    trainer = tiny_trainer(tmp_path, model, {"optimizer": optimizer, "lr_scheduler": scheduler})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    rates = [trainer.step(*tiny_rollouts())["apa/learning_rate"] for _ in range(3)]
+    assert rates == pytest.approx([0.0, 0.05, 0.1])
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("policy.") for name in moved)
+    assert any(name.startswith("value_model.") for name in moved)
+
+
+@pytest.mark.parametrize("own_optimizer", [False, True])
+def test_the_value_model_can_learn_at_its_own_rate(tmp_path, own_optimizer):
+    model = tiny_model()
+    kwargs = {"optimizer": torch.optim.SGD(model.parameters(), lr=1e-3)} if own_optimizer else {}
+    trainer = tiny_trainer(tmp_path, model, kwargs, learning_rate=1e-3, value_learning_rate=5e-2)
+    trainer.step(*tiny_rollouts())
+    rate_of = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {rate_of[id(p)] for p in trainer.model.value_model.parameters()} == {5e-2}
+    assert {rate_of[id(p)] for p in trainer.model.policy.parameters()} == {1e-3}
+
+
+def test_a_scheduler_of_the_callers_and_a_value_rate_exclude_each_other(tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scheduler = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=2)
+    kwargs = {"optimizer": optimizer, "lr_scheduler": scheduler}
+    with pytest.raises(ValueError, match="value_learning_rate"):
+        tiny_trainer(tmp_path, model, kwargs, value_learning_rate=1e-2)
+
+
+def dataset(num_rows=10):
+    rows = [{"input_ids": list(range(2, 3 + i)), "query": f"q{i}", "unused": i} for i in range(num_rows)]
+    return datasets.Dataset.from_list(rows)
+
+
+def test_the_dataloader_is_shuffled_by_the_seed_and_drops_what_nobody_reads(tmp_path):
+    def batches(**options):
+        trainer = APATrainer(tiny_config(tmp_path, **options), tiny_model(), None, tiny_tokenizer(), dataset())
+        return list(trainer.dataloader)
+
+    first = batches()
+    assert [len(batch["query"]) for batch in first] == [4, 4]
+    assert first[0].keys() == {"input_ids", "query"}
+    assert all(isinstance(ids, torch.Tensor) and ids.dim() == 1 for ids in first[0]["input_ids"])
+    assert [batch["query"] for batch in batches()] == [batch["query"] for batch in first]
+    assert [batch["query"] for batch in batches(seed=7)] != [batch["query"] for batch in first]
+    assert "unused" in batches(remove_unused_columns=False)[0]
+    assert tiny_trainer(tmp_path).dataloader is None
+
+
+def test_a_callers_collator_is_used(tmp_path):
+    def collator(rows):
+        return {"texts": [row["query"].upper() for row in rows]}
+
+    trainer = APATrainer(
+        tiny_config(tmp_path), tiny_model(), None, tiny_tokenizer(), dataset(), data_collator=collator
+    )
+    assert all(text.startswith("Q") for text in next(iter(trainer.dataloader))["texts"])
+
+
+def test_the_readme_loop_runs(tmp_path):
+    trainer = APATrainer(tiny_config(tmp_path), tiny_model(), tokenizer=tiny_tokenizer(), dataset=dataset())
+    for batch in trainer.dataloader:
+        responses = trainer.generate(batch["input_ids"], return_prompt=False, max_new_tokens=5)
+        batch["response"] = trainer.tokenizer.batch_decode(responses)
+        scores = [torch.tensor(float(len(text))) for text in batch["response"]]
+        stats = trainer.step(batch["input_ids"], responses, scores)
+        trainer.log_stats(stats, batch, scores)
+    assert len(trainer.state.log_history) == 2
+
+
+class Tracker(TrainerCallback):
+    """A reporter that, like W&B's, opens its run when training begins."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append("begin")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.events.append(dict(logs))
+
+
+def test_statistics_reach_the_trackers(tmp_path, monkeypatch):
+    monkeypatch.setattr(trl_apa.trainer, "get_reporting_integration_callbacks", lambda report_to: [Tracker])
+    tracker = Tracker()
+    trainer = tiny_trainer(tmp_path, trainer_kwargs={"callbacks": [tracker]})
+    queries, responses, scores = tiny_rollouts()
+    batch = {"query": ["q"] * 4, "response": ["r"] * 4}
+    for _ in range(2):
+        stats = trainer.step(queries, responses, scores)
+        trainer.log_stats(stats, batch, scores)
+    begin, first, second = tracker.events
+    assert begin == "begin"
+    assert first["env/reward_mean"] == pytest.approx(float(torch.stack(scores).mean()), abs=1e-6)
+    assert first["env/reward_std"] == pytest.approx(float(torch.stack(scores).std(unbiased=False)), abs=1e-6)
+    assert second["objective/kl"] == stats["objective/kl"]
+    with pytest.warns(UserWarning, match="batch has no 'response'"):
+        trainer.log_stats(stats, {"query": []}, scores)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
+    with pytest.raises((ImportError, RuntimeError, ValueError), match=r"(?i)comet"):
+        tiny_trainer(tmp_path, log_with="comet_ml")
+
+
+def test_push_to_hub_uploads_policy_value_model_and_card(tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Repo:
+        repo_id = "me/aligned"
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            uploaded["repo"] = repo_id
+            return Repo()
+
+        def upload_folder(self, **kwargs):
+            uploaded.update(kwargs)
+            return "done"
+
+    # transformers asks a client for these or, before 5.20, imports them as functions.
+    monkeypatch.setattr("transformers.trainer.hf_api", Api, raising=False)
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(f"transformers.trainer.{name}", getattr(Api(), name), raising=False)
+    trainer = tiny_trainer(tmp_path / "out")
+    assert trainer.push_to_hub("me/aligned") == "done"
+    assert (uploaded["repo"], uploaded["repo_id"]) == ("me/aligned", "me/aligned")
+    assert uploaded["folder_path"] == str(tmp_path / "out")
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "README.md", "value_model/value_head.safetensors", "tokenizer.json"} <= files
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2306.02231" in card and "Advantage-Induced Policy Alignment" in card
+
+
+def test_no_telemetry_is_sent(tmp_path, monkeypatch):
+    def sent(*args, **kwargs):
+        raise AssertionError("telemetry")
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", sent, raising=False)
+    tiny_trainer(tmp_path)

@@ -1,0 +1,71 @@
+"""`step` on two ranks against one process that sees both ranks' rollouts."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests._two_processes import WORLD_SIZE, run_in_two_processes
+from tests.test_update import assert_same, learner
+from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
+from trl_apa import APATrainer
+
+
+OPTIONS = {"ppo_epochs": 2, "gamma": 0.9, "scale_rewards": True, "score_clip": 1.5}
+
+
+def announce_rank(rank):
+    """What torchrun tells accelerate."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+def step_on_half(rank, options, accumulate):
+    announce_rank(rank)
+    split = {"mini_batch_size": 2, "gradient_accumulation_steps": 2} if accumulate else {"mini_batch_size": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = learner(folder, batch_size=4, **split, **options)
+        halves = [column[4 * rank : 4 * rank + 4] for column in tiny_rollouts(8)]
+        stats = [trainer.step(*halves) for _ in range(2)][-1]
+        assert trainer.accelerator.num_processes == WORLD_SIZE
+        return {name: p.detach().numpy() for name, p in trainer.model.named_parameters()}, stats
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
+def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, loss_type):
+    """Also the whitening, the running score scale and every statistic are those of the union."""
+    options = {**OPTIONS, "loss_type": loss_type}
+    single = learner(tmp_path, batch_size=8, mini_batch_size=8, **options)
+    stats = [single.step(*tiny_rollouts(8)) for _ in range(2)][-1]
+    ranks = run_in_two_processes(step_on_half, options, loss_type == "apa")
+    expected = {name: p.detach() for name, p in single.model.named_parameters()}
+    for parameters, rank_stats in ranks:
+        assert_same({name: torch.from_numpy(p) for name, p in parameters.items()}, expected, tolerance=1e-5)
+        assert rank_stats.keys() == stats.keys()
+        for name, value in stats.items():
+            if not name.startswith("time/"):
+                assert rank_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def refuse_on_one_rank(rank):
+    announce_rank(rank)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = APATrainer(tiny_config(folder), tiny_model(), tokenizer=tiny_tokenizer(), peft_config=lora_config())
+        queries, responses, scores = tiny_rollouts(4, seed=rank)
+        bad = [torch.tensor(float("nan")), *scores[1:]] if rank == 1 else scores
+        with pytest.raises(ValueError) as refused:
+            trainer.step(queries, responses, bad)
+        trainer.step(queries, responses, scores)
+        greedy = trainer.generate(queries, return_prompt=False, do_sample=False, max_new_tokens=3)
+        sampled = trainer.generate([torch.tensor([2, 3])] * 4, return_prompt=False, max_new_tokens=8)
+        return str(refused.value), [r.tolist() for r in greedy], [r.tolist() for r in sampled], dist.get_rank()
+
+
+def test_input_refused_on_one_rank_is_refused_on_all_and_ranks_sample_differently():
+    (first, _, sampled_0, _), (second, _, sampled_1, rank) = run_in_two_processes(refuse_on_one_rank)
+    assert rank == 1
+    assert "scores[0] is nan" in second
+    assert "1 other process" in first
+    assert sampled_0 != sampled_1

@@ -1,0 +1,79 @@
+"""Models of every family that the trainer promises to handle, a tokenizer and rollouts, made on the spot."""
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from trl_apa import APAConfig, APATrainer
+
+
+VOCABULARY = 32
+PAD, EOS = 0, 1
+SHARED = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
+LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHARED, **LAYERS, intermediate_size=32, num_key_value_heads=1),
+    "qwen2": lambda: Qwen2Config(**SHARED, **LAYERS, intermediate_size=32, num_key_value_heads=1),
+    "gpt_neox": lambda: GPTNeoXConfig(**SHARED, **LAYERS, intermediate_size=32),
+    "gpt2": lambda: GPT2Config(**SHARED, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "opt": lambda: OPTConfig(**SHARED, **LAYERS, ffn_dim=32, word_embed_proj_dim=8),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def tiny_model(family="llama", seed=0, scale=3.0, dtype=torch.float32):
+    """A random language model with logits far enough apart for its log-probs to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return model
+
+
+def tiny_tokenizer():
+    words = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def lora_config(**kwargs):
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs)
+
+
+def tiny_config(tmp_path, **kwargs):
+    defaults = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "learning_rate": 1e-2, "max_grad_norm": 1.0}
+    return APAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **{**defaults, **kwargs})
+
+
+def tiny_trainer(tmp_path, model=None, trainer_kwargs=None, **config):
+    model = tiny_model() if model is None else model
+    return APATrainer(tiny_config(tmp_path, **config), model, tokenizer=tiny_tokenizer(), **(trainer_kwargs or {}))
+
+
+def tiny_rollouts(num_rows=4, seed=0, max_query=9, max_response=7):
+    """Ragged queries and responses with scores; every other response ends with EOS."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(limit):
+        length = int(torch.randint(1, limit + 1, (), generator=generator))
+        return torch.randint(2, VOCABULARY, (length,), generator=generator)
+
+    queries = [tokens(max_query) for _ in range(num_rows)]
+    responses = [tokens(max_response) for _ in range(num_rows)]
+    responses = [torch.cat([r, torch.tensor([EOS])]) if i % 2 else r for i, r in enumerate(responses)]
+    scores = list(torch.randn(num_rows, generator=generator).unbind())
+    return queries, responses, scores

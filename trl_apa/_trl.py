@@ -1,0 +1,18 @@
+"""The only importer of what TRL does not document as public, so that a TRL release breaks one file at most."""
+
+from accelerate.utils import is_peft_model
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax, use_adapter
+
+
+__all__ = [
+    "_BaseConfig",
+    "_BaseTrainer",
+    "entropy_from_logits",
+    "is_peft_model",
+    "selective_log_softmax",
+    "unwrap_model_for_generation",
+    "use_adapter",
+]

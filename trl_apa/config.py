@@ -1,0 +1,248 @@
+"""Options of `APATrainer`: defaults, the names classic scripts use for them, and their validation."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_apa._trl import _BaseConfig
+
+
+LOSS_TYPES = ("apa", "awr", "ppo")
+DEFAULT_KL_COEF = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
+# Options that only the named losses read, with the defaults they get there.
+ONLY_WITH: dict[str, tuple[str, Any]] = {
+    "cliprange": ("ppo", 0.2),
+    "adap_kl_ctrl": ("ppo", True),
+    "target": ("ppo", 6.0),
+    "horizon": ("ppo", 10000.0),
+    "kl_penalty": ("ppo", "kl"),
+}
+# The name a classic script uses -> ours.
+ALIASES = {
+    "lam": "gae_lambda",
+    "ppo_epochs": "num_epochs_per_batch",
+    "mini_batch_size": "per_device_train_batch_size",
+    "log_with": "report_to",
+    "use_score_scaling": "scale_rewards",
+    "use_score_norm": "center_rewards",
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class APAConfig(_BaseConfig):
+    """
+    Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the options that
+    are new or have another default are listed here.
+
+    Parameters:
+        loss_type (`str`, *optional*, defaults to `"apa"`):
+            Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
+            KL penalty in the reward. Nothing else changes with it.
+        kl_coef (`float`, *optional*):
+            lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
+            `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount a token.
+        gae_lambda (`float`, *optional*, defaults to `0.95`):
+            The other lambda: that of generalised advantage estimation. Classic: `lam`.
+        vf_coef (`float`, *optional*, defaults to `1.0`):
+            eta, the weight of the value loss.
+        whiten_advantages (`bool`, *optional*, defaults to `True`):
+            Give the advantages of the whole iteration, over all processes, mean 0 and variance 1.
+        whiten_rewards (`bool`, *optional*, defaults to `False`):
+            Divide token rewards by their standard deviation, keeping their mean.
+        scale_rewards (`bool`, *optional*, defaults to `False`):
+            Divide scores by their running standard deviation, as the authors did. Classic: `use_score_scaling`.
+        center_rewards (`bool`, *optional*, defaults to `False`):
+            With `scale_rewards`, subtract the running mean first. Classic: `use_score_norm`.
+        score_clip (`float`, *optional*):
+            Clip scores to `[-score_clip, score_clip]` after scaling.
+        missing_eos_penalty (`float`, *optional*):
+            Subtracted from the score of a response that did not end with EOS. Applied before scaling.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Rollouts of one process in one iteration: what one `step` takes.
+        per_device_train_batch_size (`int`, *optional*):
+            Rollouts a forward pass of the update. Defaults to the largest divisor of
+            `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
+        num_epochs_per_batch (`int`, *optional*, defaults to `2`):
+            Passes over the rollouts of an iteration. Classic: `ppo_epochs`.
+        cliprange (`float`, *optional*):
+            PPO only: clip range of the ratio. Defaults to `0.2`.
+        cliprange_value (`float`, *optional*):
+            If set, values are clipped to within it of their old selves in the value loss, as PPO2 does.
+        init_kl_coef (`float`, *optional*):
+            PPO only, classic's name for `kl_coef` there.
+        adap_kl_ctrl (`bool`, *optional*):
+            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`.
+        target (`float`, *optional*):
+            PPO only: KL in nats per sequence that the controller aims at. Defaults to `6.0`.
+        horizon (`float`, *optional*):
+            PPO only: responses over which the controller reacts. Defaults to `10000`.
+        kl_penalty (`str`, *optional*):
+            PPO only: the estimator in the reward, `"kl"`, `"abs"`, `"mse"` or `"k3"`. Defaults to `"kl"`.
+        max_completion_length (`int`, *optional*, defaults to `128`):
+            `max_new_tokens` of `generate` unless the call says otherwise.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of sampling, and of the log-probs in the update.
+        top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
+            Of sampling. The losses assume the whole distribution: leave both off unless you know why not.
+        value_learning_rate (`float`, *optional*):
+            Learning rate of the value model. Defaults to `learning_rate`.
+        steps (`int`, *optional*, defaults to `20000`):
+            Rollouts a process will see in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
+            decaying `lr_scheduler_type` stretches over.
+        learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
+            `"constant"`), gradient_checkpointing (`bool`, *optional*, off by default):
+            Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
+
+    Raises:
+        ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
+            `batch_size` does not divide into mini-batches.
+    """
+
+    loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
+    kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
+    gamma: float = _option(1.0, "Discount a token.")
+    gae_lambda: float = _option(0.95, "lambda of generalised advantage estimation.")
+    vf_coef: float = _option(1.0, "Weight of the value loss.")
+    whiten_advantages: bool = _option(True, "Give the iteration's advantages mean 0 and variance 1.")
+    whiten_rewards: bool = _option(False, "Divide token rewards by their standard deviation.")
+    scale_rewards: bool = _option(False, "Divide scores by their running standard deviation.")
+    center_rewards: bool = _option(False, "With scale_rewards, subtract the running mean first.")
+    score_clip: float | None = _option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
+    missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a response without EOS.")
+    batch_size: int = _option(64, "Rollouts of one process in one iteration.")
+    per_device_train_batch_size: int | None = _option(None, "Rollouts a forward pass of the update.")
+    num_epochs_per_batch: int = _option(2, "Passes over the rollouts of an iteration.")
+    cliprange: float | None = _option(None, "PPO only: clip range of the ratio.")
+    cliprange_value: float | None = _option(None, "Clip range of the values in the value loss; none by default.")
+    init_kl_coef: float | None = _option(None, "PPO only: classic's name of kl_coef.")
+    adap_kl_ctrl: bool | None = _option(None, "PPO only: adapt the KL coefficient.")
+    target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
+    horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
+    kl_penalty: str | None = _option(None, "PPO only: KL estimator in the reward: 'kl', 'abs', 'mse', 'k3'.")
+    max_completion_length: int = _option(128, "max_new_tokens of generate unless the call says otherwise.")
+    temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
+    top_p: float = _option(1.0, "Of sampling.")
+    top_k: int = _option(0, "Of sampling; 0 is off.")
+    value_learning_rate: float | None = _option(None, "Learning rate of the value model.")
+    steps: int = _option(20000, "Rollouts a process will see in the classic loop.")
+
+    learning_rate: float = _option(1.41e-5, "Initial learning rate.")
+    lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
+    gradient_checkpointing: bool | None = _option(None, "Trade compute for memory; off by default.")
+
+    lam: float | None = _option(None, "Classic's name of gae_lambda.")
+    ppo_epochs: int | None = _option(None, "Classic's name of num_epochs_per_batch.")
+    mini_batch_size: int | None = _option(None, "Classic's name of per_device_train_batch_size.")
+    log_with: str | None = _option(None, "Classic's name of report_to.")
+    use_score_scaling: bool | None = _option(None, "Classic's name of scale_rewards.")
+    use_score_norm: bool | None = _option(None, "Classic's name of center_rewards.")
+
+    def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+        self._translate_aliases()
+        self._fill_by_loss_type()
+        self._check_ranges()
+        self._fill_batch_sizes()
+        self._fill_aliases()
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        self._check_horizon()
+
+    @property
+    def backward_batch_size(self) -> int:
+        """Rollouts of one process in one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def total_ppo_epochs(self) -> int:
+        """Calls of `step` that `steps` rollouts a process make."""
+        return math.ceil(self.steps / self.batch_size)
+
+    def _translate_aliases(self) -> None:
+        for alias, name in ALIASES.items():
+            value, current = getattr(self, alias), getattr(self, name)
+            if value is None:
+                continue
+            if current not in (type(self).__dataclass_fields__[name].default, value, [value]):
+                raise ValueError(f"{alias}={value!r} and {name}={current!r} name one option: set one of them")
+            setattr(self, name, value)
+
+    def _fill_aliases(self) -> None:
+        """Classic scripts read their own names back (`config.mini_batch_size`)."""
+        for alias, name in ALIASES.items():
+            if alias != "log_with":
+                setattr(self, alias, getattr(self, name))
+
+    def _fill_by_loss_type(self) -> None:
+        for name, (loss_type, default) in ONLY_WITH.items():
+            if self.loss_type != loss_type:
+                self._warn_without_effect(name)
+            elif getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.loss_type != "ppo":
+            self._warn_without_effect("init_kl_coef")
+        elif self.init_kl_coef is not None:
+            if self.kl_coef not in (None, self.init_kl_coef):
+                raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
+            self.kl_coef = self.init_kl_coef
+        if self.kl_coef is None:
+            self.kl_coef = DEFAULT_KL_COEF[self.loss_type]
+
+    def _warn_without_effect(self, name: str) -> None:
+        if getattr(self, name) is not None:
+            warnings.warn(
+                f"{name}={getattr(self, name)!r} has no effect with loss_type={self.loss_type!r}: only 'ppo' reads it",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _check_ranges(self) -> None:
+        positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
+        positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
+        positive += ["value_learning_rate", "per_device_train_batch_size"]
+        if self.loss_type != "ppo":
+            positive.append("kl_coef")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: it should be greater than 0")
+        for name in ("kl_coef", "vf_coef", "top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")
+        for name in ("gamma", "gae_lambda", "top_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
+        if self.kl_penalty not in (None, "kl", "abs", "mse", "k3"):
+            raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3")
+        if self.center_rewards and not self.scale_rewards:
+            raise ValueError("center_rewards=True needs scale_rewards=True: only scaled scores are centred")
+
+    def _check_horizon(self) -> None:
+        """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
+        responses = self.batch_size * self.world_size
+        if self.loss_type == "ppo" and self.adap_kl_ctrl and responses >= 5 * self.horizon:
+            raise ValueError(
+                f"horizon={self.horizon}: it should be more than a fifth of the {responses} responses of one step"
+            )
+
+    def _fill_batch_sizes(self) -> None:
+        per_micro_step, remainder = divmod(self.batch_size, self.gradient_accumulation_steps)
+        if self.per_device_train_batch_size is None and remainder == 0:
+            divisors = [size for size in range(1, 9) if per_micro_step % size == 0]
+            self.per_device_train_batch_size = divisors[-1]
+        if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} should be a multiple of mini_batch_size * gradient_accumulation_steps "
+                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}"
+            )

@@ -1,0 +1,230 @@
+"""The standalone value model: a transformer trunk of its own with a scalar head at every position."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from trl_apa._trl import is_peft_model
+from trl_apa.logprobs import forward_parameters
+from trl_apa.masking import at_least_float32
+
+
+HEAD_WEIGHTS = "value_head.safetensors"
+DESCRIPTION = "value_model.json"
+
+
+class ValueHead(nn.Module):
+    """Hidden state to scalar, in float32. The last layer starts at zero: no value is claimed before it is learned.
+
+    Args:
+        hidden_size: width of the trunk's output.
+        kind: "mlp", the paper's two layers (twice the width, ReLU), or "linear".
+    """
+
+    def __init__(self, hidden_size: int, kind: str = "mlp"):
+        super().__init__()
+        if kind not in ("mlp", "linear"):
+            raise ValueError(f"kind={kind!r}: the value head is 'mlp' or 'linear'")
+        self.kind = kind
+        self.hidden_size = hidden_size
+        if kind == "mlp":
+            self.hidden = nn.Linear(hidden_size, 2 * hidden_size)
+        self.out = nn.Linear(2 * hidden_size if kind == "mlp" else hidden_size, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden_BRH: Tensor) -> Tensor:
+        hidden_BRH = hidden_BRH.to(self.out.weight.dtype)
+        if self.kind == "mlp":
+            hidden_BRH = self.hidden(hidden_BRH).relu()
+        return self.out(hidden_BRH).squeeze(-1)
+
+
+class ValueModel(nn.Module):
+    """V(s): a network of its own, not a head on the policy (section 3 of the paper), fitted to the returns.
+
+    Args:
+        network: a transformer that returns hidden states, or a language model with PEFT adapters, whose trunk is used.
+        head: maps hidden states to one number each, reward units.
+    """
+
+    def __init__(self, network: nn.Module, head: ValueHead):
+        super().__init__()
+        self.network = network
+        self.head = head
+
+    @property
+    def trunk(self) -> nn.Module:
+        """What turns tokens into hidden states; a PEFT model's adapters sit inside its trunk."""
+        return self.network.get_base_model().base_model if is_peft_model(self.network) else self.network
+
+    @property
+    def config(self) -> Any:
+        return self.network.config
+
+    def forward(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, position_ids_BT: Tensor, response_width: int
+    ) -> Tensor:
+        """V of the state before each of the last `response_width` tokens, reward units, `(B, R)`."""
+        trunk = self.trunk
+        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+        if "position_ids" in forward_parameters(trunk):
+            inputs["position_ids"] = position_ids_BT
+        hidden_BTH = trunk(**inputs).last_hidden_state
+        return at_least_float32(self.head(hidden_BTH[:, -response_width - 1 : -1]))
+
+    @classmethod
+    def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
+        """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
+        width = _output_width(policy.get_base_model() if is_peft_model(policy) else policy)
+        network = _copy_with_adapter(policy) if is_peft_model(policy) else _trainable(copy.deepcopy(policy.base_model))
+        return cls(network, ValueHead(width, head).to(_device(network)))
+
+    @classmethod
+    def from_reward_model(cls, reward_model: nn.Module) -> "ValueModel":
+        """A deep copy of a sequence classifier with one label; the head starts as its score layer.
+
+        Raises:
+            ValueError: if it has not one label or no linear score layer.
+        """
+        score = getattr(reward_model, "score", None)
+        if not isinstance(score, nn.Linear) or score.out_features != 1:
+            raise ValueError(
+                f"value_model={type(reward_model).__name__}: a value model can be built from a reward model with one "
+                f"linear `score` of one label, not from {score}"
+            )
+        head = ValueHead(score.in_features, "linear")
+        with torch.no_grad():
+            head.out.weight.copy_(score.weight)
+            if score.bias is not None:
+                head.out.bias.copy_(score.bias)
+        network = _trainable(copy.deepcopy(reward_model.base_model))
+        return cls(network, head.to(_device(network)))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, base_model: nn.Module | None = None, **kwargs: Any) -> "ValueModel":
+        """Load what `save_pretrained` wrote; or start from any checkpoint: a reward model's, a language model's.
+
+        Args:
+            path: a folder or a hub name.
+            base_model: for a saved adapter, the language model that it belongs on (copied); otherwise loaded from
+                where the adapter says that it came from.
+            kwargs: passed on to the network's `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Raises:
+            OSError: if there is no such checkpoint.
+        """
+        if not (Path(path) / DESCRIPTION).is_file():
+            return cls._from_checkpoint(path, **kwargs)
+        description = json.loads((Path(path) / DESCRIPTION).read_text())
+        head = ValueHead(description["hidden_size"], description["head"])
+        head.load_state_dict(load_file(Path(path) / HEAD_WEIGHTS))
+        if not description["adapter"]:
+            network = AutoModel.from_pretrained(path, **kwargs)
+        elif base_model is None:
+            network = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+        else:
+            base = copy.deepcopy(base_model)
+            base = base.unload() if is_peft_model(base) else base
+            network = PeftModel.from_pretrained(base.requires_grad_(False), path, is_trainable=True)
+        return cls(network, head.to(_device(network)))
+
+    @classmethod
+    def _from_checkpoint(cls, path: str | Path, **kwargs: Any) -> "ValueModel":
+        config = AutoConfig.from_pretrained(path)
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+            return cls.from_reward_model(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
+        return cls._on_trunk(AutoModel.from_pretrained(path, **kwargs))
+
+    @classmethod
+    def _on_trunk(cls, trunk: nn.Module) -> "ValueModel":
+        """A bare trunk with a new head. OPT-350m projects its hidden states; its config says to what."""
+        config = trunk.config.get_text_config()
+        width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+        return cls(trunk, ValueHead(width).to(_device(trunk)))
+
+    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write network (or its adapter), head and a description as safetensors and JSON.
+
+        Args:
+            path: a folder, made if it is not there.
+            state_dict: weights to write instead of the model's own, as gathered from a sharded one.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        network_state = {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
+        head_state = {name.removeprefix("head."): t for name, t in state.items() if name.startswith("head.")}
+        self.network.save_pretrained(path, state_dict=network_state)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in head_state.items()}, path / HEAD_WEIGHTS)
+        description = {
+            "head": self.head.kind,
+            "hidden_size": self.head.hidden_size,
+            "adapter": is_peft_model(self.network),
+        }
+        (path / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def resolve_value_model(value_model: Any, policy: nn.Module) -> ValueModel:
+    """What the trainer's `value_model` argument means.
+
+    Args:
+        value_model: None or "separate" (a copy of the policy's trunk), a `ValueModel`, a sequence classifier, a
+            language model or bare trunk (copied), or a path or hub name of any of these.
+        policy: the language model that is aligned.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if value_model is None or value_model == "separate":
+        return ValueModel.from_policy(policy)
+    if isinstance(value_model, ValueModel):
+        return value_model
+    if isinstance(value_model, str | Path):
+        return ValueModel.from_pretrained(value_model, base_model=policy)
+    if not isinstance(value_model, PreTrainedModel):
+        raise ValueError(
+            f"value_model is a {type(value_model).__name__}; it should be 'separate', a path, a ValueModel or a "
+            "PreTrainedModel"
+        )
+    if isinstance(getattr(value_model, "score", None), nn.Linear):
+        return ValueModel.from_reward_model(value_model)
+    if value_model.get_output_embeddings() is not None:
+        return ValueModel.from_policy(value_model)
+    return ValueModel._on_trunk(_trainable(copy.deepcopy(value_model)))
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _output_width(language_model: nn.Module) -> int:
+    """Width of the hidden states that the vocabulary head reads (not always `hidden_size`: OPT-350m projects)."""
+    return language_model.get_output_embeddings().weight.shape[-1]
+
+
+def _trainable(trunk: nn.Module) -> nn.Module:
+    """All floating-point parameters trainable: the policy that was copied may have been partly frozen."""
+    for parameter in trunk.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return trunk
+
+
+def _copy_with_adapter(policy: nn.Module) -> nn.Module:
+    """A deep copy of a PEFT policy with its active adapter alone; what lies outside the trunk is frozen."""
+    network = copy.deepcopy(policy)
+    for adapter in [name for name in network.peft_config if name != network.active_adapter]:
+        network.delete_adapter(adapter)
+    in_trunk = {id(parameter) for parameter in network.get_base_model().base_model.parameters()}
+    for parameter in network.parameters():
+        if id(parameter) not in in_trunk:
+            parameter.requires_grad_(False)
+    return network

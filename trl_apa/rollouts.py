@@ -1,0 +1,106 @@
+"""The ragged batch of one iteration, its masks, and its split into trimmed micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass
+class Rollouts:
+    """One iteration's experience: what was asked, what was answered, how it scored, and what the update needs of it.
+
+    Queries and responses stay ragged; everything measured per response token is padded on the right to the longest
+    response, `(B, R)`, and is only meaningful where `response_mask_BR` is True.
+
+    Args:
+        queries: `B` prompts, 1-D token ids, at least one token each.
+        responses: `B` sampled continuations, 1-D token ids, at least one token each.
+        response_mask_BR: bool, True = a sampled response token that counts, EOS included.
+        scores_B: one score a response, reward units.
+        ref_logprobs_BR: log pi_init of the sampled tokens, nats.
+        values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
+        old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO needs them.
+        rewards_BR: reward of each token, reward units.
+        advantages_BR: the estimate of Adv(s, a), whitened if so configured.
+        returns_BR: regression target of the value model, reward units.
+    """
+
+    queries: list[Tensor]
+    responses: list[Tensor]
+    response_mask_BR: Tensor
+    scores_B: Tensor
+    ref_logprobs_BR: Tensor | None = None
+    values_BR: Tensor | None = None
+    old_logprobs_BR: Tensor | None = None
+    rewards_BR: Tensor | None = None
+    advantages_BR: Tensor | None = None
+    returns_BR: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    @property
+    def device(self) -> torch.device:
+        return self.response_mask_BR.device
+
+    def micro_batch(self, rows: Sequence[int], pad_token_id: int) -> dict[str, Tensor]:
+        """Tokens, masks and targets of `rows`, trimmed to the longest query and response among them.
+
+        Queries are padded on the left and responses on the right, so that the response occupies the last `R` of
+        `T = P + R` positions in every row.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids` `(B, T)`, `response_mask` `(B, R)`, `rows` `(B,)`, and those
+            of `ref_logprobs`, `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
+        """
+        index = torch.tensor(list(rows), device=self.device)
+        queries = [self.queries[row] for row in rows]
+        responses = [self.responses[row] for row in rows]
+        batch = pad_tokens(queries, responses, pad_token_id)
+        width = max(len(response) for response in responses)
+        batch["rows"] = index
+        batch["response_mask"] = self.response_mask_BR[index, :width]
+        for name in ("ref_logprobs", "old_logprobs", "values", "advantages", "returns"):
+            field = getattr(self, f"{name}_BR")
+            if field is not None:
+                batch[name] = field[index, :width]
+        return batch
+
+
+def response_mask(responses: Sequence[Tensor], caller_masks: Sequence[Tensor] | None = None) -> Tensor:
+    """The mask of counted response tokens, built from lengths and never from token ids: pad may equal EOS.
+
+    Args:
+        responses: `B` 1-D tensors of token ids.
+        caller_masks: for each response a 1-D tensor of its length; zero or False drops the token from every
+            reduction (the text a tool wrote, say), though the model still reads it.
+
+    Returns:
+        bool `(B, R)`, True = counted.
+    """
+    if caller_masks is None:
+        caller_masks = [torch.ones_like(response, dtype=torch.bool) for response in responses]
+    return pad_sequence([mask.bool() for mask in caller_masks], batch_first=True, padding_value=False)
+
+
+def pad_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """Left-padded queries followed by right-padded responses, with explicit positions.
+
+    Position ids count real tokens only: without them models with learned positions (GPT-2) shift under left padding.
+
+    Returns:
+        `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each int64 `(B, T)`.
+    """
+    queries_BP = pad_sequence(list(queries), batch_first=True, padding_value=pad_token_id, padding_side="left")
+    responses_BR = pad_sequence(list(responses), batch_first=True, padding_value=pad_token_id)
+    query_mask_BP = pad_sequence([torch.ones_like(query) for query in queries], batch_first=True, padding_side="left")
+    response_mask_BR = pad_sequence([torch.ones_like(response) for response in responses], batch_first=True)
+    attention_mask_BT = torch.cat([query_mask_BP, response_mask_BR], dim=1)
+    return {
+        "input_ids": torch.cat([queries_BP, responses_BR], dim=1),
+        "attention_mask": attention_mask_BT,
+        "position_ids": (attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+    }

@@ -1,0 +1,133 @@
+"""What `step` reports: one flat dict of floats, over counted response tokens only (`docs/statistics.md`)."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trl_apa.kl import kl_k1, kl_k3
+from trl_apa.losses import log_normalizer
+from trl_apa.masking import keep_counted, masked_mean, masked_sum, masked_var
+from trl_apa.rollouts import Rollouts
+
+
+@dataclass
+class UpdateRecord:
+    """What the forward and backward passes of one iteration leave behind for the statistics, as tensors on the device.
+
+    Args:
+        logprobs_BR, entropy_BR: nats, as each row's policy was when the row was first visited.
+        observing: whether rows are visited for the first time.
+        optimizer_steps: for each optimizer step, statistics that add up over its micro-batches and processes.
+        grad_norms: for each optimizer step, the norms before clipping.
+    """
+
+    logprobs_BR: Tensor
+    entropy_BR: Tensor
+    observing: bool = True
+    optimizer_steps: list[dict[str, Tensor]] = field(default_factory=list)
+    grad_norms: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, like_BR: Tensor) -> "UpdateRecord":
+        shape = {"size": like_BR.shape, "dtype": torch.float32, "device": like_BR.device}
+        return cls(torch.zeros(**shape), torch.zeros(**shape))
+
+    def observe(self, rows: Tensor, outputs: dict[str, Tensor]) -> None:
+        """Keep the policy's log-probs and entropies at `rows`."""
+        width = outputs["logprobs"].shape[1]
+        self.logprobs_BR[rows, :width] = outputs["logprobs"].detach().float()
+        self.entropy_BR[rows, :width] = outputs["entropy"].float()
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        """Add a micro-batch's share to the current optimizer step."""
+        step = self.optimizer_steps[-1]
+        for name, value in stats.items():
+            step[name] = step[name] + value if name in step else value
+
+    def mean_grad_norms(self) -> dict[str, float]:
+        return _mean_of_steps(self.grad_norms)
+
+    def mean_losses(self, reduce_sum) -> dict[str, float]:
+        """Mean over optimizer steps; `reduce_sum` adds a tensor up over the processes."""
+        names = sorted(self.optimizer_steps[0])
+        table = torch.stack([torch.stack([step[name].float() for name in names]) for step in self.optimizer_steps])
+        means = reduce_sum(table.mean(dim=0)).tolist()
+        return dict(zip(names, means, strict=True))
+
+
+class StageTimer:
+    """Wall-clock seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+    def as_statistics(self, num_tokens: int) -> dict[str, float]:
+        """`time/apa/<stage>` and the total in seconds, and query and response tokens a second of the whole step."""
+        total = time.perf_counter() - self.start
+        stats = {f"time/apa/{stage}": seconds for stage, seconds in self.seconds.items()}
+        return {**stats, "time/apa/total": total, "time/apa/tokens_per_second": num_tokens / total}
+
+
+def rollout_statistics(
+    rollouts: Rollouts,
+    logprobs_BR: Tensor,
+    entropy_BR: Tensor,
+    query_lengths_B: Tensor,
+    ended_B: Tensor,
+    kl_coef: float | None,
+) -> dict[str, float]:
+    """Statistics of one iteration's rollouts, gathered from all processes.
+
+    Args:
+        rollouts: with scores, rewards, ref_logprobs, values, advantages, returns; queries and responses are not read.
+        logprobs_BR, entropy_BR: of the policy, nats.
+        query_lengths_B: tokens.
+        ended_B: bool, whether a response ended with EOS.
+        kl_coef: lambda, in units of the advantages; None with PPO, whose coefficient is in units of the reward.
+    """
+    mask = rollouts.response_mask_BR
+    lengths_B = mask.sum(dim=1).float()
+    k1_BR = keep_counted(kl_k1(logprobs_BR, rollouts.ref_logprobs_BR), mask)
+    k3_BR = keep_counted(kl_k3(logprobs_BR, rollouts.ref_logprobs_BR), mask)
+    values, returns = rollouts.values_BR, rollouts.returns_BR
+    stats = {
+        "objective/kl": k1_BR.sum(dim=1).mean(),
+        "objective/kl_per_token": masked_mean(k1_BR, mask),
+        "objective/kl_k3": k3_BR.sum(dim=1).mean(),
+        "objective/kl_k3_per_token": masked_mean(k3_BR, mask),
+        "objective/entropy": -keep_counted(logprobs_BR, mask).sum(dim=1).mean(),
+        "apa/policy/entropy": masked_mean(entropy_BR, mask),
+        "apa/policy/advantages_mean": masked_mean(rollouts.advantages_BR, mask),
+        "apa/mean_scores": rollouts.scores_B.mean(),
+        "apa/std_scores": rollouts.scores_B.std() if len(rollouts.scores_B) > 1 else torch.zeros(()),
+        "apa/returns/mean": masked_mean(returns, mask),
+        "apa/returns/var": masked_var(returns, mask),
+        "apa/val/mean": masked_mean(values, mask),
+        "apa/val/var": masked_var(values, mask),
+        "apa/val/var_explained": 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8),
+        "tokens/queries_len_mean": query_lengths_B.float().mean(),
+        "tokens/queries_len_std": query_lengths_B.float().std(unbiased=False),
+        "tokens/responses_len_mean": lengths_B.mean(),
+        "tokens/responses_len_std": lengths_B.std(unbiased=False),
+        "tokens/eos_share": ended_B.float().mean(),
+        "tokens/counted": masked_sum(torch.ones_like(k1_BR), mask),
+    }
+    if kl_coef is not None:
+        stats["apa/policy/log_normalizer"] = log_normalizer(rollouts.advantages_BR, mask, kl_coef)
+    return {name: float(value) for name, value in stats.items()}
+
+
+def _mean_of_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
+    names = sorted(steps[0]) if steps else []
+    return {name: float(torch.stack([step[name].float() for step in steps]).mean()) for name in names}

@@ -1,0 +1,715 @@
+"""`APATrainer`: orchestration of generate -> score -> step. Every stage it calls is a file of its own."""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, set_seed
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+
+from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generation
+from trl_apa.advantages import gae
+from trl_apa.config import APAConfig
+from trl_apa.generation import end_token_ids, generate_responses, generation_options
+from trl_apa.kl import AdaptiveKLController, FixedKLController
+from trl_apa.logprobs import response_logprobs
+from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
+from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.models import (
+    PolicyAndValue,
+    ValueModel,
+    create_reference_model,
+    disable_dropout,
+    keep_reference_adapter,
+    reference_policy,
+    resolve_value_model,
+)
+from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
+from trl_apa.rollouts import Rollouts, response_mask
+from trl_apa.statistics import StageTimer, UpdateRecord, rollout_statistics
+from trl_apa.validation import check_positions, check_step_inputs
+
+
+class APATrainer(_BaseTrainer):
+    """
+    Advantage-Induced Policy Alignment (arXiv 2306.02231), with AWR and PPO2 as baselines, in the classic loop:
+
+    ```python
+    trainer = APATrainer(config, model, tokenizer=tokenizer, dataset=dataset)
+    for batch in trainer.dataloader:
+        responses = trainer.generate(batch["input_ids"], return_prompt=False)
+        scores = [torch.tensor(score(r)) for r in tokenizer.batch_decode(responses)]
+        stats = trainer.step(batch["input_ids"], responses, scores)
+    ```
+
+    Args:
+        args (`APAConfig`):
+            Options; also accepted as `config`.
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The policy, a decoder language model, or where to load it from. Its dropout is switched off.
+        ref_model (`PreTrainedModel`, *optional*):
+            pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
+            trained already (SFT), to a frozen copy of that adapter.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer with a pad or an EOS token; also accepted as `tokenizer`. Loaded with `model` if that is a name.
+        train_dataset (`Dataset`, *optional*):
+            What `dataloader` iterates over; also accepted as `dataset`.
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            Made by the caller over the policy's parameters; the value model's join its first group. Defaults to what
+            `args.optim` says.
+        data_collator (`Callable`, *optional*):
+            Rows to batch, for `dataloader`. Defaults to a dict of columns, each a list.
+        num_shared_layers (`int`, *optional*):
+            Freeze this many of the policy's lowest layers and share them with the reference.
+        lr_scheduler (`LRScheduler`, *optional*):
+            Advanced once a `step`. Defaults to what `args.lr_scheduler_type` says, over `args.total_ppo_epochs` steps.
+        value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
+            The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
+            reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
+        peft_config (`PeftConfig`, *optional*):
+            Adapters to put on `model`.
+        eval_dataset, callbacks (*optional*):
+            As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: naming the argument that is of the wrong type or does not fit another.
+    """
+
+    _tag_names = ["trl", "apa", "rlhf"]
+    _name = "APA"
+    _paper = {
+        "title": "Fine-Tuning Language Models with Advantage-Induced Policy Alignment",
+        "id": "2306.02231",
+        # docstyle-ignore
+        "citation": (
+            "@article{zhu2023apa,\n"
+            "    title = {{Fine-Tuning Language Models with Advantage-Induced Policy Alignment}},\n"
+            "    author = {Banghua Zhu and Hiteshi Sharma and Felipe Vieira Frujeri and Shi Dong and "
+            "Chenguang Zhu and Michael I. Jordan and Jiantao Jiao},\n"
+            "    year = 2023,\n"
+            "    journal = {arXiv preprint arXiv:2306.02231}\n"
+            "}"
+        ),
+    }
+    # The loss is divided by the tokens of the whole optimizer step, so the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        args: APAConfig | None = None,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        ref_model: PreTrainedModel | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Callable | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: Any = None,
+        *,
+        config: APAConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dataset: Any = None,
+        eval_dataset: Any = None,
+        value_model: str | ValueModel | PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = _one_of("args", args, "config", config)
+        processing_class = _one_of("processing_class", processing_class, "tokenizer", tokenizer)
+        train_dataset = _one_of("train_dataset", train_dataset, "dataset", dataset)
+        _check_type("config", args, APAConfig)
+        _check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
+        _check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
+        _check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
+        if args.value_learning_rate is not None and lr_scheduler is not None:
+            raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
+        set_seed(args.seed)
+
+        if isinstance(model, str | Path):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model)
+        _check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
+        self._choose_special_tokens(processing_class, model)
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"model={type(model).__name__} is an encoder-decoder; only decoder models can be trained")
+        policy = get_peft_model(model, peft_config) if peft_config is not None else model
+        if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
+            raise ValueError(f"{policy.active_peft_config.peft_type} adapters are not supported; use LoRA or another")
+        self.ref_model = self._build_reference(policy, ref_model, num_shared_layers)
+        module = PolicyAndValue(policy, resolve_value_model(value_model, policy))
+        disable_dropout(module)
+        add_value_parameters(optimizer, module.value_model, args.value_learning_rate)
+
+        use_cache = module.config.use_cache
+        super().__init__(
+            model=module,
+            args=args,
+            data_collator=data_collator or columns_of,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=(optimizer, lr_scheduler),
+        )
+        module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        set_seed(args.seed, device_specific=True)
+
+        self.is_peft_model = is_peft_model(policy)
+        self.is_encoder_decoder = False
+        args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
+        args.global_batch_size = args.batch_size * self.accelerator.num_processes
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        self.kl_ctl = (
+            AdaptiveKLController(args.kl_coef, args.target, args.horizon)
+            if args.loss_type == "ppo" and args.adap_kl_ctrl
+            else FixedKLController(args.kl_coef)
+        )
+        self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
+        self.dataloader = self._build_dataloader()
+        self.num_iterations_done = 0
+        self._record: UpdateRecord | None = None
+        self._prepared = False
+        self._reporters_started = False
+
+    # ---- what classic scripts read ----
+
+    @property
+    def config(self) -> APAConfig:
+        return self.args
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.processing_class
+
+    @property
+    def current_device(self) -> torch.device:
+        return self.accelerator.device
+
+    # ---- construction ----
+
+    def _choose_special_tokens(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+        self._end_token_ids = end_token_ids(model, tokenizer)
+        self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if self._pad_token_id is None:
+            raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
+
+    def _build_reference(
+        self, policy: nn.Module, ref_model: nn.Module | None, num_shared_layers: int | None
+    ) -> nn.Module | None:
+        """The frozen reference, or None where the policy's own base or reference adapter serves."""
+        if ref_model is not None:
+            if num_shared_layers:
+                warnings.warn("num_shared_layers has no effect when ref_model is given", UserWarning, stacklevel=3)
+            return ref_model.requires_grad_(False).eval()
+        if is_peft_model(policy):
+            keep_reference_adapter(policy)
+            return None
+        return create_reference_model(policy, num_shared_layers)
+
+    def _build_dataloader(self) -> DataLoader | None:
+        if self.train_dataset is None:
+            return None
+        dataset = self.train_dataset
+        if self.args.remove_unused_columns and hasattr(dataset, "column_names"):
+            kept = {"input_ids", "attention_mask", "label", "query", "response"}
+            dataset = dataset.remove_columns([name for name in dataset.column_names if name not in kept])
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.batch_size,
+            collate_fn=self.data_collator,
+            shuffle=True,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer does, with groups of their own for the value model if it has its own rate."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.value_learning_rate
+        if made_here and rate is not None:
+            split_off_value_groups(optimizer, self.accelerator.unwrap_model(self.model).value_model, rate)
+        return optimizer
+
+    # ---- prompts to responses ----
+
+    def generate(
+        self,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        pad_to_multiple_of: int | None = None,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Sample responses from the policy.
+
+        The model's own generation config is not consulted: what is not given here comes from `args` (`temperature`,
+        `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled.
+
+        Args:
+            query_tensor: one query, 1-D token ids, or a list of them.
+            length_sampler: draws `max_new_tokens` for each batch.
+            batch_size: queries a call of the model's `generate`, when a list is given.
+            return_prompt: put the query before each response.
+            generate_ref_response: also sample from the reference.
+            pad_to_multiple_of: round the padded prompt width up.
+            generation_kwargs: anything that transformers' `generate` takes.
+
+        Returns:
+            For a list of queries a list of 1-D tensors in the same order, each cut after its first generated EOS (or
+            stop string). For one query a tensor `(1, L)`. With `generate_ref_response` a pair of these, policy first.
+
+        Raises:
+            ValueError: if a query is not 1-D or empty, or query and response together exceed the model's positions.
+        """
+        single = isinstance(query_tensor, Tensor)
+        queries = [query_tensor] if single else list(query_tensor)
+        for row, query in enumerate(queries):
+            if query.dim() != 1 or len(query) == 0:
+                shape = tuple(query.shape)
+                raise ValueError(
+                    f"query_tensor[{row}] has shape {shape}; a query is a 1-D tensor of at least one token"
+                )
+        args = self.args
+        defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
+        defaults["eos_token_id"] = self._end_token_ids or None
+        generation_config, stop_strings, model_inputs = generation_options(defaults, generation_kwargs)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if length_sampler is None and generation_config.max_new_tokens is not None:
+            lengths = [len(query) + generation_config.max_new_tokens for query in queries]
+            check_positions(lengths, unwrapped.policy, "query + max_new_tokens")
+
+        def sample(model: nn.Module) -> Any:
+            responses = generate_responses(
+                model,
+                queries,
+                generation_config,
+                self.processing_class,
+                stop_strings=stop_strings,
+                batch_size=batch_size,
+                length_sampler=length_sampler,
+                pad_to_multiple_of=pad_to_multiple_of,
+                **model_inputs,
+            )
+            if return_prompt:
+                responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+            return responses[0].unsqueeze(0) if single else responses
+
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as module:
+            responses = sample(module.policy)
+            if not generate_ref_response:
+                return responses
+            with reference_policy(module.policy, self.ref_model) as reference:
+                return responses, sample(reference)
+
+    # ---- responses and scores to an update ----
+
+    def step(
+        self,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        scores: list[Tensor],
+        response_masks: list[Tensor] | None = None,
+    ) -> dict[str, float]:
+        """One iteration of Algorithm 1: learn from `batch_size` scored responses.
+
+        Rewards, advantages and returns are fixed once; then `num_epochs_per_batch` passes are made over the rollouts
+        in mini-batches of `backward_batch_size`, each an optimizer step on the loss of `args.loss_type` plus `vf_coef`
+        times the value loss, averaged over the counted tokens of the mini-batch on all processes.
+
+        Args:
+            queries: `batch_size` prompts, 1-D token ids.
+            responses: what the policy answered, 1-D token ids without the prompt, EOS included.
+            scores: one number a response, reward units, 0-D or of one element.
+            response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
+
+        Returns:
+            Statistics as floats, see `docs/statistics.md`.
+
+        Raises:
+            ValueError: on input that cannot be trained on, before any forward pass; nothing has changed then.
+            FloatingPointError: if a gradient is not finite; that update was not made.
+        """
+        timer = StageTimer()
+        self._check_on_all_processes(queries, responses, scores, response_masks)
+        self._prepare_for_updates()
+        rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+        with timer("forward_pass"):
+            self._evaluate_rollouts(rollouts)
+        with timer("compute_rewards"):
+            rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
+        with timer("compute_advantages"):
+            self._estimate_advantages(rollouts)
+        with timer("optimize_step"):
+            record = self._update(rollouts)
+        with timer("calc_stats"):
+            stats = self._statistics(rollouts, record, ended_B)
+        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
+        self.lr_scheduler.step()
+        self.num_iterations_done += 1
+        num_tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
+        return {**stats, **timer.as_statistics(num_tokens)}
+
+    def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
+        """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
+        error = None
+        try:
+            policy = self.accelerator.unwrap_model(self.model).policy
+            check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
+        except ValueError as refused:
+            error = refused
+        refusals = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
+        if error is not None:
+            raise error
+        if refusals:
+            raise ValueError(f"the inputs of {int(refusals)} other process(es) were refused; see their messages")
+
+    def _prepare_for_updates(self) -> None:
+        """Optimizer, scheduler and distributed engine, made when the first `step` needs them."""
+        if self._prepared:
+            return
+        if self.args.gradient_checkpointing:
+            kwargs = self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+            self.model.gradient_checkpointing_enable(kwargs)
+        self._prepare_for_training(self.args.total_ppo_epochs, None, None)
+        self._prepared = True
+
+    def _collect(
+        self, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor], response_masks: Any
+    ) -> tuple[Rollouts, Tensor]:
+        """The caller's lists as `Rollouts` on the device, and which responses ended with EOS."""
+        device = self.accelerator.device
+        scores_B = torch.stack([score.detach().reshape(()).float().to(device) for score in scores])
+        ended_B = torch.tensor([int(response[-1]) in self._end_token_ids for response in responses], device=device)
+        rollouts = Rollouts(
+            queries=[query.long().to(device) for query in queries],
+            responses=[response.long().to(device) for response in responses],
+            response_mask_BR=response_mask(responses, response_masks).to(device),
+            scores_B=scores_B,
+        )
+        return rollouts, ended_B
+
+    @torch.no_grad()
+    def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
+        """Fill in log pi_init and V, and, for PPO alone, log pi_old."""
+        blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
+        rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
+        is_ppo = self.args.loss_type == "ppo"
+        if is_ppo:
+            rollouts.old_logprobs_BR = blank_BR.clone()
+        policy = self.accelerator.unwrap_model(self.model).policy
+        for start in range(0, len(rollouts), self.args.per_device_train_batch_size):
+            rows = range(start, min(start + self.args.per_device_train_batch_size, len(rollouts)))
+            batch = rollouts.micro_batch(rows, self._pad_token_id)
+            index, width = batch["rows"], batch["response_mask"].shape[1]
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo)
+            rollouts.values_BR[index, :width] = outputs["values"].float()
+            if is_ppo:
+                rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
+            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+                tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+                ref_logprobs, _ = response_logprobs(reference, *tokens, width, self.args.temperature)
+            rollouts.ref_logprobs_BR[index, :width] = ref_logprobs.float()
+
+    def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
+        """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
+        args, scores_B = self.args, rollouts.scores_B
+        if args.missing_eos_penalty is not None:
+            scores_B = scores_B - args.missing_eos_penalty * ~ended_B
+        std = mean = None
+        if args.scale_rewards:
+            self.running_scores.update(scores_B)
+            std = self.running_scores.std
+            mean = self.running_scores.mean if args.center_rewards else None
+        scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
+        rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
+        if args.loss_type == "ppo":
+            rewards_BR = kl_penalized_rewards(
+                rewards_BR,
+                rollouts.old_logprobs_BR,
+                rollouts.ref_logprobs_BR,
+                rollouts.response_mask_BR,
+                self.kl_ctl.value,
+                args.kl_penalty,
+            )
+        return rewards_BR
+
+    def _estimate_advantages(self, rollouts: Rollouts) -> None:
+        args, mask_BR, distributed = self.args, rollouts.response_mask_BR, self.accelerator.num_processes > 1
+        rewards_BR = rollouts.rewards_BR
+        if args.whiten_rewards:
+            rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
+        advantages_BR, rollouts.returns_BR = gae(rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
+        if args.whiten_advantages:
+            advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
+        rollouts.advantages_BR = advantages_BR
+
+    def _update(self, rollouts: Rollouts) -> UpdateRecord:
+        """The epochs of one iteration: shuffle, split, and an optimizer step for each mini-batch."""
+        self._record = record = UpdateRecord.empty(rollouts.response_mask_BR)
+        plan = [
+            rows
+            for epoch in range(self.args.num_epochs_per_batch)
+            for rows in self._mini_batches(len(rollouts), epoch)
+        ]
+        counts_B = rollouts.response_mask_BR.sum(dim=1)
+        num_tokens = self._sum_over_processes(torch.stack([counts_B[rows].sum() for rows in plan]))
+        for number, rows in enumerate(plan):
+            record.observing = number < len(plan) // self.args.num_epochs_per_batch
+            record.optimizer_steps.append({})
+            self._optimizer_step(rollouts, rows, num_tokens[number])
+        return record
+
+    def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
+        """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
+        seed = hash((self.args.seed, self.accelerator.process_index, self.num_iterations_done, epoch)) % 2**63
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
+        size = self.args.backward_batch_size
+        return [order[start : start + size] for start in range(0, num_rows, size)]
+
+    def _optimizer_step(self, rollouts: Rollouts, rows: Sequence[int], num_tokens: Tensor) -> None:
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            last = start + size >= len(rows)
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            batch = rollouts.micro_batch(rows[start : start + size], self._pad_token_id)
+            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                self.training_step(self.model_wrapped, {**batch, "num_tokens": num_tokens})
+        self._clip_and_check_gradients()
+        self.optimizer.step()
+        self.model_wrapped.zero_grad()
+        self.state.global_step += 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Policy loss plus `vf_coef` times value loss of one micro-batch, as its share of the optimizer step's mean.
+
+        Multiplied by the number of processes, because distributed engines average gradients over them.
+        """
+        args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
+        outputs = model(**self._model_inputs(inputs), with_entropy=self._record.observing)
+        if self._record.observing:
+            self._record.observe(inputs["rows"], outputs)
+        pi_loss, stats = self._policy_loss(outputs["logprobs"], inputs, num_tokens)
+        v_loss, v_stats = value_loss(
+            outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
+        )
+        loss = pi_loss + args.vf_coef * v_loss
+        self._record.add(
+            {
+                **{f"apa/policy/{name}": value for name, value in stats.items()},
+                **{f"apa/val/{name}": value for name, value in v_stats.items()},
+                "apa/val/vpred": masked_mean(outputs["values"].detach(), mask, num_tokens),
+                "apa/loss/policy": pi_loss.detach(),
+                "apa/loss/value": v_loss.detach(),
+                "apa/loss/total": loss.detach(),
+            }
+        )
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _policy_loss(self, logprobs_BR: Tensor, batch: dict[str, Tensor], num_tokens: Tensor) -> tuple[Tensor, dict]:
+        """The one place where APA, AWR and PPO differ in the update."""
+        args, advantages, mask = self.args, batch["advantages"], batch["response_mask"]
+        if args.loss_type == "apa":
+            return apa_loss(logprobs_BR, batch["ref_logprobs"], advantages, mask, args.kl_coef, num_tokens)
+        if args.loss_type == "awr":
+            return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
+        return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
+
+    def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        tokens = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        return {**tokens, "response_width": batch["response_mask"].shape[1], "temperature": self.args.temperature}
+
+    def _clip_and_check_gradients(self) -> None:
+        """Clip the joint norm to `max_grad_norm`, note the norms before, and refuse a gradient that is not finite."""
+        norms = {}
+        scaled = self.accelerator.scaler is not None
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if not scaled and not sharded:
+            module = self.accelerator.unwrap_model(self.model)
+            for name, network in (("policy", module.policy), ("value", module.value_model)):
+                gradients = [p.grad for p in network.parameters() if p.grad is not None]
+                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
+        total = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
+        total = self._get_grad_norm(self.model_wrapped, grad_norm=total)
+        norms["apa/grad_norm/total"] = torch.as_tensor(total)
+        # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
+        if not scaled and not torch.isfinite(norms["apa/grad_norm/total"]):
+            self.model_wrapped.zero_grad()
+            raise FloatingPointError(
+                f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
+                "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"
+            )
+        self._record.grad_norms.append(norms)
+
+    # ---- statistics ----
+
+    def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, float]:
+        args = self.args
+        lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
+        everywhere, logprobs_BR, entropy_BR = self._gather_rollouts(rollouts, record)
+        stats = rollout_statistics(
+            everywhere,
+            logprobs_BR if rollouts.old_logprobs_BR is None else everywhere.old_logprobs_BR,
+            entropy_BR,
+            self.accelerator.gather(lengths_B),
+            self.accelerator.gather(ended_B),
+            None if args.loss_type == "ppo" else args.kl_coef,
+        )
+        stats.update(record.mean_losses(self._sum_over_processes))
+        stats.update(record.mean_grad_norms())
+        stats["objective/kl_coef"] = self.kl_ctl.value
+        if args.loss_type == "ppo":
+            mask = everywhere.response_mask_BR
+            shaped = masked_mean(everywhere.rewards_BR, mask)
+            last = token_rewards(everywhere.scores_B, mask)
+            stats["apa/mean_non_score_reward"] = float(shaped - masked_mean(last, mask))
+        # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
+        stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        return stats
+
+    def _gather_rollouts(self, rollouts: Rollouts, record: UpdateRecord) -> tuple[Rollouts, Tensor, Tensor]:
+        """Everything measured per token, of all processes, in one collective."""
+        names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
+        if rollouts.old_logprobs_BR is not None:
+            names.append("old_logprobs_BR")
+        fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
+        stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
+        stacked_BRF = self.accelerator.gather(self.accelerator.pad_across_processes(stacked_BRF, dim=1))
+        mask_BR, *gathered = stacked_BRF.unbind(dim=-1)
+        everywhere = Rollouts(
+            queries=[],
+            responses=[],
+            response_mask_BR=mask_BR.bool(),
+            scores_B=self.accelerator.gather(rollouts.scores_B),
+            **dict(zip(names, gathered[: len(names)], strict=True)),
+        )
+        return everywhere, gathered[-2], gathered[-1]
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def log_stats(
+        self,
+        stats: dict[str, Any],
+        batch: dict[str, Any],
+        rewards: Sequence[Tensor],
+        columns_to_log: Sequence[str] = ("query", "response"),
+    ) -> None:
+        """Send the statistics of a `step`, and the mean and spread of the rewards, to the configured trackers.
+
+        Args:
+            stats: what `step` returned.
+            batch: texts under the names in `columns_to_log`.
+            rewards: the scores of this process, 0-D tensors or numbers.
+            columns_to_log: which texts belong to the rewards; a warning says which are missing.
+        """
+        missing = [name for name in columns_to_log if name not in batch]
+        if missing:
+            warnings.warn(f"batch has no {', '.join(map(repr, missing))} to log with the rewards", stacklevel=2)
+        rewards_B = torch.stack([torch.as_tensor(reward, dtype=torch.float32).reshape(()) for reward in rewards])
+        rewards_B = self.accelerator.gather(rewards_B.to(self.accelerator.device))
+        logs = {name: float(value) for name, value in stats.items() if not hasattr(value, "__len__")}
+        logs["env/reward_mean"] = float(rewards_B.mean())
+        logs["env/reward_std"] = float(rewards_B.std(unbiased=False))
+        self._start_reporters()
+        self.log(logs)
+
+    def _start_reporters(self) -> None:
+        """The Trainer's reporters open their runs when training begins, which the classic loop never announces."""
+        if self._reporters_started:
+            return
+        reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        for callback in self.callback_handler.callbacks:
+            if reporters and isinstance(callback, reporters):
+                callback.on_train_begin(self.args, self.state, self.control, model=self.model)
+        self._reporters_started = True
+
+    # ---- saving ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the policy (an adapter, if it is one), the tokenizer, and the value model in `value_model/`.
+
+        Plain transformers, or peft, loads the policy; `APATrainer(value_model=f"{save_directory}/value_model")` the
+        value model.
+        """
+        self.save_model(str(save_directory), _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
+        """Save to `args.output_dir`, write a model card and upload both.
+
+        Args:
+            repo_id: where to; defaults to `args.hub_model_id`.
+            kwargs: as in [`~transformers.Trainer.push_to_hub`] (`commit_message`, `token`, `blocking`, ...).
+        """
+        if repo_id is not None:
+            self.args.hub_model_id, self.hub_model_id = repo_id, None
+        return super().push_to_hub(**kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "train() needs reward functions, which this version does not take yet; "
+            "use the loop responses = generate(queries), scores = ..., step(queries, responses, scores)"
+        )
+
+    def _send_telemetry(self) -> None:
+        """This package sends none."""
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows to columns, each a list; lists of integers become 1-D tensors. The default collator of `dataloader`."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: [torch.tensor(v) if isinstance(v, list) and v and isinstance(v[0], int) else v for v in values]
+        for name, values in columns.items()
+    }
+
+
+def _one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
+    if value is not None and alias_value is not None and value is not alias_value:
+        raise ValueError(f"{name} and {alias} name one argument: give one of them")
+    return alias_value if value is None else value
+
+
+def _check_type(name: str, value: Any, types: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, types):
+        wanted = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
+        raise ValueError(f"{name} is a {type(value).__name__}; it should be a {wanted}")

@@ -1,0 +1,81 @@
+"""What a caller may hand to `step`, checked before any forward pass and before any state changes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_step_inputs(
+    queries: Any, responses: Any, scores: Any, response_masks: Any, batch_size: int, policy: nn.Module
+) -> None:
+    """Refuse what would train on nonsense or fail halfway.
+
+    Raises:
+        ValueError: naming the argument, its element, what it was and what it should be.
+    """
+    named = {"queries": queries, "responses": responses, "scores": scores}
+    if response_masks is not None:
+        named["response_masks"] = response_masks
+    for name, tensors in named.items():
+        _check_list(name, tensors, batch_size)
+    for name in ("queries", "responses"):
+        for row, tokens in enumerate(named[name]):
+            _check_tokens(f"{name}[{row}]", tokens, policy.get_input_embeddings())
+    for row, score in enumerate(scores):
+        if score.numel() != 1:
+            raise ValueError(
+                f"scores[{row}] has shape {tuple(score.shape)}; a response has one score: shape () or (1,)"
+            )
+        if not torch.isfinite(score).all():
+            raise ValueError(f"scores[{row}] is {score.item()}; scores should be finite")
+    for row, mask in enumerate(response_masks or []):
+        if mask.shape != responses[row].shape:
+            raise ValueError(
+                f"response_masks[{row}] has shape {tuple(mask.shape)}; its response has {tuple(responses[row].shape)}"
+            )
+        if not mask.any():
+            raise ValueError(f"response_masks[{row}] drops every token of its response; at least one should count")
+    check_positions([len(q) + len(r) for q, r in zip(queries, responses, strict=True)], policy, "queries + responses")
+
+
+def check_positions(lengths: Sequence[int], policy: nn.Module, what: str) -> None:
+    """Raise ValueError if a sequence has more tokens than the model has positions."""
+    limit = max_positions(policy)
+    for row, length in enumerate(lengths):
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{what}: row {row} has {length} tokens, but the model has {limit} positions; "
+                "shorten the query or the response"
+            )
+
+
+def max_positions(policy: nn.Module) -> int | None:
+    """Longest sequence the model was made for, tokens; None if it sets no limit."""
+    return getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_list(name: str, tensors: Any, batch_size: int) -> None:
+    if not isinstance(tensors, list):
+        raise ValueError(f"{name} is a {type(tensors).__name__}; it should be a list of tensors")
+    for row, element in enumerate(tensors):
+        if not isinstance(element, Tensor):
+            raise ValueError(f"{name}[{row}] is a {type(element).__name__}; it should be a tensor")
+    if len(tensors) != batch_size:
+        raise ValueError(f"{name} has {len(tensors)} elements; it should have config.batch_size = {batch_size}")
+
+
+def _check_tokens(name: str, tokens: Tensor, embeddings: nn.Module) -> None:
+    if tokens.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(tokens.shape)}; it should be 1-D")
+    if len(tokens) == 0:
+        raise ValueError(f"{name} is empty; it should have at least one token")
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tokens.dtype}; token ids should be integers")
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    if vocabulary is not None and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+        raise ValueError(
+            f"{name} holds token ids from {int(tokens.min())} to {int(tokens.max())}; "
+            f"the model knows 0 to {vocabulary - 1}"
+        )
