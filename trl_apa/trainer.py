@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +31,7 @@ from trl_apa.masking import masked_mean, masked_whiten
 from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
+    build_policy,
     create_reference_model,
     disable_dropout,
     keep_reference_adapter,
@@ -39,10 +39,11 @@ from trl_apa.models import (
     resolve_value_model,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask
 from trl_apa.statistics import StageTimer, UpdateRecord, rollout_statistics
-from trl_apa.validation import check_positions, check_step_inputs
+from trl_apa.validation import check_positions, check_step_inputs, check_type, one_of
 
 
 class APATrainer(_BaseTrainer):
@@ -129,13 +130,13 @@ class APATrainer(_BaseTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        args = _one_of("args", args, "config", config)
-        processing_class = _one_of("processing_class", processing_class, "tokenizer", tokenizer)
-        train_dataset = _one_of("train_dataset", train_dataset, "dataset", dataset)
-        _check_type("config", args, APAConfig)
-        _check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
-        _check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
-        _check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
+        args = one_of("args", args, "config", config)
+        processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
+        train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
+        check_type("config", args, APAConfig)
+        check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
+        check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
+        check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
         if args.value_learning_rate is not None and lr_scheduler is not None:
             raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
         if args.n_gpu > 1:
@@ -145,13 +146,9 @@ class APATrainer(_BaseTrainer):
         if isinstance(model, str | Path):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
-        _check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
+        check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
         self._choose_special_tokens(processing_class, model)
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"model={type(model).__name__} is an encoder-decoder; only decoder models can be trained")
-        policy = get_peft_model(model, peft_config) if peft_config is not None else model
-        if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
-            raise ValueError(f"{policy.active_peft_config.peft_type} adapters are not supported; use LoRA or another")
+        policy = build_policy(model, peft_config)
         self.ref_model = self._build_reference(policy, ref_model, num_shared_layers)
         module = PolicyAndValue(policy, resolve_value_model(value_model, policy))
         disable_dropout(module)
@@ -183,7 +180,12 @@ class APATrainer(_BaseTrainer):
             else FixedKLController(args.kl_coef)
         )
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
-        self.dataloader = self._build_dataloader()
+        self.dataloader = None
+        if train_dataset is not None:
+            loader = prompt_dataloader(
+                train_dataset, args.batch_size, self.data_collator, not args.remove_unused_columns, args.seed
+            )
+            self.dataloader = self.accelerator.prepare(loader)
         self.num_iterations_done = 0
         self._record: UpdateRecord | None = None
         self._prepared = False
@@ -223,23 +225,6 @@ class APATrainer(_BaseTrainer):
             keep_reference_adapter(policy)
             return None
         return create_reference_model(policy, num_shared_layers)
-
-    def _build_dataloader(self) -> DataLoader | None:
-        if self.train_dataset is None:
-            return None
-        dataset = self.train_dataset
-        if self.args.remove_unused_columns and hasattr(dataset, "column_names"):
-            kept = {"input_ids", "attention_mask", "label", "query", "response"}
-            dataset = dataset.remove_columns([name for name in dataset.column_names if name not in kept])
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.batch_size,
-            collate_fn=self.data_collator,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(self.args.seed),
-        )
-        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer does, with groups of their own for the value model if it has its own rate."""
@@ -690,26 +675,3 @@ class APATrainer(_BaseTrainer):
 
     def _send_telemetry(self) -> None:
         """This package sends none."""
-
-
-def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows to columns, each a list; lists of integers become 1-D tensors. The default collator of `dataloader`."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {
-        name: [torch.tensor(v) if isinstance(v, list) and v and isinstance(v[0], int) else v for v in values]
-        for name, values in columns.items()
-    }
-
-
-def _one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
-    if value is not None and alias_value is not None and value is not alias_value:
-        raise ValueError(f"{name} and {alias} name one argument: give one of them")
-    return alias_value if value is None else value
-
-
-def _check_type(name: str, value: Any, types: Any, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, types):
-        wanted = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
-        raise ValueError(f"{name} is a {type(value).__name__}; it should be a {wanted}")

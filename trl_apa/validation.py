@@ -1,10 +1,25 @@
-"""What a caller may hand to `step`, checked before any forward pass and before any state changes."""
+"""What a caller may hand to the trainer, checked before any forward pass and before any state changes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
+    """The argument that was given under either of two names; ValueError if both were and differ."""
+    if value is not None and alias_value is not None and value is not alias_value:
+        raise ValueError(f"{name} and {alias} name one argument: give one of them")
+    return alias_value if value is None else value
+
+
+def check_type(name: str, value: Any, types: type | tuple[type, ...], optional: bool = False) -> None:
+    """Raise ValueError, naming the argument, unless it is of one of the types (or None, if optional)."""
+    if (value is None and optional) or isinstance(value, types):
+        return
+    wanted = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
+    raise ValueError(f"{name} is a {type(value).__name__}; it should be a {wanted}")
 
 
 def check_step_inputs(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
@@ -117,6 +118,20 @@ class PolicyAndValue(nn.Module):
         self.policy.save_pretrained(path, state_dict=policy_state, **kwargs)
         if kwargs.get("is_main_process", True):
             self.value_model.save_pretrained(Path(path) / VALUE_MODEL_FOLDER, state_dict=value_state)
+
+
+def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """`model`, with new adapters if `peft_config` says so.
+
+    Raises:
+        ValueError: for an encoder-decoder, and for adapters that work by prompt learning: they change the sequence.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model={type(model).__name__} is an encoder-decoder; only decoder models can be trained")
+    policy = model if peft_config is None else get_peft_model(model, peft_config)
+    if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
+        raise ValueError(f"{policy.active_peft_config.peft_type} adapters are not supported; use LoRA or another")
+    return policy
 
 
 def _either_method(network: nn.Module, new_name: str, old_name: str) -> Any:
