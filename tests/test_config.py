@@ -102,7 +102,7 @@ def test_ppo_without_kl_control_is_allowed():
 
 @pytest.mark.parametrize("name", ["cliprange", "init_kl_coef", "target", "horizon", "adap_kl_ctrl", "kl_penalty"])
 def test_an_option_without_effect_warns_once(name):
-    value = {"adap_kl_ctrl": True, "kl_penalty": "kl"}.get(name, 0.2)
+    value = {"adap_kl_ctrl": True, "kl_penalty": "kl", "horizon": 1000.0}.get(name, 0.2)
     with pytest.warns(UserWarning, match=f"{name}=.* has no effect with loss_type='apa'") as caught:
         config(**{name: value})
     assert len([w for w in caught if issubclass(w.category, UserWarning) and name in str(w.message)]) == 1
