@@ -1,11 +1,14 @@
 """The value model stands alone, the reference stays what it was, and both come back from disk."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl.trainer.utils import add_fused_lm_head
 
 from tests.tiny import (
     CONFIGS,
@@ -18,7 +21,14 @@ from tests.tiny import (
     tiny_trainer,
 )
 from trl_apa import APATrainer
-from trl_apa.models import ValueHead, ValueModel, create_reference_model, disable_dropout, resolve_value_model
+from trl_apa.models import (
+    ValueHead,
+    ValueModel,
+    create_reference_model,
+    disable_dropout,
+    independent_copy,
+    resolve_value_model,
+)
 from trl_apa.rollouts import pad_tokens
 
 
@@ -157,6 +167,57 @@ def test_the_reference_is_frozen_and_does_not_move(tmp_path):
     before = copy.deepcopy(trainer.ref_model.state_dict())
     trainer.step(*tiny_rollouts())
     assert all(torch.equal(before[name], p) for name, p in trainer.ref_model.state_dict().items())
+
+
+def patched_by_trl(model):
+    """As SFTTrainer leaves a model: its forward is a function that remembers the model."""
+    add_fused_lm_head(model)
+    return model
+
+
+def patched_by_accelerate(model):
+    """As a Trainer with bf16 leaves it."""
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    return model
+
+
+def hooked_by_accelerate(model):
+    """As a device map leaves it, and then TRL."""
+    for module in (model, model.model, model.lm_head):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return patched_by_trl(model)
+
+
+@pytest.mark.parametrize("patch", [patched_by_trl, patched_by_accelerate, hooked_by_accelerate])
+def test_copies_of_a_model_that_another_trainer_has_patched_do_not_follow_its_training(tmp_path, patch):
+    """deepcopy alone would anchor APA to the policy itself: its KL would always be 0."""
+    trainer = tiny_trainer(tmp_path, patch(tiny_model()), learning_rate=0.1)
+    expected = reference_logprobs(tiny_trainer(tmp_path))
+    for _ in range(2):
+        torch.testing.assert_close(reference_logprobs(trainer), expected)
+        stats = trainer.step(*tiny_rollouts())
+    assert abs(stats["objective/kl"]) > 1e-3
+    clone = independent_copy(trainer.model.policy)
+    ids = torch.arange(2, 8)[None]
+    with torch.no_grad():
+        before = clone(ids).logits.clone()
+        trainer.model.policy.lm_head.weight.zero_()
+        assert torch.equal(clone(ids).logits, before)
+        assert not trainer.model.policy(ids).logits.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trainable_weights_in_half_precision_bring_a_warning_and_names_load_in_float32(tmp_path, dtype):
+    model = tiny_model(dtype=dtype)
+    model.save_pretrained(tmp_path / "half")
+    tiny_tokenizer().save_pretrained(tmp_path / "half")
+    with pytest.warns(UserWarning, match=f"trainable weights in {dtype}"):
+        tiny_trainer(tmp_path, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = APATrainer(tiny_config(tmp_path), str(tmp_path / "half"))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 def test_a_given_reference_is_the_anchor(tmp_path):

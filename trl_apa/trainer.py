@@ -43,7 +43,7 @@ from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask
 from trl_apa.statistics import StageTimer, UpdateRecord, rollout_statistics
-from trl_apa.validation import check_positions, check_step_inputs, check_type, one_of
+from trl_apa.validation import check_positions, check_step_inputs, check_type, one_of, warn_of_half_precision
 
 
 class APATrainer(_BaseTrainer):
@@ -145,13 +145,15 @@ class APATrainer(_BaseTrainer):
 
         if isinstance(model, str | Path):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            # Not in the checkpoint's own precision: updates of half-precision weights are lost to rounding.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
         self._choose_special_tokens(processing_class, model)
         policy = build_policy(model, peft_config)
         self.ref_model = self._build_reference(policy, ref_model, num_shared_layers)
         module = PolicyAndValue(policy, resolve_value_model(value_model, policy))
         disable_dropout(module)
+        warn_of_half_precision(policy)
         add_value_parameters(optimizer, module.value_model, args.value_learning_rate)
 
         use_cache = module.config.use_cache

@@ -1,5 +1,6 @@
 """What a caller may hand to the trainer, checked before any forward pass and before any state changes."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,22 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...], optional: 
         return
     wanted = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
     raise ValueError(f"{name} is a {type(value).__name__}; it should be a {wanted}")
+
+
+def warn_of_half_precision(policy: nn.Module) -> None:
+    """Warn if weights that are to be trained are in float16 or bfloat16.
+
+    Updates smaller than half of their last digit (0.2% of a bfloat16 weight) are lost, and float16 overflows. Since
+    transformers 5 loads checkpoints in the precision that they were saved in, this happens without being asked for.
+    """
+    dtypes = {p.dtype for p in policy.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+    if dtypes:
+        warnings.warn(
+            f"model has trainable weights in {', '.join(map(str, dtypes))}: small updates will be lost to rounding. "
+            "Load it with dtype=torch.float32; bf16=True in the config computes in bfloat16 all the same",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def check_step_inputs(

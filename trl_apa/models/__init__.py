@@ -1,5 +1,6 @@
 """The networks: policy, reference, standalone value model, and the module that holds policy and value."""
 
+from trl_apa.models.copying import independent_copy
 from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER, PolicyAndValue, build_policy, disable_dropout
 from trl_apa.models.reference import create_reference_model, keep_reference_adapter, reference_policy
 from trl_apa.models.value_model import ValueHead, ValueModel, resolve_value_model
@@ -13,6 +14,7 @@ __all__ = [
     "build_policy",
     "create_reference_model",
     "disable_dropout",
+    "independent_copy",
     "keep_reference_adapter",
     "reference_policy",
     "resolve_value_model",

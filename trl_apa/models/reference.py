@@ -1,6 +1,5 @@
 """pi_init, the policy that APA is anchored to: a frozen copy, or the policy's own base without its adapter."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -8,42 +7,70 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from trl_apa._trl import is_peft_model, use_adapter
+from trl_apa.models.copying import independent_copy
 
 
 REFERENCE_ADAPTER = "reference"
 
 
-def create_reference_model(policy: nn.Module, num_shared_layers: int | None = None) -> nn.Module:
-    """A frozen copy of `policy` in eval mode.
+def create_reference_model(
+    model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None
+) -> nn.Module:
+    """A frozen copy of `model` in eval mode.
 
     Args:
-        policy: a decoder language model.
-        num_shared_layers: freeze this many of the lowest layers of `policy`, and the embeddings below them, and share
-            their memory with the copy.
+        model: a language model, with or without a value-head wrapper.
+        num_shared_layers (`int`, *optional*):
+            Freeze this many of the lowest layers of `model` (of an encoder-decoder, its encoder's), and the embeddings
+            below them, and share their memory with the copy.
+        pattern (`str`, *optional*):
+            Which layers are counted: the end of their names, such as `"transformer.h.{layer}"`. Defaults to the first
+            stack of as many layers as the model's config says. Has no effect without `num_shared_layers`.
 
     Raises:
-        ValueError: if the policy has fewer layers than that, or is not laid out as a stack of layers.
+        ValueError: if the model has fewer layers than that, is not laid out as a stack of layers, or `pattern` matches
+            none of them.
     """
-    shared = _lowest_layers(policy, num_shared_layers) if num_shared_layers else []
+    shared = _lowest_layers(model, num_shared_layers, pattern) if num_shared_layers else []
     for parameter in shared:
         parameter.requires_grad_(False)
-    # deepcopy leaves alone what its memo already holds, which is how the lower layers stay one tensor.
-    reference = copy.deepcopy(policy, memo={id(parameter): parameter for parameter in shared})
-    return reference.requires_grad_(False).eval()
+    return independent_copy(model, shared).requires_grad_(False).eval()
 
 
-def _lowest_layers(policy: nn.Module, num_layers: int) -> list[nn.Parameter]:
-    stacks = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]
-    stack = next((module for module in stacks if len(module) == policy.config.num_hidden_layers), None)
-    if stack is None or num_layers > len(stack):
+def _lowest_layers(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
+    modules = dict(model.named_modules())
+    stacks = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    if pattern is None:
+        layers = next((list(stack) for stack in stacks.values() if len(stack) == model.config.num_hidden_layers), [])
+    else:
+        layers = _layers_named_like(model, pattern)
+    if num_layers > len(layers):
         raise ValueError(
-            f"num_shared_layers={num_layers}, but {type(policy).__name__} has "
-            f"{'no stack of layers to share' if stack is None else f'{len(stack)} layers'}"
+            f"num_shared_layers={num_layers}, but {type(model).__name__} has "
+            f"{f'{len(layers)} layers' if layers else 'no stack of layers to share'}"
         )
-    parameters = [policy.get_input_embeddings().weight]
-    for layer in stack[:num_layers]:
-        parameters.extend(layer.parameters())
-    return parameters
+    embeddings = (
+        module
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and not name.startswith(tuple(f"{stack}." for stack in stacks))
+    )
+    return [parameter for module in (*embeddings, *layers[:num_layers]) for parameter in module.parameters()]
+
+
+def _layers_named_like(model: nn.Module, pattern: str) -> list[nn.Module]:
+    """Layer 0, 1, ... as `pattern` names them; a pattern that fits several stacks gives a list of modules a layer."""
+    if "{layer}" not in pattern:
+        raise ValueError(f"pattern={pattern!r} has no {{layer}} where the number of the layer belongs")
+    layers: list[nn.Module] = []
+    while True:
+        ending = "." + pattern.replace("{layer}", str(len(layers)))
+        found = [module for name, module in model.named_modules() if f".{name}".endswith(ending)]
+        if not found:
+            break
+        layers.append(nn.ModuleList(found))
+    if not layers:
+        raise ValueError(f"pattern={pattern!r} matches nothing in {type(model).__name__}")
+    return layers
 
 
 def keep_reference_adapter(policy: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """The standalone value model: a transformer trunk of its own with a scalar head at every position."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import forward_parameters
 from trl_apa.masking import at_least_float32
+from trl_apa.models.copying import independent_copy
 
 
 HEAD_WEIGHTS = "value_head.safetensors"
@@ -84,7 +84,9 @@ class ValueModel(nn.Module):
     def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
         """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
         width = _output_width(policy.get_base_model() if is_peft_model(policy) else policy)
-        network = _copy_with_adapter(policy) if is_peft_model(policy) else _trainable(copy.deepcopy(policy.base_model))
+        network = (
+            _copy_with_adapter(policy) if is_peft_model(policy) else _trainable(independent_copy(policy.base_model))
+        )
         return cls(network, ValueHead(width, head).to(_device(network)))
 
     @classmethod
@@ -105,7 +107,7 @@ class ValueModel(nn.Module):
             head.out.weight.copy_(score.weight)
             if score.bias is not None:
                 head.out.bias.copy_(score.bias)
-        network = _trainable(copy.deepcopy(reward_model.base_model))
+        network = _trainable(independent_copy(reward_model.base_model))
         return cls(network, head.to(_device(network)))
 
     @classmethod
@@ -131,7 +133,7 @@ class ValueModel(nn.Module):
         elif base_model is None:
             network = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
         else:
-            base = copy.deepcopy(base_model)
+            base = independent_copy(base_model)
             base = base.unload() if is_peft_model(base) else base
             network = PeftModel.from_pretrained(base.requires_grad_(False), path, is_trainable=True)
         return cls(network, head.to(_device(network)))
@@ -198,7 +200,7 @@ def resolve_value_model(value_model: Any, policy: nn.Module) -> ValueModel:
         return ValueModel.from_reward_model(value_model)
     if value_model.get_output_embeddings() is not None:
         return ValueModel.from_policy(value_model)
-    return ValueModel._on_trunk(_trainable(copy.deepcopy(value_model)))
+    return ValueModel._on_trunk(_trainable(independent_copy(value_model)))
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -220,7 +222,7 @@ def _trainable(trunk: nn.Module) -> nn.Module:
 
 def _copy_with_adapter(policy: nn.Module) -> nn.Module:
     """A deep copy of a PEFT policy with its active adapter alone; what lies outside the trunk is frozen."""
-    network = copy.deepcopy(policy)
+    network = independent_copy(policy)
     for adapter in [name for name in network.peft_config if name != network.active_adapter]:
         network.delete_adapter(adapter)
     in_trunk = {id(parameter) for parameter in network.get_base_model().base_model.parameters()}

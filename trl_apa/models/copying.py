@@ -1,0 +1,30 @@
+"""Deep copies of models that compute with their own weights."""
+
+import copy
+
+from accelerate.hooks import add_hook_to_module
+from torch import Tensor, nn
+
+
+def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:
+    """A deep copy of `model` that does not run on the original's weights.
+
+    A model that another trainer has had in its hands may carry a `forward` of its own, a function that remembers the
+    original (TRL's fused LM head, accelerate's autocast): `deepcopy` keeps such a function as it is, and the copy
+    would silently follow the original's training. It gets its class's forward back, and accelerate's device hook, if
+    it had one, around that.
+
+    Args:
+        model: any module.
+        shared: parameters that the copy shares with the original instead of copying them.
+    """
+    # deepcopy leaves alone what its memo already holds.
+    memo: dict[int, Tensor] = {id(parameter): parameter for parameter in shared or []}
+    duplicate = copy.deepcopy(model, memo)
+    for module in duplicate.modules():
+        if "forward" in vars(module):
+            del module.forward
+            vars(module).pop("_old_forward", None)
+            if hasattr(module, "_hf_hook"):
+                add_hook_to_module(module, module._hf_hook)
+    return duplicate
