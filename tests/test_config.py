@@ -50,6 +50,7 @@ def test_classic_names_are_understood_and_can_be_read_back():
     assert made.scale_rewards and made.center_rewards
     assert (made.kl_coef, made.total_ppo_epochs) == (0.3, 13)
     assert dataclasses.replace(made, seed=3).mini_batch_size == made.mini_batch_size
+    assert dataclasses.replace(config(), gae_lambda=0.5, num_epochs_per_batch=3).lam == 0.5
 
 
 def test_parses_from_a_command_line():
@@ -88,6 +89,7 @@ def test_the_default_mini_batch_divides_the_batch(batch_size, accumulation, expe
         ({"batch_size": 10, "mini_batch_size": 4}, r"batch_size=10 .*= 4 \* 1"),
         ({"batch_size": 10, "gradient_accumulation_steps": 3}, "batch_size=10 .*gradient_accumulation_steps"),
         ({"center_rewards": True}, "center_rewards=True needs scale_rewards=True"),
+        ({"ppo_epochs": 3, "num_epochs_per_batch": 5}, "ppo_epochs=3 and num_epochs_per_batch=5 name one option"),
         ({"vf_coef": -1.0}, "vf_coef=-1.0"),
     ],
 )

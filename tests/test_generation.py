@@ -132,12 +132,14 @@ def test_options_of_the_call_win_over_the_config_and_the_rest_goes_to_the_model(
     }
     # What StackLLaMA passes.
     classic = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "eos_token_id": 100_000}
-    config, stop, rest = generation_options(defaults, {**classic, "streamer": "s", "stop_strings": "x"})
-    assert (config.eos_token_id, config.min_length, config.max_new_tokens, stop) == (100_000, -1, 7, "x")
-    assert rest == {"streamer": "s"}
-    config, _, _ = generation_options(defaults, {"max_length": 30, "do_sample": False})
-    assert (config.max_length, config.max_new_tokens, config.do_sample) == (30, None, False)
-    config, _, _ = generation_options(defaults, {"generation_config": GenerationConfig(top_k=5, max_new_tokens=3)})
+    options = generation_options(defaults, {**classic, "streamer": "s", "stop_strings": "x", "pad_token_id": None})
+    config = options["generation_config"]
+    assert (config.eos_token_id, config.min_length, config.max_new_tokens, config.pad_token_id) == (100_000, -1, 7, 0)
+    assert (options["stop_strings"], options["model_inputs"], options["max_length"]) == ("x", {"streamer": "s"}, None)
+    options = generation_options(defaults, {"max_length": 30, "do_sample": False})
+    assert (options["max_length"], options["generation_config"].do_sample) == (30, False)
+    given = GenerationConfig(top_k=5, max_new_tokens=3)
+    config = generation_options(defaults, {"generation_config": given})["generation_config"]
     assert (config.top_k, config.max_new_tokens, config.do_sample) == (5, 3, True)
     with pytest.warns(UserWarning, match=r"temperature=0\.5.*config\.temperature=1\.0"):
         generation_options(defaults, {"temperature": 0.5})
@@ -155,6 +157,26 @@ def test_every_id_that_may_end_a_response_is_known():
     assert end_token_ids(Model(), Tokenizer()) == [5]
 
 
+def test_max_length_counts_the_query_and_not_its_padding(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer._end_token_ids = []
+    queries = [torch.tensor([2, 3]), torch.tensor([4, 5, 6, 7, 8, 9])]
+    responses = trainer.generate(queries, return_prompt=False, batch_size=2, max_length=10)
+    assert [len(response) for response in responses] == [8, 4]
+
+
+def test_padding_stays_if_it_should_and_any_integer_dtype_will_do(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    queries = [torch.tensor([2 + i, 3], dtype=torch.int16) for i in range(12)]
+    options = {"return_prompt": False, "do_sample": False, "max_new_tokens": 10, "batch_size": 12}
+    end = int(trainer.generate(queries, **options)[0][2])
+    cut = trainer.generate(queries, eos_token_id=end, **options)
+    whole = trainer.generate(queries, eos_token_id=end, remove_padding=False, **options)
+    assert len({len(response) for response in cut}) > 1 == len({len(response) for response in whole})
+    for short, long in zip(cut, whole, strict=True):
+        assert torch.equal(long[: len(short)], short) and (long[len(short) :] == PAD).all()
+
+
 def test_classic_generation_kwargs_run(tmp_path):
     trainer = tiny_trainer(tmp_path)
     kwargs = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": PAD}
@@ -168,8 +190,21 @@ def test_generate_refuses_what_it_cannot_answer(tmp_path):
     trainer = tiny_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"query_tensor\[0\] has shape \(1, 2\)"):
         trainer.generate(torch.tensor([[2, 3]]))
-    with pytest.raises(ValueError, match=r"query_tensor\[1\] has shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"query_tensor\[1\] is empty"):
         trainer.generate([torch.tensor([2]), torch.tensor([], dtype=torch.long)])
+    with pytest.raises(ValueError, match=r"query_tensor\[0\] is a list"):
+        trainer.generate([[2, 3]])
+    with pytest.raises(ValueError, match=r"query_tensor\[0\] holds.*the model knows 0 to 31"):
+        trainer.generate([torch.tensor([32])])
+    with pytest.raises(ValueError, match=r"row 0 has 65 tokens, but the model has 64 positions"):
+        trainer.generate([torch.tensor([2])], length_sampler=lambda: 64)
+    with pytest.raises(ValueError, match=r"row 0 has 70 tokens, but the model has 64 positions"):
+        trainer.generate([torch.tensor([2])], max_length=70)
+    with pytest.raises(ValueError, match="max_length=2 leaves no token for the response to a query of 2"):
+        trainer.generate([torch.tensor([2, 3])], max_length=2)
+    for name, value in {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}.items():
+        with pytest.raises(ValueError, match=f"{name}={value}: generate gives one"):
+            trainer.generate([torch.tensor([2, 3])], **{name: value})
     with pytest.raises(ValueError, match=r"row 0 has 66 tokens, but the model has 64 positions"):
         trainer.generate([torch.tensor([2, 3])], max_new_tokens=64)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.tiny import (
@@ -86,7 +86,7 @@ def test_saved_policy_and_value_model_come_back(tmp_path, family, lora):
     trainer.step(*tiny_rollouts())
     trainer.save_pretrained(tmp_path / "new" / "saved")
     loader = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
-    policy = loader.from_pretrained(tmp_path / "new" / "saved")
+    policy = loader.from_pretrained(tmp_path / "new" / "saved", **({"is_trainable": True} if lora else {}))
     input_ids = batch()[0]
     with torch.no_grad():
         torch.testing.assert_close(policy(input_ids).logits, trainer.model.policy(input_ids).logits)
@@ -207,16 +207,18 @@ def test_copies_of_a_model_that_another_trainer_has_patched_do_not_follow_its_tr
         assert not trainer.model.policy(ids).logits.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_trainable_weights_in_half_precision_bring_a_warning_and_names_load_in_float32(tmp_path, dtype):
-    model = tiny_model(dtype=dtype)
+def test_half_precision_weights_are_not_trained_unawares_and_names_load_in_float32(tmp_path):
+    with pytest.warns(UserWarning, match="trainable weights in bfloat16"):
+        tiny_trainer(tmp_path, tiny_model(dtype=torch.bfloat16))
+    model = tiny_model(dtype=torch.float16)
+    with pytest.raises(ValueError, match="trainable weights in float16"):
+        tiny_trainer(tmp_path, model)
     model.save_pretrained(tmp_path / "half")
     tiny_tokenizer().save_pretrained(tmp_path / "half")
-    with pytest.warns(UserWarning, match=f"trainable weights in {dtype}"):
-        tiny_trainer(tmp_path, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        trainer = APATrainer(tiny_config(tmp_path), str(tmp_path / "half"))
+        half = str(tmp_path / "half")
+        trainer = APATrainer(tiny_config(tmp_path), half, value_model=half)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
@@ -281,7 +283,7 @@ def test_a_fresh_adapter_is_anchored_to_its_base_without_a_second_copy(tmp_path)
 def test_a_trained_adapter_is_anchored_to_a_frozen_copy_of_itself(tmp_path, kwargs):
     """Switching it off would anchor APA to the base, which is another model."""
     policy = sft_policy(**kwargs)
-    merged = copy.deepcopy(policy).merge_and_unload()
+    merged = copy.deepcopy(policy).merge_and_unload().requires_grad_(True)
     expected = reference_logprobs(tiny_trainer(tmp_path, merged))
     trainer = tiny_trainer(tmp_path, policy, learning_rate=0.1)
     base = reference_logprobs(tiny_trainer(tmp_path))
@@ -290,10 +292,101 @@ def test_a_trained_adapter_is_anchored_to_a_frozen_copy_of_itself(tmp_path, kwar
         torch.testing.assert_close(reference_logprobs(trainer), expected, atol=1e-4, rtol=1e-4)
         stats = trainer.step(*tiny_rollouts())
     assert abs(stats["objective/kl"]) > 1e-3
-    assert all(not p.requires_grad for name, p in policy.named_parameters() if ".reference" in name)
+    assert all(not p.requires_grad for name, p in policy.named_parameters() if ".trl_apa_reference" in name)
     trainer.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "reference").exists()
-    assert all(".reference" not in name for name, _ in trainer.model.value_model.named_parameters())
+    assert not list((tmp_path / "saved").glob("*reference*"))
+    assert all("reference" not in name for name, _ in trainer.model.value_model.named_parameters())
+
+
+@pytest.mark.parametrize("kwargs", [{"bias": "lora_only"}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {}])
+def test_the_reference_of_a_peft_policy_is_the_model_that_was_given(tmp_path, kwargs):
+    """Whatever is trained beside LoRA's matrices (here biases and a norm), and whatever making the adapter did."""
+    policy = get_peft_model(tiny_model("gpt_neox"), lora_config(**kwargs))
+    if not kwargs:
+        policy.base_model.model.gpt_neox.final_layer_norm.requires_grad_(True)
+    expected = reference_logprobs(
+        tiny_trainer(tmp_path, copy.deepcopy(policy).merge_and_unload().requires_grad_(True))
+    )
+    trainer = tiny_trainer(tmp_path, policy, learning_rate=0.1)
+    for _ in range(3):
+        torch.testing.assert_close(reference_logprobs(trainer), expected, atol=1e-5, rtol=1e-5)
+        stats = trainer.step(*tiny_rollouts())
+    assert abs(stats["objective/kl"]) > 1e-3
+
+
+def test_a_second_trainer_on_the_same_peft_policy_is_anchored_to_where_it_starts(tmp_path):
+    policy = sft_policy()
+    first = tiny_trainer(tmp_path, policy, learning_rate=0.1)
+    for _ in range(3):
+        first.step(*tiny_rollouts())
+    second = tiny_trainer(tmp_path, policy)
+    assert abs(second.step(*tiny_rollouts())["objective/kl"]) < 1e-4
+
+
+def test_an_adapter_of_another_name_is_saved_where_it_is_looked_for(tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    policy = get_peft_model(base, lora_config(), adapter_name="sft")
+    trainer = tiny_trainer(tmp_path, policy)
+    opinionated(trainer.model.value_model)
+    trainer.step(*tiny_rollouts())
+    trainer.save_pretrained(tmp_path / "saved")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = batch()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, policy(ids).logits)
+    value_model = ValueModel.from_pretrained(tmp_path / "saved" / "value_model", base_model=policy)
+    torch.testing.assert_close(values_of(value_model), values_of(trainer.model.value_model))
+
+
+def test_set_ups_in_which_the_policy_would_not_train_are_refused(tmp_path):
+    model = tiny_model()
+    shared = "ref_model shares trainable parameters with model"
+    with pytest.raises(ValueError, match=shared):
+        tiny_trainer(tmp_path, model, {"ref_model": model})
+    assert all(p.requires_grad for p in model.parameters())
+    base = tiny_model()
+    with pytest.raises(ValueError, match=shared):
+        tiny_trainer(tmp_path, base, {"ref_model": base, "peft_config": lora_config()})
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer lacks 28 of the 28 trainable tensors"):
+        tiny_trainer(tmp_path, model, {"optimizer": optimizer, "peft_config": lora_config()})
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        tiny_trainer(tmp_path, tiny_model().requires_grad_(False))
+    model = tiny_model()
+    with pytest.raises(ValueError, match="value_model shares parameters with model"):
+        tiny_trainer(tmp_path, model, {"value_model": ValueModel(model.model, ValueHead(16))})
+    with pytest.raises(ValueError, match="adapters already"):
+        tiny_trainer(tmp_path, sft_policy(), {"peft_config": lora_config()})
+    with pytest.raises(ValueError, match="num_shared_layers=-1"):
+        tiny_trainer(tmp_path, trainer_kwargs={"num_shared_layers": -1})
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_policy_trains_its_adapter(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    tiny_model(scale=1.0).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+
+    with pytest.raises(ValueError, match="model is quantised"):
+        tiny_trainer(tmp_path, load())
+    trainer = tiny_trainer(tmp_path, load(), {"peft_config": lora_config()})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert abs(trainer.step(*tiny_rollouts())["objective/kl"]) < 1e-4
+    trainer.step(*tiny_rollouts())
+    moved = [
+        name for name, p in trainer.model.named_parameters() if name in before and not torch.equal(p, before[name])
+    ]
+    assert any(name.startswith("policy.") for name in moved)
+    assert any(name.startswith("value_model.network.") for name in moved)
+    assert len(trainer.generate(tiny_rollouts()[0], return_prompt=False, max_new_tokens=3)) == 4
+    trainer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
 
 
 def test_lora_trains_adapters_and_value_head_and_nothing_else(tmp_path):
@@ -306,7 +399,7 @@ def test_lora_trains_adapters_and_value_head_and_nothing_else(tmp_path):
     assert any(name.startswith("value_model.network.") for name in moved)
     assert any(name.startswith("value_model.head.") for name in moved)
     assert all("lora_" in name or "head." in name for name in moved)
-    assert all(".default" in name or ".reference" not in name for name in moved)
+    assert all("reference" not in name for name in moved)
 
 
 def test_prompt_tuning_is_refused(tmp_path):

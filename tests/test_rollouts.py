@@ -47,14 +47,15 @@ def test_logprobs_equal_a_token_by_token_loop(tmp_path, family, lora):
     model, batch = trainer.model.policy, pad_tokens(QUERIES, RESPONSES, pad_token_id=0)
     tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
     logprobs_BR, entropy_BR = response_logprobs(model, *tokens, 3, temperature=0.5, with_entropy=True)
+    assert logprobs_BR.requires_grad and not entropy_BR.requires_grad
+    logprobs_BR, entropy_BR = logprobs_BR.detach(), entropy_BR.detach()
     for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
         for t, token in enumerate(response):
             ids = torch.cat([query, response[:t]])[None]
-            log_softmax = torch.log_softmax(model(input_ids=ids).logits[0, -1] / 0.5, dim=-1)
+            log_softmax = torch.log_softmax(model(input_ids=ids).logits[0, -1].detach() / 0.5, dim=-1)
             assert float(logprobs_BR[row, t]) == pytest.approx(float(log_softmax[token]), abs=2e-5)
             entropy = -(log_softmax.exp() * log_softmax).sum()
             assert float(entropy_BR[row, t]) == pytest.approx(float(entropy), abs=2e-5)
-    assert logprobs_BR.requires_grad and not entropy_BR.requires_grad
 
 
 def test_the_vocabulary_head_runs_at_response_positions_only():

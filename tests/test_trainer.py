@@ -159,6 +159,67 @@ def test_the_kl_controllers(tmp_path):
         assert trainer.kl_ctl.value == trainer.config.kl_coef
 
 
+def test_the_reported_penalty_is_the_kl_part_of_the_reward_whatever_shapes_the_score(tmp_path):
+    """First 0, the policy being pi_init; then what the token rewards hold beside the shaped scores."""
+    options = {
+        "loss_type": "ppo",
+        "init_kl_coef": 0.3,
+        "missing_eos_penalty": 1.0,
+        "scale_rewards": True,
+        "score_clip": 0.1,
+    }
+    trainer = tiny_trainer(tmp_path, **options)
+    assert trainer.step(*tiny_rollouts())["apa/mean_non_score_reward"] == pytest.approx(0.0, abs=1e-6)
+    value = trainer.kl_ctl.value
+    stats = trainer.step(*tiny_rollouts())
+    assert stats["apa/mean_non_score_reward"] == pytest.approx(-value * stats["objective/kl_per_token"], rel=1e-4)
+    assert abs(stats["apa/mean_non_score_reward"]) > 1e-4
+
+
+def test_a_step_that_fails_halfway_leaves_nothing_in_the_next_one(tmp_path):
+    """Out of memory in the second micro-batch, say: neither its gradients nor its scores stay."""
+    options = {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "scale_rewards": True}
+    expected = tiny_trainer(tmp_path, **options)
+    expected.step(*tiny_rollouts())
+    trainer = tiny_trainer(tmp_path, **options)
+    training_step, calls = trainer.training_step, []
+
+    def fail_at_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("device is full")
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = fail_at_the_second
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.step(*tiny_rollouts())
+    trainer.step(*tiny_rollouts())
+    assert trainer.running_scores.state_dict() == expected.running_scores.state_dict()
+    parameters = dict(trainer.model.named_parameters())
+    for name, parameter in expected.model.named_parameters():
+        torch.testing.assert_close(parameters[name], parameter)
+
+
+def test_bfloat16_autocast_trains_with_float32_values_and_logprobs(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_model(scale=1.0), bf16=True)
+    torch.nn.init.normal_(trainer.model.value_model.head.out.weight)
+    stats = trainer.step(*tiny_rollouts())
+    assert abs(stats["objective/kl"]) < 1e-4
+    plain = tiny_trainer(tmp_path, tiny_model(scale=1.0))
+    queries, responses, scores = tiny_rollouts()
+    batch = trainer._collect(queries, responses, scores, None)[0].micro_batch(range(4), 0)
+    seen = []
+    trainer.model.value_model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        outputs = trainer.model_wrapped(**trainer._model_inputs(batch))
+        exact = plain.model(**plain._model_inputs(batch))
+    assert seen == [torch.float32] and outputs["logprobs"].dtype == torch.float32
+    assert all(torch.isfinite(value) for value in map(torch.tensor, stats.values()))
+    mask = batch["response_mask"]
+    assert float((outputs["logprobs"] - exact["logprobs"])[mask].abs().max()) < 0.5
+    assert len(trainer.generate(queries, return_prompt=False, max_new_tokens=3)) == 4
+
+
 def test_apa_makes_no_old_policy_forward_and_ppo_one(tmp_path):
     """Forward passes of the policy in one step of one epoch: the update's own, and for PPO one more."""
     for loss_type, expected in (("apa", 1), ("awr", 1), ("ppo", 2)):

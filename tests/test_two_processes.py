@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,23 +50,38 @@ def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, loss_ty
                 assert rank_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-def refuse_on_one_rank(rank):
+def live_a_little(rank):
     announce_rank(rank)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = APATrainer(tiny_config(folder), tiny_model(), tokenizer=tiny_tokenizer(), peft_config=lora_config())
+        rows = datasets.Dataset.from_list([{"input_ids": [2, 3], "query": f"q{i}"} for i in range(16)])
+        trainer = APATrainer(
+            tiny_config(folder),
+            tiny_model(),
+            tokenizer=tiny_tokenizer(),
+            dataset=rows,
+            peft_config=lora_config(),
+        )
         queries, responses, scores = tiny_rollouts(4, seed=rank)
         bad = [torch.tensor(float("nan")), *scores[1:]] if rank == 1 else scores
         with pytest.raises(ValueError) as refused:
             trainer.step(queries, responses, bad)
         trainer.step(queries, responses, scores)
-        greedy = trainer.generate(queries, return_prompt=False, do_sample=False, max_new_tokens=3)
+        parameters = {name: p.detach().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
         sampled = trainer.generate([torch.tensor([2, 3])] * 4, return_prompt=False, max_new_tokens=8)
-        return str(refused.value), [r.tolist() for r in greedy], [r.tolist() for r in sampled], dist.get_rank()
+        seen = [query for batch in trainer.dataloader for query in batch["query"]]
+        return str(refused.value), parameters, [r.tolist() for r in sampled], seen, dist.get_rank()
 
 
-def test_input_refused_on_one_rank_is_refused_on_all_and_ranks_sample_differently():
-    (first, _, sampled_0, _), (second, _, sampled_1, rank) = run_in_two_processes(refuse_on_one_rank)
+def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things():
+    (first, lora_0, sampled_0, seen_0, _), (second, lora_1, sampled_1, seen_1, rank) = run_in_two_processes(
+        live_a_little
+    )
     assert rank == 1
     assert "scores[0] is nan" in second
     assert "1 other process" in first
     assert sampled_0 != sampled_1
+    # After the good step both hold the same LoRA weights, of which some have moved.
+    assert all((lora_0[name] == lora_1[name]).all() for name in lora_0)
+    assert any("lora_B" in name and weight.any() for name, weight in lora_0.items())
+    # Each process has its own half of one shuffled order.
+    assert sorted(seen_0 + seen_1) == sorted(f"q{i}" for i in range(16))

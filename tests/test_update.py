@@ -232,6 +232,12 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     generated = trainer.generate([rollouts[0][0]], return_prompt=False, do_sample=False, max_new_tokens=4)
     assert len(generated[0]) > 0
     assert trainer.model.is_gradient_checkpointing
+    with pytest.raises(KeyError):
+        trainer.generate([rollouts[0][0]], length_sampler=lambda: {}["length"])
+    assert trainer.model.is_gradient_checkpointing
+    plain = learner(tmp_path)
+    plain.step(*rollouts)
+    assert_same(parameters_after_step(trainer, *rollouts), parameters_after_step(plain, *rollouts))
 
 
 def test_same_seed_same_numbers_and_inputs_untouched(tmp_path):

@@ -172,10 +172,15 @@ class APAConfig(_BaseConfig):
     def _translate_aliases(self) -> None:
         for alias, name in ALIASES.items():
             value, current = getattr(self, alias), getattr(self, name)
+            default = type(self).__dataclass_fields__[name].default
             if value is None:
                 continue
-            if current not in (type(self).__dataclass_fields__[name].default, value, [value]):
-                raise ValueError(f"{alias}={value!r} and {name}={current!r} name one option: set one of them")
+            if current not in (default, value, [value]):
+                if value == default:
+                    continue
+                raise ValueError(
+                    f"{alias}={value!r} and {name}={current!r} name one option: set one of them, the other to None"
+                )
             setattr(self, name, value)
 
     def _fill_aliases(self) -> None:

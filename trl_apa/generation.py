@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from trl_apa._trl import is_peft_model
+from trl_apa.validation import check_positions
 
 
 class ResponseLengths(StoppingCriteria):
@@ -23,11 +24,13 @@ class ResponseLengths(StoppingCriteria):
     Args:
         prompt_width: tokens before the first generated one, in every row.
         criteria: what ends a row.
+        limits_B: most tokens of each row's response, int64; none by default.
     """
 
-    def __init__(self, prompt_width: int, criteria: list[StoppingCriteria]):
+    def __init__(self, prompt_width: int, criteria: list[StoppingCriteria], limits_B: Tensor | None = None):
         self.prompt_width = prompt_width
         self.criteria = criteria
+        self.limits_B = limits_B
         self.lengths_B: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -35,6 +38,8 @@ class ResponseLengths(StoppingCriteria):
         done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for criterion in self.criteria:
             done_B |= criterion(input_ids, scores, **kwargs).to(done_B.device)
+        if self.limits_B is not None:
+            done_B |= self.limits_B <= generated
         if self.lengths_B is None:
             self.lengths_B = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
         self.lengths_B = torch.where(done_B & (self.lengths_B == 0), generated, self.lengths_B)
@@ -53,10 +58,12 @@ def generate_responses(
     generation_config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
     stop_strings: list[str] | str | None = None,
+    max_length: int | None = None,
     batch_size: int = 4,
     length_sampler: Callable[[], int] | None = None,
+    remove_padding: bool = True,
     pad_to_multiple_of: int | None = None,
-    **model_inputs: Any,
+    model_inputs: dict[str, Any] | None = None,
 ) -> list[Tensor]:
     """Sample one response to each query.
 
@@ -67,58 +74,90 @@ def generate_responses(
     Args:
         model: a decoder language model in which dropout is off.
         queries: 1-D tensors of token ids, at least one token each.
-        generation_config: sampling options, `pad_token_id` and `eos_token_id` (one or several).
+        generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id` (one or several).
         tokenizer: decodes for `stop_strings`.
         stop_strings: texts that end a response; the tokens that spell them belong to it.
+        max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
         batch_size: queries a call of `generate`.
         length_sampler: if given, draws `max_new_tokens` for each batch.
+        remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
         pad_to_multiple_of: round the prompt width up to a multiple of it.
         model_inputs: passed on to `generate` (a logits processor, say).
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
+
+    Raises:
+        ValueError: if a response could grow beyond the model's positions.
     """
-    responses: list[Tensor | None] = [None] * len(queries)
+    responses: list[Tensor] = [queries[0]] * len(queries)
     by_length = sorted(range(len(queries)), key=lambda row: len(queries[row]))
     device = next(model.parameters()).device
+    if length_sampler is None and max_length is None:
+        check_positions([len(q) + generation_config.max_new_tokens for q in queries], model, "query + max_new_tokens")
     for start in range(0, len(queries), batch_size):
         rows = by_length[start : start + batch_size]
         inputs = left_pad([queries[row] for row in rows], generation_config.pad_token_id, pad_to_multiple_of)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        if length_sampler is not None:
-            generation_config.max_new_tokens = length_sampler()
-        lengths = ResponseLengths(
-            inputs["input_ids"].shape[1], row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
-        )
+        limits_B = response_limits([len(queries[row]) for row in rows], generation_config, max_length, length_sampler)
+        check_positions([len(queries[row]) + limit for row, limit in zip(rows, limits_B, strict=True)], model, "batch")
+        generation_config.max_new_tokens = max(limits_B)
+        criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
+        lengths = ResponseLengths(inputs["input_ids"].shape[1], criteria, torch.tensor(limits_B, device=device))
         with torch.no_grad(), neutral_generation_config(model):
             tokens_BT = model.generate(
                 **inputs,
                 generation_config=generation_config,
                 stopping_criteria=StoppingCriteriaList([lengths]),
-                **model_inputs,
+                **(model_inputs or {}),
             )
-        for row, response in zip(rows, lengths.cut(tokens_BT), strict=True):
+        cut = lengths.cut(tokens_BT) if remove_padding else tokens_BT[:, lengths.prompt_width :]
+        for row, response in zip(rows, cut, strict=True):
             responses[row] = response.to(queries[row].device)
     return responses
 
 
-def generation_options(
-    defaults: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[GenerationConfig, list[str] | str | None, dict[str, Any]]:
-    """What the caller of `generate` asked for, on top of `defaults`.
+def response_limits(
+    query_lengths: Sequence[int],
+    generation_config: GenerationConfig,
+    max_length: int | None,
+    length_sampler: Callable[[], int] | None,
+) -> list[int]:
+    """Most tokens that each response of a batch may have."""
+    if length_sampler is not None:
+        return [length_sampler()] * len(query_lengths)
+    if max_length is None:
+        return [generation_config.max_new_tokens] * len(query_lengths)
+    limits = [max_length - length for length in query_lengths]
+    if min(limits) < 1:
+        raise ValueError(
+            f"max_length={max_length} leaves no token for the response to a query of {max(query_lengths)}"
+        )
+    return limits
+
+
+def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the caller of `generate` asked for, on top of `defaults`, as arguments of `generate_responses`.
 
     Args:
-        defaults: `temperature`, `top_p`, `top_k` (read when sampling), `max_new_tokens` (unless the caller gives
-            `max_length`), `pad_token_id`, `eos_token_id`.
-        kwargs: the caller's; a `generation_config` among them counts for what it sets.
+        defaults: `temperature`, `top_p`, `top_k` (read when sampling), `max_new_tokens`, `pad_token_id`,
+            `eos_token_id`.
+        kwargs: the caller's; None leaves the default, and a `generation_config` among them counts for what it sets.
 
     Returns:
-        the generation config, the stop strings, and what is left for the model. Warns if the caller samples at another
-        temperature than the default, at which the update takes its log-probs.
+        `generation_config`, `stop_strings`, `max_length`, and what is left as `model_inputs`. Warns if the caller
+        samples at another temperature than the default, at which the update takes its log-probs.
+
+    Raises:
+        ValueError: for an option under which a query has not one response.
     """
-    kwargs, options = dict(kwargs), {"do_sample": True, "use_cache": True, **defaults}
-    if (given := kwargs.pop("generation_config", None)) is not None:
+    options = {"do_sample": True, "use_cache": True, **defaults}
+    if (given := kwargs.get("generation_config")) is not None:
         kwargs = {**given.to_diff_dict(), **kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "generation_config"}
+    for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        if kwargs.get(name, only) != only:
+            raise ValueError(f"{name}={kwargs[name]}: generate gives one sampled (or greedy) response to a query")
     if not kwargs.get("do_sample", True):
         for name in ("temperature", "top_p", "top_k"):
             options.pop(name)
@@ -127,13 +166,17 @@ def generation_options(
             f"generate samples at temperature={kwargs['temperature']}, but the update takes log-probs at "
             f"config.temperature={defaults['temperature']}; set the option in the config instead",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    if "max_length" in kwargs:
-        options.pop("max_new_tokens")
-    stop_strings = kwargs.pop("stop_strings", None)
+    max_new_tokens_given = "max_new_tokens" in kwargs
+    max_length, stop_strings = kwargs.pop("max_length", None), kwargs.pop("stop_strings", None)
     generation_config = GenerationConfig(**options)
-    return generation_config, stop_strings, generation_config.update(**kwargs)
+    return {
+        "model_inputs": generation_config.update(**kwargs),
+        "generation_config": generation_config,
+        "stop_strings": stop_strings,
+        "max_length": None if max_new_tokens_given else max_length,
+    }
 
 
 def row_criteria(
@@ -150,7 +193,8 @@ def row_criteria(
 
 def left_pad(queries: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, int64 `(B, P)`, padded on the left; the mask comes from lengths."""
-    input_ids = pad_sequence(list(queries), batch_first=True, padding_value=pad_token_id, padding_side="left")
+    queries = [query.long() for query in queries]
+    input_ids = pad_sequence(queries, batch_first=True, padding_value=pad_token_id, padding_side="left")
     attention_mask = pad_sequence([torch.ones_like(q) for q in queries], batch_first=True, padding_side="left")
     if pad_to_multiple_of:
         extra = -input_ids.shape[1] % pad_to_multiple_of

@@ -70,20 +70,26 @@ class Rollouts:
         return batch
 
 
-def response_mask(responses: Sequence[Tensor], caller_masks: Sequence[Tensor] | None = None) -> Tensor:
+def response_mask(
+    responses: Sequence[Tensor],
+    caller_masks: Sequence[Tensor] | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """The mask of counted response tokens, built from lengths and never from token ids: pad may equal EOS.
 
     Args:
         responses: `B` 1-D tensors of token ids.
         caller_masks: for each response a 1-D tensor of its length; zero or False drops the token from every
             reduction (the text a tool wrote, say), though the model still reads it.
+        device: where the mask should be; defaults to where the tensors are.
 
     Returns:
         bool `(B, R)`, True = counted.
     """
     if caller_masks is None:
         caller_masks = [torch.ones_like(response, dtype=torch.bool) for response in responses]
-    return pad_sequence([mask.bool() for mask in caller_masks], batch_first=True, padding_value=False)
+    masks = [mask.to(device=device, dtype=torch.bool) for mask in caller_masks]
+    return pad_sequence(masks, batch_first=True, padding_value=False)
 
 
 def pad_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:

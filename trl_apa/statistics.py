@@ -70,10 +70,12 @@ class StageTimer:
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.seconds[stage] = time.perf_counter() - start
 
     def as_statistics(self, num_tokens: int) -> dict[str, float]:
-        """`time/apa/<stage>` and the total in seconds, and query and response tokens a second of the whole step."""
+        """`time/apa/<stage>` and the total in seconds; this process's query and response tokens a second."""
         total = time.perf_counter() - self.start
         stats = {f"time/apa/{stage}": seconds for stage, seconds in self.seconds.items()}
         return {**stats, "time/apa/total": total, "time/apa/tokens_per_second": num_tokens / total}

@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +25,7 @@ from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generatio
 from trl_apa.advantages import gae
 from trl_apa.config import APAConfig
 from trl_apa.generation import end_token_ids, generate_responses, generation_options
-from trl_apa.kl import AdaptiveKLController, FixedKLController
+from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate
 from trl_apa.logprobs import response_logprobs
 from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
 from trl_apa.masking import masked_mean, masked_whiten
@@ -32,9 +33,8 @@ from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
     build_policy,
-    create_reference_model,
+    choose_reference,
     disable_dropout,
-    keep_reference_adapter,
     reference_policy,
     resolve_value_model,
 )
@@ -43,7 +43,14 @@ from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask
 from trl_apa.statistics import StageTimer, UpdateRecord, rollout_statistics
-from trl_apa.validation import check_positions, check_step_inputs, check_type, one_of, warn_of_half_precision
+from trl_apa.validation import (
+    check_networks_are_apart,
+    check_precision,
+    check_step_inputs,
+    check_tokens,
+    check_type,
+    one_of,
+)
 
 
 class APATrainer(_BaseTrainer):
@@ -150,10 +157,11 @@ class APATrainer(_BaseTrainer):
         check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
         self._choose_special_tokens(processing_class, model)
         policy = build_policy(model, peft_config)
-        self.ref_model = self._build_reference(policy, ref_model, num_shared_layers)
         module = PolicyAndValue(policy, resolve_value_model(value_model, policy))
+        check_precision(module)
+        check_networks_are_apart(policy, ref_model, module.value_model, optimizer)
         disable_dropout(module)
-        warn_of_half_precision(policy)
+        self.ref_model = choose_reference(policy, ref_model, num_shared_layers)
         add_value_parameters(optimizer, module.value_model, args.value_learning_rate)
 
         use_cache = module.config.use_cache
@@ -168,6 +176,7 @@ class APATrainer(_BaseTrainer):
             optimizers=(optimizer, lr_scheduler),
         )
         module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
         self.is_peft_model = is_peft_model(policy)
@@ -182,12 +191,6 @@ class APATrainer(_BaseTrainer):
             else FixedKLController(args.kl_coef)
         )
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
-        self.dataloader = None
-        if train_dataset is not None:
-            loader = prompt_dataloader(
-                train_dataset, args.batch_size, self.data_collator, not args.remove_unused_columns, args.seed
-            )
-            self.dataloader = self.accelerator.prepare(loader)
         self.num_iterations_done = 0
         self._record: UpdateRecord | None = None
         self._prepared = False
@@ -215,18 +218,15 @@ class APATrainer(_BaseTrainer):
         if self._pad_token_id is None:
             raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
 
-    def _build_reference(
-        self, policy: nn.Module, ref_model: nn.Module | None, num_shared_layers: int | None
-    ) -> nn.Module | None:
-        """The frozen reference, or None where the policy's own base or reference adapter serves."""
-        if ref_model is not None:
-            if num_shared_layers:
-                warnings.warn("num_shared_layers has no effect when ref_model is given", UserWarning, stacklevel=3)
-            return ref_model.requires_grad_(False).eval()
-        if is_peft_model(policy):
-            keep_reference_adapter(policy)
+    def _prompt_dataloader(self) -> DataLoader | None:
+        """Called while all processes still have the same seed: each takes its own part of one order."""
+        if self.train_dataset is None:
             return None
-        return create_reference_model(policy, num_shared_layers)
+        args = self.args
+        loader = prompt_dataloader(
+            self.train_dataset, args.batch_size, self.data_collator, not args.remove_unused_columns, args.seed
+        )
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer does, with groups of their own for the value model if it has its own rate."""
@@ -246,6 +246,7 @@ class APATrainer(_BaseTrainer):
         batch_size: int = 4,
         return_prompt: bool = True,
         generate_ref_response: bool = False,
+        remove_padding: bool = True,
         pad_to_multiple_of: int | None = None,
         **generation_kwargs: Any,
     ) -> Any:
@@ -260,6 +261,7 @@ class APATrainer(_BaseTrainer):
             batch_size: queries a call of the model's `generate`, when a list is given.
             return_prompt: put the query before each response.
             generate_ref_response: also sample from the reference.
+            remove_padding: cut each response where it ended; otherwise the pads after it stay.
             pad_to_multiple_of: round the padded prompt width up.
             generation_kwargs: anything that transformers' `generate` takes.
 
@@ -268,48 +270,53 @@ class APATrainer(_BaseTrainer):
             stop string). For one query a tensor `(1, L)`. With `generate_ref_response` a pair of these, policy first.
 
         Raises:
-            ValueError: if a query is not 1-D or empty, or query and response together exceed the model's positions.
+            ValueError: if a query is not a 1-D tensor of known token ids, if query and response together exceed the
+                model's positions, or for an option under which a query has not one response (beams, say).
         """
         single = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if single else list(query_tensor)
+        policy = self.accelerator.unwrap_model(self.model).policy
         for row, query in enumerate(queries):
-            if query.dim() != 1 or len(query) == 0:
-                shape = tuple(query.shape)
-                raise ValueError(
-                    f"query_tensor[{row}] has shape {shape}; a query is a 1-D tensor of at least one token"
-                )
-        args = self.args
-        defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
-        defaults["eos_token_id"] = self._end_token_ids or None
-        generation_config, stop_strings, model_inputs = generation_options(defaults, generation_kwargs)
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        if length_sampler is None and generation_config.max_new_tokens is not None:
-            lengths = [len(query) + generation_config.max_new_tokens for query in queries]
-            check_positions(lengths, unwrapped.policy, "query + max_new_tokens")
+            check_tokens(f"query_tensor[{row}]", query, policy)
+        options = self._generation_options(generation_kwargs)
+        options |= {"batch_size": batch_size, "length_sampler": length_sampler, "remove_padding": remove_padding}
+        options |= {"tokenizer": self.processing_class, "pad_to_multiple_of": pad_to_multiple_of}
 
         def sample(model: nn.Module) -> Any:
-            responses = generate_responses(
-                model,
-                queries,
-                generation_config,
-                self.processing_class,
-                stop_strings=stop_strings,
-                batch_size=batch_size,
-                length_sampler=length_sampler,
-                pad_to_multiple_of=pad_to_multiple_of,
-                **model_inputs,
-            )
+            responses = generate_responses(model, queries, **options)
             if return_prompt:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as module:
-            responses = sample(module.policy)
+        with self._policy_for_generation() as policy, self.accelerator.autocast():
+            responses = sample(policy)
             if not generate_ref_response:
                 return responses
-            with reference_policy(module.policy, self.ref_model) as reference:
+            with reference_policy(policy, self.ref_model) as reference:
                 return responses, sample(reference)
+
+    def _generation_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        args = self.args
+        defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
+        return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
+
+    @contextmanager
+    def _policy_for_generation(self) -> Iterator[nn.Module]:
+        """The policy out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
+        module = self.accelerator.unwrap_model(self.model)
+        checkpointing, kwargs = module.is_gradient_checkpointing, self._checkpointing_kwargs()
+        try:
+            with unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=kwargs
+            ) as unwrapped:
+                yield unwrapped.policy
+        finally:
+            if checkpointing and not module.is_gradient_checkpointing:
+                module.gradient_checkpointing_enable(kwargs)
+
+    def _checkpointing_kwargs(self) -> dict[str, Any]:
+        return self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
 
     # ---- responses and scores to an update ----
 
@@ -342,7 +349,22 @@ class APATrainer(_BaseTrainer):
         timer = StageTimer()
         self._check_on_all_processes(queries, responses, scores, response_masks)
         self._prepare_for_updates()
-        rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+        running_scores = self.running_scores.state_dict()
+        try:
+            stats = self._learn(*self._collect(queries, responses, scores, response_masks), timer)
+        except BaseException:
+            # What a caller who catches this (out of memory, say) goes on with: no gradient and no score of this batch.
+            self.model_wrapped.zero_grad()
+            self.running_scores.load_state_dict(running_scores)
+            raise
+        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
+        self.lr_scheduler.step()
+        self.num_iterations_done += 1
+        num_tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
+        return {**stats, **timer.as_statistics(num_tokens)}
+
+    def _learn(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> dict[str, float]:
+        """The straight line from rollouts to an updated policy, a stage a line."""
         with timer("forward_pass"):
             self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
@@ -352,12 +374,7 @@ class APATrainer(_BaseTrainer):
         with timer("optimize_step"):
             record = self._update(rollouts)
         with timer("calc_stats"):
-            stats = self._statistics(rollouts, record, ended_B)
-        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
-        self.lr_scheduler.step()
-        self.num_iterations_done += 1
-        num_tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
-        return {**stats, **timer.as_statistics(num_tokens)}
+            return self._statistics(rollouts, record, ended_B)
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
         """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
@@ -378,8 +395,7 @@ class APATrainer(_BaseTrainer):
         if self._prepared:
             return
         if self.args.gradient_checkpointing:
-            kwargs = self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-            self.model.gradient_checkpointing_enable(kwargs)
+            self.model.gradient_checkpointing_enable(self._checkpointing_kwargs())
         self._prepare_for_training(self.args.total_ppo_epochs, None, None)
         self._prepared = True
 
@@ -393,7 +409,7 @@ class APATrainer(_BaseTrainer):
         rollouts = Rollouts(
             queries=[query.long().to(device) for query in queries],
             responses=[response.long().to(device) for response in responses],
-            response_mask_BR=response_mask(responses, response_masks).to(device),
+            response_mask_BR=response_mask(responses, response_masks, device),
             scores_B=scores_B,
         )
         return rollouts, ended_B
@@ -575,10 +591,9 @@ class APATrainer(_BaseTrainer):
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
         if args.loss_type == "ppo":
-            mask = everywhere.response_mask_BR
-            shaped = masked_mean(everywhere.rewards_BR, mask)
-            last = token_rewards(everywhere.scores_B, mask)
-            stats["apa/mean_non_score_reward"] = float(shaped - masked_mean(last, mask))
+            penalty_BR = kl_estimate(everywhere.old_logprobs_BR, everywhere.ref_logprobs_BR, args.kl_penalty)
+            mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
+            stats["apa/mean_non_score_reward"] = -float(mean_penalty)
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats
@@ -670,10 +685,13 @@ class APATrainer(_BaseTrainer):
         return super().push_to_hub(**kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Not in this version, which takes no reward functions: raises RuntimeError that says what to use."""
         raise RuntimeError(
-            "train() needs reward functions, which this version does not take yet; "
+            "train() and evaluate() need reward functions, which this version does not take yet; "
             "use the loop responses = generate(queries), scores = ..., step(queries, responses, scores)"
         )
+
+    evaluate = train
 
     def _send_telemetry(self) -> None:
         """This package sends none."""

@@ -23,20 +23,37 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...], optional: 
     raise ValueError(f"{name} is a {type(value).__name__}; it should be a {wanted}")
 
 
-def warn_of_half_precision(policy: nn.Module) -> None:
-    """Warn if weights that are to be trained are in float16 or bfloat16.
+def check_precision(module: nn.Module) -> None:
+    """Refuse to train float16 weights, which overflow, and warn of bfloat16 ones.
 
-    Updates smaller than half of their last digit (0.2% of a bfloat16 weight) are lost, and float16 overflows. Since
-    transformers 5 loads checkpoints in the precision that they were saved in, this happens without being asked for.
+    An update smaller than half of a weight's last digit (0.2% of a bfloat16 weight) is lost. Since transformers 5
+    loads checkpoints in the precision that they were saved in, this happens without being asked for.
     """
-    dtypes = {p.dtype for p in policy.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
-    if dtypes:
-        warnings.warn(
-            f"model has trainable weights in {', '.join(map(str, dtypes))}: small updates will be lost to rounding. "
-            "Load it with dtype=torch.float32; bf16=True in the config computes in bfloat16 all the same",
-            UserWarning,
-            stacklevel=3,
-        )
+    dtypes = {p.dtype for p in module.parameters() if p.requires_grad}
+    advice = "load it with dtype=torch.float32; bf16=True in the config computes in bfloat16 all the same"
+    if torch.float16 in dtypes:
+        raise ValueError(f"model has trainable weights in float16, which overflow: {advice}")
+    if torch.bfloat16 in dtypes:
+        text = f"model has trainable weights in bfloat16: small updates will be lost to rounding; {advice}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def check_networks_are_apart(
+    policy: nn.Module, ref_model: nn.Module | None, value_model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Raise ValueError if a network would be frozen, moved or left out because of what it shares with another."""
+    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    if ref_model is not None and trained & {id(p) for p in ref_model.parameters()}:
+        raise ValueError("ref_model shares trainable parameters with model; give a copy, or none at all")
+    if {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:
+        raise ValueError("value_model shares parameters with model; it should be a network of its own")
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if trained - held:
+            raise ValueError(
+                f"optimizer lacks {len(trained - held)} of the {len(trained)} trainable tensors of model; make it "
+                "after adapters were added, over all parameters that require a gradient"
+            )
 
 
 def check_step_inputs(
@@ -54,14 +71,14 @@ def check_step_inputs(
         _check_list(name, tensors, batch_size)
     for name in ("queries", "responses"):
         for row, tokens in enumerate(named[name]):
-            _check_tokens(f"{name}[{row}]", tokens, policy.get_input_embeddings())
+            check_tokens(f"{name}[{row}]", tokens, policy)
     for row, score in enumerate(scores):
         if score.numel() != 1:
             raise ValueError(
                 f"scores[{row}] has shape {tuple(score.shape)}; a response has one score: shape () or (1,)"
             )
-        if not torch.isfinite(score).all():
-            raise ValueError(f"scores[{row}] is {score.item()}; scores should be finite")
+        if not torch.isfinite(score.float()).all():
+            raise ValueError(f"scores[{row}] is {score.item()}; scores should be finite in float32")
     for row, mask in enumerate(response_masks or []):
         if mask.shape != responses[row].shape:
             raise ValueError(
@@ -72,9 +89,9 @@ def check_step_inputs(
     check_positions([len(q) + len(r) for q, r in zip(queries, responses, strict=True)], policy, "queries + responses")
 
 
-def check_positions(lengths: Sequence[int], policy: nn.Module, what: str) -> None:
+def check_positions(lengths: Sequence[int], model: nn.Module, what: str) -> None:
     """Raise ValueError if a sequence has more tokens than the model has positions."""
-    limit = max_positions(policy)
+    limit = max_positions(model)
     for row, length in enumerate(lengths):
         if limit is not None and length > limit:
             raise ValueError(
@@ -83,9 +100,9 @@ def check_positions(lengths: Sequence[int], policy: nn.Module, what: str) -> Non
             )
 
 
-def max_positions(policy: nn.Module) -> int | None:
+def max_positions(model: nn.Module) -> int | None:
     """Longest sequence the model was made for, tokens; None if it sets no limit."""
-    return getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_list(name: str, tensors: Any, batch_size: int) -> None:
@@ -98,14 +115,17 @@ def _check_list(name: str, tensors: Any, batch_size: int) -> None:
         raise ValueError(f"{name} has {len(tensors)} elements; it should have config.batch_size = {batch_size}")
 
 
-def _check_tokens(name: str, tokens: Tensor, embeddings: nn.Module) -> None:
+def check_tokens(name: str, tokens: Any, model: nn.Module) -> None:
+    """Raise ValueError unless `tokens` is a 1-D tensor of at least one id that the model knows."""
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{name} is a {type(tokens).__name__}; it should be a tensor")
     if tokens.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(tokens.shape)}; it should be 1-D")
     if len(tokens) == 0:
         raise ValueError(f"{name} is empty; it should have at least one token")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tokens.dtype}; token ids should be integers")
-    vocabulary = getattr(embeddings, "num_embeddings", None)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if vocabulary is not None and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
         raise ValueError(
             f"{name} holds token ids from {int(tokens.min())} to {int(tokens.max())}; "

@@ -2,7 +2,7 @@
 
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER, PolicyAndValue, build_policy, disable_dropout
-from trl_apa.models.reference import create_reference_model, keep_reference_adapter, reference_policy
+from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
 from trl_apa.models.value_model import ValueHead, ValueModel, resolve_value_model
 
 
@@ -12,10 +12,10 @@ __all__ = [
     "ValueHead",
     "ValueModel",
     "build_policy",
+    "choose_reference",
     "create_reference_model",
     "disable_dropout",
     "independent_copy",
-    "keep_reference_adapter",
     "reference_policy",
     "resolve_value_model",
 ]

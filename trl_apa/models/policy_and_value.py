@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import response_logprobs
-from trl_apa.models.value_model import ValueModel
+from trl_apa.models.value_model import ValueModel, save_network
 
 
 VALUE_MODEL_FOLDER = "value_model"
@@ -71,6 +71,11 @@ class PolicyAndValue(nn.Module):
         return self.policy.generation_config
 
     @property
+    def hf_device_map(self) -> Any:
+        """Where the policy's layers are, if it was loaded with a device map; AttributeError otherwise."""
+        return self.policy.hf_device_map
+
+    @property
     def is_gradient_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.policy.modules())
 
@@ -113,9 +118,7 @@ class PolicyAndValue(nn.Module):
         value_state = {
             name.removeprefix("value_model."): t for name, t in state_dict.items() if name.startswith("value_model.")
         }
-        if is_peft_model(self.policy):
-            kwargs.setdefault("selected_adapters", [self.policy.active_adapter])
-        self.policy.save_pretrained(path, state_dict=policy_state, **kwargs)
+        save_network(self.policy, path, policy_state, **kwargs)
         if kwargs.get("is_main_process", True):
             self.value_model.save_pretrained(Path(path) / VALUE_MODEL_FOLDER, state_dict=value_state)
 
@@ -124,13 +127,20 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     """`model`, with new adapters if `peft_config` says so.
 
     Raises:
-        ValueError: for an encoder-decoder, and for adapters that work by prompt learning: they change the sequence.
+        ValueError: for a model that cannot be trained as a policy: an encoder-decoder, prompt learning (which changes
+            the sequence), adapters upon adapters, a quantised model without adapters, or one that is frozen.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"model={type(model).__name__} is an encoder-decoder; only decoder models can be trained")
+    if is_peft_model(model) and peft_config is not None:
+        raise ValueError("model has adapters already; give peft_config or a PEFT model, not both")
     policy = model if peft_config is None else get_peft_model(model, peft_config)
     if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
         raise ValueError(f"{policy.active_peft_config.peft_type} adapters are not supported; use LoRA or another")
+    if getattr(policy, "is_quantized", False) and not is_peft_model(policy):
+        raise ValueError("model is quantised, so its weights cannot be trained; give peft_config for adapters on it")
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError("model has no trainable parameter; load a saved adapter with is_trainable=True")
     return policy
 
 

@@ -1,7 +1,9 @@
 """pi_init, the policy that APA is anchored to: a frozen copy, or the policy's own base without its adapter."""
 
+import copy
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -10,7 +12,8 @@ from trl_apa._trl import is_peft_model, use_adapter
 from trl_apa.models.copying import independent_copy
 
 
-REFERENCE_ADAPTER = "reference"
+# Not a name that a caller would give to an adapter of his own.
+REFERENCE_ADAPTER = "trl_apa_reference"
 
 
 def create_reference_model(
@@ -73,22 +76,49 @@ def _layers_named_like(model: nn.Module, pattern: str) -> list[nn.Module]:
     return layers
 
 
-def keep_reference_adapter(policy: nn.Module) -> bool:
-    """Freeze a copy of a PEFT policy's adapter as its reference, unless the adapter is still the identity.
+def choose_reference(
+    policy: nn.Module, ref_model: nn.Module | None = None, num_shared_layers: int | None = None
+) -> nn.Module | None:
+    """The reference that the trainer's arguments ask for, frozen; None if it is inside the policy (`build_reference`).
 
-    A policy that starts from a trained (SFT) adapter would otherwise be anchored to the base below it, another model.
-
-    Returns:
-        whether a copy was made. If not, the reference is the base with its adapter switched off.
+    Raises:
+        ValueError: if `num_shared_layers` does not fit the policy. It warns where the option has no effect.
     """
-    if not is_peft_model(policy) or _adapter_is_identity(policy):
-        return False
-    active = policy.active_adapter
-    policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[active])
-    state = get_peft_model_state_dict(policy, adapter_name=active)
-    set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
-    policy.set_adapter(active)
-    return True
+    if num_shared_layers is not None and num_shared_layers < 0:
+        raise ValueError(f"num_shared_layers={num_shared_layers}; it should not be negative")
+    if num_shared_layers and (ref_model is not None or is_peft_model(policy)):
+        why = "ref_model is given" if ref_model is not None else "the policy is a PEFT model"
+        warnings.warn(f"num_shared_layers has no effect when {why}", UserWarning, stacklevel=3)
+    if ref_model is not None:
+        return ref_model.requires_grad_(False).eval()
+    if num_shared_layers and not is_peft_model(policy):
+        return create_reference_model(policy, num_shared_layers)
+    return build_reference(policy)
+
+
+def build_reference(policy: nn.Module) -> nn.Module | None:
+    """pi_init as the policy is now: a frozen copy of it or, where less memory will do, None for "inside the policy".
+
+    A LoRA policy whose adapter changes nothing yet is its own base with the adapter switched off. One that starts from
+    a trained (SFT) adapter keeps a frozen copy of that adapter: switching it off would anchor APA to the base below,
+    another model. Where more than the adapter is trained (a bias, a norm), nothing less than a whole copy will do.
+    """
+    if not is_peft_model(policy) or not _trains_its_adapter_only(policy):
+        return create_reference_model(policy)
+    if REFERENCE_ADAPTER in policy.peft_config:
+        policy.delete_adapter(REFERENCE_ADAPTER)
+    if not _adapter_is_identity(policy):
+        _keep_reference_adapter(policy)
+    return None
+
+
+def _trains_its_adapter_only(policy: nn.Module) -> bool:
+    prefix = policy.base_model.prefix
+    return all(
+        f".{prefix}" in name or ".modules_to_save." in name
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad
+    )
 
 
 def _adapter_is_identity(policy: nn.Module) -> bool:
@@ -103,12 +133,23 @@ def _adapter_is_identity(policy: nn.Module) -> bool:
     )
 
 
+def _keep_reference_adapter(policy: nn.Module) -> None:
+    active = policy.active_adapter
+    config = copy.deepcopy(policy.peft_config[active])
+    if hasattr(config, "init_lora_weights"):
+        # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
+        config.init_lora_weights = True
+    policy.add_adapter(REFERENCE_ADAPTER, config)
+    state = get_peft_model_state_dict(policy, adapter_name=active)
+    set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
+    policy.set_adapter(active)
+
+
 @contextmanager
 def reference_policy(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
     """Inside, the model that computes log pi_init: `ref_model`, or `policy` with its reference adapter or none."""
     if ref_model is not None:
         yield ref_model
         return
-    adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None
-    with use_adapter(policy, adapter) if is_peft_model(policy) else nullcontext():
+    with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
         yield policy

@@ -1,6 +1,7 @@
 """The standalone value model: a transformer trunk of its own with a scalar head at every position."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden_BRH: Tensor) -> Tensor:
-        hidden_BRH = hidden_BRH.to(self.out.weight.dtype)
-        if self.kind == "mlp":
-            hidden_BRH = self.hidden(hidden_BRH).relu()
-        return self.out(hidden_BRH).squeeze(-1)
+        with torch.autocast(hidden_BRH.device.type, enabled=False):
+            hidden_BRH = hidden_BRH.to(self.out.weight.dtype)
+            if self.kind == "mlp":
+                hidden_BRH = self.hidden(hidden_BRH).relu()
+            return self.out(hidden_BRH).squeeze(-1)
 
 
 class ValueModel(nn.Module):
@@ -118,11 +120,13 @@ class ValueModel(nn.Module):
             path: a folder or a hub name.
             base_model: for a saved adapter, the language model that it belongs on (copied); otherwise loaded from
                 where the adapter says that it came from.
-            kwargs: passed on to the network's `from_pretrained` (`dtype`, `device_map`, ...).
+            kwargs: passed on to the network's `from_pretrained` (`quantization_config`, `device_map`, ...). `dtype`
+                defaults to float32 whatever the checkpoint was saved in, because the network is to be trained.
 
         Raises:
             OSError: if there is no such checkpoint.
         """
+        kwargs = {"dtype": torch.float32, **kwargs}
         if not (Path(path) / DESCRIPTION).is_file():
             return cls._from_checkpoint(path, **kwargs)
         description = json.loads((Path(path) / DESCRIPTION).read_text())
@@ -164,7 +168,7 @@ class ValueModel(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         network_state = {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
         head_state = {name.removeprefix("head."): t for name, t in state.items() if name.startswith("head.")}
-        self.network.save_pretrained(path, state_dict=network_state)
+        save_network(self.network, path, network_state)
         save_file({name: tensor.cpu().contiguous() for name, tensor in head_state.items()}, path / HEAD_WEIGHTS)
         description = {
             "head": self.head.kind,
@@ -201,6 +205,23 @@ def resolve_value_model(value_model: Any, policy: nn.Module) -> ValueModel:
     if value_model.get_output_embeddings() is not None:
         return ValueModel.from_policy(value_model)
     return ValueModel._on_trunk(_trainable(independent_copy(value_model)))
+
+
+def save_network(network: nn.Module, path: str | Path, state_dict: dict[str, Tensor], **kwargs: Any) -> None:
+    """A transformer's checkpoint or, of a PEFT model, that of its active adapter, in `path` itself.
+
+    peft puts an adapter that is not called "default" into a folder below `path`, where `from_pretrained(path)` does
+    not look for it.
+    """
+    if not is_peft_model(network):
+        network.save_pretrained(path, state_dict=state_dict, **kwargs)
+        return
+    adapter = network.active_adapter
+    network.save_pretrained(path, state_dict=state_dict, selected_adapters=[adapter], **kwargs)
+    folder = Path(path) / adapter
+    if adapter != "default" and folder.is_dir():
+        shutil.copytree(folder, path, dirs_exist_ok=True)
+        shutil.rmtree(folder)
 
 
 def _device(network: nn.Module) -> torch.device:
