@@ -1,0 +1,122 @@
+"""Rows of a local file or of a data set on the Hugging Face hub, each with its number."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
+JSON_SUFFIXES = (".json", ".json.gz")
+FILE_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+
+
+class Row(NamedTuple):
+    """One row as it was found.
+
+    Args:
+        number: its place in the source, from 1; the line number in a file of JSON lines.
+        fields: its columns, or None if it could not be read.
+        problem: why it could not be read, or None.
+    """
+
+    number: int
+    fields: dict[str, Any] | None
+    problem: str | None = None
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether `source` is a path rather than the name of a data set on the hub."""
+    return isinstance(source, Path) or Path(source).exists() or looks_like_path(source)
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether `source` is spelled like a path: the hub's names have no such prefix or suffix."""
+    return source.startswith(("/", "./", "../", "~")) or source.lower().endswith(FILE_SUFFIXES)
+
+
+def iter_rows(
+    source: str | Path, name: str | None = None, data_dir: str | None = None, split: str = "train"
+) -> Iterator[Row]:
+    """Read rows one after the other; a line that is not JSON is a row with a `problem`, not the end of the reading.
+
+    JSON is read line by line because a table reader would refuse a whole file for one odd value; `.parquet` and the
+    hub go through `datasets`.
+
+    Args:
+        source (`str` or `Path`): a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects) or `.parquet` file, a folder
+            that `datasets` understands, or a data set on the hub.
+        name (`str`, *optional*): configuration of a hub data set.
+        data_dir (`str`, *optional*): folder inside a hub data set (`harmless-base` of `Anthropic/hh-rlhf`, say).
+        split (`str`, *optional*, defaults to `"train"`): split of a hub data set or a folder.
+
+    Raises:
+        FileNotFoundError: `source` is a path and nothing is there.
+        ValueError: a file of an unknown kind, or one that is broken as a whole.
+    """
+    if not is_local(source):
+        yield from _table_rows(str(source), name=name, data_dir=data_dir, split=split)
+        return
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"source={str(source)!r}: there is no such file")
+    lowered = path.name.lower()
+    if path.is_dir():
+        yield from _table_rows(str(path), name=name, data_dir=data_dir, split=split)
+    elif lowered.endswith(LINE_SUFFIXES):
+        yield from _json_lines(path)
+    elif lowered.endswith(JSON_SUFFIXES):
+        yield from _json_list(path)
+    elif lowered.endswith(".parquet"):
+        yield from _table_rows("parquet", data_files=str(path), split="train", streaming=True)
+    else:
+        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(FILE_SUFFIXES)}, or a folder")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    open_file = gzip.open if path.name.lower().endswith(".gz") else open
+    number = 0
+    try:
+        with open_file(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _decoded(number, line)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error} (after line {number})") from error
+
+
+def _decoded(number: int, line: bytes) -> Row:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return Row(number, None, f"not JSON: {error}")
+    return _checked(number, value)
+
+
+def _json_list(path: Path) -> Iterator[Row]:
+    open_file = gzip.open if path.name.lower().endswith(".gz") else open
+    with open_file(path, "rb") as file:
+        try:
+            values = json.loads(file.read())
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not one JSON document: {error} (JSON lines belong in a .jsonl file)"
+            ) from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected a list of objects")
+    for number, value in enumerate(values, start=1):
+        yield _checked(number, value)
+
+
+def _checked(number: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Row(number, None, f"a {type(value).__name__}, expected an object with columns")
+
+
+def _table_rows(path: str, **options: Any) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    for number, fields in enumerate(load_dataset(path, **options), start=1):
+        yield Row(number, fields)
