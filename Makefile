@@ -1,0 +1,62 @@
+# `make help` lists the targets. Each does the set-up it needs, and is quick when that is already there.
+
+# The first of these that is Python 3.11 or later makes the environments; `make install PYTHON=/path/to/python` chooses one.
+PYTHON ?= python3.11 python3.12 python3.13 python3
+# More arguments: `make test ARGS="-k losses"`, `make demo ARGS="--seed 1"`.
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install check format test test-lowest demo build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: .venv/.installed ## make .venv: the package, editable, and its development tools at pinned versions
+
+check: install ## check formatting, lint, and the types of the pure modules
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: install ## format and sort imports
+	.venv/bin/ruff check --fix --select I .
+	.venv/bin/ruff format .
+
+test: install ## run the tests
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q $(ARGS)
+
+test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions that pyproject.toml admits
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q $(ARGS)
+
+demo: install ## align a small language model with APA, from nothing, on the CPU
+	.venv/bin/trl-apa demo --output-dir runs/demo $(ARGS)
+
+build: install ## make the source distribution and the wheel in dist/
+	.venv/bin/python -m build --no-isolation
+
+clean: ## remove the environments, caches and builds; runs/ stays
+	rm -rf .venv .venv-lowest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python .venv-lowest/bin/python:
+	@for python in $(PYTHON); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			exec "$$python" -m venv $(@D)/..; \
+		fi; \
+	done; \
+	echo "no Python 3.11 or later among: $(PYTHON); name one with PYTHON=/path/to/python" >&2; exit 1
+
+define install-with
+	@echo "installing into $(@D) with $(1), which takes a few minutes the first time"
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' --constraint $(1)
+	@touch $@
+endef
+
+.venv/.installed: pyproject.toml constraints/ci.txt | .venv/bin/python
+	$(call install-with,constraints/ci.txt)
+
+# These versions of torch bring CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.
+.venv-lowest/.installed: pyproject.toml constraints/lowest.txt | .venv-lowest/bin/python
+	$(call install-with,constraints/lowest.txt)

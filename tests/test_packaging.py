@@ -1,0 +1,175 @@
+"""What a user installs: the lazy import, the declared versions, and the wheel in an empty environment."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import trl_apa
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+def run_python(code: str, python: Path | str = sys.executable, cwd: Path = ROOT) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def declared_requirements() -> list[Requirement]:
+    """Every requirement of the package and of its extras, but for the extras that name the package itself."""
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    ]
+    requirements = [Requirement(line) for line in lines]
+    return [requirement for requirement in requirements if requirement.name != PROJECT["name"]]
+
+
+def read_pins(path: Path) -> dict[str, Version]:
+    """The versions that a constraints file pins, by canonical name."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    requirements = [Requirement(line) for line in lines]
+    for requirement in requirements:
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], f"{requirement} is not a pin"
+    pins = {
+        canonicalize_name(requirement.name): Version(next(iter(requirement.specifier)).version)
+        for requirement in requirements
+    }
+    assert len(pins) == len(requirements), f"{path.name} pins something twice"
+    return pins
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """The top-level modules that a source file imports, relative imports aside."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules.append(node.module or "")
+    return {module.split(".")[0] for module in modules}
+
+
+class TestImport:
+    def test_loads_nothing_heavy(self) -> None:
+        loaded = run_python(
+            f"import sys, trl_apa, trl_apa.cli; print([name for name in {HEAVY} if name in sys.modules])"
+        )
+        assert loaded == "[]"
+
+    def test_costs_less_than_300_ms_over_torch(self) -> None:
+        code = "import time, torch; start = time.perf_counter(); import trl_apa; print(time.perf_counter() - start)"
+        seconds = []
+        # A busy machine can spoil a measurement, so a slow one is repeated.
+        while len(seconds) < 5 and not (seconds and min(seconds) < 0.3):
+            seconds.append(float(run_python(code)))
+        assert min(seconds) < 0.3, f"`import trl_apa` took {min(seconds):.3f} s over `import torch`"
+
+    @pytest.mark.parametrize("name", trl_apa.__all__)
+    def test_public_name_resolves(self, name: str) -> None:
+        assert name in dir(trl_apa)
+        value = getattr(trl_apa, name)
+        if name != "__version__":
+            assert value.__name__ == name
+
+    def test_unknown_name_is_an_attribute_error(self) -> None:
+        with pytest.raises(AttributeError, match=r"module 'trl_apa' has no attribute 'PPOTrainerV9'"):
+            _ = trl_apa.PPOTrainerV9
+
+
+class TestDeclaredVersions:
+    def test_lowest_pins_are_the_lower_bounds(self) -> None:
+        bounds = {}
+        for requirement in declared_requirements():
+            (bound,) = [specifier for specifier in requirement.specifier if specifier.operator == ">="]
+            bounds[canonicalize_name(requirement.name)] = Version(bound.version)
+        assert read_pins(ROOT / "constraints" / "lowest.txt") == bounds
+
+    def test_ci_pins_satisfy_every_requirement(self) -> None:
+        pins = read_pins(ROOT / "constraints" / "ci.txt")
+        for requirement in declared_requirements():
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), str(requirement)
+
+    def test_ci_pins_name_no_local_build(self) -> None:
+        pins = read_pins(ROOT / "constraints" / "ci.txt")
+        assert [name for name, version in pins.items() if version.local] == []
+
+    def test_every_import_is_declared(self) -> None:
+        declared = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
+        undeclared = set()
+        for path in (ROOT / "trl_apa").rglob("*.py"):
+            for module in top_level_imports(path) - {*sys.stdlib_module_names, "trl_apa"}:
+                if canonicalize_name(module) not in declared:
+                    undeclared.add(f"{path.relative_to(ROOT)} imports {module}")
+        assert undeclared == set()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # The build backend is one of the development tools, so that building needs no network.
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+class TestWheel:
+    def test_holds_the_package_its_types_marker_and_its_licence(self, wheel: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            names = set(archive.namelist())
+            info = f"trl_apa-{PROJECT['version']}.dist-info"
+            metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
+            licence = archive.read(f"{info}/licenses/LICENSE").decode()
+        sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_apa").rglob("*.py")}
+        assert {name for name in names if not name.startswith(info)} == {*sources, "trl_apa/py.typed"}
+        assert metadata["Version"] == PROJECT["version"]
+        assert metadata["License-Expression"] == "Apache-2.0"
+        assert licence == (ROOT / "LICENSE").read_text()
+
+    def test_works_in_an_empty_environment(self, wheel: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "venv"
+        venv.create(folder, with_pip=True)
+        scripts = folder / ("Scripts" if os.name == "nt" else "bin")
+        command = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+        subprocess.run([scripts / "python", *command], cwd=tmp_path, check=True)
+
+        where = run_python("import trl_apa; print(trl_apa.__file__)", scripts / "python", tmp_path)
+        assert Path(where).is_relative_to(folder)
+        with_torch = run_python("from importlib.util import find_spec; print(find_spec('torch'))", scripts / "python")
+        assert with_torch == "None", "the environment is not empty"
+        version = subprocess.run([scripts / "trl-apa", "--version"], cwd=tmp_path, capture_output=True, text=True)
+        assert (version.stdout, version.stderr) == (f"trl-apa {PROJECT['version']}\n", "")
+
+
+class TestCommandLine:
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "trl_apa.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    def test_unknown_command_names_the_known_ones(self) -> None:
+        done = self.run("trian")
+        assert done.returncode == 2
+        assert "'trian'" in done.stderr and "demo" in done.stderr
+
+    def test_a_command_gets_its_own_options(self) -> None:
+        done = self.run("demo", "--help")
+        assert done.returncode == 0, done.stderr
+        assert "--iterations" in done.stdout and "--loss-type" in done.stdout
