@@ -1,0 +1,291 @@
+"""The documentation tells the truth: its scripts run, its links lead somewhere, and what it names exists."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    PreTrainedTokenizerFast,
+)
+
+import trl_apa
+from tests.tiny import lora_config, tiny_rollouts, tiny_trainer
+from trl_apa.cli import COMMANDS
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path for folder in (".", "docs", "examples", "examples/hh", "benchmarks") for path in ROOT.glob(f"{folder}/*.md")
+)
+OURS = [page for page in PAGES if page.parent.name != "hh"]
+# `trainer` is what scripts call their trainer.
+MODULES = {path.stem for path in (ROOT / "trl_apa").glob("*.py") if path.stem not in ("__init__", "trainer")} | {
+    "models"
+}
+LOSS_TYPES = ("apa", "awr", "ppo")
+MODEL_NAME = "EleutherAI/pythia-160m"
+
+
+def page_id(path):
+    return str(path.relative_to(ROOT))
+
+
+def without_fences(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def fenced(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def code_spans(path):
+    """Inline code: what stands between backticks outside fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", without_fences(path.read_text()))
+
+
+def code(path):
+    """Everything that is set as code: inline, fenced or indented."""
+    text = path.read_text()
+    indented = re.findall(r"^ {4}.*$", without_fences(text), flags=re.MULTILINE)
+    return "\n".join(
+        [*re.findall(r"^```.*?^```$", text, flags=re.MULTILINE | re.DOTALL), *code_spans(path), *indented]
+    )
+
+
+def anchors(path):
+    """The fragments that GitHub gives the page's headings."""
+    headings = re.findall(r"^#+ (.*)$", without_fences(path.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(page.read_text())):
+        if "://" in target:
+            continue
+        name, _, fragment = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{target} is not there"
+        assert not fragment or fragment in anchors(linked), f"{target}: no such heading"
+
+
+def test_make_targets_and_commands_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {page: code(page) for page in PAGES}
+    makes = {target for text in named.values() for target in re.findall(r"\bmake ([a-z][a-z-]*)", text)}
+    commands = {name for text in named.values() for name in re.findall(r"\btrl-apa ([a-z]+)", text)}
+    assert {"demo", "test"} <= makes <= targets
+    assert {"demo"} <= commands <= set(COMMANDS)
+
+
+def functions_of(path):
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", OURS, ids=page_id)
+def test_files_and_tests_that_are_named_exist(page):
+    for span in code_spans(page):
+        match = re.fullmatch(
+            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks)/[\w/]*)(?:::(\w+))?",
+            span,
+        )
+        if match is None:
+            continue
+        path, test = ROOT / match[1], match[2]
+        assert path.exists(), f"{span} is not there"
+        assert test is None or test in functions_of(path), f"{span}: no such test"
+
+
+def resolves(dotted):
+    """Whether `module.name.attribute` of the package, or `PublicName.attribute`, exists; None if it is neither."""
+    first, *rest = dotted.split(".")
+    if first in trl_apa.__all__:
+        owner = getattr(trl_apa, first)
+    elif first in MODULES:
+        owner = import_module(f"trl_apa.{first}")
+    else:
+        return None
+    for name in rest:
+        if not hasattr(owner, name):
+            return False
+        owner = getattr(owner, name)
+    return True
+
+
+@pytest.mark.parametrize("page", OURS, ids=page_id)
+def test_functions_that_are_named_exist(page):
+    for span in code_spans(page):
+        match = re.fullmatch(r"(\w+(?:\.\w+)+)(?:\(.*\))?", span)
+        assert match is None or resolves(match[1]) is not False, f"{span} does not exist"
+
+
+def test_the_checks_find_what_is_wrong():
+    assert resolves("losses.apa_loss") and resolves("APATrainer.step")
+    assert resolves("losses.no_such_loss") is False and resolves("APATrainer.leap") is False
+    assert resolves("tokenizer.pad_token") is None
+    assert "what-z--1-does" in anchors(ROOT / "docs" / "algorithm.md")
+    names = {name for page in OURS for span in code_spans(page) for name in re.findall(r"^(\w+\.\w+)$", span)}
+    assert sum(bool(resolves(name)) for name in names) > 15
+    assert sum("::test_" in span for page in OURS for span in code_spans(page)) > 50
+
+
+def test_the_design_lists_every_file_of_the_package():
+    listed = set(code_spans(ROOT / "docs" / "design.md"))
+    package = ROOT / "trl_apa"
+    files = {f"trl_apa/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
+    files |= {f"trl_apa/{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert files - listed == set()
+
+
+def documented_statistics():
+    """The keys in the tables of docs/statistics.md, by heading."""
+    keys, heading = {}, None
+    for line in (ROOT / "docs" / "statistics.md").read_text().splitlines():
+        if line.startswith("## "):
+            heading = line[3:]
+        if match := re.match(r"\| `([\w/]+)` \|", line):
+            assert match[1] not in keys.setdefault(heading, []), f"{match[1]} stands there twice"
+            keys[heading].append(match[1])
+    return {heading: set(names) for heading, names in keys.items()}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
+    documented = documented_statistics()
+    trainer = tiny_trainer(tmp_path, loss_type=loss_type)
+    queries, responses, scores = tiny_rollouts()
+    stats = trainer.step(queries, responses, scores)
+    assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == stats.keys()
+    trainer.log_stats(stats, {"query": [], "response": []}, scores)
+    assert documented["What `log_stats` adds"] == trainer.state.log_history[-1].keys() - stats.keys() - {
+        "step",
+        "epoch",
+    }
+
+
+def test_the_changelog_knows_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A small language model of bytes, an adapter on it and a reward model, as a user would have them on disk."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(ByteLevel.alphabet())])}
+    bytes_only = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    bytes_only.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<eos>")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.half().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    adapted = get_peft_model(base, lora_config(init_lora_weights=False))
+    adapted.save_pretrained(folder / "sft-adapter")
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward-model")
+    return folder
+
+
+def with_paths(script, checkpoints):
+    script = script.replace(f'"{MODEL_NAME}"', repr(str(checkpoints / "model")))
+    return script.replace('"path/to/', f'"{checkpoints}/')
+
+
+def test_the_readme_script_runs(tmp_path, checkpoints):
+    (script,) = fenced(ROOT / "README.md", "python")
+    assert len(script.splitlines()) <= 35
+    # one iteration is enough here
+    (tmp_path / "script.py").write_text(with_paths(script, checkpoints).replace("] * 64", "] * 16"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    reported = re.findall(r"^score (-?\d+\.\d\d), KL (-?\d+\.\d\d) nats$", done.stdout, flags=re.MULTILINE)
+    assert len(reported) == 1
+    assert all(-10 < float(score) <= 0 for score, _ in reported)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
+    assert (tmp_path / "ten-words" / "value_model" / "value_head.safetensors").is_file()
+
+
+def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (readme,) = fenced(ROOT / "README.md", "python")
+    namespace = {}
+    exec(with_paths(readme.partition("trainer = ")[0], checkpoints), namespace)
+    namespace["config"].use_cpu = True
+    blocks = fenced(ROOT / "docs" / "quickstart.md", "python")
+    assert len(blocks) == 4
+    references = []
+    for block in blocks:
+        exec(compile(with_paths(block, checkpoints), "quickstart.md", "exec"), namespace)
+        references.append(namespace["trainer"].ref_model)
+    lora, sft_adapter, reward_model, loaded = references
+    assert lora is None and sft_adapter is None and reward_model is not None and loaded is not None
+    assert namespace["stats"]["tokens/counted"] > 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), namespace["policy"].parameters(), strict=True))
+
+
+CLASSIC_LOOP = """
+model = AutoModelForCausalLMWithValueHead.from_pretrained({model!r}, dtype=torch.float32)
+config = PPOConfig(learning_rate=1e-3, batch_size=8, mini_batch_size=2, gradient_accumulation_steps=2, ppo_epochs=3)
+ppo_trainer = PPOTrainer(config, model, None, tokenizer, dataset=dataset, data_collator=collator)
+generation_kwargs = {{"top_k": 0.0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 4}}
+generation_kwargs["pad_token_id"] = tokenizer.eos_token_id
+for batch in ppo_trainer.dataloader:
+    response_tensors = ppo_trainer.generate(batch["input_ids"], return_prompt=False, **generation_kwargs)
+    batch["response"] = tokenizer.batch_decode(response_tensors)
+    rewards = [torch.tensor(float(len(text))) for text in batch["response"]]
+    stats = ppo_trainer.step(batch["input_ids"], response_tensors, rewards)
+    ppo_trainer.log_stats(stats, batch, rewards)
+ppo_trainer.save_pretrained("my_ppo_model")
+"""
+
+
+def test_the_new_imports_run_a_classic_loop(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (diff,) = fenced(ROOT / "README.md", "diff")
+    imports = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    assert len(imports) == 3 and all(" import " in line for line in imports)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoints / "model")
+    rows = [{"input_ids": torch.tensor(tokenizer(f"question {i}")["input_ids"]), "query": f"{i}"} for i in range(16)]
+    namespace = {
+        "torch": torch,
+        "tokenizer": tokenizer,
+        "dataset": rows,
+        "collator": lambda data: {key: [row[key] for row in data] for key in data[0]},
+    }
+    exec("\n".join(imports) + CLASSIC_LOOP.format(model=str(checkpoints / "model")), namespace)
+    assert namespace["stats"]["apa/mean_scores"] > 0
+    assert (tmp_path / "my_ppo_model" / "model.safetensors").is_file()
+    with pytest.raises(TypeError, match="no_such_option"):
+        namespace["PPOConfig"](no_such_option=1)
