@@ -1,0 +1,39 @@
+"""`trl-apa demo`: a complete RLHF in miniature on the CPU. See `docs/` for what each stage does."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from .options import DemoOptions, parse_options
+
+
+__all__ = ["DemoOptions", "main", "parse_options"]
+
+# Read by the Hugging Face libraries when they are imported: the demo needs no network, and none is touched.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo with `argv` (*optional*, defaults to the process's arguments); returns the exit status."""
+    options = parse_options(sys.argv[1:] if argv is None else argv)
+    missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
+    if missing:
+        print(f"trl-apa demo needs {' and '.join(missing)}: pip install 'trl-apa[demo]'", file=sys.stderr)
+        return 1
+    os.environ.update(OFFLINE)
+
+    from rich.console import Console
+
+    console = Console()
+    console.print("trl-apa demo: RLHF in miniature. Loading torch, transformers and TRL ...", highlight=False)
+    from .pipeline import run_demo
+    from .report import Report
+
+    run_demo(options, Report(console))
+    return 0

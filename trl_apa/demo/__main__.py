@@ -1,0 +1,6 @@
+"""`python -m trl_apa.demo`."""
+
+from . import main
+
+
+raise SystemExit(main())

@@ -1,0 +1,58 @@
+"""The picture of a run: rewards, KL and entropy against iterations, and reward against KL."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+PROXY_COLOUR, GOLD_COLOUR, OTHER_COLOUR = "#1f77b4", "#d99a00", "#555555"
+
+
+def plot_curves(path: Path, title: str, training: Sequence[dict[str, float]], evaluations: Sequence[dict]) -> None:
+    """Save the figure as PNG.
+
+    Args:
+        path: file to write.
+        title: of the figure.
+        training: metrics of each iteration, measured on the rollouts of the policy *before* that iteration's update.
+        evaluations: metrics on held-out questions, each with `iteration`, the updates made before it.
+    """
+    figure = Figure(figsize=(9, 6.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    rewards, kl, trade, entropy = figure.subplots(2, 2).flat
+    updates = [row["iteration"] - 1 for row in training]
+    held_out = [row["iteration"] for row in evaluations]
+    for name, label, colour in (
+        ("proxy_reward", "proxy (learned)", PROXY_COLOUR),
+        ("gold_reward", "gold (true)", GOLD_COLOUR),
+    ):
+        values, final = [row[name] for row in training], [row[f"eval/{name}"] for row in evaluations]
+        rewards.plot(updates, values, color=colour, label=label)
+        rewards.plot(held_out, final, "D", color=colour, markersize=6, markeredgecolor="white")
+        trade.plot([row["kl"] for row in training], values, ".", color=colour, label=label)
+        kl_values = [row["eval/kl"] for row in evaluations]
+        trade.plot(kl_values, final, "D", color=colour, markersize=6, markeredgecolor="white")
+    kl.plot(updates, [row["kl"] for row in training], color=OTHER_COLOUR)
+    kl.plot(held_out, [row["eval/kl"] for row in evaluations], "D", color=OTHER_COLOUR, markeredgecolor="white")
+    entropy.plot(updates, [row["entropy"] for row in training], color=OTHER_COLOUR)
+    entropy.plot(
+        held_out, [row["eval/entropy"] for row in evaluations], "D", color=OTHER_COLOUR, markeredgecolor="white"
+    )
+    _label(rewards, "Reward", "iteration", "mean reward")
+    _label(kl, "KL to the initial model", "iteration", "nats per response")
+    _label(trade, "Reward against KL", "KL, nats per response", "mean reward")
+    _label(entropy, "Entropy", "iteration", "nats per token")
+    rewards.legend(frameon=False)
+    trade.legend(frameon=False)
+    figure.suptitle(f"{title}; diamonds: held-out questions", fontsize=11)
+    figure.savefig(path)
+
+
+def _label(axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

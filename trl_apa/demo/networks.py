@@ -1,0 +1,112 @@
+"""The demo's tokenizer and language model, and how it samples from a model outside the training loop."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.trainers import WordLevelTrainer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoXConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from trl_apa.generation import generate_responses
+
+from .corpus import vocabulary
+
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar's vocabulary, with distinct padding and end-of-sequence tokens."""
+    tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = WordLevelTrainer(special_tokens=[PAD, EOS, UNKNOWN], show_progress=False)
+    tokenizer.train_from_iterator(vocabulary(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A randomly initialised GPT-NeoX of about 110,000 parameters."""
+    set_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=64,
+        # At this width the usual 0.02 makes it slow to learn to copy words from the question.
+        initializer_range=0.06,
+        classifier_dropout=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tensor]:
+    """Each text as a 1-D int64 tensor of token ids."""
+    return [torch.tensor(ids) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, responses: Sequence[Tensor]) -> list[str]:
+    """The words of each response, without special tokens."""
+    return tokenizer.batch_decode([response.tolist() for response in responses], skip_special_tokens=True)
+
+
+@contextmanager
+def private_seed(seed: int) -> Iterator[None]:
+    """Inside, torch draws from a generator seeded with `seed`; afterwards the global one is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    seed: int,
+) -> list[Tensor]:
+    """One response to each prompt, at temperature 1 over the whole vocabulary; the same seed gives the same responses.
+
+    Returns:
+        1-D int64 tensors, each up to and with its end-of-sequence token, if it has one.
+    """
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with private_seed(seed):
+        return generate_responses(model, encode(tokenizer, prompts), config, tokenizer, batch_size=512)
+
+
+def draw_prompts(rng: random.Random, prompts: Sequence[str], count: int) -> list[str]:
+    """`count` prompts, without repeating one before all have been drawn."""
+    whole, rest = divmod(count, len(prompts))
+    return [prompt for size in [len(prompts)] * whole + [rest] for prompt in rng.sample(prompts, size)]

@@ -1,0 +1,102 @@
+"""Options of the demo and its command line. Imports nothing heavy, so that `--help` answers at once."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+LOSS_TYPES = ("apa", "awr", "ppo")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """
+    Options of [`run_demo`].
+
+    Args:
+        loss_type (`str`, *optional*, defaults to `"apa"`): `"apa"`, `"awr"` or `"ppo"`.
+        seed (`int`, *optional*, defaults to `0`): of everything drawn at random.
+        iterations (`int`, *optional*, defaults to `30`): rounds of generate, score, step.
+        output_dir (`Path`, *optional*, defaults to `demo_output`): where everything is saved.
+        kl_coef (`float`, *optional*): lambda of the paper's objective (2); for PPO the initial coefficient of the KL
+            penalty. Defaults to 0.1 for APA, 1 for AWR, 0.05 for PPO.
+        learning_rate (`float`, *optional*, defaults to `3e-4`): of policy and value model in the loop.
+        batch_size (`int`, *optional*, defaults to `64`): rollouts an iteration.
+        sft_steps (`int`, *optional*, defaults to `300`): optimizer steps of supervised fine-tuning, on 32 rows each.
+        num_pairs (`int`, *optional*, defaults to `1500`): preference pairs that the reward model learns from.
+        num_held_out_pairs (`int`, *optional*, defaults to `400`): pairs to test the reward model on.
+        reward_steps (`int`, *optional*, defaults to `150`): optimizer steps of the reward model, on 32 pairs each.
+        num_eval_prompts (`int`, *optional*, defaults to `48`): prompts kept for evaluation.
+        samples_per_prompt (`int`, *optional*, defaults to `8`): responses to each of them.
+        max_new_tokens (`int`, *optional*, defaults to `24`): longest response.
+        num_threads (`int`, *optional*, defaults to `1`): torch threads; another number rounds sums differently.
+    """
+
+    loss_type: str = "apa"
+    seed: int = 0
+    iterations: int = 30
+    output_dir: Path = Path("demo_output")
+    kl_coef: float | None = None
+    learning_rate: float = 3e-4
+    batch_size: int = 64
+    sft_steps: int = 300
+    num_pairs: int = 1500
+    num_held_out_pairs: int = 400
+    reward_steps: int = 150
+    num_eval_prompts: int = 48
+    samples_per_prompt: int = 8
+    max_new_tokens: int = 24
+    num_threads: int = 1
+
+
+def parse_options(argv: Sequence[str]) -> DemoOptions:
+    """Options from command-line arguments; exits with status 2 and a message where one is wrong."""
+    default = DemoOptions()
+    parser = argparse.ArgumentParser(
+        prog="trl-apa demo",
+        description="A complete RLHF in miniature on the CPU: supervised fine-tuning, a learned reward model, APA.",
+    )
+
+    def add(name: str, kind: Callable[[str], object], meaning: str, **kwargs: Any) -> None:
+        field = kwargs.get("dest", name.lstrip("-").replace("-", "_"))
+        meaning = meaning if getattr(default, field) is None else f"{meaning} (default: %(default)s)"
+        parser.add_argument(name, type=kind, default=getattr(default, field), help=meaning, **kwargs)
+
+    add("--loss-type", str, "policy loss", choices=LOSS_TYPES)
+    add("--seed", _natural, "same seed, same numbers")
+    add("--iterations", _positive_int, "rounds of generate, score, step")
+    add("--output-dir", Path, "where everything is saved")
+    add(
+        "--kl-coef",
+        _positive_float,
+        "lambda of the objective; for ppo the initial KL coefficient (default: by loss type)",
+    )
+    add("--learning-rate", _positive_float, "of policy and value model in the loop")
+    add("--sft-steps", _positive_int, "optimizer steps of supervised fine-tuning")
+    add("--pairs", _positive_int, "preference pairs for the reward model", dest="num_pairs", metavar="PAIRS")
+    add("--reward-steps", _positive_int, "optimizer steps of the reward model")
+    add("--threads", _positive_int, "torch threads", dest="num_threads", metavar="THREADS")
+    return DemoOptions(**vars(parser.parse_args(argv)))
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} should not be negative")
+    return value
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be at least 1")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} should be a positive number")
+    return value
