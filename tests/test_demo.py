@@ -34,7 +34,6 @@ TINY = {
     "batch_size": 8,
     "sft_steps": 3,
     "num_pairs": 16,
-    "num_held_out_pairs": 8,
     "reward_steps": 2,
     "num_eval_prompts": 6,
     "samples_per_prompt": 1,

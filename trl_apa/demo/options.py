@@ -22,11 +22,12 @@ class DemoOptions:
         output_dir (`Path`, *optional*, defaults to `demo_output`): where everything is saved.
         kl_coef (`float`, *optional*): lambda of the paper's objective (2); for PPO the initial coefficient of the KL
             penalty. Defaults to 0.1 for APA, 1 for AWR, 0.05 for PPO.
-        learning_rate (`float`, *optional*, defaults to `3e-4`): of policy and value model in the loop.
+        learning_rate (`float`, *optional*, defaults to `3e-4`): of policy and value model at the start of
+            the loop; it falls linearly to 0.
         batch_size (`int`, *optional*, defaults to `64`): rollouts an iteration.
         sft_steps (`int`, *optional*, defaults to `300`): optimizer steps of supervised fine-tuning, on 32 rows each.
-        num_pairs (`int`, *optional*, defaults to `1500`): preference pairs that the reward model learns from.
-        num_held_out_pairs (`int`, *optional*, defaults to `400`): pairs to test the reward model on.
+        num_pairs (`int`, *optional*, defaults to `1500`): preference pairs that the reward model learns from; a
+            quarter as many more test it.
         reward_steps (`int`, *optional*, defaults to `150`): optimizer steps of the reward model, on 32 pairs each.
         num_eval_prompts (`int`, *optional*, defaults to `48`): prompts kept for evaluation.
         samples_per_prompt (`int`, *optional*, defaults to `8`): responses to each of them.
@@ -43,7 +44,6 @@ class DemoOptions:
     batch_size: int = 64
     sft_steps: int = 300
     num_pairs: int = 1500
-    num_held_out_pairs: int = 400
     reward_steps: int = 150
     num_eval_prompts: int = 48
     samples_per_prompt: int = 8
@@ -73,7 +73,7 @@ def parse_options(argv: Sequence[str]) -> DemoOptions:
         _positive_float,
         "lambda of the objective; for ppo the initial KL coefficient (default: by loss type)",
     )
-    add("--learning-rate", _positive_float, "of policy and value model in the loop")
+    add("--learning-rate", _positive_float, "of policy and value model at the start; it falls linearly to 0")
     add("--sft-steps", _positive_int, "optimizer steps of supervised fine-tuning")
     add("--pairs", _positive_int, "preference pairs for the reward model", dest="num_pairs", metavar="PAIRS")
     add("--reward-steps", _positive_int, "optimizer steps of the reward model")

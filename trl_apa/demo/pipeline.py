@@ -90,7 +90,7 @@ def prepare(options: DemoOptions, report: Report) -> Ingredients:
     with report.stage("preference pairs"):
         pairs, held_out = (
             make_pairs(policy, tokenizer, corpus.train_prompts, count, options.max_new_tokens, pair_seed)
-            for count, pair_seed in ((options.num_pairs, seed + 1), (options.num_held_out_pairs, seed + 2))
+            for count, pair_seed in ((options.num_pairs, seed + 1), (options.num_pairs // 4, seed + 2))
         )
     with report.training("reward model", options.reward_steps) as tick:
         reward_options = training_options(output_dir, seed, REWARD_LEARNING_RATE, options.reward_steps)
@@ -117,6 +117,8 @@ def align(options: DemoOptions, made: Ingredients, report: Report) -> list[dict[
         loss_type=options.loss_type,
         kl_coef=options.kl_coef,
         learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        steps=options.batch_size * options.iterations,
         batch_size=options.batch_size,
         mini_batch_size=8,
         ppo_epochs=2,
