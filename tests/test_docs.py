@@ -170,7 +170,8 @@ def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     trainer = tiny_trainer(tmp_path, loss_type=loss_type)
     queries, responses, scores = tiny_rollouts()
     stats = trainer.step(queries, responses, scores)
-    assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == stats.keys()
+    own = {name for name in stats if "ppo/" not in name}
+    assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == own
     trainer.log_stats(stats, {"query": [], "response": []}, scores)
     assert documented["What `log_stats` adds"] == trainer.state.log_history[-1].keys() - stats.keys() - {
         "step",
@@ -256,7 +257,7 @@ def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monke
 
 
 CLASSIC_LOOP = """
-model = AutoModelForCausalLMWithValueHead.from_pretrained({model!r}, dtype=torch.float32)
+model = AutoModelForCausalLMWithValueHead.from_pretrained({model!r})
 config = PPOConfig(learning_rate=1e-3, batch_size=8, mini_batch_size=2, gradient_accumulation_steps=2, ppo_epochs=3)
 ppo_trainer = PPOTrainer(config, model, None, tokenizer, dataset=dataset, data_collator=collator)
 generation_kwargs = {{"top_k": 0.0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 4}}
@@ -275,7 +276,7 @@ def test_the_new_imports_run_a_classic_loop(tmp_path, checkpoints, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (diff,) = fenced(ROOT / "README.md", "diff")
     imports = [line[1:] for line in diff.splitlines() if line.startswith("+")]
-    assert len(imports) == 3 and all(" import " in line for line in imports)
+    assert len(imports) == 1 and " import " in imports[0]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoints / "model")
     rows = [{"input_ids": torch.tensor(tokenizer(f"question {i}")["input_ids"]), "query": f"{i}"} for i in range(16)]
     namespace = {

@@ -9,8 +9,22 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .classic import (
+        AdaptiveKLController,
+        FixedKLController,
+        LengthSampler,
+        create_reference_model,
+        respond_to_batch,
+        set_seed,
+    )
     from .config import APAConfig
-    from .models import PolicyAndValue, ValueModel
+    from .models import (
+        AutoModelForCausalLMWithValueHead,
+        AutoModelForSeq2SeqLMWithValueHead,
+        PolicyAndValue,
+        ValueModel,
+    )
+    from .ppo import PPOConfig, PPOTrainer
     from .trainer import APATrainer
 
     __version__: str
@@ -18,11 +32,37 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "APAConfig": "config",
     "APATrainer": "trainer",
+    "AdaptiveKLController": "classic",
+    "AutoModelForCausalLMWithValueHead": "models",
+    "AutoModelForSeq2SeqLMWithValueHead": "models",
+    "FixedKLController": "classic",
+    "LengthSampler": "classic",
+    "PPOConfig": "ppo",
+    "PPOTrainer": "ppo",
     "PolicyAndValue": "models",
     "ValueModel": "models",
+    "create_reference_model": "classic",
+    "respond_to_batch": "classic",
+    "set_seed": "classic",
 }
 
-__all__ = ["APAConfig", "APATrainer", "PolicyAndValue", "ValueModel", "__version__"]
+__all__ = [
+    "APAConfig",
+    "APATrainer",
+    "AdaptiveKLController",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "FixedKLController",
+    "LengthSampler",
+    "PPOConfig",
+    "PPOTrainer",
+    "PolicyAndValue",
+    "ValueModel",
+    "__version__",
+    "create_reference_model",
+    "respond_to_batch",
+    "set_seed",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,9 +1,10 @@
 """Options of `APATrainer`: defaults, the names classic scripts use for them, and their validation."""
 
+import json
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -11,7 +12,7 @@ from trl_apa._trl import _BaseConfig
 
 
 LOSS_TYPES = ("apa", "awr", "ppo")
-DEFAULT_KL_COEF = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
+Json = dict | str | None
 # Options that only the named losses read, with the defaults they get there.
 ONLY_WITH: dict[str, tuple[str, Any]] = {
     "cliprange": ("ppo", 0.2),
@@ -19,6 +20,7 @@ ONLY_WITH: dict[str, tuple[str, Any]] = {
     "target": ("ppo", 6.0),
     "horizon": ("ppo", 10000.0),
     "kl_penalty": ("ppo", "kl"),
+    "ratio_threshold": ("ppo", 10.0),
 }
 # The name a classic script uses -> ours.
 ALIASES = {
@@ -28,6 +30,15 @@ ALIASES = {
     "log_with": "report_to",
     "use_score_scaling": "scale_rewards",
     "use_score_norm": "center_rewards",
+    "optimize_cuda_cache": "optimize_device_cache",
+}
+# Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
+WITHOUT_EFFECT = {
+    "compare_steps": "push_to_hub_if_best_kwargs is what it belonged to; set load_best_model_at_end instead",
+    "push_to_hub_if_best_kwargs": "call push_to_hub when a step was the best",
+    "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
+    "project_kwargs": "set output_dir, or logging_dir in the environment of the tracker",
+    "dataset_num_proc": "the trainer does not tokenize",
 }
 
 
@@ -95,6 +106,15 @@ class APAConfig(_BaseConfig):
             Of sampling. The losses assume the whole distribution: leave both off unless you know why not.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value model. Defaults to `learning_rate`.
+        early_stopping (`bool`, *optional*, defaults to `False`):
+            After an epoch over the rollouts whose last mini-batch has moved by more than `1.5 * target_kl` from the
+            policy that sampled them, leave out the epochs that remain.
+        target_kl (`float`, *optional*, defaults to `1.0`):
+            Size of the mean of log pi_old - log pi over the tokens of that mini-batch, nats.
+        ratio_threshold (`float`, *optional*):
+            PPO only: a mini-batch whose mean ratio exceeds it is skipped, with a warning. Defaults to `10.0`.
+        optimize_device_cache (`bool`, *optional*, defaults to `False`):
+            Empty the device's cache after every backward pass: `torch_empty_cache_steps=1`.
         steps (`int`, *optional*, defaults to `20000`):
             Rollouts a process will see in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
             decaying `lr_scheduler_type` stretches over.
@@ -106,6 +126,8 @@ class APAConfig(_BaseConfig):
         ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
             `batch_size` does not divide into mini-batches.
     """
+
+    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
 
     loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
     kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
@@ -134,6 +156,10 @@ class APAConfig(_BaseConfig):
     top_k: int = _option(0, "Of sampling; 0 is off.")
     value_learning_rate: float | None = _option(None, "Learning rate of the value model.")
     steps: int = _option(20000, "Rollouts a process will see in the classic loop.")
+    early_stopping: bool = _option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
+    target_kl: float = _option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
+    ratio_threshold: float | None = _option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
+    optimize_device_cache: bool = _option(False, "Empty the device's cache after every backward pass.")
 
     learning_rate: float = _option(1.41e-5, "Initial learning rate.")
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
@@ -145,8 +171,22 @@ class APAConfig(_BaseConfig):
     log_with: str | None = _option(None, "Classic's name of report_to.")
     use_score_scaling: bool | None = _option(None, "Classic's name of scale_rewards.")
     use_score_norm: bool | None = _option(None, "Classic's name of center_rewards.")
+    forward_batch_size: int | None = _option(None, "Classic's old name of mini_batch_size.")
+    optimize_cuda_cache: bool | None = _option(None, "Classic's old name of optimize_device_cache.")
+
+    exp_name: str | None = _option(None, "Name of the run for trackers; classic's name of run_name.")
+    task_name: str | None = _option(None, "Kept for the record.")
+    model_name: str | None = _option(None, "Kept for the record; scripts load the model by it.")
+    query_dataset: str | None = _option(None, "Kept for the record.")
+    reward_model: str | None = _option(None, "Kept for the record; scripts load the reward model by it.")
+    compare_steps: int | None = _option(None, "Without effect.")
+    push_to_hub_if_best_kwargs: Json = field(default=None, metadata={"help": "Without effect."})
+    accelerator_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
+    project_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
+    dataset_num_proc: int | None = _option(None, "Without effect.")
 
     def __post_init__(self):
+        self._translate_classic_only()
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
         self._translate_aliases()
@@ -154,6 +194,8 @@ class APAConfig(_BaseConfig):
         self._check_ranges()
         self._fill_batch_sizes()
         self._fill_aliases()
+        if self.optimize_device_cache and self.torch_empty_cache_steps is None:
+            self.torch_empty_cache_steps = 1
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         super().__post_init__()
@@ -168,6 +210,22 @@ class APAConfig(_BaseConfig):
     def total_ppo_epochs(self) -> int:
         """Calls of `step` that `steps` rollouts a process make."""
         return math.ceil(self.steps / self.batch_size)
+
+    def _translate_classic_only(self) -> None:
+        """What only classic configs have: renamed with a warning, read, or without effect and told so."""
+        if self.forward_batch_size is not None:
+            warnings.warn("forward_batch_size is an old name: use mini_batch_size", FutureWarning, stacklevel=4)
+            self.mini_batch_size = self.forward_batch_size
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0
+        if self.exp_name is not None and self.run_name is None:
+            self.run_name = self.exp_name
+        for name, reason in WITHOUT_EFFECT.items():
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, json.loads(value))
+            if value:
+                warnings.warn(f"{name}={value!r} has no effect: {reason}", UserWarning, stacklevel=4)
 
     def _translate_aliases(self) -> None:
         for alias, name in ALIASES.items():
@@ -202,7 +260,7 @@ class APAConfig(_BaseConfig):
                 raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
             self.kl_coef = self.init_kl_coef
         if self.kl_coef is None:
-            self.kl_coef = DEFAULT_KL_COEF[self.loss_type]
+            self.kl_coef = self._default_kl_coef[self.loss_type]
 
     def _warn_without_effect(self, name: str) -> None:
         if getattr(self, name) is not None:
@@ -215,7 +273,7 @@ class APAConfig(_BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
-        positive += ["value_learning_rate", "per_device_train_batch_size"]
+        positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
         if self.loss_type != "ppo":
             positive.append("kl_coef")
         for name in positive:
@@ -230,8 +288,6 @@ class APAConfig(_BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3")
-        if self.center_rewards and not self.scale_rewards:
-            raise ValueError("center_rewards=True needs scale_rewards=True: only scaled scores are centred")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""

@@ -23,6 +23,7 @@ class UpdateRecord:
         observing: whether rows are visited for the first time.
         optimizer_steps: for each optimizer step, statistics that add up over its micro-batches and processes.
         grad_norms: for each optimizer step, the norms before clipping.
+        epochs: passes over the rollouts that were made.
     """
 
     logprobs_BR: Tensor
@@ -30,6 +31,7 @@ class UpdateRecord:
     observing: bool = True
     optimizer_steps: list[dict[str, Tensor]] = field(default_factory=list)
     grad_norms: list[dict[str, Tensor]] = field(default_factory=list)
+    epochs: float = 0.0
 
     @classmethod
     def empty(cls, like_BR: Tensor) -> "UpdateRecord":

@@ -37,6 +37,7 @@ from trl_apa.models import (
     disable_dropout,
     reference_policy,
     resolve_value_model,
+    without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
@@ -68,8 +69,9 @@ class APATrainer(_BaseTrainer):
     Args:
         args (`APAConfig`):
             Options; also accepted as `config`.
-        model (`str`, `PreTrainedModel` or `PeftModel`):
-            The policy, a decoder language model, or where to load it from. Its dropout is switched off.
+        model (`str`, `PreTrainedModel`, `PeftModel` or `AutoModelForCausalLMWithValueHead`):
+            The policy, a decoder language model, or where to load it from. Its dropout is switched off. Of a classic
+            wrapper the language model is trained; its value head is not used, because APA's value model stands alone.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
             trained already (SFT), to a frozen copy of that adapter.
@@ -141,6 +143,7 @@ class APATrainer(_BaseTrainer):
         processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
         check_type("config", args, APAConfig)
+        model, ref_model = without_value_head(model), without_value_head(ref_model)
         check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
         check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
         check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
@@ -361,7 +364,11 @@ class APATrainer(_BaseTrainer):
         self.lr_scheduler.step()
         self.num_iterations_done += 1
         num_tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
-        return {**stats, **timer.as_statistics(num_tokens)}
+        stats |= timer.as_statistics(num_tokens)
+        if self.args.loss_type == "ppo":
+            # Classic's names, for scripts and dashboards that read them.
+            stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
+        return stats
 
     def _learn(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> dict[str, float]:
         """The straight line from rollouts to an updated policy, a stage a line."""
@@ -479,11 +486,22 @@ class APATrainer(_BaseTrainer):
         ]
         counts_B = rollouts.response_mask_BR.sum(dim=1)
         num_tokens = self._sum_over_processes(torch.stack([counts_B[rows].sum() for rows in plan]))
+        steps_per_epoch = len(plan) // self.args.num_epochs_per_batch
         for number, rows in enumerate(plan):
-            record.observing = number < len(plan) // self.args.num_epochs_per_batch
+            if number and number % steps_per_epoch == 0 and self._moved_too_far(record):
+                break
+            record.observing = number < steps_per_epoch
             record.optimizer_steps.append({})
             self._optimizer_step(rollouts, rows, num_tokens[number])
+        record.epochs = len(record.optimizer_steps) / steps_per_epoch
         return record
+
+    def _moved_too_far(self, record: UpdateRecord) -> bool:
+        """Whether the last mini-batch was further from the policy that sampled it than `early_stopping` allows."""
+        if not self.args.early_stopping:
+            return False
+        moved = self._sum_over_processes(record.optimizer_steps[-1]["apa/policy/policykl"])
+        return abs(float(moved)) > 1.5 * self.args.target_kl
 
     def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
@@ -500,10 +518,28 @@ class APATrainer(_BaseTrainer):
             batch = rollouts.micro_batch(rows[start : start + size], self._pad_token_id)
             with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
                 self.training_step(self.model_wrapped, {**batch, "num_tokens": num_tokens})
+        if self._ratio_explodes():
+            self.model_wrapped.zero_grad()
+            return
         self._clip_and_check_gradients()
         self.optimizer.step()
         self.model_wrapped.zero_grad()
         self.state.global_step += 1
+
+    def _ratio_explodes(self) -> bool:
+        """Whether PPO's mini-batch is so far off-policy that its update is left out."""
+        if self.args.loss_type != "ppo":
+            return False
+        step = self._record.optimizer_steps[-1]
+        ratio = float(self._sum_over_processes(step["apa/policy/ratio"]))
+        skipped = ratio > self.args.ratio_threshold
+        step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
+        if skipped:
+            warnings.warn(
+                f"a mini-batch was skipped: its mean ratio {ratio:.2f} exceeds {self.args.ratio_threshold=}",
+                stacklevel=2,
+            )
+        return skipped
 
     def compute_loss(
         self,
@@ -525,6 +561,10 @@ class APATrainer(_BaseTrainer):
             outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
         )
         loss = pi_loss + args.vf_coef * v_loss
+        if args.early_stopping and "policykl" not in stats:
+            # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
+            old_logprobs = self._record.logprobs_BR[inputs["rows"], : mask.shape[1]]
+            stats["policykl"] = masked_mean(old_logprobs - outputs["logprobs"].detach(), mask, num_tokens)
         self._record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
@@ -590,6 +630,7 @@ class APATrainer(_BaseTrainer):
         stats.update(record.mean_losses(self._sum_over_processes))
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
+        stats["apa/epochs"] = record.epochs
         if args.loss_type == "ppo":
             penalty_BR = kl_estimate(everywhere.old_logprobs_BR, everywhere.ref_logprobs_BR, args.kl_penalty)
             mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)

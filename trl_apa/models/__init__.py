@@ -3,11 +3,18 @@
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER, PolicyAndValue, build_policy, disable_dropout
 from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
+from trl_apa.models.value_head import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    without_value_head,
+)
 from trl_apa.models.value_model import ValueHead, ValueModel, resolve_value_model
 
 
 __all__ = [
     "VALUE_MODEL_FOLDER",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
     "PolicyAndValue",
     "ValueHead",
     "ValueModel",
@@ -18,4 +25,5 @@ __all__ = [
     "independent_copy",
     "reference_policy",
     "resolve_value_model",
+    "without_value_head",
 ]

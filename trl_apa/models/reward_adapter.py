@@ -1,0 +1,157 @@
+"""A reward model on the policy's own base: a frozen adapter of a sequence classifier, and its score layer."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from trl_apa._trl import is_peft_model
+from trl_apa.logprobs import forward_parameters
+
+
+# Heads that peft saves whole with a SEQ_CLS adapter; a language model has neither.
+CLASSIFIER_HEADS = ("score", "classifier")
+SCORE_KEY = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(weight|bias)$")
+
+
+def load_reward_adapter(policy: nn.Module, path: str, adapter_name: str = "reward_adapter", **hub: Any) -> nn.Linear:
+    """Put a reward model's adapter on `policy`, frozen and not active.
+
+    Args:
+        policy (`PeftModel`): a decoder language model with an adapter of its own, which stays as it is.
+        path (`str`): folder or hub name of an adapter that was trained on the same base with `task_type="SEQ_CLS"`.
+        adapter_name (`str`, *optional*, defaults to `"reward_adapter"`): what to call it on the policy.
+        hub: `token`, `revision`, `cache_dir`, ... for a hub name.
+
+    Returns:
+        `nn.Linear`: the frozen score layer, float32: hidden state -> one score per label.
+
+    Raises:
+        ValueError: if the policy is no PEFT model or an encoder-decoder, or the adapter works by prompt learning, has
+            no `score` layer, does not fit the base, or is called like one that is there already.
+    """
+    if not is_peft_model(policy):
+        raise ValueError(
+            f"reward_adapter={path!r} needs a PEFT policy on the same base, but the policy is a "
+            f"{type(policy).__name__}; give peft_config, or a model with adapters"
+        )
+    if policy.config.is_encoder_decoder:
+        raise ValueError(f"reward_adapter={path!r} needs a decoder policy; {policy.config.model_type} is none")
+    config = PeftConfig.from_pretrained(path, **hub)
+    if config.is_prompt_learning:
+        kind = config.peft_type.value
+        raise ValueError(f"reward_adapter={path!r} is a {kind} adapter; it should be LoRA or another")
+    weights = load_peft_weights(path, device="cpu", **hub)
+    score = _score_layer(path, weights)
+    whole = [name for name in getattr(config, "modules_to_save", None) or [] if name not in CLASSIFIER_HEADS]
+    config.modules_to_save, config.inference_mode = whole or None, True
+    _add_frozen_adapter(policy, path, adapter_name, config, weights)
+    return score.to(next(policy.parameters()).device)
+
+
+def _score_layer(path: str, weights: dict[str, Tensor]) -> nn.Linear:
+    """Take the score layer out of `weights`."""
+    found = {name: match[1] for name in weights if (match := SCORE_KEY.search(name))}
+    state = {part: weights.pop(name).float() for name, part in found.items()}
+    if "weight" not in state:
+        raise ValueError(f"reward_adapter={path!r} has no score.weight; train it with task_type='SEQ_CLS'")
+    num_labels, width = state["weight"].shape
+    score = nn.Linear(width, num_labels, bias="bias" in state)
+    score.load_state_dict(state)
+    return score.requires_grad_(False)
+
+
+def _add_frozen_adapter(
+    policy: PeftModel, path: str, adapter_name: str, config: PeftConfig, weights: dict[str, Tensor]
+) -> None:
+    if adapter_name in policy.peft_config:
+        raise ValueError(f"reward_adapter_name={adapter_name!r} is taken: the policy has {list(policy.peft_config)}")
+    trainable = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    policy.add_adapter(adapter_name, config)
+    unexpected, missing = _load_adapter_weights(policy, adapter_name, weights)
+    # peft 0.19 switches the flags of the adapters that were there.
+    for parameter in policy.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+    if unexpected or missing:
+        policy.delete_adapter(adapter_name)
+        raise ValueError(
+            f"reward_adapter={path!r} does not fit the policy's base: "
+            + "; ".join(
+                f"{len(names)} weights {what}, {names[0]!r} first"
+                for what, names in (("without a place", unexpected), ("missing", missing))
+                if names
+            )
+        )
+
+
+def _load_adapter_weights(
+    policy: PeftModel, adapter_name: str, weights: dict[str, Tensor]
+) -> tuple[list[str], list[str]]:
+    """Names of the weights that found no place, and of those of the adapter that were not there."""
+    try:
+        result = set_peft_model_state_dict(policy, weights, adapter_name=adapter_name)
+    except RuntimeError as error:  # a weight of another shape
+        return [str(error).splitlines()[-1].strip()], []
+    return list(result.unexpected_keys), [name for name in result.missing_keys if f".{adapter_name}." in name]
+
+
+def reward_scores(
+    policy: nn.Module,
+    score: nn.Linear,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    adapter_name: str = "reward_adapter",
+) -> Tensor:
+    """Scores of the reward adapter after every token. The policy's own adapter is afterwards as it was.
+
+    Positions are counted over the real tokens, so padding on the left does not change a score.
+
+    Args:
+        policy (`PeftModel`): with the adapter that `load_reward_adapter` put on it.
+        score (`nn.Linear`): what `load_reward_adapter` returned.
+        input_ids (`Tensor` `(B, T)`): token ids.
+        attention_mask (`Tensor` `(B, T)`, *optional*): 1 = real token.
+        adapter_name (`str`, *optional*, defaults to `"reward_adapter"`): which adapter.
+
+    Returns:
+        `Tensor` `(B, T, labels)`: float32, reward units, without gradient. A sequence's score is the one at its last
+        real token.
+    """
+    trunk = policy.get_base_model().base_model
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if attention_mask is not None and "position_ids" in forward_parameters(trunk):
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), in_eval_mode(policy), only_adapter(policy, adapter_name):
+        hidden_BTH = trunk(**inputs).last_hidden_state
+        return score(hidden_BTH.to(score.weight))
+
+
+@contextmanager
+def only_adapter(policy: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Inside, `adapter_name` is the active adapter; afterwards all is active and trainable that was before."""
+    active, active_in_layers = policy.active_adapter, list(policy.base_model.active_adapters)
+    trainable = {id(parameter): parameter.requires_grad for parameter in policy.parameters()}
+    try:
+        policy.set_adapter(adapter_name)
+        yield
+    finally:
+        policy.active_adapter = active
+        policy.base_model.set_adapter(active_in_layers)
+        for parameter in policy.parameters():
+            parameter.requires_grad_(trainable[id(parameter)])
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; afterwards every module of it is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

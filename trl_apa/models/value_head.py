@@ -1,0 +1,459 @@
+"""The classic wrappers: a language model with a scalar head on its last hidden states.
+
+APA does not use that head as its critic, which is a network of its own (section 3 of the paper). The wrappers are here
+for scripts that make or load them, and for PPO as it was.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, PushToHubMixin, cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from trl_apa._trl import is_peft_model
+from trl_apa.models.reward_adapter import load_reward_adapter, reward_scores
+from trl_apa.models.value_model import save_network
+
+
+HEAD_PREFIX = "v_head."
+MODEL_PREFIX = "pretrained_model."
+SCORE_PREFIX = "score."
+HEAD_WEIGHTS = "v_head.safetensors"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class SummaryHead(nn.Module):
+    """One linear layer from a hidden state to a value, after dropout.
+
+    Args:
+        hidden_size (`int`): width of the hidden states.
+        dropout (`float`, *optional*, defaults to `0.1`): rate in train mode.
+        init_strategy (`str`, *optional*):
+            `"normal"`: weights from N(0, `initializer_range`^2), bias 0. `None`: as torch initialises a linear layer.
+        initializer_range (`float`, *optional*, defaults to `0.2`): standard deviation for `"normal"`.
+
+    Raises:
+        ValueError: for another `init_strategy`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        dropout: float = 0.1,
+        init_strategy: str | None = None,
+        initializer_range: float = 0.2,
+    ):
+        super().__init__()
+        if init_strategy not in (None, "normal"):
+            raise ValueError(f"v_head_init_strategy={init_strategy!r}; it should be 'normal' or None")
+        self.dropout = nn.Dropout(dropout)
+        self.summary = nn.Linear(hidden_size, 1)
+        if init_strategy == "normal":
+            nn.init.normal_(self.summary.weight, std=initializer_range)
+            nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """Values `(B, T, 1)`, reward units, in the precision of the head."""
+        return self.summary(self.dropout(hidden_BTH).to(self.summary.weight))
+
+
+class ValueHeadWrapper(nn.Module, PushToHubMixin):
+    """What the two wrappers share.
+
+    Args:
+        pretrained_model (`PreTrainedModel` or `PeftModel`): a language model.
+        v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: see `SummaryHead`.
+
+    Raises:
+        ValueError: if `pretrained_model` is no language model of this wrapper's kind, its adapter works by prompt
+            learning, or part of it is offloaded to the CPU or to disk.
+    """
+
+    auto_class: ClassVar[type]
+    is_encoder_decoder: ClassVar[bool]
+
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel | PeftModel,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+        summary_dropout_prob: float = 0.1,
+    ):
+        super().__init__()
+        _check_language_model(pretrained_model, self.is_encoder_decoder, type(self).__name__)
+        self.pretrained_model = pretrained_model
+        vocabulary_head = pretrained_model.get_output_embeddings()
+        self.v_head = SummaryHead(
+            vocabulary_head.in_features, summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
+        ).to(vocabulary_head.weight.device)
+        self.score: nn.Linear | None = None
+        self.rm_adapter_name: str | None = None
+        self.register_state_dict_post_hook(_to_checkpoint_names)
+        self.register_load_state_dict_pre_hook(_from_checkpoint_names)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel | PeftModel,
+        *,
+        peft_config: PeftConfig | None = None,
+        reward_adapter: str | os.PathLike | None = None,
+        reward_adapter_name: str = "reward_adapter",
+        is_trainable: bool = False,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        device_map: Any = None,
+        torch_dtype: Any = None,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+        summary_dropout_prob: float = 0.1,
+        use_gradient_checkpointing: bool = True,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "ValueHeadWrapper":
+        """Wrap a model that is in memory, or load one, with its value head if the checkpoint has one.
+
+        Args:
+            pretrained_model_name_or_path: a model; or folder or hub name of a language model, of an adapter, or of
+                what this class or classic TRL saved.
+            peft_config (`PeftConfig`, *optional*): new adapters to put on it. Ignored, with a warning, if it has some.
+            reward_adapter (`str`, *optional*): a reward model's adapter for `compute_reward_score`, see
+                `load_reward_adapter`.
+            reward_adapter_name (`str`, *optional*, defaults to `"reward_adapter"`): what to call it on the model.
+            is_trainable (`bool`, *optional*, defaults to `False`): whether a loaded adapter is to be trained further.
+            load_in_8bit, load_in_4bit (`bool`, *optional*, defaults to `False`): quantise with bitsandbytes while
+                loading. `quantization_config` among `kwargs` says more.
+            device_map (*optional*): as in transformers; quantised models go to this process's device.
+            torch_dtype (*optional*): also accepted as `dtype`. Defaults to float32, whatever the checkpoint holds, as
+                under transformers 4 (`"auto"` keeps the checkpoint's); quantised models keep transformers' default.
+            v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: of a new head, see `SummaryHead`.
+            use_gradient_checkpointing, gradient_checkpointing_kwargs: for a quantised model that gets new adapters,
+                see peft's `prepare_model_for_kbit_training`.
+            kwargs: passed on to transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: naming the argument that is of the wrong type or does not fit another.
+            OSError: if there is no such checkpoint.
+        """
+        source = pretrained_model_name_or_path
+        _check_arguments(source, peft_config, reward_adapter)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        loaded = not isinstance(source, nn.Module)
+        if loaded:
+            source = os.fspath(source)
+            kwargs |= _loading_options(kwargs, load_in_8bit, load_in_4bit, device_map, torch_dtype)
+            model = _load_language_model(cls.auto_class, source, is_trainable, hub, kwargs)
+        else:
+            model = source
+        if peft_config is not None and is_peft_model(model):
+            warnings.warn("peft_config is ignored: the model has adapters already", UserWarning, stacklevel=2)
+        elif peft_config is not None:
+            model = _add_adapters(model, peft_config, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        wrapper = cls(model, v_head_init_strategy, v_head_initializer_range, summary_dropout_prob)
+        if loaded and (head_state := read_value_head(source, **hub)):
+            wrapper.v_head.load_state_dict(head_state)
+        if reward_adapter is not None:
+            wrapper.score = load_reward_adapter(
+                model, os.fspath(reward_adapter), reward_adapter_name, **_only(hub, "cache_dir", "token")
+            )
+            wrapper.rm_adapter_name = reward_adapter_name
+        return wrapper
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Logits, loss and values at every position (of the decoder, if there are two stacks).
+
+        Args:
+            input_ids (`Tensor` `(B, T)`), past_key_values, attention_mask (`Tensor` `(B, T)`), kwargs: the language
+                model's inputs.
+            return_past_key_values (`bool`, *optional*, defaults to `False`): append the cache to what is returned.
+
+        Returns:
+            float32 logits `(B, T, V)`; the language model's loss, nats per token, or None without `labels`; values
+            `(B, T)`, reward units.
+        """
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden_states = output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states
+        result = output.logits.float(), output.loss, self.v_head(hidden_states[-1]).squeeze(-1)
+        return (*result, output.past_key_values) if return_past_key_values else result
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the language model."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Scores of the reward adapter after every token, `(B, T, labels)`: see `reward_scores`.
+
+        What else a tokenizer returns (`token_type_ids`) is accepted and not read.
+
+        Raises:
+            ValueError: if the model was loaded without `reward_adapter`.
+        """
+        if self.score is None or self.rm_adapter_name is None:
+            raise ValueError(
+                "there is no reward adapter; load the model with from_pretrained(..., reward_adapter=...)"
+            )
+        return reward_scores(self.pretrained_model, self.score, input_ids, attention_mask, self.rm_adapter_name)
+
+    @property
+    def config(self) -> Any:
+        return self.pretrained_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.pretrained_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.pretrained_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pretrained_model.dtype
+
+    @property
+    def is_peft_model(self) -> bool:
+        return is_peft_model(self.pretrained_model)
+
+    @property
+    def supports_rm_adapter(self) -> bool:
+        return self.score is not None
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        return getattr(self.pretrained_model, "is_loaded_in_8bit", False)
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return getattr(self.pretrained_model, "is_loaded_in_4bit", False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.pretrained_model.is_gradient_checkpointing
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        model = self.pretrained_model
+        _renamed_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        model = self.pretrained_model
+        _renamed_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+
+    # Since transformers 5.20 these are the names that the Trainer looks for first.
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients pass through a frozen embedding, as gradient checkpointing of a PEFT model needs."""
+        self.pretrained_model.enable_input_require_grads()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.pretrained_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.pretrained_model.get_output_embeddings()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """The language model (or its active adapter) as plain transformers (or peft) loads it; the head beside it.
+
+        Args:
+            save_directory: a folder, made if it is not there.
+            state_dict: weights to write instead of the module's own, as gathered from a sharded one.
+            kwargs: passed on to the language model's `save_pretrained`. Weights are always written as safetensors.
+        """
+        kwargs.pop("safe_serialization", None)
+        state = self.state_dict() if state_dict is None else state_dict
+        head_state = {name: t.cpu().contiguous() for name, t in state.items() if name.startswith(HEAD_PREFIX)}
+        model_state = {name: t for name, t in state.items() if not name.startswith((HEAD_PREFIX, SCORE_PREFIX))}
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        save_network(self.pretrained_model, os.fspath(save_directory), model_state, **kwargs)
+        if kwargs.get("is_main_process", True):
+            save_file(head_state, Path(save_directory) / HEAD_WEIGHTS, metadata={"format": "pt"})
+
+
+def without_value_head(model: Any) -> Any:
+    """The language model inside a classic wrapper; anything else as it is."""
+    return model.pretrained_model if isinstance(model, ValueHeadWrapper) else model
+
+
+class AutoModelForCausalLMWithValueHead(ValueHeadWrapper):
+    """A decoder language model with a value head: `forward` returns `(logits, loss, values)`."""
+
+    auto_class = AutoModelForCausalLM
+    is_encoder_decoder = False
+
+
+class AutoModelForSeq2SeqLMWithValueHead(ValueHeadWrapper):
+    """An encoder-decoder with a value head on its decoder: `forward` returns `(logits, loss, values)`."""
+
+    auto_class = AutoModelForSeq2SeqLM
+    is_encoder_decoder = True
+
+
+def read_value_head(path: str, **hub: Any) -> dict[str, Tensor]:
+    """The weights under `v_head.` of a checkpoint of ours or of classic TRL, without that prefix; often none.
+
+    Args:
+        path: folder or hub name.
+        hub: `token`, `revision`, ... for a hub name.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+    for name in (HEAD_WEIGHTS, SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+        if file := find(name):
+            return _read_head_weights(file)
+        if index := find(f"{name}.index.json"):
+            shard_of = json.loads(Path(index).read_text())["weight_map"]
+            shards = sorted({shard for key, shard in shard_of.items() if key.startswith(HEAD_PREFIX)})
+            return {key: t for shard in shards for key, t in _read_head_weights(str(find(shard))).items()}
+    return {}
+
+
+def _read_head_weights(file: str) -> dict[str, Tensor]:
+    if file.endswith(".safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            state = {key: weights.get_tensor(key) for key in weights.keys() if key.startswith(HEAD_PREFIX)}
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    return {key.removeprefix(HEAD_PREFIX): t for key, t in state.items() if key.startswith(HEAD_PREFIX)}
+
+
+def _check_arguments(source: Any, peft_config: Any, reward_adapter: Any) -> None:
+    if not isinstance(source, str | os.PathLike | PreTrainedModel | PeftModel):
+        raise ValueError(
+            f"pretrained_model_name_or_path is a {type(source).__name__}; it should be a str, a PreTrainedModel or a "
+            "PeftModel"
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; it should be a PeftConfig")
+    if peft_config is not None:
+        _refuse_prompt_learning(peft_config)
+    if reward_adapter is not None and not isinstance(reward_adapter, str | os.PathLike):
+        raise ValueError(
+            f"reward_adapter is a {type(reward_adapter).__name__}; it should be a str, the folder or hub name of an "
+            "adapter"
+        )
+
+
+def _check_language_model(model: Any, is_encoder_decoder: bool, wrapper: str) -> None:
+    if not isinstance(model, PreTrainedModel | PeftModel) or model.get_output_embeddings() is None:
+        raise ValueError(f"pretrained_model is a {type(model).__name__}; it should be a language model")
+    if bool(model.config.is_encoder_decoder) != is_encoder_decoder:
+        kind = "an encoder-decoder" if is_encoder_decoder else "a decoder"
+        raise ValueError(f"{wrapper} wraps {kind}, but pretrained_model is a {type(model).__name__}")
+    if is_peft_model(model):
+        _refuse_prompt_learning(model.active_peft_config)
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+        raise ValueError(f"device_map puts the model on {sorted(devices)}; offloaded weights cannot be trained")
+
+
+def _refuse_prompt_learning(peft_config: PeftConfig) -> None:
+    if peft_config.is_prompt_learning:
+        raise ValueError(f"{peft_config.peft_type.value} adapters are not supported; use LoRA or another")
+
+
+def _loading_options(
+    kwargs: dict[str, Any], load_in_8bit: bool, load_in_4bit: bool, device_map: Any, torch_dtype: Any
+) -> dict[str, Any]:
+    """transformers 5's names for classic's options."""
+    options: dict[str, Any] = {}
+    if load_in_8bit or load_in_4bit:
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError("load_in_8bit and load_in_4bit are parts of quantization_config; give one or the other")
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+    if torch_dtype is not None:
+        if kwargs.get("dtype") not in (None, torch_dtype):
+            raise ValueError("torch_dtype and dtype name one argument: give one of them")
+        options["dtype"] = torch_dtype
+    if device_map is None and (options | kwargs).get("quantization_config") is not None:
+        device_map = {"": _process_device()}
+    if device_map is not None:
+        options["device_map"] = device_map
+    return options
+
+
+def _process_device() -> str:
+    """Known before accelerate is set up, which the trainer's config decides about."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def _load_language_model(
+    auto_class: Any, path: str, is_trainable: bool, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel | PeftModel:
+    """A language model, or an adapter on the base that it names."""
+    if find_adapter_config_file(path, **hub) is None:
+        return _load_base(auto_class, path, kwargs)
+    config = PeftConfig.from_pretrained(path, **hub)
+    _refuse_prompt_learning(config)
+    base_kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    base = _load_base(auto_class, config.base_model_name_or_path, base_kwargs)
+    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub)
+
+
+def _load_base(auto_class: Any, path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    model = auto_class.from_pretrained(path, **kwargs)
+    if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
+        model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints
+    return model
+
+
+def _add_adapters(
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    use_gradient_checkpointing: bool,
+    gradient_checkpointing_kwargs: dict[str, Any] | None,
+) -> PeftModel:
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    return get_peft_model(model, peft_config)
+
+
+def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
+
+
+def _renamed_method(model: nn.Module, new_name: str, old_name: str) -> Callable[..., None]:
+    """The method under the name that transformers gave it in 5.20, or under the one before."""
+    return getattr(model, new_name, None) or getattr(model, old_name)
+
+
+def _to_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    """Name the language model's weights as it names them itself, as classic's checkpoints do."""
+    for name in [name for name in state_dict if name.startswith(prefix + MODEL_PREFIX)]:
+        state_dict[prefix + name.removeprefix(prefix + MODEL_PREFIX)] = state_dict.pop(name)
+
+
+def _from_checkpoint_names(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *load_state_dict_arguments: Any
+) -> None:
+    own = tuple(prefix + name for name in (HEAD_PREFIX, MODEL_PREFIX, SCORE_PREFIX))
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]:
+        state_dict[prefix + MODEL_PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)
