@@ -24,7 +24,7 @@ from trl_apa.demo.corpus import (
 from trl_apa.demo.evaluation import divergence_and_entropy
 from trl_apa.demo.networks import build_policy, build_tokenizer, decode, draw_prompts, encode, sample
 from trl_apa.demo.options import DemoOptions, parse_options
-from trl_apa.demo.reward import RewardModel, joined_ids, make_pairs
+from trl_apa.demo.reward import RewardModel, gold_rewards, joined_ids, make_pairs
 
 
 QUESTION = "question : is the red lamp good ? answer :"
@@ -162,12 +162,17 @@ def test_draw_prompts_repeats_none_before_all_are_drawn():
     assert counts == [2, 2, 3]
 
 
-@pytest.mark.parametrize(("sharpness", "low", "high"), [(1e6, 1.0, 1.0), (0.0, 0.35, 0.65), (-1e6, 0.0, 0.0)])
+@pytest.mark.parametrize(("sharpness", "low", "high"), [(1e6, 1.0, 1.0), (0.0, 0.3, 0.7), (-1e6, 0.0, 0.0)])
 def test_judge_follows_gold_as_sharply_as_told(policy, tokenizer, sharpness, low, high):
-    """A judge with sharpness 0 tosses a coin: 200 tosses leave [0.35, 0.65] with probability below 1e-4."""
-    pairs = make_pairs(policy, tokenizer, all_prompts(), 200, 12, seed=0, sharpness=sharpness)
-    assert len(pairs) == 200
-    assert low <= pairs.gold_agreement <= high
+    """A judge with sharpness 0 tosses a coin: 100 tosses leave [0.3, 0.7] with probability below 1e-4."""
+    pairs = make_pairs(policy, tokenizer, all_prompts(), 400, 12, seed=0, sharpness=sharpness)
+    chosen = gold_rewards(tokenizer, pairs.prompts, pairs.chosen)
+    rejected = gold_rewards(tokenizer, pairs.prompts, pairs.rejected)
+    unequal = [better > worse for better, worse in zip(chosen, rejected, strict=True) if better != worse]
+    assert len(pairs) == 400
+    assert len(unequal) > 100
+    assert low <= sum(unequal) / len(unequal) <= high
+    assert pairs.gold_agreement == pytest.approx((sum(unequal) + 0.5 * (400 - len(unequal))) / 400)
 
 
 def test_joined_ids_do_not_end_an_unfinished_response(tokenizer):
@@ -282,27 +287,25 @@ def quiet_run(output_dir, terminal=False, **options):
 
 @pytest.fixture(scope="module")
 def learning_run(tmp_path_factory):
-    """A third of the default sizes."""
+    """A quarter of the default sizes."""
     directory = tmp_path_factory.mktemp("learning")
-    sizes = {
-        "sft_steps": 100,
-        "num_pairs": 500,
-        "num_held_out_pairs": 200,
-        "reward_steps": 50,
-        "iterations": 8,
-        "samples_per_prompt": 3,
-    }
+    sizes = {"sft_steps": 70, "num_pairs": 400, "reward_steps": 40, "iterations": 5, "samples_per_prompt": 2}
     result, _ = quiet_run(directory, **sizes)
     return directory, result
 
 
 def test_it_learns(learning_run):
-    """Seeded, so the same on every run of a machine. Over seeds 0 to 4 the rise of the proxy was RISES."""
+    """The same on every run of a machine, being seeded.
+
+    Another machine rounds differently, which is like another seed: over seeds 0 to 4 the proxy reward rose by 0.80
+    with standard deviation 0.17, so a rise below 0.3 has odds of about 1 in 600; gold rose by 0.44, deviation 0.11.
+    """
     _, result = learning_run
     before, after = result["before"], result["after"]
-    assert after["proxy_reward"] > before["proxy_reward"] + 0.4
     assert abs(before["proxy_reward"]) < 0.5
-    assert result["reward_model"]["held_out_accuracy"] > 0.55
+    assert after["proxy_reward"] > before["proxy_reward"] + 0.3
+    assert after["gold_reward"] > before["gold_reward"]
+    assert result["reward_model"]["held_out_accuracy"] > 0.5
 
 
 def test_divergence_starts_at_zero_and_grows(learning_run):
@@ -327,7 +330,7 @@ def test_saved_models_are_the_ones_measured(learning_run, tokenizer):
 def test_metrics_file(learning_run):
     directory, result = learning_run
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 5, 5]
     assert {name: lines[0][f"eval/{name}"] for name in MEASURED} == result["before"]
     assert {name: lines[-1][f"eval/{name}"] for name in MEASURED} == result["after"]
     for line in lines[1:-1]:
@@ -335,7 +338,7 @@ def test_metrics_file(learning_run):
         assert not any(name.startswith("time/") for name in line)
     timings = json.loads((directory / "timings.json").read_text())
     assert {"supervised fine-tuning", "reward model", "APA", "total"} <= timings["stages"].keys()
-    assert len(timings["iterations"]) == 8
+    assert len(timings["iterations"]) == 5
 
 
 def test_picture(learning_run):

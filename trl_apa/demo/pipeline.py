@@ -87,10 +87,11 @@ def prepare(options: DemoOptions, report: Report) -> Ingredients:
     sft_dir = options.output_dir / "sft_model"
     save_model(policy, tokenizer, sft_dir)
     policy, initial_policy = (AutoModelForCausalLM.from_pretrained(sft_dir).eval() for _ in range(2))
+    report.say(f"preference pairs: sampling {options.num_pairs:,} pairs of the model's own answers ...")
     with report.stage("preference pairs"):
         pairs, held_out = (
             make_pairs(policy, tokenizer, corpus.train_prompts, count, options.max_new_tokens, pair_seed)
-            for count, pair_seed in ((options.num_pairs, seed + 1), (options.num_pairs // 4, seed + 2))
+            for count, pair_seed in ((options.num_pairs, seed + 1), (max(options.num_pairs // 4, 1), seed + 2))
         )
     with report.training("reward model", options.reward_steps) as tick:
         reward_options = training_options(output_dir, seed, REWARD_LEARNING_RATE, options.reward_steps)
@@ -101,7 +102,7 @@ def prepare(options: DemoOptions, report: Report) -> Ingredients:
         "held_out_gold_accuracy": held_out.gold_agreement,
     }
     report.say(
-        f"reward model: from {len(pairs):,} pairs of the model's own answers; agrees with "
+        "reward model: agrees with "
         f"{accuracy['held_out_accuracy']:.0%} of {len(held_out)} held-out noisy labels (the gold reward with "
         f"{accuracy['held_out_gold_accuracy']:.0%});\n  the proxy reward is its score, scaled to mean 0 and standard "
         "deviation 1 over the fine-tuned model's answers"

@@ -34,7 +34,7 @@ class PreferencePairs:
     Args:
         prompts: `N` questions.
         chosen, rejected: `N` responses each, 1-D token ids.
-        gold_agreement: share of the pairs of unequal gold quality in which the better one was chosen.
+        gold_agreement: share of the pairs in which the better one was chosen, counting pairs of equal quality half.
     """
 
     prompts: list[str]
@@ -77,9 +77,8 @@ def make_pairs(
         prefers_first = rng.random() < 0.5 * (1 + math.tanh(sharpness * gap / 2))
         chosen.append(responses[first if prefers_first else second])
         rejected.append(responses[second if prefers_first else first])
-        if gap != 0:
-            agreements.append(prefers_first == (gap > 0))
-    return PreferencePairs(questions, chosen, rejected, sum(agreements) / max(len(agreements), 1))
+        agreements.append(0.5 if gap == 0 else float(prefers_first == (gap > 0)))
+    return PreferencePairs(questions, chosen, rejected, sum(agreements) / num_pairs)
 
 
 class RewardModel:
