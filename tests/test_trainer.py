@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, get_constant_schedule_with_warmup
 
-import trl_apa.trainer
+import trl_apa.reporting
 from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
 from trl_apa.kl import AdaptiveKLController, FixedKLController
@@ -333,7 +333,7 @@ class Tracker(TrainerCallback):
 
 
 def test_statistics_reach_the_trackers(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_apa.trainer, "get_reporting_integration_callbacks", lambda report_to: [Tracker])
+    monkeypatch.setattr(trl_apa.reporting, "get_reporting_integration_callbacks", lambda report_to: [Tracker])
     tracker = Tracker()
     trainer = tiny_trainer(tmp_path, trainer_kwargs={"callbacks": [tracker]})
     queries, responses, scores = tiny_rollouts()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from trl_apa.kl import kl_k1, kl_k3
@@ -81,6 +82,27 @@ class StageTimer:
         total = time.perf_counter() - self.start
         stats = {f"time/apa/{stage}": seconds for stage, seconds in self.seconds.items()}
         return {**stats, "time/apa/total": total, "time/apa/tokens_per_second": num_tokens / total}
+
+
+def gather_rollouts(
+    rollouts: Rollouts, record: UpdateRecord, accelerator: Accelerator
+) -> tuple[Rollouts, Tensor, Tensor]:
+    """Everything measured per token, of all processes, in one collective."""
+    names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
+    if rollouts.old_logprobs_BR is not None:
+        names.append("old_logprobs_BR")
+    fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
+    stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
+    stacked_BRF = accelerator.gather(accelerator.pad_across_processes(stacked_BRF, dim=1))
+    mask_BR, *gathered = stacked_BRF.unbind(dim=-1)
+    everywhere = Rollouts(
+        queries=[],
+        responses=[],
+        response_mask_BR=mask_BR.bool(),
+        scores_B=accelerator.gather(rollouts.scores_B),
+        **dict(zip(names, gathered[: len(names)], strict=True)),
+    )
+    return everywhere, gathered[-2], gathered[-1]
 
 
 def rollout_statistics(

@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generation
 from trl_apa.advantages import gae
@@ -41,9 +40,10 @@ from trl_apa.models import (
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
+from trl_apa.reporting import start_reporters
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask
-from trl_apa.statistics import StageTimer, UpdateRecord, rollout_statistics
+from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_statistics
 from trl_apa.validation import (
     check_networks_are_apart,
     check_precision,
@@ -618,7 +618,7 @@ class APATrainer(_BaseTrainer):
     def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, float]:
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
-        everywhere, logprobs_BR, entropy_BR = self._gather_rollouts(rollouts, record)
+        everywhere, logprobs_BR, entropy_BR = gather_rollouts(rollouts, record, self.accelerator)
         stats = rollout_statistics(
             everywhere,
             logprobs_BR if rollouts.old_logprobs_BR is None else everywhere.old_logprobs_BR,
@@ -638,24 +638,6 @@ class APATrainer(_BaseTrainer):
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats
-
-    def _gather_rollouts(self, rollouts: Rollouts, record: UpdateRecord) -> tuple[Rollouts, Tensor, Tensor]:
-        """Everything measured per token, of all processes, in one collective."""
-        names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
-        if rollouts.old_logprobs_BR is not None:
-            names.append("old_logprobs_BR")
-        fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
-        stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
-        stacked_BRF = self.accelerator.gather(self.accelerator.pad_across_processes(stacked_BRF, dim=1))
-        mask_BR, *gathered = stacked_BRF.unbind(dim=-1)
-        everywhere = Rollouts(
-            queries=[],
-            responses=[],
-            response_mask_BR=mask_BR.bool(),
-            scores_B=self.accelerator.gather(rollouts.scores_B),
-            **dict(zip(names, gathered[: len(names)], strict=True)),
-        )
-        return everywhere, gathered[-2], gathered[-1]
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -683,18 +665,10 @@ class APATrainer(_BaseTrainer):
         logs = {name: float(value) for name, value in stats.items() if not hasattr(value, "__len__")}
         logs["env/reward_mean"] = float(rewards_B.mean())
         logs["env/reward_std"] = float(rewards_B.std(unbiased=False))
-        self._start_reporters()
+        if not self._reporters_started:
+            start_reporters(self.callback_handler.callbacks, self.args, self.state, self.control, self.model)
+            self._reporters_started = True
         self.log(logs)
-
-    def _start_reporters(self) -> None:
-        """The Trainer's reporters open their runs when training begins, which the classic loop never announces."""
-        if self._reporters_started:
-            return
-        reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
-        for callback in self.callback_handler.callbacks:
-            if reporters and isinstance(callback, reporters):
-                callback.on_train_begin(self.args, self.state, self.control, model=self.model)
-        self._reporters_started = True
 
     # ---- saving ----
 
