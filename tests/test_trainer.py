@@ -370,7 +370,7 @@ def test_push_to_hub_uploads_policy_value_model_and_card(tmp_path, monkeypatch):
             uploaded.update(kwargs)
             return "done"
 
-    # transformers asks a client for these or, before 5.20, imports them as functions.
+    # Newer transformers ask a client for these, older ones import them as functions.
     monkeypatch.setattr("transformers.trainer.hf_api", Api, raising=False)
     for name in ("create_repo", "upload_folder"):
         monkeypatch.setattr(f"transformers.trainer.{name}", getattr(Api(), name), raising=False)

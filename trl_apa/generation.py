@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from trl_apa._trl import is_peft_model
+from trl_apa.rollouts import left_pad
 from trl_apa.validation import check_positions
 
 
@@ -189,18 +189,6 @@ def row_criteria(
     if stop_strings:
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
     return criteria
-
-
-def left_pad(queries: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, int64 `(B, P)`, padded on the left; the mask comes from lengths."""
-    queries = [query.long() for query in queries]
-    input_ids = pad_sequence(queries, batch_first=True, padding_value=pad_token_id, padding_side="left")
-    attention_mask = pad_sequence([torch.ones_like(q) for q in queries], batch_first=True, padding_side="left")
-    if pad_to_multiple_of:
-        extra = -input_ids.shape[1] % pad_to_multiple_of
-        input_ids = nn.functional.pad(input_ids, (extra, 0), value=pad_token_id)
-        attention_mask = nn.functional.pad(attention_mask, (extra, 0))
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -100,13 +100,30 @@ def pad_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token
     Returns:
         `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each int64 `(B, T)`.
     """
-    queries_BP = pad_sequence(list(queries), batch_first=True, padding_value=pad_token_id, padding_side="left")
+    prompt = left_pad(queries, pad_token_id)
     responses_BR = pad_sequence(list(responses), batch_first=True, padding_value=pad_token_id)
-    query_mask_BP = pad_sequence([torch.ones_like(query) for query in queries], batch_first=True, padding_side="left")
     response_mask_BR = pad_sequence([torch.ones_like(response) for response in responses], batch_first=True)
-    attention_mask_BT = torch.cat([query_mask_BP, response_mask_BR], dim=1)
+    attention_mask_BT = torch.cat([prompt["attention_mask"], response_mask_BR], dim=1)
     return {
-        "input_ids": torch.cat([queries_BP, responses_BR], dim=1),
+        "input_ids": torch.cat([prompt["input_ids"], responses_BR], dim=1),
         "attention_mask": attention_mask_BT,
         "position_ids": (attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0),
     }
+
+
+def left_pad(queries: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
+    """Queries padded on the left: `input_ids` and `attention_mask`, int64 `(B, P)`; the mask comes from lengths.
+
+    Args:
+        queries: `B` 1-D tensors of token ids, of any integer type.
+        pad_token_id: what to fill with.
+        pad_to_multiple_of: round the width up to a multiple of it.
+    """
+    queries = [query.long() for query in queries]
+    input_ids = pad_sequence(queries, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    attention_mask = pad_sequence([torch.ones_like(q) for q in queries], batch_first=True, padding_side="left")
+    if pad_to_multiple_of:
+        extra = -input_ids.shape[1] % pad_to_multiple_of
+        input_ids = nn.functional.pad(input_ids, (extra, 0), value=pad_token_id)
+        attention_mask = nn.functional.pad(attention_mask, (extra, 0))
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -606,7 +606,6 @@ class APATrainer(_BaseTrainer):
         norms["apa/grad_norm/total"] = torch.as_tensor(total)
         # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
         if not scaled and not torch.isfinite(norms["apa/grad_norm/total"]):
-            self.model_wrapped.zero_grad()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
                 "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import response_logprobs
-from trl_apa.models.value_model import ValueModel, save_network
+from trl_apa.models.value_model import ValueModel, save_network, state_of
 
 
 VALUE_MODEL_FOLDER = "value_model"
@@ -96,7 +96,7 @@ class PolicyAndValue(nn.Module):
         for network in self._networks():
             _either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
-    # Since transformers 5.20 these are the names that the Trainer looks for first.
+    # The names that newer transformers' Trainer looks for first.
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 
@@ -112,14 +112,9 @@ class PolicyAndValue(nn.Module):
             kwargs: passed on to the policy's `save_pretrained`.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
-        policy_state = {
-            name.removeprefix("policy."): t for name, t in state_dict.items() if name.startswith("policy.")
-        }
-        value_state = {
-            name.removeprefix("value_model."): t for name, t in state_dict.items() if name.startswith("value_model.")
-        }
-        save_network(self.policy, path, policy_state, **kwargs)
+        save_network(self.policy, path, state_of(state_dict, "policy"), **kwargs)
         if kwargs.get("is_main_process", True):
+            value_state = state_of(state_dict, "value_model")
             self.value_model.save_pretrained(Path(path) / VALUE_MODEL_FOLDER, state_dict=value_state)
 
 

@@ -166,10 +166,9 @@ class ValueModel(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
-        network_state = {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
-        head_state = {name.removeprefix("head."): t for name, t in state.items() if name.startswith("head.")}
-        save_network(self.network, path, network_state)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in head_state.items()}, path / HEAD_WEIGHTS)
+        save_network(self.network, path, state_of(state, "network"))
+        head_state = {name: tensor.cpu().contiguous() for name, tensor in state_of(state, "head").items()}
+        save_file(head_state, path / HEAD_WEIGHTS)
         description = {
             "head": self.head.kind,
             "hidden_size": self.head.hidden_size,
@@ -205,6 +204,12 @@ def resolve_value_model(value_model: Any, policy: nn.Module) -> ValueModel:
     if value_model.get_output_embeddings() is not None:
         return ValueModel.from_policy(value_model)
     return ValueModel._on_trunk(_trainable(independent_copy(value_model)))
+
+
+def state_of(state_dict: dict[str, Tensor], child: str) -> dict[str, Tensor]:
+    """The entries of a module's state dict that belong to `child`, under the child's own names."""
+    prefix = f"{child}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
 def save_network(network: nn.Module, path: str | Path, state_dict: dict[str, Tensor], **kwargs: Any) -> None:
