@@ -1,7 +1,13 @@
 """The networks: policy, reference, standalone value model, and the module that holds policy and value."""
 
 from trl_apa.models.copying import independent_copy
-from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER, PolicyAndValue, build_policy, disable_dropout
+from trl_apa.models.policy_and_value import (
+    VALUE_MODEL_FOLDER,
+    PolicyAndValue,
+    build_policy,
+    disable_dropout,
+    select_adapter,
+)
 from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
 from trl_apa.models.value_head import (
     AutoModelForCausalLMWithValueHead,
@@ -25,5 +31,6 @@ __all__ = [
     "independent_copy",
     "reference_policy",
     "resolve_value_model",
+    "select_adapter",
     "without_value_head",
 ]
