@@ -106,6 +106,18 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         kl_penalty (`str`, *optional*):
             PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
             `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
+        max_prompt_length (`int`, *optional*):
+            In `train`, only the last tokens of a longer prompt are kept. Defaults to all.
+        num_generations (`int`, *optional*, defaults to `1`):
+            In `train`, responses to each prompt; an iteration asks `batch_size / num_generations` prompts a process.
+        generation_batch_size (`int`, *optional*):
+            In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
+        stop_strings (`list[str]`, *optional*):
+            In `train` and `evaluate`, texts that end a response; they belong to it.
+        reward_weights (`list[float]`, *optional*):
+            Of the trainer's reward functions, whose weighted sum is the score. Defaults to 1 each.
+        chat_template_kwargs (`dict`, *optional*):
+            More arguments of the tokenizer's chat template, for prompts that are chat messages.
         max_completion_length (`int`, *optional*, defaults to `128`):
             `max_new_tokens` of `generate` unless the call says otherwise.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -159,6 +171,14 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
     horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
     kl_penalty: str | None = _option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    max_prompt_length: int | None = _option(None, "train(): keep the last tokens of a prompt; all by default.")
+    num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
+    generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
+    )
+    chat_template_kwargs: Json = field(default=None, metadata={"help": "JSON; more arguments of the chat template."})
     max_completion_length: int = _option(128, "max_new_tokens of generate unless the call says otherwise.")
     temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
     top_p: float = _option(1.0, "Of sampling.")
@@ -285,6 +305,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
+        positive += ["max_prompt_length", "num_generations", "generation_batch_size"]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
         positive += ["num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":
@@ -331,4 +352,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
                 f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
                 f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
                 f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: leave one of them out"
+            )
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: batch_size={self.batch_size} should be a multiple of it"
             )
