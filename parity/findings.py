@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+from torch import Tensor
 
 from parity.case import Case, Outcome
 from parity.definitions import DIFFERENCES
+from parity.layout import classic_value, our_value
 
 
 TOLERANCE = 1e-4
@@ -41,36 +41,35 @@ class Finding:
         return self.problem is not None or (self.reason is None and not self.distance <= TOLERANCE)
 
 
-def distance(classic: Any, ours: Any) -> float:
-    """Largest difference of two numbers or arrays, relative to classic's where that is above 1; NaN if shapes differ."""
-    a, b = torch.as_tensor(classic, dtype=torch.float64), torch.as_tensor(ours, dtype=torch.float64)
-    if a.shape != b.shape:
+def distance(classic: Tensor, ours: Tensor) -> float:
+    """Largest difference, relative to classic's number where that is above 1; NaN if the shapes differ."""
+    if classic.shape != ours.shape:
         return math.nan
-    return float(((a - b).abs() / a.abs().clamp(min=1.0)).max())
+    return float(((classic - ours).abs() / classic.abs().clamp(min=1.0)).max())
 
 
 def compare(case: Case, classic: Outcome, ours: Outcome) -> list[Finding]:
-    """Every statistic of every step, the parameters after every step, and the greedy responses."""
-    findings = []
-    for name in classic.statistics[0]:
-        if name.startswith("time/"):
-            continue
-        difference = DIFFERENCES.get(name)
-        reason = difference.reason if difference is not None and difference.applies(case) else None
-        if any(name not in statistics for statistics in ours.statistics):
-            findings.append(Finding(case.name, name, math.nan, reason, f"{name} is not among ours"))
-            continue
-        pairs = zip(classic.statistics, ours.statistics, strict=True)
-        largest = max(distance(a[name], b[name]) for a, b in pairs)
-        findings.append(Finding(case.name, name, largest, reason))
+    """Every statistic of every step, the parameters, and the greedy responses."""
+    names = [name for name in classic.statistics[0] if not name.startswith("time/")]
+    findings = [compare_statistic(case, name, classic, ours) for name in names]
     return [*findings, compare_parameters(case, classic, ours), compare_greedy(case, classic, ours)]
+
+
+def compare_statistic(case: Case, name: str, classic: Outcome, ours: Outcome) -> Finding:
+    difference = DIFFERENCES.get(name)
+    reason = difference.reason if difference is not None and difference.applies(case) else None
+    if any(name not in statistics for statistics in ours.statistics):
+        return Finding(case.name, name, math.nan, reason, "it is not among ours")
+    steps = zip(case.rollouts, classic.statistics, ours.statistics, strict=True)
+    distances = [distance(classic_value(case, r, name, a[name]), our_value(case, r, name, b[name])) for r, a, b in steps]
+    return Finding(case.name, name, max(distances, key=lambda value: (math.isnan(value), value)), reason)
 
 
 def compare_parameters(case: Case, classic: Outcome, ours: Outcome) -> Finding:
     if classic.parameters.keys() != ours.parameters.keys():
         names = sorted(classic.parameters.keys() ^ ours.parameters.keys())
         return Finding(case.name, PARAMETERS, math.nan, problem=f"only one library trains {', '.join(names[:3])}, ...")
-    largest = max(distance(classic.parameters[name], ours.parameters[name]) for name in classic.parameters)
+    largest = max(distance(parameter, ours.parameters[name]) for name, parameter in classic.parameters.items())
     moved = moved_by(case, ours)
     problem = None if moved >= LEAST_MOVE else f"they moved by {moved:.1e} only, which proves nothing"
     return Finding(case.name, PARAMETERS, largest, problem=problem)
