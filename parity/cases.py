@@ -1,6 +1,6 @@
 """The cases: between them every option that classic's update reads, stepping around classic's own bugs.
 
-The numbers of the bugs are those of the table in `parity/README.md`.
+And cases that run into those bugs, to show that nothing else separates the two libraries.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from parity.case import EOS, PAD, Case, Rollouts, random_language_model, snapsho
 
 VOCABULARY = 32
 IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
+DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 GPT2 = {
     "model_type": "gpt2",
     **IDS,
@@ -24,8 +25,7 @@ GPT2 = {
     "n_head": 2,
     "n_positions": 32,
     "initializer_range": 0.3,
-    # Bug 14: after its first `step` classic samples with dropout.
-    **{name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+    **dict.fromkeys(DROPOUT, 0.0),
 }
 LLAMA = {
     "model_type": "llama",
@@ -55,7 +55,7 @@ T5 = {
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 ONE_UPDATE = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1}
 MANY_UPDATES = {"batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 4}
-# The epsilon is wide, because some gradients are 0 but for rounding (GPT-2's key biases), and Adam makes steps of these.
+# The epsilon is wide: some gradients are 0 but for rounding (GPT-2's key biases), and Adam makes whole steps of these.
 ADAM = {"optimizer": {"name": "adam", "lr": 3e-3, "eps": 1e-4}}
 
 
@@ -68,6 +68,9 @@ class Recipe:
         response: `"ragged"`; `"equal"`, all of one length; or `"filling"`, so that query and response together are.
         reference: whether the reference is another model than the policy at the start.
         dropped: response tokens that do not count, at the start and at the end of each response.
+        gap: one more that does not, in the middle.
+        seed: of weights and rollouts.
+        fields: of the case.
     """
 
     about: str
@@ -77,25 +80,25 @@ class Recipe:
     response: str = "ragged"
     reference: bool = True
     dropped: tuple[int, int] = (0, 0)
+    gap: bool = False
     seed: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-RECIPES = {
+AGREEING = {
     "one_update": Recipe(
-        "one epoch, one mini-batch, SGD, ragged rows padded on the right (bug 3: left padding shifts GPT-2's positions)",
+        "one epoch, one mini-batch, SGD, ragged rows",
         ONE_UPDATE,
         fields={"optimizer": {"name": "sgd", "lr": 0.1}},
     ),
     "max_grad_norm": Recipe(
-        "gradient clipping in a single update (bug 1: classic clips only the first)",
+        "gradient clipping in a single update",
         {**ONE_UPDATE, "max_grad_norm": 0.5},
         steps=1,
         fields={"optimizer": {"name": "sgd", "lr": 1.0}},
     ),
     "accumulation": Recipe(
-        "4 epochs of 2 updates, each of 2 micro-batches of equal responses (bug 10: means of ragged micro-batches); "
-        "each trainer's own optimizer and its own copy of the policy as reference",
+        "4 epochs of 2 updates of 2 micro-batches of equal responses; own optimizers, own copies as reference",
         {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "ppo_epochs": 4},
         model=LLAMA,
         response="equal",
@@ -108,39 +111,31 @@ RECIPES = {
         fields={**ADAM, "decay": 0.5},
     ),
     "lora": Recipe(
-        "LoRA on Llama; the reference is the base with the adapter switched off",
+        "LoRA on Llama; the reference is the base with the adapter switched off; own optimizers",
         MANY_UPDATES,
         model=LLAMA,
         reference=False,
         fields={"lora": LORA},
     ),
     "llama": Recipe(
-        "Llama, pad is EOS, classic pads on the left",
+        "Llama, pad is EOS, classic pads on the left; own optimizers",
         MANY_UPDATES,
         model=LLAMA,
         fields={"pad_is_eos": True, "padding_side": "left"},
     ),
     "t5": Recipe(
-        "encoder-decoder (bug 9: classic never trains the first generated token; masked on our side)",
+        "encoder-decoder, its first generated token masked on our side",
         MANY_UPDATES,
         model=T5,
         dropped=(2, 0),
         fields=ADAM,
     ),
     "response_masks": Recipe(
-        "the caller drops the first and the last token of every response (bug 17: a gap inside it is to classic a "
-        "token of value 0)",
-        MANY_UPDATES,
-        dropped=(1, 1),
-        fields=ADAM,
+        "the first and the last token of every response dropped", MANY_UPDATES, dropped=(1, 1), fields=ADAM
     ),
     "score_clip": Recipe("scores clipped at 0.5", {**MANY_UPDATES, "score_clip": 0.5}, fields=ADAM),
     "whiten_rewards": Recipe(
-        "whitened token rewards, no padding (bug 16: classic gives whitened rewards to the padding, and GAE carries "
-        "them into the response)",
-        {**MANY_UPDATES, "whiten_rewards": True},
-        response="filling",
-        fields=ADAM,
+        "whitened token rewards, no padding", {**MANY_UPDATES, "whiten_rewards": True}, response="filling", fields=ADAM
     ),
     **{
         f"kl_{penalty}": Recipe(
@@ -154,13 +149,61 @@ RECIPES = {
         fields=ADAM,
     ),
     "early_stopping": Recipe(
-        "the remaining epochs are left out once the policy has moved (towards lower log-probs: classic never stops for "
-        "the other direction, ours does)",
+        "the remaining epochs left out once the log-probs have fallen",
         {**MANY_UPDATES, "early_stopping": True, "target_kl": 0.1},
         seed=28000,
         fields=ADAM,
     ),
 }
+PARTING = {
+    "clips_once": Recipe(
+        "classic applies max_grad_norm to its first update only",
+        {**MANY_UPDATES, "max_grad_norm": 0.5},
+        fields={"optimizer": {"name": "sgd", "lr": 1.0}},
+    ),
+    "left_padding": Recipe(
+        "classic gives GPT-2 wrong positions when it pads on the left",
+        MANY_UPDATES,
+        fields={**ADAM, "padding_side": "left"},
+    ),
+    "first_token": Recipe(
+        "classic never trains the first token that an encoder-decoder generates", MANY_UPDATES, model=T5, fields=ADAM
+    ),
+    "ragged_accumulation": Recipe(
+        "classic averages the means of micro-batches whatever the number of their tokens",
+        {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "ppo_epochs": 4},
+        fields=ADAM,
+    ),
+    "dropout": Recipe(
+        "classic generates with dropout until its first `step`, and after it again",
+        MANY_UPDATES,
+        model={**GPT2, **dict.fromkeys(DROPOUT, 0.5)},
+        fields=ADAM,
+    ),
+    "high_ratio": Recipe(
+        "where the ratio is above ratio_threshold classic multiplies the loss by 0, and Adam's momentum still moves "
+        "the weights",
+        {**MANY_UPDATES, "ratio_threshold": 1.0},
+        fields=ADAM,
+    ),
+    "whitened_padding": Recipe(
+        "whiten_rewards gives classic's padding a reward, and GAE carries it into the response",
+        {**MANY_UPDATES, "whiten_rewards": True},
+        fields=ADAM,
+    ),
+    "masked_gap": Recipe(
+        "to classic a masked token inside a response is one of value 0 and reward 0; ours skips it",
+        MANY_UPDATES,
+        gap=True,
+        fields=ADAM,
+    ),
+    "rising_logprobs": Recipe(
+        "early_stopping: classic stops only when the log-probs have fallen, ours when they have risen too",
+        {**MANY_UPDATES, "early_stopping": True, "target_kl": 0.1},
+        fields=ADAM,
+    ),
+}
+RECIPES = AGREEING | PARTING
 
 
 def make_case(name: str) -> Case:
@@ -211,14 +254,20 @@ def make_rollouts(case: Case, recipe: Recipe, policy: nn.Module, generator: torc
     scores = torch.randn(rows, generator=generator).tolist()
     orders = [torch.randperm(rows, generator=generator).tolist() for _ in range(case.options["ppo_epochs"])]
     masks = None
-    if recipe.dropped != (0, 0):
-        first, last = recipe.dropped
-        masks = [[0] * first + [1] * (len(r) - first - last) + [0] * last for r in responses]
+    if recipe.dropped != (0, 0) or recipe.gap:
+        masks = [make_mask(len(response), *recipe.dropped, recipe.gap) for response in responses]
     return Rollouts(queries, responses, scores, orders, masks)
 
 
+def make_mask(length: int, first: int, last: int, gap: bool) -> list[int]:
+    mask = [0] * first + [1] * (length - first - last) + [0] * last
+    if gap:
+        mask[length // 2] = 0
+    return mask
+
+
 def sample(policy: nn.Module, query: list[int], shape: str, generator: torch.Generator) -> list[int]:
-    """A response of three to eight tokens that the policy might give."""
+    """A response of at least three tokens that the policy might give."""
     if shape == "ragged":
         shortest, longest = 3, int(torch.randint(3, 9, (), generator=generator))
     else:
@@ -229,5 +278,9 @@ def sample(policy: nn.Module, query: list[int], shape: str, generator: torch.Gen
     if two_stacks:
         options["decoder_start_token_id"] = PAD
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    tokens = policy.eval().generate(torch.tensor([query]), generation_config=GenerationConfig(**options))[0]
+    ids = torch.tensor([query])
+    with torch.no_grad():
+        tokens = policy.eval().generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(**options)
+        )[0]
     return tokens[0 if two_stacks else len(query) :].tolist()  # a decoder's start token belongs to the response

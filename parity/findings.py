@@ -61,7 +61,9 @@ def compare_statistic(case: Case, name: str, classic: Outcome, ours: Outcome) ->
     if any(name not in statistics for statistics in ours.statistics):
         return Finding(case.name, name, math.nan, reason, "it is not among ours")
     steps = zip(case.rollouts, classic.statistics, ours.statistics, strict=True)
-    distances = [distance(classic_value(case, r, name, a[name]), our_value(case, r, name, b[name])) for r, a, b in steps]
+    distances = [
+        distance(classic_value(case, r, name, a[name]), our_value(case, r, name, b[name])) for r, a, b in steps
+    ]
     return Finding(case.name, name, max(distances, key=lambda value: (math.isnan(value), value)), reason)
 
 

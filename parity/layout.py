@@ -1,7 +1,7 @@
 """Arrays among the statistics, read at the counted response tokens, where the two libraries' layouts say the same.
 
-Classic keeps whole sequences, padding and prompts included, and repeats the update's arrays for every micro-batch. Ours
-have a column a response token, or are flat. Both become flat lists of numbers here, row by row.
+Classic keeps whole sequences, padding and prompts included, and repeats the update's arrays for every micro-batch.
+Ours have a column a response token, or are flat. Both become flat here, row by row.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,9 @@ def classic_columns(case: Case, rollouts: Rollouts) -> list[Tensor]:
     tokens = counted_tokens(rollouts)
     if case.is_encoder_decoder:
         return [positions - 1 for positions in tokens]
-    lengths = [len(query) + len(response) for query, response in zip(rollouts.queries, rollouts.responses, strict=True)]
+    lengths = [
+        len(query) + len(response) for query, response in zip(rollouts.queries, rollouts.responses, strict=True)
+    ]
     columns = []
     for query, length, positions in zip(rollouts.queries, lengths, tokens, strict=True):
         padding = max(lengths) - length if case.padding_side == "left" else 0
