@@ -167,7 +167,8 @@ class Outcome:
     parameters: dict[str, Tensor]
 
     def write(self, folder: Path, library: str) -> None:
-        (folder / f"{library}.json").write_text(json.dumps({"statistics": self.statistics, "greedy": self.greedy}))
+        fields = {"statistics": self.statistics, "greedy": self.greedy}
+        (folder / f"{library}.json").write_text(json.dumps(fields, separators=(",", ":")))
         save_file(self.parameters, folder / f"{library}.safetensors")
 
     @classmethod
@@ -204,8 +205,12 @@ def answer(case: Case, trainer: Any) -> list[list[int]]:
 
 
 def as_json(value: Any) -> Any:
-    """A number or nested lists of numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """A number or nested lists of numbers, rounded to seven digits, as many as float32 has."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [as_json(element) for element in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def play_folders(root: Path, library: str, play_case: Callable[[Case], Outcome]) -> None:

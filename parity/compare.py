@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from transformers import logging
+
 from parity.case import Case, Outcome, play_folders
 from parity.cases import AGREEING, PARTING, RECIPES, make_case
 from parity.findings import (
@@ -33,6 +35,7 @@ def main() -> int:
     if not options.classic_python.exists():
         sys.exit(f"--classic-python {options.classic_python} is not there; `make parity` makes it")
     warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         outcomes = play_both(root, options.case or list(RECIPES), options.classic_python)
@@ -61,7 +64,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--record", type=Path, metavar="FOLDER", help=f"keep what TRL made of {' and '.join(RECORDED)} there"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.record is not None and options.case is not None and not set(RECORDED) <= set(options.case):
+        parser.error(f"--record keeps {' and '.join(RECORDED)}; do not leave them out with --case")
+    return options
 
 
 def play_both(root: Path, names: Iterable[str], classic_python: Path) -> list[tuple[Case, Outcome, Outcome]]:

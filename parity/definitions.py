@@ -43,14 +43,19 @@ class Difference:
     applies: Callable[[Case], bool]
 
 
+OTHER_KL = Difference("classic's is the sum of `kl_penalty`'s estimate; ours is always k1", other_penalty)
+CLIPPED = Difference("classic's are the clipped scores; ours those handed to `step`", clipped_scores)
+SAMPLE = Difference("classic's is the sample's, ours the population's", always)
+COUNTED = Difference("classic counts every token (a decoder's start token too), ours those that count", masked)
 PER_MICRO_BATCH = Difference(
     "classic averages what it takes of each micro-batch; ours is that of all counted tokens of the iteration",
     several_updates,
 )
 DIFFERENCES = {
-    "objective/kl": Difference("classic's is the sum of `kl_penalty`'s estimate; ours is always k1", other_penalty),
-    "ppo/mean_scores": Difference("classic's are the clipped scores; ours those handed to `step`", clipped_scores),
-    "ppo/std_scores": Difference("classic's are the clipped scores; ours those handed to `step`", clipped_scores),
+    "objective/kl": OTHER_KL,
+    "objective/kl_dist": OTHER_KL,
+    "ppo/mean_scores": CLIPPED,
+    "ppo/std_scores": CLIPPED,
     "ppo/policy/entropy": Difference(
         "classic's is the mean over all epochs; ours is at each row's first visit", several_updates
     ),
@@ -64,9 +69,8 @@ DIFFERENCES = {
         "var(returns) at the rollout",
         always,
     ),
-    "tokens/queries_len_std": Difference("classic's is the sample's, ours the population's", always),
-    "tokens/responses_len_std": Difference("classic's is the sample's, ours the population's", always),
-    "tokens/responses_len_mean": Difference(
-        "classic counts every token (an encoder-decoder's start token too), ours those that count", masked
-    ),
+    "tokens/queries_len_std": SAMPLE,
+    "tokens/responses_len_std": SAMPLE,
+    "tokens/responses_len_mean": COUNTED,
+    "tokens/responses_dist": COUNTED,
 }
