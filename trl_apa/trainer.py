@@ -82,7 +82,8 @@ class APATrainer(TrainingLoop):
             value model stands alone, unless `value_model="head"`.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
-            trained already (SFT), to a frozen copy of that adapter.
+            trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these two `policy` and `ref_policy`,
+            which are understood too.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer with a pad or an EOS token; also accepted as `tokenizer`. Loaded with `model` if that is a name.
         train_dataset (`Dataset`, *optional*):
@@ -152,6 +153,8 @@ class APATrainer(TrainingLoop):
         config: APAConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
+        policy: Any = None,
+        ref_policy: Any = None,
         eval_dataset: Any = None,
         reward_funcs: Any = None,
         reward_model: Any = None,
@@ -161,7 +164,14 @@ class APATrainer(TrainingLoop):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
+        if isinstance(model, PreTrainedTokenizerBase):
+            raise ValueError(
+                "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
+                "give these arguments by keyword"
+            )
         args = one_of("args", args, "config", config)
+        model = one_of("model", model, "policy", policy)
+        ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
         processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
         reward_funcs = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
@@ -230,6 +240,7 @@ class APATrainer(TrainingLoop):
         self._iteration: Iteration | None = None
         self._prepared = False
         self._unlogged: list[dict[str, Any]] = []
+        self._best_mean_score = -math.inf
         self.add_callback(EndOfIteration(self))
         self._reporters_started = False
 
@@ -263,6 +274,11 @@ class APATrainer(TrainingLoop):
 
         A stream has no order to shuffle: `train` reads it, the classic loop does not.
         """
+        if self.train_dataset is None:
+            text = (
+                f"no dataset: dataloader is None, and step takes lists of config.batch_size = {self.args.batch_size}"
+            )
+            warnings.warn(text, UserWarning, stacklevel=4)
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             return None
         args = self.args
@@ -402,6 +418,7 @@ class APATrainer(TrainingLoop):
         running_scores = self.running_scores.state_dict()
         try:
             rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+            self._push_if_best(rollouts.scores_B)
             self._prepare_iteration(rollouts, ended_B, timer)
             with timer("optimize_step"):
                 self._update()
@@ -489,8 +506,9 @@ class APATrainer(TrainingLoop):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
-        for start in range(0, len(rollouts), self.args.per_device_train_batch_size):
-            rows = range(start, min(start + self.args.per_device_train_batch_size, len(rollouts)))
+        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        for start in range(0, len(rollouts), size):
+            rows = range(start, min(start + size, len(rollouts)))
             batch = rollouts.micro_batch(rows, self._pad_token_id)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo, with_logits=full_kl)
@@ -760,6 +778,38 @@ class APATrainer(TrainingLoop):
         os.makedirs(output_dir, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         self.processing_class.save_pretrained(output_dir)
+
+    def _push_if_best(self, scores_B: Tensor) -> None:
+        """The hub's copy is the policy with the best mean score yet, if the config asks for that."""
+        args = self.args
+        if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
+            return
+        mean = float(self.accelerator.gather(scores_B).mean())
+        if mean > self._best_mean_score:
+            self._best_mean_score = mean
+            self.push_to_hub(**args.push_to_hub_if_best_kwargs)
+
+    def create_model_card(
+        self,
+        path: str | os.PathLike | None = None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write a model card that says how the policy was trained and cites the paper, as `README.md`.
+
+        Args:
+            path: a folder, made if it is not there; defaults to `args.output_dir`.
+            model_name, dataset_name, tags: as in TRL's trainers.
+        """
+        output_dir = self.args.output_dir
+        try:
+            if path is not None:
+                self.args.output_dir = os.fspath(path)
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        finally:
+            self.args.output_dir = output_dir
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Save to `args.output_dir`, write a model card and upload both.

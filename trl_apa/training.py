@@ -130,7 +130,7 @@ class TrainingLoop(_BaseTrainer):
 
     def _respond(self, queries: list[Tensor], **options: Any) -> Any:
         """As `generate`, responses without prompt or start token."""
-        size = self.args.generation_batch_size or len(queries)
+        size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size or len(queries)
         options |= {"batch_size": size, "return_prompt": False, "stop_strings": self.args.stop_strings}
         responses = self.generate(queries, **options)
         if not self.is_encoder_decoder:
