@@ -46,6 +46,7 @@ from trl_apa.models import (
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import start_reporters
+from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.scoring import Scorer, reward_functions
@@ -241,7 +242,9 @@ class APATrainer(TrainingLoop):
         self._prepared = False
         self._unlogged: list[dict[str, Any]] = []
         self._best_mean_score = -math.inf
+        self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
+        self.add_callback(self._stop_on_sigterm)
         self._reporters_started = False
 
     # ---- what classic scripts read ----
@@ -458,18 +461,24 @@ class APATrainer(TrainingLoop):
         return stats
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
-        """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
-        error = None
+        policy = self.accelerator.unwrap_model(self.model).policy
+        self._on_all_processes(
+            lambda: check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
+        )
+
+    def _on_all_processes(self, work: Callable[[], Any]) -> Any:
+        """Do `work`, which talks to no other process; if it fails in one, all raise: none is left waiting."""
+        error, result = None, None
         try:
-            policy = self.accelerator.unwrap_model(self.model).policy
-            check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
-        except ValueError as refused:
-            error = refused
-        refusals = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
+            result = work()
+        except Exception as failed:
+            error = failed
+        failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
         if error is not None:
             raise error
-        if refusals:
-            raise ValueError(f"the inputs of {int(refusals)} other process(es) were refused; see their messages")
+        if failures:
+            raise ValueError(f"{int(failures)} other process(es) failed at the same point; see their messages")
+        return result
 
     def _prepare_for_updates(self) -> None:
         """Optimizer, scheduler and distributed engine, made when the first `step` needs them."""
@@ -689,11 +698,21 @@ class APATrainer(TrainingLoop):
         self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
         # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
         if self.accelerator.scaler is None and not math.isfinite(total):
+            kept = self._keep_for_inspection()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
-                "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"
+                f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
+                "before; lower the learning rate"
             )
         return total
+
+    def _keep_for_inspection(self) -> Path:
+        """The rollouts of an update that failed, for `torch.load`."""
+        name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
+        path = Path(self.args.output_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self._iteration.state_dict(), path)
+        return path
 
     def _note_gradient_norms(self) -> None:
         """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
