@@ -67,9 +67,14 @@ def tiny_model(family="llama", seed=0, scale=None, dtype=torch.float32):
 
 def tiny_tokenizer():
     words = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    return PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(words), pad_token="<pad>", eos_token="<eos>")
+
+
+def word_tokenizer(words):
+    """Word to id, between spaces."""
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return tokenizer
 
 
 def byte_tokenizer():

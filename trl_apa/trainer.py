@@ -82,7 +82,7 @@ class APATrainer(TrainingLoop):
             value model stands alone, unless `value_model="head"`.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
-            trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these two `policy` and `ref_policy`,
+            trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these `policy` and `ref_policy`,
             which are understood too.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer with a pad or an EOS token; also accepted as `tokenizer`. Loaded with `model` if that is a name.
