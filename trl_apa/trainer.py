@@ -374,7 +374,10 @@ class APATrainer(TrainingLoop):
         checkpointing, kwargs = module.is_gradient_checkpointing, self._checkpointing_kwargs()
         try:
             with unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=kwargs
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=kwargs,
             ) as unwrapped:
                 yield unwrapped.policy
         finally:
