@@ -28,7 +28,7 @@ from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
 from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
 from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
-from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.masking import keep_counted, masked_mean, masked_whiten
 from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
@@ -235,7 +235,7 @@ class APATrainer(TrainingLoop):
             functions = reward_functions(
                 reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
             )
-            self.scorer = Scorer(functions, args.reward_weights)
+            self.scorer = Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
@@ -545,11 +545,18 @@ class APATrainer(TrainingLoop):
             scores_B = scores_B - args.missing_eos_penalty * ~ended_B
         std = mean = None
         if args.scale_rewards:
-            self.running_scores.update(scores_B)
+            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
             std = self.running_scores.std
             mean = self.running_scores.mean if args.center_rewards else None
+        given_BR = rollouts.given_rewards_BR
+        if given_BR is not None:
+            # Given token by token, they stay on their tokens; only their scale is shaped.
+            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
+            scores_B = scores_B - given_BR.sum(dim=1)
         scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
         rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
+        if given_BR is not None:
+            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
         if args.loss_type == "ppo":
             mask_BR = rollouts.response_mask_BR
             rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,6 +26,7 @@ from trl_apa.resuming import (
     random_state_restored_on_error,
     save_state,
 )
+from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
 from trl_apa.validation import check_step_inputs
 
@@ -152,20 +154,24 @@ class TrainingLoop(_BaseTrainer):
         except Exception:
             self._save_what_was_learned()
             raise
-        self._prepare_iteration(*self._collect(*inputs, None), timer)
+        queries, responses, scores = inputs
+        rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
+        rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
+        if scores.per_token is not None:
+            rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
+        self._prepare_iteration(rollouts, ended_B, timer)
 
-    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Queries, responses and scores of the next iteration, as `step` takes them."""
+    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Scores]:
+        """Queries, responses and scores of the next iteration."""
         rows = self._source.rows(self.num_iterations_done)
         rows = [row for row in rows for _ in range(self.args.num_generations)]
         queries = [self._query(row) for row in rows]
         with timer("generate"):
             responses = self._respond(queries)
         with timer("score"):
-            scores_BF = self._scores(rows, queries, responses)
-        scores = list(self.scorer.weighted(scores_BF))
+            scores = self._scores(rows, queries, responses)
         policy = self.accelerator.unwrap_model(self.model).policy
-        check_step_inputs(queries, responses, scores, None, self.args.batch_size, policy)
+        check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
         return queries, responses, scores
 
     def _save_what_was_learned(self) -> None:
@@ -199,8 +205,7 @@ class TrainingLoop(_BaseTrainer):
         pair = tuple([response[1:] for response in part] for part in pair)
         return pair if isinstance(responses, tuple) else pair[0]
 
-    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Tensor:
-        """What each reward function says, `(B, F)`."""
+    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
         prompts = [prompt_of(row) for row in rows]
         if any(prompt is None for prompt in prompts):
             prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
@@ -226,13 +231,14 @@ class TrainingLoop(_BaseTrainer):
 
         Raises:
             ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number.
+            RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
-        return list(self.scorer.weighted(self._scores(rows, queries, responses)))
+        return list(self._scores(rows, queries, responses).total_B)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
