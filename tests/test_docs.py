@@ -229,6 +229,28 @@ def test_the_readme_script_runs(tmp_path, checkpoints):
     assert (tmp_path / "ten-words" / "value_model" / "value_head.safetensors").is_file()
 
 
+def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, resume = fenced(ROOT / "docs" / "training.md", "python")
+    # Fewer and shorter rollouts will do here.
+    for option, value in {
+        "batch_size=64": 16,
+        "max_completion_length=32": 8,
+        "max_steps=32": 8,
+        "_steps=16": 4,
+    }.items():
+        script = script.replace(option, f"{option.partition('=')[0]}={value}")
+    script = script.replace("APAConfig(\n", "APAConfig(\n    use_cpu=True,\n")
+    namespace = {}
+    exec(compile(with_paths(script, checkpoints), "training.md", "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert [row["step"] for row in trainer.state.log_history if "eval_kl" in row] == [4, 8]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
+    trainer.args.max_steps = 12
+    exec(compile(resume, "training.md", "exec"), namespace)
+    assert trainer.state.global_step == 12
+
+
 def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (readme,) = fenced(ROOT / "README.md", "python")
