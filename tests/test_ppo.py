@@ -67,12 +67,12 @@ def test_apas_distance_from_the_rollout_policy_is_measured_from_the_first_visit(
             return trainer.model(**trainer._model_inputs(batch), with_value=False)["logprobs"]
 
     old, seen = logprobs(), []
-    clip = trainer._clip_and_check_gradients
-    trainer._clip_and_check_gradients = lambda: (seen.append(logprobs()), clip())
+    norm = trainer._get_grad_norm
+    trainer._get_grad_norm = lambda *args, **kwargs: (seen.append(logprobs()), norm(*args, **kwargs))[1]
     trainer.step(queries, responses, scores)
     moved = (old - seen[1])[mask]
     for name, expected in {"policykl": moved.mean(), "approxkl": 0.5 * moved.square().mean()}.items():
-        reported = [float(step[f"apa/policy/{name}"]) for step in trainer._record.optimizer_steps]
+        reported = [float(step[f"apa/policy/{name}"]) for step in trainer._iteration.record.optimizer_steps]
         assert reported[0] == pytest.approx(0.0, abs=1e-6)
         assert reported[1] == pytest.approx(float(expected), rel=1e-3) and abs(expected) > 1e-5
 
@@ -95,7 +95,7 @@ def test_classics_other_options_are_accepted_and_those_without_effect_say_so():
     assert config(optimize_cuda_cache=True).torch_empty_cache_steps == 1
     with pytest.warns(FutureWarning, match="use mini_batch_size"):
         assert config(forward_batch_size=4).mini_batch_size == 4
-    for name, value in {"compare_steps": 2, "accelerator_kwargs": {"a": 1}, "dataset_num_proc": 2}.items():
+    for name, value in {"project_kwargs": {"b": 2}, "accelerator_kwargs": {"a": 1}, "dataset_num_proc": 2}.items():
         with pytest.warns(UserWarning, match=f"{name}=.* has no effect: "):
             config(**{name: value})
     assert config(use_score_norm=True).center_rewards
@@ -107,6 +107,19 @@ def test_json_options_parse_from_a_command_line():
     with pytest.warns(UserWarning, match="accelerator_kwargs"):
         (made,) = parser.parse_args_into_dataclasses(line)
     assert made.accelerator_kwargs == {"a": {"b": 1}}
+
+
+def test_the_policy_with_the_best_scores_yet_is_pushed_before_it_is_updated(tmp_path, monkeypatch):
+    options = {"push_to_hub_if_best_kwargs": '{"repo_id": "me/best", "private": true}', "compare_steps": 2}
+    trainer, pushed = tiny_trainer(tmp_path, **options), []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: pushed.append((trainer.num_iterations_done, kwargs)))
+    queries, responses, _ = tiny_rollouts()
+    for score in (1.0, 5.0, 0.5, 9.0, 1.5):
+        trainer.step(queries, responses, [torch.tensor(score)] * 4)
+    # Calls 0, 2 and 4 are looked at: 1.0 is the first, 0.5 is lower, 1.5 higher.
+    assert pushed == [(0, {"repo_id": "me/best", "private": True}), (4, {"repo_id": "me/best", "private": True})]
+    with pytest.raises(ValueError, match=r"push_to_hub_if_best_kwargs=.*it should have a repo_id"):
+        config(push_to_hub_if_best_kwargs={"private": True})
 
 
 @pytest.mark.parametrize(("option", "value"), [("target_kl", 0.0), ("ratio_threshold", -1.0)])

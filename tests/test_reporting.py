@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -273,6 +274,16 @@ def test_wandb_without_options_is_opened_by_the_trainers_reporter_alone(wandb_of
     monkeypatch.setenv("WANDB_PROJECT", "from-the-environment")
     report_twice(tiny_trainer(wandb_offline, report_to="wandb", exp_name="run7"))
     assert (wandb.run.project, wandb.run.name) == ("from-the-environment", "run7")
+
+
+def test_train_opens_the_run_with_the_same_options(wandb_offline):
+    prompts = datasets.Dataset.from_list([{"prompt": f"w{i}"} for i in range(2, 10)])
+    options = {"tracker_project_name": "alignment", "tracker_kwargs": {"wandb": {"name": "first"}}}
+    options |= {"max_steps": 2, "logging_steps": 1, "max_completion_length": 4, "save_strategy": "no"}
+    arguments = {"dataset": prompts, "reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}
+    tiny_trainer(wandb_offline, report_to="wandb", trainer_kwargs=arguments, **options).train()
+    assert (wandb.run.project, wandb.run.name) == ("alignment", "first")
+    assert wandb.run.summary["train/apa/mean_scores"] > 0
 
 
 def test_a_wandb_run_of_the_scripts_own_is_left_as_it_is_with_a_warning(wandb_offline):

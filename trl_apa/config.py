@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 from trl_apa.reporting import check_trackers
 
@@ -32,14 +33,16 @@ ALIASES = {
     "use_score_scaling": "scale_rewards",
     "use_score_norm": "center_rewards",
     "optimize_cuda_cache": "optimize_device_cache",
+    **second_generation.ALIASES,
 }
+# Those of them that are not given a value for scripts to read.
+NOT_READ_BACK = ("log_with", "local_batch_size")
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
-    "compare_steps": "push_to_hub_if_best_kwargs is what it belonged to; set load_best_model_at_end instead",
-    "push_to_hub_if_best_kwargs": "call push_to_hub when a step was the best",
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
-    "project_kwargs": "set output_dir, or logging_dir in the environment of the tracker",
+    "project_kwargs": "set output_dir, or log_dir of TensorBoard in tracker_kwargs",
     "dataset_num_proc": "the trainer does not tokenize",
+    **second_generation.WITHOUT_EFFECT,
 }
 
 
@@ -48,10 +51,10 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class APAConfig(_BaseConfig):
+class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     """
-    Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the options that
-    are new or have another default are listed here.
+    Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
+    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here.
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
@@ -78,8 +81,9 @@ class APAConfig(_BaseConfig):
             Clip scores to `[-score_clip, score_clip]` after scaling.
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the score of a response that did not end with EOS. Applied before scaling.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Rollouts of one process in one iteration: what one `step` takes.
+        batch_size (`int`, *optional*):
+            Rollouts of one process in one iteration: what one `step` takes. Defaults to `64`; in a script for TRL 0.12
+            to 1.12 to what its other sizes imply.
         per_device_train_batch_size (`int`, *optional*):
             Rollouts a forward pass of the update. Defaults to the largest divisor of
             `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
@@ -92,13 +96,27 @@ class APAConfig(_BaseConfig):
         init_kl_coef (`float`, *optional*):
             PPO only, classic's name for `kl_coef` there.
         adap_kl_ctrl (`bool`, *optional*):
-            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`.
+            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`; in a script for TRL
+            0.12 to 1.12, which had no controller, to `False`.
         target (`float`, *optional*):
             PPO only: KL in nats per sequence that the controller aims at. Defaults to `6.0`.
         horizon (`float`, *optional*):
             PPO only: responses over which the controller reacts. Defaults to `10000`.
         kl_penalty (`str`, *optional*):
-            PPO only: the estimator in the reward, `"kl"`, `"abs"`, `"mse"` or `"k3"`. Defaults to `"kl"`.
+            PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
+            `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
+        max_prompt_length (`int`, *optional*):
+            In `train`, only the last tokens of a longer prompt are kept. Defaults to all.
+        num_generations (`int`, *optional*, defaults to `1`):
+            In `train`, responses to each prompt; an iteration asks `batch_size / num_generations` prompts a process.
+        generation_batch_size (`int`, *optional*):
+            In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
+        stop_strings (`list[str]`, *optional*):
+            In `train` and `evaluate`, texts that end a response; they belong to it.
+        reward_weights (`list[float]`, *optional*):
+            Of the trainer's reward functions, whose weighted sum is the score. Defaults to 1 each.
+        chat_template_kwargs (`dict`, *optional*):
+            More arguments of the tokenizer's chat template, for prompts that are chat messages.
         max_completion_length (`int`, *optional*, defaults to `128`):
             `max_new_tokens` of `generate` unless the call says otherwise.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -114,6 +132,9 @@ class APAConfig(_BaseConfig):
             Size of the mean of log pi_old - log pi over the tokens of that mini-batch, nats.
         ratio_threshold (`float`, *optional*):
             PPO only: a mini-batch whose mean ratio exceeds it is skipped, with a warning. Defaults to `10.0`.
+        push_to_hub_if_best_kwargs (`dict`, *optional*), compare_steps (`int`, *optional*, defaults to `1`):
+            Every `compare_steps` calls of `step`: if the mean of the scores is the highest yet, the policy that earned
+            them is uploaded by `push_to_hub` with these arguments, of which `repo_id` is one, before it is updated.
         optimize_device_cache (`bool`, *optional*, defaults to `False`):
             Empty the device's cache after every backward pass: `torch_empty_cache_steps=1`.
         steps (`int`, *optional*, defaults to `20000`):
@@ -131,11 +152,12 @@ class APAConfig(_BaseConfig):
 
     Raises:
         ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
-            `batch_size` does not divide into mini-batches.
+            `batch_size` does not divide into mini-batches, or not into `num_mini_batches`.
         ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
     """
 
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
+    _default_batch_size: ClassVar[int] = 64
 
     loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
     kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
@@ -148,7 +170,7 @@ class APAConfig(_BaseConfig):
     center_rewards: bool = _option(False, "With scale_rewards, subtract the running mean first.")
     score_clip: float | None = _option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
     missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a response without EOS.")
-    batch_size: int = _option(64, "Rollouts of one process in one iteration.")
+    batch_size: int | None = _option(None, "Rollouts of one process in one iteration.")
     per_device_train_batch_size: int | None = _option(None, "Rollouts a forward pass of the update.")
     num_epochs_per_batch: int = _option(2, "Passes over the rollouts of an iteration.")
     cliprange: float | None = _option(None, "PPO only: clip range of the ratio.")
@@ -157,7 +179,15 @@ class APAConfig(_BaseConfig):
     adap_kl_ctrl: bool | None = _option(None, "PPO only: adapt the KL coefficient.")
     target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
     horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
-    kl_penalty: str | None = _option(None, "PPO only: KL estimator in the reward: 'kl', 'abs', 'mse', 'k3'.")
+    kl_penalty: str | None = _option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    max_prompt_length: int | None = _option(None, "train(): keep the last tokens of a prompt; all by default.")
+    num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
+    generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
+    )
+    chat_template_kwargs: Json = field(default=None, metadata={"help": "JSON; more arguments of the chat template."})
     max_completion_length: int = _option(128, "max_new_tokens of generate unless the call says otherwise.")
     temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
     top_p: float = _option(1.0, "Of sampling.")
@@ -190,8 +220,11 @@ class APAConfig(_BaseConfig):
     model_name: str | None = _option(None, "Kept for the record; scripts load the model by it.")
     query_dataset: str | None = _option(None, "Kept for the record.")
     reward_model: str | None = _option(None, "Kept for the record; scripts load the reward model by it.")
-    compare_steps: int | None = _option(None, "Without effect.")
-    push_to_hub_if_best_kwargs: Json = field(default=None, metadata={"help": "Without effect."})
+    compare_steps: int = _option(1, "With push_to_hub_if_best_kwargs: every how many calls of step to look.")
+    push_to_hub_if_best_kwargs: Json = field(
+        default=None,
+        metadata={"help": "JSON; arguments of push_to_hub, called before a step with the best scores yet."},
+    )
     accelerator_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
     project_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
     dataset_num_proc: int | None = _option(None, "Without effect.")
@@ -200,9 +233,11 @@ class APAConfig(_BaseConfig):
         self._translate_classic_only()
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+        self._translate_second_generation()
         self._translate_aliases()
         self._fill_by_loss_type()
         self._check_ranges()
+        self._check_hub_options()
         self._fill_batch_sizes()
         self._fill_aliases()
         if self.optimize_device_cache and self.torch_empty_cache_steps is None:
@@ -210,6 +245,7 @@ class APAConfig(_BaseConfig):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         super().__post_init__()
+        self._check_world_size()
         self._check_horizon()
         self._check_trackers()
 
@@ -235,8 +271,8 @@ class APAConfig(_BaseConfig):
         if self.exp_name is not None and self.run_name is None:
             self.run_name = self.exp_name
         for name, reason in WITHOUT_EFFECT.items():
-            value = getattr(self, name)
             self._parse_json(name)
+            value = getattr(self, name)
             if value:
                 warnings.warn(f"{name}={value!r} has no effect: {reason}", UserWarning, stacklevel=4)
 
@@ -272,7 +308,7 @@ class APAConfig(_BaseConfig):
     def _fill_aliases(self) -> None:
         """Classic scripts read their own names back (`config.mini_batch_size`)."""
         for alias, name in ALIASES.items():
-            if alias != "log_with":
+            if alias not in NOT_READ_BACK:
                 setattr(self, alias, getattr(self, name))
 
     def _fill_by_loss_type(self) -> None:
@@ -283,6 +319,7 @@ class APAConfig(_BaseConfig):
                 setattr(self, name, default)
         if self.loss_type != "ppo":
             self._warn_without_effect("init_kl_coef")
+            self._warn_without_effect("kl_estimator")
         elif self.init_kl_coef is not None:
             if self.kl_coef not in (None, self.init_kl_coef):
                 raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
@@ -301,7 +338,9 @@ class APAConfig(_BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
+        positive += ["max_prompt_length", "num_generations", "generation_batch_size"]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
+        positive += ["compare_steps", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":
             positive.append("kl_coef")
         for name in positive:
@@ -314,8 +353,15 @@ class APAConfig(_BaseConfig):
         for name in ("gamma", "gae_lambda", "top_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
-        if self.kl_penalty not in (None, "kl", "abs", "mse", "k3"):
-            raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3")
+        if not isinstance(self.scale_rewards, bool):
+            raise ValueError(f"scale_rewards={self.scale_rewards!r}: it should be True or False, not a way of GRPO's")
+        if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
+            raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
+
+    def _check_hub_options(self) -> None:
+        self._parse_json("push_to_hub_if_best_kwargs")
+        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
+            raise ValueError(f"push_to_hub_if_best_kwargs={self.push_to_hub_if_best_kwargs}: it should have a repo_id")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
@@ -326,12 +372,26 @@ class APAConfig(_BaseConfig):
             )
 
     def _fill_batch_sizes(self) -> None:
-        per_micro_step, remainder = divmod(self.batch_size, self.gradient_accumulation_steps)
+        if self.batch_size is None:
+            self.batch_size = self._rollouts_by_mini_batches() or self._default_batch_size
+        per_micro_step, remainder = divmod(
+            self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
+        )
         if self.per_device_train_batch_size is None and remainder == 0:
             divisors = [size for size in range(1, 9) if per_micro_step % size == 0]
-            self.per_device_train_batch_size = divisors[-1]
+            self.per_device_train_batch_size = divisors[-1] if self.num_mini_batches is None else per_micro_step
         if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} should be a multiple of mini_batch_size * gradient_accumulation_steps "
                 f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}"
+            )
+        if self.num_mini_batches not in (None, self.batch_size // self.backward_batch_size):
+            raise ValueError(
+                f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
+                f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
+                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: leave one of them out"
+            )
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: batch_size={self.batch_size} should be a multiple of it"
             )

@@ -1,7 +1,7 @@
 """From statistics, rewards and texts to the Trainer's reporters (W&B, TensorBoard, Trackio, Comet, ...)."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -86,20 +86,21 @@ def _warn(message: str) -> None:
 
 
 def start_reporters(
+    trackers: Collection[str],
     callbacks: Iterable[TrainerCallback],
     args: TrainingArguments,
     state: TrainerState,
     control: TrainerControl,
     model: nn.Module,
 ) -> None:
-    """Tell those of `callbacks` that report to a tracker that training begins, which the classic loop never does.
+    """Tell those of `callbacks` that report to one of `trackers` that training begins; the classic loop never does.
 
     They open their runs then, with `args.tracker_project_name` and `args.tracker_kwargs` over their own choices. A run
     that is open already stays as it is; a warning says so where it should have had options.
     """
     for callback in callbacks:
         tracker = _tracker_of(callback)
-        if tracker is not None:
+        if tracker in trackers:
             with _run_options(tracker, callback, args, state.is_world_process_zero):
                 callback.on_train_begin(args, state, control, model=model)
 
@@ -251,6 +252,9 @@ def _objects(library: ModuleType, histograms: Mapping[str, Any], table: Table | 
 
 
 def _log_to_tensorboard(writer: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
+    # None after train(), whose end closes it.
+    if writer is None:
+        return
     for name, vector in histograms.items():
         writer.add_histogram(name, vector, step)
     if table is not None:

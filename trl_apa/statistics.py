@@ -25,7 +25,7 @@ class UpdateRecord:
         observing: whether rows are visited for the first time.
         optimizer_steps: for each optimizer step, statistics that add up over its micro-batches and processes.
         grad_norms: for each optimizer step, the norms before clipping.
-        epochs: passes over the rollouts that were made.
+        skipped: whether the last optimizer step was left out.
     """
 
     logprobs_BR: Tensor
@@ -33,7 +33,7 @@ class UpdateRecord:
     observing: bool = True
     optimizer_steps: list[dict[str, Tensor]] = field(default_factory=list)
     grad_norms: list[dict[str, Tensor]] = field(default_factory=list)
-    epochs: float = 0.0
+    skipped: bool = False
 
     @classmethod
     def empty(cls, like_BR: Tensor) -> "UpdateRecord":
@@ -91,7 +91,7 @@ def gather_rollouts(
     """Everything measured per token, of all processes, in one collective."""
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
     if rollouts.old_logprobs_BR is not None:
-        names.append("old_logprobs_BR")
+        names += ["old_logprobs_BR", "kl_penalty_BR"]
     fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
     stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
     stacked_BRF = accelerator.gather(accelerator.pad_across_processes(stacked_BRF, dim=1))
@@ -182,6 +182,13 @@ def rollout_arrays(rollouts: Rollouts, logprobs_BR: Tensor, query_lengths_B: Ten
 def spread(values: Tensor) -> Tensor:
     """Unbiased standard deviation, 0-D; 0 of a single value."""
     return values.std() if len(values) > 1 else torch.zeros(())
+
+
+def mean_of_numbers(table: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each statistic that is a number, over those rows that have it."""
+    names = {name for row in table for name, value in row.items() if isinstance(value, int | float)}
+    columns = {name: [row[name] for row in table if name in row] for name in sorted(names)}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 def _mean_of_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:

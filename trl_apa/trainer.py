@@ -1,5 +1,6 @@
 """`APATrainer`: orchestration of generate -> score -> step. Every stage it calls is a file of its own."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +14,19 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
 
-from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generation
+from trl_apa._trl import is_peft_model, unwrap_model_for_generation
 from trl_apa.advantages import gae
 from trl_apa.config import APAConfig
-from trl_apa.generation import end_token_ids, generate_responses, generation_options
-from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate
-from trl_apa.logprobs import response_logprobs
+from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
+from trl_apa.iteration import Iteration
+from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
+from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
 from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
 from trl_apa.masking import masked_mean, masked_whiten
 from trl_apa.models import (
@@ -34,16 +35,22 @@ from trl_apa.models import (
     build_policy,
     choose_reference,
     disable_dropout,
+    load_language_model,
     reference_policy,
     resolve_value_model,
+    reward_adapter_of,
+    select_adapter,
+    value_head_of,
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
-from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics, start_reporters
+from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
-from trl_apa.rollouts import Rollouts, response_mask
+from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
+from trl_apa.scoring import Scorer, reward_functions
 from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_arrays, rollout_statistics
+from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
     check_networks_are_apart,
     check_precision,
@@ -54,7 +61,7 @@ from trl_apa.validation import (
 )
 
 
-class APATrainer(_BaseTrainer):
+class APATrainer(TrainingLoop):
     """
     Advantage-Induced Policy Alignment (arXiv 2306.02231), with AWR and PPO2 as baselines, in the classic loop:
 
@@ -70,8 +77,9 @@ class APATrainer(_BaseTrainer):
         args (`APAConfig`):
             Options; also accepted as `config`.
         model (`str`, `PreTrainedModel`, `PeftModel` or `AutoModelForCausalLMWithValueHead`):
-            The policy, a decoder language model, or where to load it from. Its dropout is switched off. Of a classic
-            wrapper the language model is trained; its value head is not used, because APA's value model stands alone.
+            The policy, a language model (a decoder, or an encoder-decoder), or where to load it from. Its dropout is
+            switched off. Of a classic wrapper the language model is trained; its value head is not used, because APA's
+            value model stands alone, unless `value_model="head"`.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
             trained already (SFT), to a frozen copy of that adapter.
@@ -91,9 +99,19 @@ class APATrainer(_BaseTrainer):
         value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
             The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
             reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
+            "head" is classic's critic instead: the wrapper's head (or the checkpoint's, or a new one) on the policy's
+            own hidden states.
+        reward_funcs (*optional*):
+            What `train`, `evaluate` and `score` score with: one of, or a list of, functions
+            `(prompts, completions, completion_ids, **columns) -> list of floats`, sequence classifiers of one label,
+            and folders or hub names of these. Also accepted as `reward_model`.
+        reward_processing_classes (*optional*):
+            The classifiers' tokenizers, where they are not the ones that lie with them.
         peft_config (`PeftConfig`, *optional*):
             Adapters to put on `model`.
-        eval_dataset, callbacks (*optional*):
+        eval_dataset (*optional*):
+            Held-out prompts for `evaluate`.
+        callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
 
     Raises:
@@ -135,15 +153,22 @@ class APATrainer(_BaseTrainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
         eval_dataset: Any = None,
+        reward_funcs: Any = None,
+        reward_model: Any = None,
+        reward_processing_classes: Any = None,
         value_model: str | ValueModel | PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         args = one_of("args", args, "config", config)
         processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
+        reward_funcs = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
+        optimizer = one_of("optimizer", optimizer, "optimizers[0]", optimizers[0])
+        lr_scheduler = one_of("lr_scheduler", lr_scheduler, "optimizers[1]", optimizers[1])
         check_type("config", args, APAConfig)
-        model, ref_model = without_value_head(model), without_value_head(ref_model)
+        given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
         check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
         check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
         check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
@@ -155,17 +180,18 @@ class APATrainer(_BaseTrainer):
 
         if isinstance(model, str | Path):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            # Not in the checkpoint's own precision: updates of half-precision weights are lost to rounding.
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = load_language_model(str(model))
         check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
-        self._choose_special_tokens(processing_class, model)
+        self._choose_special_tokens(processing_class, model, args.stop_token_id)
         policy = build_policy(model, peft_config)
-        module = PolicyAndValue(policy, resolve_value_model(value_model, policy))
+        select_adapter(policy, args.model_adapter_name)
+        value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
+        module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
         check_precision(module)
-        check_networks_are_apart(policy, ref_model, module.value_model, optimizer)
+        check_networks_are_apart(policy, ref_model, value_model, optimizer)
         disable_dropout(module)
-        self.ref_model = choose_reference(policy, ref_model, num_shared_layers)
-        add_value_parameters(optimizer, module.value_model, args.value_learning_rate)
+        self.ref_model = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
+        add_value_parameters(optimizer, value_model, args.value_learning_rate)
 
         use_cache = module.config.use_cache
         super().__init__(
@@ -183,7 +209,7 @@ class APATrainer(_BaseTrainer):
         set_seed(args.seed, device_specific=True)
 
         self.is_peft_model = is_peft_model(policy)
-        self.is_encoder_decoder = False
+        self.is_encoder_decoder = bool(module.config.is_encoder_decoder)
         args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
         args.global_batch_size = args.batch_size * self.accelerator.num_processes
         if self.ref_model is not None:
@@ -193,11 +219,19 @@ class APATrainer(_BaseTrainer):
             if args.loss_type == "ppo" and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
+        self.scorer: Scorer | None = None
+        if reward_funcs is not None:
+            functions = reward_functions(
+                reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
+            )
+            self.scorer = Scorer(functions, args.reward_weights)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
-        self._record: UpdateRecord | None = None
+        self._iteration: Iteration | None = None
         self._prepared = False
-        self._reporters_started = False
+        self._unlogged: list[dict[str, Any]] = []
+        self._best_mean_score = -math.inf
+        self.add_callback(EndOfIteration(self))
 
     # ---- what classic scripts read ----
 
@@ -215,15 +249,26 @@ class APATrainer(_BaseTrainer):
 
     # ---- construction ----
 
-    def _choose_special_tokens(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-        self._end_token_ids = end_token_ids(model, tokenizer)
+    def _choose_special_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, stop_token_id: int | None
+    ) -> None:
+        self._end_token_ids = end_token_ids(model, tokenizer, stop_token_id)
+        self._decoder_start_token_id = decoder_start_token_id(model)
         self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if self._pad_token_id is None:
             raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
 
     def _prompt_dataloader(self) -> DataLoader | None:
-        """Called while all processes still have the same seed: each takes its own part of one order."""
+        """Called while all processes still have the same seed: each takes its own part of one order.
+
+        A stream has no order to shuffle: `train` reads it, the classic loop does not.
+        """
         if self.train_dataset is None:
+            text = (
+                f"no dataset: dataloader is None, and step takes lists of config.batch_size = {self.args.batch_size}"
+            )
+            warnings.warn(text, UserWarning, stacklevel=4)
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             return None
         args = self.args
         loader = prompt_dataloader(
@@ -262,7 +307,8 @@ class APATrainer(_BaseTrainer):
             query_tensor: one query, 1-D token ids, or a list of them.
             length_sampler: draws `max_new_tokens` for each batch.
             batch_size: queries a call of the model's `generate`, when a list is given.
-            return_prompt: put the query before each response.
+            return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
+                start token instead, whatever this says.
             generate_ref_response: also sample from the reference.
             remove_padding: cut each response where it ended; otherwise the pads after it stay.
             pad_to_multiple_of: round the padded prompt width up.
@@ -287,7 +333,9 @@ class APATrainer(_BaseTrainer):
 
         def sample(model: nn.Module) -> Any:
             responses = generate_responses(model, queries, **options)
-            if return_prompt:
+            if self.is_encoder_decoder:
+                responses = [nn.functional.pad(r, (1, 0), value=self._decoder_start_token_id) for r in responses]
+            elif return_prompt:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
@@ -302,6 +350,7 @@ class APATrainer(_BaseTrainer):
         args = self.args
         defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
+        defaults["decoder_start_token_id"] = self._decoder_start_token_id
         return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
 
     @contextmanager
@@ -338,7 +387,8 @@ class APATrainer(_BaseTrainer):
 
         Args:
             queries: `batch_size` prompts, 1-D token ids.
-            responses: what the policy answered, 1-D token ids without the prompt, EOS included.
+            responses: what the policy answered, 1-D token ids without the prompt, EOS included; of an encoder-decoder
+                with the start token before them or without.
             scores: one number a response, reward units, 0-D or of one element.
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
 
@@ -350,38 +400,51 @@ class APATrainer(_BaseTrainer):
             FloatingPointError: if a gradient is not finite; that update was not made.
         """
         timer = StageTimer()
+        if self.is_encoder_decoder and isinstance(responses, list):
+            responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
         self._check_on_all_processes(queries, responses, scores, response_masks)
         self._prepare_for_updates()
         running_scores = self.running_scores.state_dict()
         try:
-            stats = self._learn(*self._collect(queries, responses, scores, response_masks), timer)
+            rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+            self._push_if_best(rollouts.scores_B)
+            self._prepare_iteration(rollouts, ended_B, timer)
+            with timer("optimize_step"):
+                self._update()
+            stats = self._finish_iteration(timer)
         except BaseException:
             # What a caller who catches this (out of memory, say) goes on with: no gradient and no score of this batch.
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
             raise
-        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
         self.lr_scheduler.step()
-        self.num_iterations_done += 1
-        num_tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
-        stats |= timer.as_statistics(num_tokens)
-        if self.args.loss_type == "ppo":
-            # Classic's names, for scripts and dashboards that read them.
-            stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
         return stats
 
-    def _learn(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> dict[str, Any]:
-        """The straight line from rollouts to an updated policy, a stage a line."""
+    def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
+        """From rollouts to what the update needs, a stage a line."""
         with timer("forward_pass"):
             self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
             rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
         with timer("compute_advantages"):
             self._estimate_advantages(rollouts)
-        with timer("optimize_step"):
-            record = self._update(rollouts)
+        self._iteration = self._plan(rollouts, ended_B)
+
+    def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
+        """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
+        iteration = self._iteration
         with timer("calc_stats"):
-            return self._statistics(rollouts, record, ended_B)
+            stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
+        stats["apa/epochs"] = iteration.epochs_done
+        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
+        self.num_iterations_done += 1
+        rollouts = iteration.rollouts
+        num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
+        stats |= timer.as_statistics(num_tokens)
+        if self.args.loss_type == "ppo":
+            # Classic's names, for scripts and dashboards that read them.
+            stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
+        return stats
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
         """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
@@ -418,30 +481,39 @@ class APATrainer(_BaseTrainer):
             responses=[response.long().to(device) for response in responses],
             response_mask_BR=response_mask(responses, response_masks, device),
             scores_B=scores_B,
+            decoder_start_token_id=self._decoder_start_token_id,
         )
         return rollouts, ended_B
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
-        """Fill in log pi_init and V, and, for PPO alone, log pi_old."""
+        """Fill in log pi_init and V, and, for PPO alone, log pi_old and the KL in its reward."""
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
         is_ppo = self.args.loss_type == "ppo"
+        full_kl = is_ppo and self.args.kl_penalty == "full"
         if is_ppo:
-            rollouts.old_logprobs_BR = blank_BR.clone()
+            rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
-        for start in range(0, len(rollouts), self.args.per_device_train_batch_size):
-            rows = range(start, min(start + self.args.per_device_train_batch_size, len(rollouts)))
+        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        for start in range(0, len(rollouts), size):
+            rows = range(start, min(start + size, len(rollouts)))
             batch = rollouts.micro_batch(rows, self._pad_token_id)
             index, width = batch["rows"], batch["response_mask"].shape[1]
-            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo)
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
+            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+                ref_logits, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
+            rollouts.ref_logprobs_BR[index, :width] = sampled_logprobs(ref_logits, batch).float()
             if is_ppo:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
-            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
-                tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-                ref_logprobs, _ = response_logprobs(reference, *tokens, width, self.args.temperature)
-            rollouts.ref_logprobs_BR[index, :width] = ref_logprobs.float()
+            if full_kl:
+                kl = kl_full(outputs["logits"].log_softmax(-1), ref_logits.log_softmax(-1))
+                rollouts.kl_penalty_BR[index, :width] = kl.float()
+        if is_ppo and not full_kl:
+            rollouts.kl_penalty_BR = kl_estimate(
+                rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
+            )
 
     def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
         """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
@@ -456,14 +528,8 @@ class APATrainer(_BaseTrainer):
         scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
         rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
         if args.loss_type == "ppo":
-            rewards_BR = kl_penalized_rewards(
-                rewards_BR,
-                rollouts.old_logprobs_BR,
-                rollouts.ref_logprobs_BR,
-                rollouts.response_mask_BR,
-                self.kl_ctl.value,
-                args.kl_penalty,
-            )
+            mask_BR = rollouts.response_mask_BR
+            rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
         return rewards_BR
 
     def _estimate_advantages(self, rollouts: Rollouts) -> None:
@@ -476,32 +542,11 @@ class APATrainer(_BaseTrainer):
             advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
         rollouts.advantages_BR = advantages_BR
 
-    def _update(self, rollouts: Rollouts) -> UpdateRecord:
-        """The epochs of one iteration: shuffle, split, and an optimizer step for each mini-batch."""
-        self._record = record = UpdateRecord.empty(rollouts.response_mask_BR)
-        plan = [
-            rows
-            for epoch in range(self.args.num_epochs_per_batch)
-            for rows in self._mini_batches(len(rollouts), epoch)
-        ]
-        counts_B = rollouts.response_mask_BR.sum(dim=1)
-        num_tokens = self._sum_over_processes(torch.stack([counts_B[rows].sum() for rows in plan]))
-        steps_per_epoch = len(plan) // self.args.num_epochs_per_batch
-        for number, rows in enumerate(plan):
-            if number and number % steps_per_epoch == 0 and self._moved_too_far(record):
-                break
-            record.observing = number < steps_per_epoch
-            record.optimizer_steps.append({})
-            self._optimizer_step(rollouts, rows, num_tokens[number])
-        record.epochs = len(record.optimizer_steps) / steps_per_epoch
-        return record
-
-    def _moved_too_far(self, record: UpdateRecord) -> bool:
-        """Whether the last mini-batch was further from the policy that sampled it than `early_stopping` allows."""
-        if not self.args.early_stopping:
-            return False
-        moved = self._sum_over_processes(record.optimizer_steps[-1]["apa/policy/policykl"])
-        return abs(float(moved)) > 1.5 * self.args.target_kl
+    def _plan(self, rollouts: Rollouts, ended_B: Tensor) -> Iteration:
+        """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
+        epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
+        size = self.args.per_device_train_batch_size
+        return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
 
     def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
@@ -510,29 +555,55 @@ class APATrainer(_BaseTrainer):
         size = self.args.backward_batch_size
         return [order[start : start + size] for start in range(0, num_rows, size)]
 
-    def _optimizer_step(self, rollouts: Rollouts, rows: Sequence[int], num_tokens: Tensor) -> None:
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size):
-            last = start + size >= len(rows)
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            batch = rollouts.micro_batch(rows[start : start + size], self._pad_token_id)
-            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
-                self.training_step(self.model_wrapped, {**batch, "num_tokens": num_tokens})
-        if self._ratio_explodes():
+    def _update(self) -> None:
+        """Work off the plan; under `train()` the Trainer's own loop does it."""
+        iteration = self._iteration
+        while not iteration.finished:
+            for number in range(1, iteration.micro_batches_per_step + 1):
+                last = number == iteration.micro_batches_per_step
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                    self.training_step(self.model_wrapped, {})
+            if not iteration.record.skipped:
+                norm = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
+                self._get_grad_norm(self.model_wrapped, grad_norm=norm)
+                self.optimizer.step()
+                self.state.global_step += 1
             self.model_wrapped.zero_grad()
+            self._stop_if_moved_too_far()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
+
+        Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
+        """
+        if self._iteration is None or self._iteration.finished:
+            self._collect_iteration()
+        iteration = self._iteration
+        batch = iteration.next_micro_batch(self._pad_token_id)
+        loss = super().training_step(model, batch, num_items_in_batch)
+        if iteration.ends_step and self._ratio_explodes():
+            model.zero_grad()
+        return loss
+
+    def _stop_if_moved_too_far(self) -> None:
+        """Leave out the epochs that remain if the last mini-batch has moved further than `early_stopping` allows."""
+        iteration = self._iteration
+        if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
             return
-        self._clip_and_check_gradients()
-        self.optimizer.step()
-        self.model_wrapped.zero_grad()
-        self.state.global_step += 1
+        moved = self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"])
+        iteration.stopped = abs(float(moved)) > 1.5 * self.args.target_kl
 
     def _ratio_explodes(self) -> bool:
         """Whether PPO's mini-batch is so far off-policy that its update is left out."""
         if self.args.loss_type != "ppo":
             return False
-        step = self._record.optimizer_steps[-1]
+        record = self._iteration.record
+        step = record.optimizer_steps[-1]
         ratio = float(self._sum_over_processes(step["apa/policy/ratio"]))
-        skipped = ratio > self.args.ratio_threshold
+        record.skipped = skipped = ratio > self.args.ratio_threshold
         step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
         if skipped:
             warnings.warn(
@@ -553,9 +624,10 @@ class APATrainer(_BaseTrainer):
         Multiplied by the number of processes, because distributed engines average gradients over them.
         """
         args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
-        outputs = model(**self._model_inputs(inputs), with_entropy=self._record.observing)
-        if self._record.observing:
-            self._record.observe(inputs["rows"], outputs)
+        record = self._iteration.record
+        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing)
+        if record.observing:
+            record.observe(inputs["rows"], outputs)
         pi_loss, stats = self._policy_loss(outputs["logprobs"], inputs, num_tokens)
         v_loss, v_stats = value_loss(
             outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
@@ -563,9 +635,9 @@ class APATrainer(_BaseTrainer):
         loss = pi_loss + args.vf_coef * v_loss
         if "policykl" not in stats:
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
-            old_logprobs = self._record.logprobs_BR[inputs["rows"], : mask.shape[1]]
+            old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
             stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
-        self._record.add(
+        record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
                 **{f"apa/val/{name}": value for name, value in v_stats.items()},
@@ -587,30 +659,41 @@ class APATrainer(_BaseTrainer):
             return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
         return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
 
-    def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        tokens = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        return {**tokens, "response_width": batch["response_mask"].shape[1], "temperature": self.args.temperature}
+    def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in TOKEN_FIELDS if name in batch}
 
-    def _clip_and_check_gradients(self) -> None:
-        """Clip the joint norm to `max_grad_norm`, note the norms before, and refuse a gradient that is not finite."""
-        norms = {}
-        scaled = self.accelerator.scaler is not None
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if not scaled and not sharded:
-            module = self.accelerator.unwrap_model(self.model)
-            for name, network in (("policy", module.policy), ("value", module.value_model)):
-                gradients = [p.grad for p in network.parameters() if p.grad is not None]
-                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
-        total = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
-        total = self._get_grad_norm(self.model_wrapped, grad_norm=total)
-        norms["apa/grad_norm/total"] = torch.as_tensor(total)
+    def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        width = batch["response_mask"].shape[1]
+        return {**self._tokens(batch), "response_width": width, "temperature": self.args.temperature}
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._note_gradient_norms()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The joint norm before clipping, noted; refuses a gradient that is not finite."""
+        if grad_norm is None:
+            self._note_gradient_norms()
+        total = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
         # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
-        if not scaled and not torch.isfinite(norms["apa/grad_norm/total"]):
+        if self.accelerator.scaler is None and not math.isfinite(total):
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
                 "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"
             )
-        self._record.grad_norms.append(norms)
+        return total
+
+    def _note_gradient_norms(self) -> None:
+        """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
+        norms: dict[str, Tensor] = {}
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.accelerator.scaler is None and not sharded:
+            module = self.accelerator.unwrap_model(self.model)
+            for name, network in (("policy", module.policy), ("value", module.value_model)):
+                gradients = [p.grad for p in network.parameters() if p.grad is not None]
+                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
+        self._iteration.record.grad_norms.append(norms)
 
     # ---- statistics ----
 
@@ -628,11 +711,9 @@ class APATrainer(_BaseTrainer):
         stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
-        stats["apa/epochs"] = record.epochs
         stats["apa/mean_non_score_reward"] = 0.0
         if args.loss_type == "ppo":
-            penalty_BR = kl_estimate(everywhere.old_logprobs_BR, everywhere.ref_logprobs_BR, args.kl_penalty)
-            mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
+            mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
@@ -662,12 +743,9 @@ class APATrainer(_BaseTrainer):
         """
         numbers, vectors = split_statistics({**stats, **reward_statistics(rewards, self.accelerator)})
         table = gather_table(batch, columns_to_log, rewards, self.accelerator)
-        callbacks = self.callback_handler.callbacks
-        if not self._reporters_started:
-            start_reporters(callbacks, self.args, self.state, self.control, self.model)
-            self._reporters_started = True
+        self._start_reporters()
         if self.is_world_process_zero():
-            log_media(callbacks, self.state.global_step, vectors, table)
+            log_media(self.callback_handler.callbacks, self.state.global_step, vectors, table)
         self.log(numbers)
 
     # ---- saving ----
@@ -688,6 +766,38 @@ class APATrainer(_BaseTrainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         self.processing_class.save_pretrained(output_dir)
 
+    def _push_if_best(self, scores_B: Tensor) -> None:
+        """The hub's copy is the policy with the best mean score yet, if the config asks for that."""
+        args = self.args
+        if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
+            return
+        mean = float(self.accelerator.gather(scores_B).mean())
+        if mean > self._best_mean_score:
+            self._best_mean_score = mean
+            self.push_to_hub(**args.push_to_hub_if_best_kwargs)
+
+    def create_model_card(
+        self,
+        path: str | os.PathLike | None = None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write a model card that says how the policy was trained and cites the paper, as `README.md`.
+
+        Args:
+            path: a folder, made if it is not there; defaults to `args.output_dir`.
+            model_name, dataset_name, tags: as in TRL's trainers.
+        """
+        output_dir = self.args.output_dir
+        try:
+            if path is not None:
+                self.args.output_dir = os.fspath(path)
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        finally:
+            self.args.output_dir = output_dir
+
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Save to `args.output_dir`, write a model card and upload both.
 
@@ -698,15 +808,6 @@ class APATrainer(_BaseTrainer):
         if repo_id is not None:
             self.args.hub_model_id, self.hub_model_id = repo_id, None
         return super().push_to_hub(**kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Not in this version, which takes no reward functions: raises RuntimeError that says what to use."""
-        raise RuntimeError(
-            "train() and evaluate() need reward functions, which this version does not take yet; "
-            "use the loop responses = generate(queries), scores = ..., step(queries, responses, scores)"
-        )
-
-    evaluate = train
 
     def _send_telemetry(self) -> None:
         """This package sends none."""
