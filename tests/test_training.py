@@ -3,10 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 
 from tests.test_update import assert_same
-from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
 from trl_apa import APATrainer
 from trl_apa.prompts import PromptSource
 
@@ -22,19 +22,19 @@ def length(completion_ids, target, **kwargs):
     return [-abs(len(ids) - wanted) / 4 for ids, wanted in zip(completion_ids, target, strict=True)]
 
 
-def trainer_for(
-    tmp_path, model=None, dataset=None, reward_funcs=few_nines, eval_dataset=None, callbacks=None, **config
-):
-    options = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
+def trainer_for(tmp_path, model=None, dataset=None, reward_funcs=few_nines, **options):
+    of_trainer = {
+        n: options.pop(n) for n in ("eval_dataset", "callbacks", "reward_processing_classes") if n in options
+    }
+    config = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
     dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset
     return APATrainer(
-        tiny_config(tmp_path, **{**options, "mini_batch_size": 2, "ppo_epochs": 2, **config}),
+        tiny_config(tmp_path, **{**config, "mini_batch_size": 2, "ppo_epochs": 2, **options}),
         tiny_model() if model is None else model,
         tokenizer=tiny_tokenizer(),
         train_dataset=dataset,
-        eval_dataset=eval_dataset,
         reward_funcs=reward_funcs,
-        callbacks=callbacks,
+        **of_trainer,
     )
 
 
@@ -287,6 +287,33 @@ def test_training_raises_the_reward(tmp_path):
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
     assert before < 0.2 < 0.5 < trainer.evaluate()["eval_reward"]
+
+
+def test_a_classifier_with_other_tokens_gets_the_text_and_one_with_an_added_pad_the_ids(tmp_path):
+    torch.manual_seed(5)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    padded = tiny_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    reversed_words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": 33 - i for i in range(2, 32)}}
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(reversed_words), pad_token="<pad>", eos_token="<eos>"
+    )
+    query, response = torch.tensor([5, 6, 7]), torch.tensor([8, EOS])
+
+    def score(tokenizer):
+        trainer = trainer_for(tmp_path, reward_funcs=reward_model, reward_processing_classes=tokenizer)
+        return float(trainer.score([query], [response])[0])
+
+    def expected(ids):
+        with torch.no_grad():
+            hidden = reward_model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            return float(reward_model.score(hidden)[0])
+
+    assert score(padded) == pytest.approx(expected([5, 6, 7, 8, EOS]), rel=1e-4)
+    # w5 w6 w7 w8 are 28 27 26 25 to the other; special tokens are not part of a text.
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

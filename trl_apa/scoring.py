@@ -163,7 +163,7 @@ def reward_functions(
         functions: one of, or a list of: a callable, a sequence classifier, or folder or hub name of one.
         processing_classes: for each the classifier's tokenizer; None means the one where the classifier came from, or,
             if there is none, that it reads the policy's token ids.
-        policy_tokenizer: the policy's; a classifier with the same vocabulary reads the ids as they are.
+        policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
         device: where classifiers are put.
 
     Raises:
@@ -182,7 +182,7 @@ def reward_functions(
             function = AutoModelForSequenceClassification.from_pretrained(os.fspath(function))
         if isinstance(function, PreTrainedModel):
             tokenizer = tokenizer or _tokenizer_of(function)
-            same = tokenizer is None or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+            same = tokenizer is None or _agree(tokenizer, policy_tokenizer)
             function = RewardModel(function.to(device), None if same else tokenizer)
         elif not callable(function):
             raise ValueError(
@@ -199,3 +199,9 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(name) if name else None
     except (OSError, ValueError):
         return None
+
+
+def _agree(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether every token of the smaller vocabulary has the same id in the larger, to which a pad was added, say."""
+    smaller, larger = sorted((one.get_vocab(), other.get_vocab()), key=len)
+    return all(larger.get(token) == index for token, index in smaller.items())

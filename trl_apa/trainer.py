@@ -82,7 +82,8 @@ class APATrainer(TrainingLoop):
             value model stands alone, unless `value_model="head"`.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
-            trained already (SFT), to a frozen copy of that adapter.
+            trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these `policy` and `ref_policy`,
+            which are understood too.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer with a pad or an EOS token; also accepted as `tokenizer`. Loaded with `model` if that is a name.
         train_dataset (`Dataset`, *optional*):
@@ -152,6 +153,8 @@ class APATrainer(TrainingLoop):
         config: APAConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
+        policy: Any = None,
+        ref_policy: Any = None,
         eval_dataset: Any = None,
         reward_funcs: Any = None,
         reward_model: Any = None,
@@ -161,7 +164,14 @@ class APATrainer(TrainingLoop):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
+        if isinstance(model, PreTrainedTokenizerBase):
+            raise ValueError(
+                "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
+                "give these arguments by keyword"
+            )
         args = one_of("args", args, "config", config)
+        model = one_of("model", model, "policy", policy)
+        ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
         processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
         reward_funcs = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
