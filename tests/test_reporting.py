@@ -19,13 +19,13 @@ import wandb
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import HfArgumentParser, TrainerCallback
-from transformers.integrations import WandbCallback, integration_utils
+from transformers.integrations import INTEGRATION_TO_CALLBACK, WandbCallback, integration_utils
 
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.test_two_processes import announce_rank
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
-from trl_apa.reporting import TENSORBOARD_ROWS, gather_table, reward_statistics, split_statistics
+from trl_apa.reporting import TENSORBOARD_ROWS, _is_installed, gather_table, reward_statistics, split_statistics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,10 @@ def test_comet_without_an_api_key_is_not_taken_for_missing(monkeypatch):
         config(report_to="comet_ml")
     monkeypatch.setattr("trl_apa.reporting.find_spec", lambda name: ModuleSpec(name, None))
     assert config(report_to="comet_ml").report_to == ["comet_ml"]
+
+
+def test_of_every_tracker_of_transformers_it_is_known_whether_it_is_installed():
+    assert {type(_is_installed(tracker)) for tracker in INTEGRATION_TO_CALLBACK} == {bool}
 
 
 def test_no_tracker_one_or_all_of_them():
