@@ -113,6 +113,13 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
         stop_strings (`list[str]`, *optional*):
             In `train` and `evaluate`, texts that end a response; they belong to it.
+        skip_unscored (`bool`, *optional*, defaults to `False`):
+            In `train`, a response to which a reward function gives None or NaN is left out of the update. Otherwise it
+            is an error.
+        reward_timeout (`float`, *optional*):
+            Seconds that the reward functions may take for the responses of an iteration. No limit by default.
+        max_kl (`float`, *optional*):
+            `train` stops after an iteration whose KL to pi_init was above it, nats a response.
         reward_weights (`list[float]`, *optional*):
             Of the trainer's reward functions, whose weighted sum is the score. Defaults to 1 each.
         chat_template_kwargs (`dict`, *optional*):
@@ -184,6 +191,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
     generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
     stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
+    skip_unscored: bool = _option(False, "train(): leave out responses that a reward function gives None or NaN.")
+    reward_timeout: float | None = _option(None, "Seconds that the reward functions may take for one iteration.")
+    max_kl: float | None = _option(None, "train(): stop when an iteration's KL is above it, nats a response.")
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
     )
@@ -338,7 +348,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
-        positive += ["max_prompt_length", "num_generations", "generation_batch_size"]
+        positive += ["max_kl", "reward_timeout", "max_prompt_length", "num_generations", "generation_batch_size"]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
         positive += ["compare_steps", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":

@@ -28,7 +28,7 @@ from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
 from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
 from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
-from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.masking import keep_counted, masked_mean, masked_whiten
 from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
@@ -46,6 +46,7 @@ from trl_apa.models import (
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
+from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.scoring import Scorer, reward_functions
@@ -234,14 +235,16 @@ class APATrainer(TrainingLoop):
             functions = reward_functions(
                 reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
             )
-            self.scorer = Scorer(functions, args.reward_weights)
+            self.scorer = Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
         self._prepared = False
         self._unlogged: list[dict[str, Any]] = []
         self._best_mean_score = -math.inf
+        self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
+        self.add_callback(self._stop_on_sigterm)
 
     # ---- what classic scripts read ----
 
@@ -370,7 +373,10 @@ class APATrainer(TrainingLoop):
         checkpointing, kwargs = module.is_gradient_checkpointing, self._checkpointing_kwargs()
         try:
             with unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=kwargs
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=kwargs,
             ) as unwrapped:
                 yield unwrapped.policy
         finally:
@@ -457,18 +463,24 @@ class APATrainer(TrainingLoop):
         return stats
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
-        """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
-        error = None
+        policy = self.accelerator.unwrap_model(self.model).policy
+        self._on_all_processes(
+            lambda: check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
+        )
+
+    def _on_all_processes(self, work: Callable[[], Any]) -> Any:
+        """Do `work`, which talks to no other process; if it fails in one, all raise: none is left waiting."""
+        error, result = None, None
         try:
-            policy = self.accelerator.unwrap_model(self.model).policy
-            check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
-        except ValueError as refused:
-            error = refused
-        refusals = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
+            result = work()
+        except Exception as failed:
+            error = failed
+        failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
         if error is not None:
             raise error
-        if refusals:
-            raise ValueError(f"the inputs of {int(refusals)} other process(es) were refused; see their messages")
+        if failures:
+            raise ValueError(f"{int(failures)} other process(es) failed at the same point; see their messages")
+        return result
 
     def _prepare_for_updates(self) -> None:
         """Optimizer, scheduler and distributed engine, made when the first `step` needs them."""
@@ -532,11 +544,18 @@ class APATrainer(TrainingLoop):
             scores_B = scores_B - args.missing_eos_penalty * ~ended_B
         std = mean = None
         if args.scale_rewards:
-            self.running_scores.update(scores_B)
+            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
             std = self.running_scores.std
             mean = self.running_scores.mean if args.center_rewards else None
+        given_BR = rollouts.given_rewards_BR
+        if given_BR is not None:
+            # Given token by token, they stay on their tokens; only their scale is shaped.
+            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
+            scores_B = scores_B - given_BR.sum(dim=1)
         scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
         rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
+        if given_BR is not None:
+            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
         if args.loss_type == "ppo":
             mask_BR = rollouts.response_mask_BR
             rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
@@ -688,11 +707,21 @@ class APATrainer(TrainingLoop):
         self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
         # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
         if self.accelerator.scaler is None and not math.isfinite(total):
+            kept = self._keep_for_inspection()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
-                "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"
+                f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
+                "before; lower the learning rate"
             )
         return total
+
+    def _keep_for_inspection(self) -> Path:
+        """The rollouts of an update that failed, for `torch.load`."""
+        name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
+        path = Path(self.args.output_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self._iteration.state_dict(), path)
+        return path
 
     def _note_gradient_norms(self) -> None:
         """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
