@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import is_conversational
 
@@ -19,6 +20,7 @@ from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, prompt_of, query_of
+from trl_apa.reporting import OPENERS, start_reporters
 from trl_apa.resuming import (
     is_complete,
     last_complete_checkpoint,
@@ -65,6 +67,7 @@ class TrainingLoop(_BaseTrainer):
     _source: PromptSource | None = None
     _resumed_state: dict[str, Any] | None = None
     _timer: StageTimer | None = None
+    _reporters_started = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
@@ -107,6 +110,8 @@ class TrainingLoop(_BaseTrainer):
             args.max_steps = iterations * self._steps_per_iteration
         self._iteration, self._unlogged = None, []
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        # Those whose runs take options of ours; the Trainer starts the others itself.
+        self._start_reporters(OPENERS)
         with self._stop_on_sigterm.listening():
             result = super().train(checkpoint, **kwargs)
         self._prepared = True
@@ -128,6 +133,12 @@ class TrainingLoop(_BaseTrainer):
                 raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no checkpoint that was written to its end")
         self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args)
         return checkpoint
+
+    def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
+        if not self._reporters_started:
+            callbacks = self.callback_handler.callbacks
+            start_reporters(trackers, callbacks, self.args, self.state, self.control, self.model)
+        self._reporters_started = True
 
     @property
     def _steps_per_iteration(self) -> int:
