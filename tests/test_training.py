@@ -3,10 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from tests.test_update import assert_same
-from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
 from trl_apa import APATrainer
 from trl_apa.prompts import PromptSource
 
@@ -22,19 +23,19 @@ def length(completion_ids, target, **kwargs):
     return [-abs(len(ids) - wanted) / 4 for ids, wanted in zip(completion_ids, target, strict=True)]
 
 
-def trainer_for(
-    tmp_path, model=None, dataset=None, reward_funcs=few_nines, eval_dataset=None, callbacks=None, **config
-):
-    options = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
+def trainer_for(tmp_path, model=None, dataset=None, reward_funcs=few_nines, **options):
+    of_trainer = {
+        n: options.pop(n) for n in ("eval_dataset", "callbacks", "reward_processing_classes") if n in options
+    }
+    config = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
     dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset
     return APATrainer(
-        tiny_config(tmp_path, **{**options, "mini_batch_size": 2, "ppo_epochs": 2, **config}),
+        tiny_config(tmp_path, **{**config, "mini_batch_size": 2, "ppo_epochs": 2, **options}),
         tiny_model() if model is None else model,
         tokenizer=tiny_tokenizer(),
         train_dataset=dataset,
-        eval_dataset=eval_dataset,
         reward_funcs=reward_funcs,
-        callbacks=callbacks,
+        **of_trainer,
     )
 
 
@@ -213,6 +214,80 @@ def test_reward_functions_are_weighted_and_see_the_columns(tmp_path):
     assert [float(score) for score in scores] == pytest.approx(expected)
 
 
+def test_rewards_given_token_by_token_stay_on_their_tokens(tmp_path):
+    """Weights 1 and 0.5; the score of the first function goes to the last token, as ever."""
+
+    def per_token(completion_ids, **kwargs):
+        return [[float(token) for token in ids] for ids in completion_ids]
+
+    def one(completion_ids, **kwargs):
+        return [3.0] * len(completion_ids)
+
+    options = {"reward_weights": [1.0, 0.5], "max_steps": 1, "whiten_advantages": False, "gae_lambda": 1.0}
+    trainer = trainer_for(tmp_path, reward_funcs=[one, per_token], **options)
+    trainer.train()
+    rollouts = trainer._iteration.rollouts
+    for row, response in enumerate(rollouts.responses):
+        expected = [0.5 * float(token) for token in response]
+        expected[-1] += 3.0
+        assert rollouts.rewards_BR[row, : len(response)].tolist() == pytest.approx(expected)
+        assert float(rollouts.scores_B[row]) == pytest.approx(sum(expected))
+        # The value model starts at zero, so with lambda = gamma = 1 a return is what is still to come.
+        assert float(rollouts.returns_BR[row, 0]) == pytest.approx(sum(expected), rel=1e-4)
+
+    def too_few(completion_ids, **kwargs):
+        return [[1.0] * (len(ids) - 1) for ids in completion_ids]
+
+    with pytest.raises(ValueError, match=r"too_few gave \d values for the \d tokens of row 0"):
+        trainer_for(tmp_path, reward_funcs=too_few).train()
+
+
+def test_responses_without_a_score_are_left_out_when_asked(tmp_path):
+    """The update is that of the other rows alone, whatever the row that is left out holds."""
+    kept = {}
+
+    def picky(completions, **kwargs):
+        return [None if i == 1 else score for i, score in enumerate(few_nines(completions))]
+
+    for replaced in (False, True):
+        trainer = trainer_for(tmp_path, reward_funcs=picky, skip_unscored=True, max_steps=1, mini_batch_size=4)
+        if replaced:
+            collect = trainer._collect
+
+            def other_row(queries, responses, *rest, collect=collect):
+                return collect(
+                    queries, [torch.tensor([7, 8]) if i == 1 else r for i, r in enumerate(responses)], *rest
+                )
+
+            trainer._collect = other_row
+        trainer.train()
+        rollouts = trainer._iteration.rollouts
+        assert rollouts.response_mask_BR.any(dim=1).tolist() == [True, False, True, True]
+        kept[replaced] = parameters(trainer)
+    assert_same(kept[False], kept[True], tolerance=1e-6)
+
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    with pytest.raises(ValueError, match="no response of this iteration was scored"):
+        trainer_for(tmp_path, reward_funcs=never, skip_unscored=True).train()
+
+
+def test_reward_functions_of_trl_are_understood(tmp_path):
+    trainer = trainer_for(
+        tmp_path,
+        reward_funcs=[get_soft_overlong_punishment(4, 2), get_repetition_penalty_reward(2)],
+        max_steps=4,
+    )
+    trainer.train()
+    lengths = [len(response) for response in trainer._iteration.rollouts.responses]
+    soft = [0.0 if n <= 2 else (2 - n) / 2 if n <= 4 else -1.0 for n in lengths]
+    scores = trainer._scores(
+        [{"prompt": "w2"}] * 4, trainer._iteration.rollouts.queries, trainer._iteration.rollouts.responses
+    )
+    assert scores.by_function_BF[:, 0].tolist() == pytest.approx(soft)
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_a_reward_model_scores_the_last_token_even_if_pad_is_eos(tmp_path, pad_is_eos):
     torch.manual_seed(5)
@@ -287,6 +362,33 @@ def test_training_raises_the_reward(tmp_path):
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
     assert before < 0.2 < 0.5 < trainer.evaluate()["eval_reward"]
+
+
+def test_a_classifier_with_other_tokens_gets_the_text_and_one_with_an_added_pad_the_ids(tmp_path):
+    torch.manual_seed(5)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    padded = tiny_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    reversed_words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": 33 - i for i in range(2, 32)}}
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(reversed_words), pad_token="<pad>", eos_token="<eos>"
+    )
+    query, response = torch.tensor([5, 6, 7]), torch.tensor([8, EOS])
+
+    def score(tokenizer):
+        trainer = trainer_for(tmp_path, reward_funcs=reward_model, reward_processing_classes=tokenizer)
+        return float(trainer.score([query], [response])[0])
+
+    def expected(ids):
+        with torch.no_grad():
+            hidden = reward_model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            return float(reward_model.score(hidden)[0])
+
+    assert score(padded) == pytest.approx(expected([5, 6, 7, 8, EOS]), rel=1e-4)
+    # w5 w6 w7 w8 are 28 27 26 25 to the other; special tokens are not part of a text.
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,14 @@ def tiny_model(family="llama", seed=0, scale=None, dtype=torch.float32):
 
 def tiny_tokenizer():
     words = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    return PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(words), pad_token="<pad>", eos_token="<eos>")
+
+
+def word_tokenizer(words):
+    """Word to id, between spaces."""
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return tokenizer
 
 
 def byte_tokenizer():
@@ -87,7 +92,7 @@ def lora_config(**kwargs):
 
 def tiny_config(tmp_path, **kwargs):
     defaults = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "learning_rate": 1e-2, "max_grad_norm": 1.0}
-    return APAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **{**defaults, **kwargs})
+    return APAConfig(output_dir=str(tmp_path), use_cpu=True, **{"report_to": "none", **defaults, **kwargs})
 
 
 def tiny_trainer(tmp_path, model=None, trainer_kwargs=None, **config):
