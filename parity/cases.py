@@ -197,6 +197,11 @@ PARTING = {
         gap=True,
         fields=ADAM,
     ),
+    "kl_control": Recipe(
+        "with another kl_penalty classic's adaptive coefficient follows that estimate, ours k1",
+        {**MANY_UPDATES, "kl_penalty": "mse", "init_kl_coef": 0.5, "target": 1.0, "horizon": 20.0},
+        fields=ADAM,
+    ),
     "rising_logprobs": Recipe(
         "early_stopping: classic stops only when the log-probs have fallen, ours when they have risen too",
         {**MANY_UPDATES, "early_stopping": True, "target_kl": 0.1},
