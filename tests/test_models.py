@@ -36,7 +36,7 @@ def batch():
     queries, responses, _ = tiny_rollouts()
     tokens = pad_tokens(queries, responses, 0)
     width = max(len(response) for response in responses)
-    return tokens["input_ids"], tokens["attention_mask"], tokens["position_ids"], width
+    return tokens, width
 
 
 def values_of(value_model):
@@ -70,7 +70,7 @@ def test_the_value_model_is_a_network_of_its_own(tmp_path, family):
         (lambda out: out["values"].sum(), opinionated(value_model), policy),
     ):
         trainer.model.zero_grad()
-        loss_of(trainer.model(*batch())).backward()
+        loss_of(trainer.model(**batch()[0], response_width=batch()[1])).backward()
         assert any(p.grad is not None and p.grad.any() for p in network.parameters())
         assert all(p.grad is None or not p.grad.any() for p in other.parameters())
 
@@ -87,7 +87,7 @@ def test_saved_policy_and_value_model_come_back(tmp_path, family, lora):
     trainer.save_pretrained(tmp_path / "new" / "saved")
     loader = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
     policy = loader.from_pretrained(tmp_path / "new" / "saved", **({"is_trainable": True} if lora else {}))
-    input_ids = batch()[0]
+    input_ids = batch()[0]["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(policy(input_ids).logits, trainer.model.policy(input_ids).logits)
     value_model = ValueModel.from_pretrained(tmp_path / "new" / "saved" / "value_model")
@@ -120,11 +120,12 @@ def test_a_value_model_from_a_reward_model_starts_as_its_score(tmp_path):
     classifier = reward_model()
     value_model = resolve_value_model(classifier, tiny_model())
     ids = torch.cat([torch.tensor([5, 6, 7, 8]), torch.tensor([9])])[None]
-    ones, positions = torch.ones_like(ids), torch.arange(5)[None]
+    ones = torch.ones_like(ids)
+    tokens = {"input_ids": ids, "attention_mask": ones, "position_ids": torch.arange(5)[None]}
     with torch.no_grad():
         score = classifier(input_ids=ids[:, :4], attention_mask=ones[:, :4]).logits[0, 0]
         # V of the state before the fifth token is the score of the first four.
-        value = value_model(ids, ones, positions, 1)[0, 0]
+        value = value_model(tokens, 1)[0, 0]
     assert float(value) == pytest.approx(float(score), rel=1e-5)
     classifier.save_pretrained(tmp_path / "rm")
     loaded = resolve_value_model(str(tmp_path / "rm"), tiny_model())
@@ -345,7 +346,7 @@ def test_an_adapter_of_another_name_is_saved_where_it_is_looked_for(tmp_path):
     trainer.step(*tiny_rollouts())
     trainer.save_pretrained(tmp_path / "saved")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved")
-    ids = batch()[0]
+    ids = batch()[0]["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, policy(ids).logits)
     value_model = ValueModel.from_pretrained(tmp_path / "saved" / "value_model", base_model=policy)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests._two_processes import run_in_two_processes
+from trl_apa.kl import kl_estimate
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 
 
@@ -185,12 +186,13 @@ def test_kl_penalized_rewards_hand_worked():
     ref_logprobs = torch.tensor([[-2.0, -1.0, math.nan]])
     mask = torch.tensor([[True, True, False]])
     # k1: -1 + 2 = 1 and -3 + 1 = -2; rewards 0 - 0.5 * 1 = -0.5 and 1 + 0.5 * 2 = 2
-    assert kl_penalized_rewards(rewards, logprobs, ref_logprobs, mask, 0.5).tolist() == [[-0.5, 2.0, 0.0]]
+    k1, absolute, k2 = (kl_estimate(logprobs, ref_logprobs, name) for name in ("kl", "abs", "mse"))
+    assert kl_penalized_rewards(rewards, k1, mask, 0.5).tolist() == [[-0.5, 2.0, 0.0]]
     # absolute values 1 and 2: -0.5 and 1 - 1 = 0
-    assert kl_penalized_rewards(rewards, logprobs, ref_logprobs, mask, 0.5, "abs").tolist() == [[-0.5, 0.0, 0.0]]
+    assert kl_penalized_rewards(rewards, absolute, mask, 0.5).tolist() == [[-0.5, 0.0, 0.0]]
     # half squares 0.5 and 2: -0.25 and 1 - 1 = 0
-    assert kl_penalized_rewards(rewards, logprobs, ref_logprobs, mask, 0.5, "mse").tolist() == [[-0.25, 0.0, 0.0]]
-    assert kl_penalized_rewards(rewards, logprobs, ref_logprobs, mask, 0.0).tolist() == [[0.0, 1.0, 0.0]]
+    assert kl_penalized_rewards(rewards, k2, mask, 0.5).tolist() == [[-0.25, 0.0, 0.0]]
+    assert kl_penalized_rewards(rewards, k1, mask, 0.0).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_kl_penalties_of_a_response_add_up_to_its_sequence_kl():
@@ -198,24 +200,22 @@ def test_kl_penalties_of_a_response_add_up_to_its_sequence_kl():
     logprobs, ref_logprobs = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False], [True, False, False, False, False]])
     scores = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    result = kl_penalized_rewards(token_rewards(scores, mask), logprobs, ref_logprobs, mask, 0.3)
+    result = kl_penalized_rewards(token_rewards(scores, mask), logprobs - ref_logprobs, mask, 0.3)
     for b in range(3):
         sequence_kl = sum((logprobs[b, t] - ref_logprobs[b, t]).item() for t in range(5) if mask[b, t])
         assert result[b].sum().item() == pytest.approx(scores[b].item() - 0.3 * sequence_kl, abs=1e-13)
 
 
 def test_kl_penalized_rewards_carry_no_gradient():
-    logprobs = torch.zeros(1, 2, requires_grad=True)
+    kl = torch.zeros(1, 2, requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    assert not kl_penalized_rewards(torch.zeros(1, 2), logprobs, torch.zeros(1, 2), mask, 0.1).requires_grad
+    assert not kl_penalized_rewards(torch.zeros(1, 2), kl, mask, 0.1).requires_grad
 
 
 def test_kl_penalized_rewards_errors():
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="kl_penalty is 'full'"):
-        kl_penalized_rewards(zeros, zeros, zeros, mask, 0.1, "full")
     for kl_coef in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="kl_coef is"):
-            kl_penalized_rewards(zeros, zeros, zeros, mask, kl_coef)
-    with pytest.raises(ValueError, match="ref_logprobs_BR has shape"):
-        kl_penalized_rewards(zeros, zeros, zeros[:, 1:], mask, 0.1)
+            kl_penalized_rewards(zeros, zeros, mask, kl_coef)
+    with pytest.raises(ValueError, match="kl_penalty_BR has shape"):
+        kl_penalized_rewards(zeros, zeros[:, 1:], mask, 0.1)

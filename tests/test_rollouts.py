@@ -45,8 +45,7 @@ def test_a_micro_batch_is_trimmed_to_its_own_rows():
 def test_logprobs_equal_a_token_by_token_loop(tmp_path, family, lora):
     trainer = tiny_trainer(tmp_path, tiny_model(family), {"peft_config": lora_config()} if lora else None)
     model, batch = trainer.model.policy, pad_tokens(QUERIES, RESPONSES, pad_token_id=0)
-    tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    logprobs_BR, entropy_BR = response_logprobs(model, *tokens, 3, temperature=0.5, with_entropy=True)
+    logprobs_BR, entropy_BR = response_logprobs(model, batch, 3, temperature=0.5, with_entropy=True)
     assert logprobs_BR.requires_grad and not entropy_BR.requires_grad
     logprobs_BR, entropy_BR = logprobs_BR.detach(), entropy_BR.detach()
     for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
@@ -62,7 +61,7 @@ def test_the_vocabulary_head_runs_at_response_positions_only():
     model, batch = tiny_model(), pad_tokens([torch.arange(2, 22)], [torch.tensor([5, 6])], 0)
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    response_logprobs(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"], 2)
+    response_logprobs(model, batch, 2)
     assert seen == [3]
 
 
@@ -70,7 +69,7 @@ def test_the_softmax_of_a_bfloat16_model_is_taken_in_float32():
     model = tiny_model(dtype=torch.bfloat16)
     batch = pad_tokens(QUERIES, RESPONSES, pad_token_id=0)
     tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    logprobs_BR, _ = response_logprobs(model, *tokens, 3)
+    logprobs_BR, _ = response_logprobs(model, batch, 3)
     logits = model(*tokens[:2], position_ids=tokens[2]).logits[:, -4:-1]
     assert logits.dtype == torch.bfloat16
     exact = torch.log_softmax(logits.double(), dim=-1).gather(-1, tokens[0][:, -3:, None])[..., 0]

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, tiny_model, tiny_rollouts, tiny_trainer
+from tests.tiny import ENCODER_DECODERS, FAMILIES, START, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa.masking import masked_mean
 
 
 def row_outputs(model, query, response):
     """Hidden states or logits of one unpadded sequence at the positions that predict its response."""
+    if model.config.is_encoder_decoder:
+        decoder_ids = torch.cat([torch.tensor([START]), response[:-1]])
+        return model(input_ids=query[None], decoder_input_ids=decoder_ids[None])[0][0]
     ids = torch.cat([query, response])[None]
     return model(input_ids=ids)[0][0, len(query) - 1 : -1]
 
@@ -80,12 +83,12 @@ def reference_step(policy, value_model, config, queries, responses, scores, mask
         optimizer.zero_grad()
 
 
-def learner(tmp_path, model=None, **config):
+def learner(tmp_path, model=None, trainer_kwargs=None, **config):
     """A trainer whose updates are linear in the gradient, and whose value head sends gradient to its trunk at once.
 
     Adam would turn the rounding of a tiny gradient into a whole step of the learning rate.
     """
-    trainer = tiny_trainer(tmp_path, model, **{"optim": "sgd", "learning_rate": 0.1, **config})
+    trainer = tiny_trainer(tmp_path, model, trainer_kwargs, **{"optim": "sgd", "learning_rate": 0.1, **config})
     torch.manual_seed(1)
     torch.nn.init.normal_(trainer.model.value_model.head.out.weight)
     return trainer
@@ -109,7 +112,7 @@ def assert_same(actual, expected, tolerance=1e-6):
     assert difference < tolerance, f"{worst} differs by {difference:.2e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + ENCODER_DECODERS)
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
 def test_step_equals_a_plain_autograd_script_of_the_formulas(tmp_path, family, loss_type):
     """In float64, so that what is left is the float32 in which advantages are kept: 1e-7 of them."""

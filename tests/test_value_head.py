@@ -21,7 +21,17 @@ from transformers import (
     T5Config,
 )
 
-from tests.tiny import CONFIGS, EOS, FAMILIES, PAD, VOCABULARY, lora_config, tiny_model
+from tests.tiny import (
+    CONFIGS,
+    EOS,
+    FAMILIES,
+    PAD,
+    VOCABULARY,
+    lora_config,
+    tiny_model,
+    tiny_rollouts,
+    tiny_trainer,
+)
 from trl_apa.models import create_reference_model
 from trl_apa.models.value_head import (
     AutoModelForCausalLMWithValueHead,
@@ -535,6 +545,22 @@ def test_policy_and_reward_adapter_share_a_quantised_base(tmp_path, base, option
     without = wrapper.compute_reward_score(IDS, torch.ones_like(IDS))[:, -1]
     error, effect = (scores - expected).abs().mean(), (without - expected).abs().mean()
     assert float(error) < 0.5 * float(effect)
+
+
+def test_a_trainer_scores_with_the_reward_adapter_and_trains_the_policys_alone(tmp_path, base):
+    save_reward_adapter(tmp_path / "reward", base)
+    wrapper = wrapped(base, peft_config=lora_config(), reward_adapter=str(tmp_path / "reward"))
+    expected = wrapper.compute_reward_score(IDS)
+    trainer = tiny_trainer(tmp_path, wrapper)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert torch.equal(model.compute_reward_score(input_ids=IDS, attention_mask=torch.ones_like(IDS)), expected)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.step(*tiny_rollouts())
+    moved = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+    assert moved and not any("reward_adapter" in name for name in moved)
+    assert torch.equal(model.compute_reward_score(input_ids=IDS), expected)
+    with pytest.raises(ValueError, match="there is no reward adapter"):
+        tiny_trainer(tmp_path).model.compute_reward_score(IDS)
 
 
 def test_reward_adapters_that_do_not_fit_are_refused(tmp_path, base):

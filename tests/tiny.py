@@ -7,12 +7,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    T5Config,
 )
 
 from trl_apa import APAConfig, APATrainer
@@ -30,12 +33,30 @@ CONFIGS = {
     "opt": lambda: OPTConfig(**SHARED, **LAYERS, ffn_dim=32, word_embed_proj_dim=8),
 }
 FAMILIES = tuple(CONFIGS)
+START = 2
+TWO_STACKS = {**SHARED, "d_model": 16, "decoder_start_token_id": START}
+CONFIGS |= {
+    "t5": lambda: T5Config(**TWO_STACKS, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+    "bart": lambda: BartConfig(
+        **TWO_STACKS,
+        **{f"{stack}_{name}": 2 for stack in ("encoder", "decoder") for name in ("layers", "attention_heads")},
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+    ),
+}
+ENCODER_DECODERS = ("t5", "bart")
 
 
-def tiny_model(family="llama", seed=0, scale=3.0, dtype=torch.float32):
-    """A random language model with logits far enough apart for its log-probs to matter."""
+def tiny_model(family="llama", seed=0, scale=None, dtype=torch.float32):
+    """A random language model with logits far enough apart for its log-probs to matter.
+
+    T5 does not divide its attention scores by anything, so that its logits lie far apart without help.
+    """
+    scale = (1.0 if family == "t5" else 3.0) if scale is None else scale
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    auto_class = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
+    model = auto_class.from_config(CONFIGS[family](), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -51,7 +72,7 @@ def tiny_tokenizer():
 
 
 def lora_config(**kwargs):
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs)
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs})
 
 
 def tiny_config(tmp_path, **kwargs):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, set_seed
 
-from trl_apa.generation import neutral_generation_config
+from trl_apa.generation import decoder_start_token_id, neutral_generation_config
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.models.reference import create_reference_model
 from trl_apa.models.reward_adapter import in_eval_mode
@@ -69,8 +69,7 @@ def respond_to_batch(
         raise ValueError(f"queries has shape {tuple(queries.shape)}, it should be (B, P)")
     model = getattr(model, "pretrained_model", model)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": top_p}
-    if model.config.is_encoder_decoder:
-        options["decoder_start_token_id"] = model.generation_config.decoder_start_token_id
+    options["decoder_start_token_id"] = decoder_start_token_id(model)
     generation_config = GenerationConfig(max_new_tokens=txt_len, use_cache=True, **options)
     with torch.no_grad(), in_eval_mode(model), neutral_generation_config(model):
         tokens_BT = model.generate(

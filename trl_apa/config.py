@@ -97,7 +97,8 @@ class APAConfig(_BaseConfig):
         horizon (`float`, *optional*):
             PPO only: responses over which the controller reacts. Defaults to `10000`.
         kl_penalty (`str`, *optional*):
-            PPO only: the estimator in the reward, `"kl"`, `"abs"`, `"mse"` or `"k3"`. Defaults to `"kl"`.
+            PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
+            `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
         max_completion_length (`int`, *optional*, defaults to `128`):
             `max_new_tokens` of `generate` unless the call says otherwise.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -149,7 +150,7 @@ class APAConfig(_BaseConfig):
     adap_kl_ctrl: bool | None = _option(None, "PPO only: adapt the KL coefficient.")
     target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
     horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
-    kl_penalty: str | None = _option(None, "PPO only: KL estimator in the reward: 'kl', 'abs', 'mse', 'k3'.")
+    kl_penalty: str | None = _option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
     max_completion_length: int = _option(128, "max_new_tokens of generate unless the call says otherwise.")
     temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
     top_p: float = _option(1.0, "Of sampling.")
@@ -286,8 +287,8 @@ class APAConfig(_BaseConfig):
         for name in ("gamma", "gae_lambda", "top_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
-        if self.kl_penalty not in (None, "kl", "abs", "mse", "k3"):
-            raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3")
+        if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
+            raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from trl_apa._trl import is_peft_model
-from trl_apa.rollouts import left_pad
+from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
 
 
@@ -67,14 +67,15 @@ def generate_responses(
 ) -> list[Tensor]:
     """Sample one response to each query.
 
-    Queries are batched by length, so that short ones do not wait behind the padding of long ones, and left-padded
-    inside; the answers come back in the callers' order. The model's own generation config (a top_k of 50, say) has no
-    influence: what `generation_config` leaves unset is off.
+    Queries are batched by length, so that short ones do not wait behind the padding of long ones, and padded inside
+    (on the left; on the right for an encoder); the answers come back in the callers' order. The model's own generation
+    config (a top_k of 50, say) has no influence: what `generation_config` leaves unset is off.
 
     Args:
-        model: a decoder language model in which dropout is off.
+        model: a language model in which dropout is off.
         queries: 1-D tensors of token ids, at least one token each.
-        generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id` (one or several).
+        generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id` (one or several), and
+            for an encoder-decoder `decoder_start_token_id`.
         tokenizer: decodes for `stop_strings`.
         stop_strings: texts that end a response; the tokens that spell them belong to it.
         max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
@@ -93,17 +94,22 @@ def generate_responses(
     responses: list[Tensor] = [queries[0]] * len(queries)
     by_length = sorted(range(len(queries)), key=lambda row: len(queries[row]))
     device = next(model.parameters()).device
+    two_stacks = model.config.is_encoder_decoder
     if length_sampler is None and max_length is None:
-        check_positions([len(q) + generation_config.max_new_tokens for q in queries], model, "query + max_new_tokens")
+        check_positions(queries, [generation_config.max_new_tokens] * len(queries), model, "query + max_new_tokens")
     for start in range(0, len(queries), batch_size):
         rows = by_length[start : start + batch_size]
-        inputs = left_pad([queries[row] for row in rows], generation_config.pad_token_id, pad_to_multiple_of)
+        batch = [queries[row] for row in rows]
+        side = "right" if two_stacks else "left"
+        inputs = pad_queries(batch, generation_config.pad_token_id, pad_to_multiple_of, side)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        limits_B = response_limits([len(queries[row]) for row in rows], generation_config, max_length, length_sampler)
-        check_positions([len(queries[row]) + limit for row, limit in zip(rows, limits_B, strict=True)], model, "batch")
+        before = [1 if two_stacks else len(query) for query in batch]
+        limits_B = response_limits(before, generation_config, max_length, length_sampler)
+        check_positions(batch, limits_B, model, "batch")
         generation_config.max_new_tokens = max(limits_B)
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
-        lengths = ResponseLengths(inputs["input_ids"].shape[1], criteria, torch.tensor(limits_B, device=device))
+        width = 1 if two_stacks else inputs["input_ids"].shape[1]
+        lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device))
         with torch.no_grad(), neutral_generation_config(model):
             tokens_BT = model.generate(
                 **inputs,
@@ -118,20 +124,20 @@ def generate_responses(
 
 
 def response_limits(
-    query_lengths: Sequence[int],
+    prompt_lengths: Sequence[int],
     generation_config: GenerationConfig,
     max_length: int | None,
     length_sampler: Callable[[], int] | None,
 ) -> list[int]:
-    """Most tokens that each response of a batch may have."""
+    """Most tokens that each response of a batch may have, after what the decoder reads before it."""
     if length_sampler is not None:
-        return [length_sampler()] * len(query_lengths)
+        return [length_sampler()] * len(prompt_lengths)
     if max_length is None:
-        return [generation_config.max_new_tokens] * len(query_lengths)
-    limits = [max_length - length for length in query_lengths]
+        return [generation_config.max_new_tokens] * len(prompt_lengths)
+    limits = [max_length - length for length in prompt_lengths]
     if min(limits) < 1:
         raise ValueError(
-            f"max_length={max_length} leaves no token for the response to a query of {max(query_lengths)}"
+            f"max_length={max_length} leaves no token for the response to a query of {max(prompt_lengths)}"
         )
     return limits
 
@@ -203,6 +209,21 @@ def neutral_generation_config(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, config in zip(owners, saved, strict=True):
             owner.generation_config = config
+
+
+def decoder_start_token_id(model: nn.Module) -> int | None:
+    """What the decoder of an encoder-decoder reads before a response; None for a decoder alone.
+
+    Raises:
+        ValueError: if an encoder-decoder's config does not say.
+    """
+    if not model.config.is_encoder_decoder:
+        return None
+    for config in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(config, name, None)) is not None:
+                return token
+    raise ValueError("model has no decoder_start_token_id in its config, from which its responses would start")
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from trl_apa.kl import kl_estimate
 from trl_apa.masking import at_least_float32, check_response_tensors, keep_counted, masked_moments
 
 
@@ -149,12 +148,7 @@ def token_rewards(scores_B: Tensor, response_mask_BR: Tensor) -> Tensor:
 
 
 def kl_penalized_rewards(
-    rewards_BR: Tensor,
-    logprobs_BR: Tensor,
-    ref_logprobs_BR: Tensor,
-    response_mask_BR: Tensor,
-    kl_coef: float,
-    kl_penalty: str = "kl",
+    rewards_BR: Tensor, kl_penalty_BR: Tensor, response_mask_BR: Tensor, kl_coef: float
 ) -> Tensor:
     """
     `r_t - kl_coef * KL_t` on every counted token: the reward of PPO (section 3.1). APA and AWR have no KL in the
@@ -162,24 +156,19 @@ def kl_penalized_rewards(
 
     Args:
         rewards_BR (`Tensor` `(B, R)`): reward units.
-        logprobs_BR (`Tensor` `(B, R)`): the sampled tokens under the rollout policy, nats.
-        ref_logprobs_BR (`Tensor` `(B, R)`): the same tokens under pi_init, nats.
+        kl_penalty_BR (`Tensor` `(B, R)`): `kl.kl_estimate` or `kl.kl_full` between the rollout policy and pi_init,
+            nats.
         response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
         kl_coef (`float`): the controller's coefficient, reward units per nat; 0 = no KL control.
-        kl_penalty (`str`, *optional*, defaults to `"kl"`): the estimate, see `kl.kl_estimate`.
 
     Returns:
         `Tensor` `(B, R)`, reward units, detached, 0 behind the mask.
 
     Raises:
-        ValueError: if `kl_coef` is negative or not finite, `kl_penalty` is unknown, or a shape is not the mask's.
+        ValueError: if `kl_coef` is negative or not finite, or a shape is not the mask's.
     """
     if not (math.isfinite(kl_coef) and kl_coef >= 0):
         raise ValueError(f"kl_coef is {kl_coef}, it should be finite and at least 0")
-    check_response_tensors(
-        response_mask_BR, rewards_BR=rewards_BR, logprobs_BR=logprobs_BR, ref_logprobs_BR=ref_logprobs_BR
-    )
-    logprobs = keep_counted(logprobs_BR.detach(), response_mask_BR)
-    ref_logprobs = keep_counted(ref_logprobs_BR.detach(), response_mask_BR)
-    penalty_BR = kl_coef * kl_estimate(logprobs, ref_logprobs, kl_penalty)
-    return keep_counted(rewards_BR.detach(), response_mask_BR) - penalty_BR
+    check_response_tensors(response_mask_BR, rewards_BR=rewards_BR, kl_penalty_BR=kl_penalty_BR)
+    charged_BR = rewards_BR.detach() - kl_coef * kl_penalty_BR.detach()
+    return keep_counted(charged_BR, response_mask_BR)

@@ -23,9 +23,12 @@ class Rollouts:
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
         old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO needs them.
+        kl_penalty_BR: the KL of each token that PPO's reward is charged for, nats.
         rewards_BR: reward of each token, reward units.
         advantages_BR: the estimate of Adv(s, a), whitened if so configured.
         returns_BR: regression target of the value model, reward units.
+        decoder_start_token_id: of an encoder-decoder, the token that its decoder reads before a response; None for a
+            decoder alone, which reads the query there.
     """
 
     queries: list[Tensor]
@@ -35,9 +38,11 @@ class Rollouts:
     ref_logprobs_BR: Tensor | None = None
     values_BR: Tensor | None = None
     old_logprobs_BR: Tensor | None = None
+    kl_penalty_BR: Tensor | None = None
     rewards_BR: Tensor | None = None
     advantages_BR: Tensor | None = None
     returns_BR: Tensor | None = None
+    decoder_start_token_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -49,17 +54,14 @@ class Rollouts:
     def micro_batch(self, rows: Sequence[int], pad_token_id: int) -> dict[str, Tensor]:
         """Tokens, masks and targets of `rows`, trimmed to the longest query and response among them.
 
-        Queries are padded on the left and responses on the right, so that the response occupies the last `R` of
-        `T = P + R` positions in every row.
-
         Returns:
-            `input_ids`, `attention_mask`, `position_ids` `(B, T)`, `response_mask` `(B, R)`, `rows` `(B,)`, and those
-            of `ref_logprobs`, `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
+            What `pad_tokens` gives, `response_mask` `(B, R)`, `rows` `(B,)`, and those of `ref_logprobs`,
+            `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
         """
         index = torch.tensor(list(rows), device=self.device)
         queries = [self.queries[row] for row in rows]
         responses = [self.responses[row] for row in rows]
-        batch = pad_tokens(queries, responses, pad_token_id)
+        batch = pad_tokens(queries, responses, pad_token_id, self.decoder_start_token_id)
         width = max(len(response) for response in responses)
         batch["rows"] = index
         batch["response_mask"] = self.response_mask_BR[index, :width]
@@ -92,15 +94,30 @@ def response_mask(
     return pad_sequence(masks, batch_first=True, padding_value=False)
 
 
-def pad_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """Left-padded queries followed by right-padded responses, with explicit positions.
+def pad_tokens(
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    pad_token_id: int,
+    decoder_start_token_id: int | None = None,
+) -> dict[str, Tensor]:
+    """What a network reads to predict the responses, which occupy the last `R` of `T` positions in every row.
+
+    A decoder alone reads the queries, padded on the left, and the responses, padded on the right: `T = P + R`. The
+    decoder of an encoder-decoder reads one start token and the responses, `T = 1 + R`, and its encoder the queries,
+    padded on the right.
 
     Position ids count real tokens only: without them models with learned positions (GPT-2) shift under left padding.
 
     Returns:
-        `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each int64 `(B, T)`.
+        `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each int64 `(B, T)`; with
+        `decoder_start_token_id` also `encoder_input_ids` and `encoder_attention_mask`, int64 `(B, P)`.
     """
-    prompt = left_pad(queries, pad_token_id)
+    encoder: dict[str, Tensor] = {}
+    if decoder_start_token_id is not None:
+        right_padded = pad_queries(queries, pad_token_id, padding_side="right")
+        encoder = {f"encoder_{name}": tensor for name, tensor in right_padded.items()}
+        queries = [response.new_full((1,), decoder_start_token_id) for response in responses]
+    prompt = pad_queries(queries, pad_token_id)
     responses_BR = pad_sequence(list(responses), batch_first=True, padding_value=pad_token_id)
     response_mask_BR = pad_sequence([torch.ones_like(response) for response in responses], batch_first=True)
     attention_mask_BT = torch.cat([prompt["attention_mask"], response_mask_BR], dim=1)
@@ -108,22 +125,47 @@ def pad_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token
         "input_ids": torch.cat([prompt["input_ids"], responses_BR], dim=1),
         "attention_mask": attention_mask_BT,
         "position_ids": (attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+        **encoder,
     }
 
 
-def left_pad(queries: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
-    """Queries padded on the left: `input_ids` and `attention_mask`, int64 `(B, P)`; the mask comes from lengths.
+def pad_queries(
+    queries: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None = None, padding_side: str = "left"
+) -> dict[str, Tensor]:
+    """Queries of equal width: `input_ids` and `attention_mask`, int64 `(B, P)`; the mask comes from lengths.
 
     Args:
         queries: `B` 1-D tensors of token ids, of any integer type.
         pad_token_id: what to fill with.
         pad_to_multiple_of: round the width up to a multiple of it.
+        padding_side: "left", or "right" for an encoder.
     """
     queries = [query.long() for query in queries]
-    input_ids = pad_sequence(queries, batch_first=True, padding_value=pad_token_id, padding_side="left")
-    attention_mask = pad_sequence([torch.ones_like(q) for q in queries], batch_first=True, padding_side="left")
+    input_ids = pad_sequence(queries, True, pad_token_id, padding_side)
+    attention_mask = pad_sequence([torch.ones_like(query) for query in queries], True, 0, padding_side)
     if pad_to_multiple_of:
         extra = -input_ids.shape[1] % pad_to_multiple_of
-        input_ids = nn.functional.pad(input_ids, (extra, 0), value=pad_token_id)
-        attention_mask = nn.functional.pad(attention_mask, (extra, 0))
+        sides = (extra, 0) if padding_side == "left" else (0, extra)
+        input_ids = nn.functional.pad(input_ids, sides, value=pad_token_id)
+        attention_mask = nn.functional.pad(attention_mask, sides)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def without_start_tokens(
+    responses: list[Tensor], response_masks: list[Tensor] | None, decoder_start_token_id: int
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Responses of an encoder-decoder without the start token that `generate` puts before them, and their masks.
+
+    What does not begin with it stays as it is, and so does what is no 1-D tensor: others check it.
+    """
+    starts = [
+        isinstance(response, Tensor) and response.dim() == 1 and response[:1].tolist() == [decoder_start_token_id]
+        for response in responses
+    ]
+    if response_masks is not None:
+        lengths = [len(response) if start else -1 for response, start in zip(responses, starts, strict=True)]
+        response_masks = [
+            mask[1:] if isinstance(mask, Tensor) and mask.shape == (length,) else mask
+            for mask, length in zip(response_masks, lengths, strict=False)
+        ]
+    return [r[1:] if start else r for r, start in zip(responses, starts, strict=True)], response_masks

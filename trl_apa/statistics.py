@@ -90,7 +90,7 @@ def gather_rollouts(
     """Everything measured per token, of all processes, in one collective."""
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
     if rollouts.old_logprobs_BR is not None:
-        names.append("old_logprobs_BR")
+        names += ["old_logprobs_BR", "kl_penalty_BR"]
     fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
     stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
     stacked_BRF = accelerator.gather(accelerator.pad_across_processes(stacked_BRF, dim=1))

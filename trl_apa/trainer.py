@@ -13,7 +13,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,9 +22,9 @@ from transformers import (
 from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generation
 from trl_apa.advantages import gae
 from trl_apa.config import APAConfig
-from trl_apa.generation import end_token_ids, generate_responses, generation_options
-from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate
-from trl_apa.logprobs import response_logprobs
+from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
+from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
+from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
 from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
 from trl_apa.masking import masked_mean, masked_whiten
 from trl_apa.models import (
@@ -34,15 +33,18 @@ from trl_apa.models import (
     build_policy,
     choose_reference,
     disable_dropout,
+    load_language_model,
     reference_policy,
     resolve_value_model,
+    reward_adapter_of,
+    value_head_of,
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import start_reporters
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
-from trl_apa.rollouts import Rollouts, response_mask
+from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_statistics
 from trl_apa.validation import (
     check_networks_are_apart,
@@ -70,8 +72,9 @@ class APATrainer(_BaseTrainer):
         args (`APAConfig`):
             Options; also accepted as `config`.
         model (`str`, `PreTrainedModel`, `PeftModel` or `AutoModelForCausalLMWithValueHead`):
-            The policy, a decoder language model, or where to load it from. Its dropout is switched off. Of a classic
-            wrapper the language model is trained; its value head is not used, because APA's value model stands alone.
+            The policy, a language model (a decoder, or an encoder-decoder), or where to load it from. Its dropout is
+            switched off. Of a classic wrapper the language model is trained; its value head is not used, because APA's
+            value model stands alone, unless `value_model="head"`.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
             trained already (SFT), to a frozen copy of that adapter.
@@ -91,6 +94,8 @@ class APATrainer(_BaseTrainer):
         value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
             The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
             reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
+            "head" is classic's critic instead: the wrapper's head (or the checkpoint's, or a new one) on the policy's
+            own hidden states.
         peft_config (`PeftConfig`, *optional*):
             Adapters to put on `model`.
         eval_dataset, callbacks (*optional*):
@@ -143,7 +148,7 @@ class APATrainer(_BaseTrainer):
         processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
         check_type("config", args, APAConfig)
-        model, ref_model = without_value_head(model), without_value_head(ref_model)
+        given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
         check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
         check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
         check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
@@ -155,17 +160,17 @@ class APATrainer(_BaseTrainer):
 
         if isinstance(model, str | Path):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            # Not in the checkpoint's own precision: updates of half-precision weights are lost to rounding.
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = load_language_model(str(model))
         check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
         self._choose_special_tokens(processing_class, model)
         policy = build_policy(model, peft_config)
-        module = PolicyAndValue(policy, resolve_value_model(value_model, policy))
+        value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
+        module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
         check_precision(module)
-        check_networks_are_apart(policy, ref_model, module.value_model, optimizer)
+        check_networks_are_apart(policy, ref_model, value_model, optimizer)
         disable_dropout(module)
         self.ref_model = choose_reference(policy, ref_model, num_shared_layers)
-        add_value_parameters(optimizer, module.value_model, args.value_learning_rate)
+        add_value_parameters(optimizer, value_model, args.value_learning_rate)
 
         use_cache = module.config.use_cache
         super().__init__(
@@ -183,7 +188,7 @@ class APATrainer(_BaseTrainer):
         set_seed(args.seed, device_specific=True)
 
         self.is_peft_model = is_peft_model(policy)
-        self.is_encoder_decoder = False
+        self.is_encoder_decoder = bool(module.config.is_encoder_decoder)
         args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
         args.global_batch_size = args.batch_size * self.accelerator.num_processes
         if self.ref_model is not None:
@@ -217,6 +222,7 @@ class APATrainer(_BaseTrainer):
 
     def _choose_special_tokens(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
         self._end_token_ids = end_token_ids(model, tokenizer)
+        self._decoder_start_token_id = decoder_start_token_id(model)
         self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if self._pad_token_id is None:
             raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
@@ -262,7 +268,8 @@ class APATrainer(_BaseTrainer):
             query_tensor: one query, 1-D token ids, or a list of them.
             length_sampler: draws `max_new_tokens` for each batch.
             batch_size: queries a call of the model's `generate`, when a list is given.
-            return_prompt: put the query before each response.
+            return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
+                start token instead, whatever this says.
             generate_ref_response: also sample from the reference.
             remove_padding: cut each response where it ended; otherwise the pads after it stay.
             pad_to_multiple_of: round the padded prompt width up.
@@ -287,7 +294,9 @@ class APATrainer(_BaseTrainer):
 
         def sample(model: nn.Module) -> Any:
             responses = generate_responses(model, queries, **options)
-            if return_prompt:
+            if self.is_encoder_decoder:
+                responses = [nn.functional.pad(r, (1, 0), value=self._decoder_start_token_id) for r in responses]
+            elif return_prompt:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
@@ -302,6 +311,7 @@ class APATrainer(_BaseTrainer):
         args = self.args
         defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
+        defaults["decoder_start_token_id"] = self._decoder_start_token_id
         return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
 
     @contextmanager
@@ -338,7 +348,8 @@ class APATrainer(_BaseTrainer):
 
         Args:
             queries: `batch_size` prompts, 1-D token ids.
-            responses: what the policy answered, 1-D token ids without the prompt, EOS included.
+            responses: what the policy answered, 1-D token ids without the prompt, EOS included; of an encoder-decoder
+                with the start token before them or without.
             scores: one number a response, reward units, 0-D or of one element.
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
 
@@ -350,6 +361,8 @@ class APATrainer(_BaseTrainer):
             FloatingPointError: if a gradient is not finite; that update was not made.
         """
         timer = StageTimer()
+        if self.is_encoder_decoder and isinstance(responses, list):
+            responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
         self._check_on_all_processes(queries, responses, scores, response_masks)
         self._prepare_for_updates()
         running_scores = self.running_scores.state_dict()
@@ -418,30 +431,38 @@ class APATrainer(_BaseTrainer):
             responses=[response.long().to(device) for response in responses],
             response_mask_BR=response_mask(responses, response_masks, device),
             scores_B=scores_B,
+            decoder_start_token_id=self._decoder_start_token_id,
         )
         return rollouts, ended_B
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
-        """Fill in log pi_init and V, and, for PPO alone, log pi_old."""
+        """Fill in log pi_init and V, and, for PPO alone, log pi_old and the KL in its reward."""
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
         is_ppo = self.args.loss_type == "ppo"
+        full_kl = is_ppo and self.args.kl_penalty == "full"
         if is_ppo:
-            rollouts.old_logprobs_BR = blank_BR.clone()
+            rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
         for start in range(0, len(rollouts), self.args.per_device_train_batch_size):
             rows = range(start, min(start + self.args.per_device_train_batch_size, len(rollouts)))
             batch = rollouts.micro_batch(rows, self._pad_token_id)
             index, width = batch["rows"], batch["response_mask"].shape[1]
-            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo)
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
+            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+                ref_logits, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
+            rollouts.ref_logprobs_BR[index, :width] = sampled_logprobs(ref_logits, batch).float()
             if is_ppo:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
-            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
-                tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-                ref_logprobs, _ = response_logprobs(reference, *tokens, width, self.args.temperature)
-            rollouts.ref_logprobs_BR[index, :width] = ref_logprobs.float()
+            if full_kl:
+                kl = kl_full(outputs["logits"].log_softmax(-1), ref_logits.log_softmax(-1))
+                rollouts.kl_penalty_BR[index, :width] = kl.float()
+        if is_ppo and not full_kl:
+            rollouts.kl_penalty_BR = kl_estimate(
+                rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
+            )
 
     def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
         """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
@@ -456,14 +477,8 @@ class APATrainer(_BaseTrainer):
         scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
         rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
         if args.loss_type == "ppo":
-            rewards_BR = kl_penalized_rewards(
-                rewards_BR,
-                rollouts.old_logprobs_BR,
-                rollouts.ref_logprobs_BR,
-                rollouts.response_mask_BR,
-                self.kl_ctl.value,
-                args.kl_penalty,
-            )
+            mask_BR = rollouts.response_mask_BR
+            rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
         return rewards_BR
 
     def _estimate_advantages(self, rollouts: Rollouts) -> None:
@@ -587,9 +602,12 @@ class APATrainer(_BaseTrainer):
             return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
         return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
 
+    def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in TOKEN_FIELDS if name in batch}
+
     def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        tokens = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        return {**tokens, "response_width": batch["response_mask"].shape[1], "temperature": self.args.temperature}
+        width = batch["response_mask"].shape[1]
+        return {**self._tokens(batch), "response_width": width, "temperature": self.args.temperature}
 
     def _clip_and_check_gradients(self) -> None:
         """Clip the joint norm to `max_grad_norm`, note the norms before, and refuse a gradient that is not finite."""
@@ -631,8 +649,7 @@ class APATrainer(_BaseTrainer):
         stats["objective/kl_coef"] = self.kl_ctl.value
         stats["apa/epochs"] = record.epochs
         if args.loss_type == "ppo":
-            penalty_BR = kl_estimate(everywhere.old_logprobs_BR, everywhere.ref_logprobs_BR, args.kl_penalty)
-            mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
+            mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])

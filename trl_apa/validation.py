@@ -86,13 +86,15 @@ def check_step_inputs(
             )
         if not mask.any():
             raise ValueError(f"response_masks[{row}] drops every token of its response; at least one should count")
-    check_positions([len(q) + len(r) for q, r in zip(queries, responses, strict=True)], policy, "queries + responses")
+    check_positions(queries, [len(response) for response in responses], policy, "queries + responses")
 
 
-def check_positions(lengths: Sequence[int], model: nn.Module, what: str) -> None:
-    """Raise ValueError if a sequence has more tokens than the model has positions."""
+def check_positions(queries: Sequence[Tensor], response_lengths: Sequence[int], model: nn.Module, what: str) -> None:
+    """Raise ValueError if a stack of the model would read more tokens than it has positions."""
     limit = max_positions(model)
-    for row, length in enumerate(lengths):
+    two_stacks = model.config.is_encoder_decoder
+    for row, (query, response_length) in enumerate(zip(queries, response_lengths, strict=True)):
+        length = max(len(query), 1 + response_length) if two_stacks else len(query) + response_length
         if limit is not None and length > limit:
             raise ValueError(
                 f"{what}: row {row} has {length} tokens, but the model has {limit} positions; "

@@ -101,8 +101,7 @@ def sequence_kl(
         rows = slice(start, start + options.generation_batch_size)
         batch = pad_tokens(queries[rows], responses[rows], pad_token_id)
         mask_BR = response_mask(responses[rows]).to(policy.device)
-        tokens = (batch[name].to(policy.device) for name in ("input_ids", "attention_mask", "position_ids"))
-        inputs = (*tokens, mask_BR.shape[1])
+        inputs = ({name: tensor.to(policy.device) for name, tensor in batch.items()}, mask_BR.shape[1])
         log_ratio_BR = response_logprobs(policy, *inputs)[0] - response_logprobs(reference, *inputs)[0]
         log_ratio_BR = log_ratio_BR.masked_fill(~mask_BR, 0.0)
         k1.append(log_ratio_BR.sum(dim=1).cpu())

@@ -1,11 +1,14 @@
 """The networks: policy, reference, standalone value model, and the module that holds policy and value."""
 
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.loading import load_language_model
 from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER, PolicyAndValue, build_policy, disable_dropout
 from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
 from trl_apa.models.value_head import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
+    reward_adapter_of,
+    value_head_of,
     without_value_head,
 )
 from trl_apa.models.value_model import ValueHead, ValueModel, resolve_value_model
@@ -23,7 +26,10 @@ __all__ = [
     "create_reference_model",
     "disable_dropout",
     "independent_copy",
+    "load_language_model",
     "reference_policy",
     "resolve_value_model",
+    "reward_adapter_of",
+    "value_head_of",
     "without_value_head",
 ]

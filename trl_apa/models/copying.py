@@ -4,6 +4,7 @@ import copy
 
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
+from transformers import AutoModel
 
 
 def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:
@@ -28,3 +29,17 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
             if hasattr(module, "_hf_hook"):
                 add_hook_to_module(module, module._hf_hook)
     return duplicate
+
+
+def copy_of_trunk(language_model: nn.Module) -> nn.Module:
+    """A deep copy of what turns tokens into hidden states, without the vocabulary head.
+
+    T5's language model holds its two stacks itself, without a trunk of its own to copy.
+    """
+    if language_model.base_model is not language_model:
+        return independent_copy(language_model.base_model)
+    trunk = AutoModel.from_config(language_model.config, dtype=language_model.dtype)
+    missing = trunk.load_state_dict(language_model.state_dict(), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"{type(language_model).__name__} has no {', '.join(missing)} to copy its trunk from")
+    return trunk.to(language_model.device)

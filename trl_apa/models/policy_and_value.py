@@ -1,5 +1,6 @@
 """One module that holds policy and value model, so that one optimizer and one distributed engine serve both."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,10 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import response_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS, response_entropy, response_logits, sampled_logprobs
+from trl_apa.models.loading import refuse_prompt_learning
+from trl_apa.models.reward_adapter import RewardAdapter
+from trl_apa.models.summary_head import PolicyValueHead
 from trl_apa.models.value_model import ValueModel, save_network, state_of
 
 
@@ -15,19 +19,26 @@ VALUE_MODEL_FOLDER = "value_model"
 
 
 class PolicyAndValue(nn.Module):
-    """The policy and its standalone value model side by side; no parameter belongs to both.
+    """The policy and its value model side by side; no parameter belongs to both.
 
     To generation, saving and gradient checkpointing it presents itself as the policy.
 
     Args:
-        policy: a decoder language model, with or without PEFT adapters.
-        value_model: see `ValueModel`.
+        policy: a language model, with or without PEFT adapters.
+        value_model: a network of its own, or a head that reads the policy's hidden states.
+        reward_adapter (*optional*): a reward model on the policy's base, for `compute_reward_score`.
     """
 
-    def __init__(self, policy: nn.Module, value_model: ValueModel):
+    def __init__(
+        self,
+        policy: nn.Module,
+        value_model: ValueModel | PolicyValueHead,
+        reward_adapter: RewardAdapter | None = None,
+    ):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
+        self.reward_adapter = reward_adapter
 
     def forward(
         self,
@@ -39,6 +50,9 @@ class PolicyAndValue(nn.Module):
         with_policy: bool = True,
         with_value: bool = True,
         with_entropy: bool = False,
+        with_logits: bool = False,
+        encoder_input_ids: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the update reads of a micro-batch at its response tokens.
 
@@ -48,19 +62,46 @@ class PolicyAndValue(nn.Module):
             temperature: the sampling temperature.
             with_policy, with_value: which of the two networks to run.
             with_entropy: also the policy's entropy, without gradient.
+            with_logits: also the policy's logits.
+            encoder_input_ids, encoder_attention_mask: `(B, P)`, of an encoder-decoder.
 
         Returns:
-            `logprobs` (nats), `values` (reward units), `entropy` (nats): float32 `(B, R)`, those that were asked for.
+            `logprobs` (nats), `values` (reward units), `entropy` (nats) `(B, R)` and `logits` `(B, R, V)`: float32,
+            those that were asked for.
         """
+        given = (input_ids, attention_mask, position_ids, encoder_input_ids, encoder_attention_mask)
+        tokens = {name: tensor for name, tensor in zip(TOKEN_FIELDS, given, strict=True) if tensor is not None}
         outputs: dict[str, Tensor] = {}
-        tokens = (input_ids, attention_mask, position_ids, response_width)
-        if with_policy:
-            outputs["logprobs"], entropy = response_logprobs(self.policy, *tokens, temperature, with_entropy)
-            if entropy is not None:
-                outputs["entropy"] = entropy
+        reads_policy = with_value and self.value_is_a_head
+        hidden_BRH = None
+        if with_policy or reads_policy:
+            logits_BRV, hidden_BRH = response_logits(self.policy, tokens, response_width, temperature, reads_policy)
+            outputs["logprobs"] = sampled_logprobs(logits_BRV, tokens)
+            if with_entropy:
+                outputs["entropy"] = response_entropy(logits_BRV)
+            if with_logits:
+                outputs["logits"] = logits_BRV
         if with_value:
-            outputs["values"] = self.value_model(*tokens)
+            on_tokens = (hidden_BRH,) if self.value_is_a_head else (tokens, response_width)
+            outputs["values"] = self.value_model(*on_tokens)
         return outputs
+
+    @property
+    def value_is_a_head(self) -> bool:
+        """Whether the value model has no trunk of its own."""
+        return isinstance(self.value_model, PolicyValueHead)
+
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Scores of the reward adapter after every token, `(B, T, labels)`: see `reward_scores`.
+
+        What else a tokenizer returns (`token_type_ids`) is accepted and not read.
+
+        Raises:
+            ValueError: if the policy came without a reward adapter.
+        """
+        if self.reward_adapter is None:
+            raise ValueError("there is no reward adapter; give a model from from_pretrained(..., reward_adapter=...)")
+        return self.reward_adapter.scores(self.policy, input_ids, attention_mask)
 
     @property
     def config(self) -> Any:
@@ -100,11 +141,16 @@ class PolicyAndValue(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 
-    def _networks(self) -> tuple[nn.Module, nn.Module]:
-        return self.policy, self.value_model.network
+    def _networks(self) -> Iterator[nn.Module]:
+        yield self.policy
+        if not self.value_is_a_head:
+            yield self.value_model.network
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """The policy as a checkpoint that plain transformers (or peft) loads, the value model in a folder beside it.
+        """The policy as a checkpoint that plain transformers (or peft) loads, and the value model.
+
+        A value model of its own goes into a folder of its own, a head beside the policy: `path` then is what
+        `AutoModelForCausalLMWithValueHead.from_pretrained` loads.
 
         Args:
             path: a folder, made if it is not there.
@@ -114,24 +160,24 @@ class PolicyAndValue(nn.Module):
         state_dict = self.state_dict() if state_dict is None else state_dict
         save_network(self.policy, path, state_of(state_dict, "policy"), **kwargs)
         if kwargs.get("is_main_process", True):
-            value_state = state_of(state_dict, "value_model")
-            self.value_model.save_pretrained(Path(path) / VALUE_MODEL_FOLDER, state_dict=value_state)
+            folder = Path(path) if self.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
+            self.value_model.save_pretrained(folder, state_dict=state_of(state_dict, "value_model"))
 
 
 def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     """`model`, with new adapters if `peft_config` says so.
 
     Raises:
-        ValueError: for a model that cannot be trained as a policy: an encoder-decoder, prompt learning (which changes
+        ValueError: for a model that cannot be trained as a policy: no language model, prompt learning (which changes
             the sequence), adapters upon adapters, a quantised model without adapters, or one that is frozen.
     """
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"model={type(model).__name__} is an encoder-decoder; only decoder models can be trained")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model is a {type(model).__name__}; it should be a language model")
     if is_peft_model(model) and peft_config is not None:
         raise ValueError("model has adapters already; give peft_config or a PEFT model, not both")
     policy = model if peft_config is None else get_peft_model(model, peft_config)
-    if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
-        raise ValueError(f"{policy.active_peft_config.peft_type} adapters are not supported; use LoRA or another")
+    if is_peft_model(policy):
+        refuse_prompt_learning(policy.active_peft_config)
     if getattr(policy, "is_quantized", False) and not is_peft_model(policy):
         raise ValueError("model is quantised, so its weights cannot be trained; give peft_config for adapters on it")
     if not any(parameter.requires_grad for parameter in policy.parameters()):

@@ -130,6 +130,24 @@ def reward_scores(
         return score(hidden_BTH.to(score.weight))
 
 
+class RewardAdapter(nn.Module):
+    """A reward adapter's score layer and the adapter's name on the policy, which is not a part of this.
+
+    Args:
+        score (`nn.Linear`): what `load_reward_adapter` returned.
+        adapter_name (`str`): what it was called there.
+    """
+
+    def __init__(self, score: nn.Linear, adapter_name: str):
+        super().__init__()
+        self.score = score
+        self.adapter_name = adapter_name
+
+    def scores(self, policy: PeftModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """See `reward_scores`."""
+        return reward_scores(policy, self.score, input_ids, attention_mask, self.adapter_name)
+
+
 @contextmanager
 def only_adapter(policy: PeftModel, adapter_name: str) -> Iterator[None]:
     """Inside, `adapter_name` is the active adapter; afterwards all is active and trainable that was before."""

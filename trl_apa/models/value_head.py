@@ -4,7 +4,6 @@ APA does not use that head as its critic, which is a network of its own (section
 for scripts that make or load them, and for PPO as it was.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -13,58 +12,21 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, PushToHubMixin, cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import PushToHubMixin
 
 from trl_apa._trl import is_peft_model
-from trl_apa.models.reward_adapter import load_reward_adapter, reward_scores
+from trl_apa.logprobs import last_hidden_states
+from trl_apa.models.loading import load_language_model, refuse_prompt_learning
+from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
+from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.value_model import save_network
 
 
-HEAD_PREFIX = "v_head."
 MODEL_PREFIX = "pretrained_model."
 SCORE_PREFIX = "score."
-HEAD_WEIGHTS = "v_head.safetensors"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-class SummaryHead(nn.Module):
-    """One linear layer from a hidden state to a value, after dropout.
-
-    Args:
-        hidden_size (`int`): width of the hidden states.
-        dropout (`float`, *optional*, defaults to `0.1`): rate in train mode.
-        init_strategy (`str`, *optional*):
-            `"normal"`: weights from N(0, `initializer_range`^2), bias 0. `None`: as torch initialises a linear layer.
-        initializer_range (`float`, *optional*, defaults to `0.2`): standard deviation for `"normal"`.
-
-    Raises:
-        ValueError: for another `init_strategy`.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        dropout: float = 0.1,
-        init_strategy: str | None = None,
-        initializer_range: float = 0.2,
-    ):
-        super().__init__()
-        if init_strategy not in (None, "normal"):
-            raise ValueError(f"v_head_init_strategy={init_strategy!r}; it should be 'normal' or None")
-        self.dropout = nn.Dropout(dropout)
-        self.summary = nn.Linear(hidden_size, 1)
-        if init_strategy == "normal":
-            nn.init.normal_(self.summary.weight, std=initializer_range)
-            nn.init.zeros_(self.summary.bias)
-
-    def forward(self, hidden_BTH: Tensor) -> Tensor:
-        """Values `(B, T, 1)`, reward units, in the precision of the head."""
-        return self.summary(self.dropout(hidden_BTH).to(self.summary.weight))
 
 
 class ValueHeadWrapper(nn.Module, PushToHubMixin):
@@ -153,7 +115,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         if loaded:
             source = os.fspath(source)
             kwargs |= _loading_options(kwargs, load_in_8bit, load_in_4bit, device_map, torch_dtype)
-            model = _load_language_model(cls.auto_class, source, is_trainable, hub, kwargs)
+            model = load_language_model(source, cls.auto_class, is_trainable, hub, **kwargs)
         else:
             model = source
         if peft_config is not None and is_peft_model(model):
@@ -193,8 +155,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        hidden_states = output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states
-        result = output.logits.float(), output.loss, self.v_head(hidden_states[-1]).squeeze(-1)
+        result = output.logits.float(), output.loss, self.v_head(last_hidden_states(output)).squeeze(-1)
         return (*result, output.past_key_values) if return_past_key_values else result
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,17 +249,40 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         """
         kwargs.pop("safe_serialization", None)
         state = self.state_dict() if state_dict is None else state_dict
-        head_state = {name: t.cpu().contiguous() for name, t in state.items() if name.startswith(HEAD_PREFIX)}
         model_state = {name: t for name, t in state.items() if not name.startswith((HEAD_PREFIX, SCORE_PREFIX))}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_network(self.pretrained_model, os.fspath(save_directory), model_state, **kwargs)
         if kwargs.get("is_main_process", True):
-            save_file(head_state, Path(save_directory) / HEAD_WEIGHTS, metadata={"format": "pt"})
+            save_value_head(save_directory, state)
 
 
 def without_value_head(model: Any) -> Any:
     """The language model inside a classic wrapper; anything else as it is."""
     return model.pretrained_model if isinstance(model, ValueHeadWrapper) else model
+
+
+def value_head_of(model: Any, language_model: nn.Module) -> SummaryHead | None:
+    """The classic head that came with `model`: a wrapper's, or one that lies in the checkpoint of that name.
+
+    Args:
+        model: what the caller gave as policy.
+        language_model: what it turned out to be.
+    """
+    if isinstance(model, ValueHeadWrapper):
+        return model.v_head
+    if not isinstance(model, str | os.PathLike) or not (state := read_value_head(os.fspath(model))):
+        return None
+    vocabulary_head = language_model.get_output_embeddings()
+    head = SummaryHead(state["summary.weight"].shape[1]).to(vocabulary_head.weight.device)
+    head.load_state_dict(state)
+    return head
+
+
+def reward_adapter_of(model: Any) -> RewardAdapter | None:
+    """The reward adapter of a classic wrapper, if it has one."""
+    if not isinstance(model, ValueHeadWrapper) or model.score is None or model.rm_adapter_name is None:
+        return None
+    return RewardAdapter(model.score, model.rm_adapter_name)
 
 
 class AutoModelForCausalLMWithValueHead(ValueHeadWrapper):
@@ -315,36 +299,6 @@ class AutoModelForSeq2SeqLMWithValueHead(ValueHeadWrapper):
     is_encoder_decoder = True
 
 
-def read_value_head(path: str, **hub: Any) -> dict[str, Tensor]:
-    """The weights under `v_head.` of a checkpoint of ours or of classic TRL, without that prefix; often none.
-
-    Args:
-        path: folder or hub name.
-        hub: `token`, `revision`, ... for a hub name.
-    """
-
-    def find(name: str) -> str | None:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
-
-    for name in (HEAD_WEIGHTS, SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-        if file := find(name):
-            return _read_head_weights(file)
-        if index := find(f"{name}.index.json"):
-            shard_of = json.loads(Path(index).read_text())["weight_map"]
-            shards = sorted({shard for key, shard in shard_of.items() if key.startswith(HEAD_PREFIX)})
-            return {key: t for shard in shards for key, t in _read_head_weights(str(find(shard))).items()}
-    return {}
-
-
-def _read_head_weights(file: str) -> dict[str, Tensor]:
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            state = {key: weights.get_tensor(key) for key in weights.keys() if key.startswith(HEAD_PREFIX)}
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    return {key.removeprefix(HEAD_PREFIX): t for key, t in state.items() if key.startswith(HEAD_PREFIX)}
-
-
 def _check_arguments(source: Any, peft_config: Any, reward_adapter: Any) -> None:
     if not isinstance(source, str | os.PathLike | PreTrainedModel | PeftModel):
         raise ValueError(
@@ -354,7 +308,7 @@ def _check_arguments(source: Any, peft_config: Any, reward_adapter: Any) -> None
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}; it should be a PeftConfig")
     if peft_config is not None:
-        _refuse_prompt_learning(peft_config)
+        refuse_prompt_learning(peft_config)
     if reward_adapter is not None and not isinstance(reward_adapter, str | os.PathLike):
         raise ValueError(
             f"reward_adapter is a {type(reward_adapter).__name__}; it should be a str, the folder or hub name of an "
@@ -369,15 +323,10 @@ def _check_language_model(model: Any, is_encoder_decoder: bool, wrapper: str) ->
         kind = "an encoder-decoder" if is_encoder_decoder else "a decoder"
         raise ValueError(f"{wrapper} wraps {kind}, but pretrained_model is a {type(model).__name__}")
     if is_peft_model(model):
-        _refuse_prompt_learning(model.active_peft_config)
+        refuse_prompt_learning(model.active_peft_config)
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in devices or ("cpu" in devices and len(devices) > 1):
         raise ValueError(f"device_map puts the model on {sorted(devices)}; offloaded weights cannot be trained")
-
-
-def _refuse_prompt_learning(peft_config: PeftConfig) -> None:
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"{peft_config.peft_type.value} adapters are not supported; use LoRA or another")
 
 
 def _loading_options(
@@ -412,26 +361,6 @@ def _process_device() -> str:
     """Known before accelerate is set up, which the trainer's config decides about."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
-
-
-def _load_language_model(
-    auto_class: Any, path: str, is_trainable: bool, hub: dict[str, Any], kwargs: dict[str, Any]
-) -> PreTrainedModel | PeftModel:
-    """A language model, or an adapter on the base that it names."""
-    if find_adapter_config_file(path, **hub) is None:
-        return _load_base(auto_class, path, kwargs)
-    config = PeftConfig.from_pretrained(path, **hub)
-    _refuse_prompt_learning(config)
-    base_kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    base = _load_base(auto_class, config.base_model_name_or_path, base_kwargs)
-    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub)
-
-
-def _load_base(auto_class: Any, path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    model = auto_class.from_pretrained(path, **kwargs)
-    if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
-        model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints
-    return model
 
 
 def _add_adapters(

@@ -2,19 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import forward_parameters
+from trl_apa.logprobs import last_hidden_states, network_inputs
 from trl_apa.masking import at_least_float32
-from trl_apa.models.copying import independent_copy
+from trl_apa.models.copying import copy_of_trunk, independent_copy
+from trl_apa.models.loading import load_language_model
+from trl_apa.models.summary_head import PolicyValueHead, SummaryHead
 
 
 HEAD_WEIGHTS = "value_head.safetensors"
@@ -71,24 +74,23 @@ class ValueModel(nn.Module):
     def config(self) -> Any:
         return self.network.config
 
-    def forward(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, position_ids_BT: Tensor, response_width: int
-    ) -> Tensor:
-        """V of the state before each of the last `response_width` tokens, reward units, `(B, R)`."""
+    def forward(self, tokens: Mapping[str, Tensor], response_width: int) -> Tensor:
+        """V of the state before each of the last `response_width` tokens, reward units, `(B, R)`.
+
+        `tokens` are those of `rollouts.pad_tokens`.
+        """
         trunk = self.trunk
-        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
-        if "position_ids" in forward_parameters(trunk):
-            inputs["position_ids"] = position_ids_BT
-        hidden_BTH = trunk(**inputs).last_hidden_state
+        inputs = network_inputs(trunk, tokens)
+        if trunk.get_output_embeddings() is not None:
+            inputs["output_hidden_states"] = True  # T5's language model, which has no trunk of its own
+        hidden_BTH = last_hidden_states(trunk(**inputs))
         return at_least_float32(self.head(hidden_BTH[:, -response_width - 1 : -1]))
 
     @classmethod
     def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
         """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
         width = _output_width(policy.get_base_model() if is_peft_model(policy) else policy)
-        network = (
-            _copy_with_adapter(policy) if is_peft_model(policy) else _trainable(independent_copy(policy.base_model))
-        )
+        network = _copy_with_adapter(policy) if is_peft_model(policy) else _trainable(copy_of_trunk(policy))
         return cls(network, ValueHead(width, head).to(_device(network)))
 
     @classmethod
@@ -135,7 +137,7 @@ class ValueModel(nn.Module):
         if not description["adapter"]:
             network = AutoModel.from_pretrained(path, **kwargs)
         elif base_model is None:
-            network = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+            network = load_language_model(str(path), **kwargs)
         else:
             base = independent_copy(base_model)
             base = base.unload() if is_peft_model(base) else base
@@ -177,27 +179,34 @@ class ValueModel(nn.Module):
         (path / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def resolve_value_model(value_model: Any, policy: nn.Module) -> ValueModel:
+def resolve_value_model(
+    value_model: Any, policy: nn.Module, summary_head: SummaryHead | None = None
+) -> ValueModel | PolicyValueHead:
     """What the trainer's `value_model` argument means.
 
     Args:
-        value_model: None or "separate" (a copy of the policy's trunk), a `ValueModel`, a sequence classifier, a
-            language model or bare trunk (copied), or a path or hub name of any of these.
+        value_model: None or "separate" (a copy of the policy's trunk), "head" (classic's head on the policy itself), a
+            `ValueModel`, a sequence classifier, a language model or bare trunk (copied), or a path or hub name of any
+            of these.
         policy: the language model that is aligned.
+        summary_head: the head that "head" means, if the policy came with one; otherwise a new one.
 
     Raises:
         ValueError: if it is none of these.
     """
     if value_model is None or value_model == "separate":
         return ValueModel.from_policy(policy)
+    if value_model == "head":
+        device = policy.get_output_embeddings().weight.device
+        return PolicyValueHead(summary_head or SummaryHead(_output_width(policy)).to(device))
     if isinstance(value_model, ValueModel):
         return value_model
     if isinstance(value_model, str | Path):
         return ValueModel.from_pretrained(value_model, base_model=policy)
     if not isinstance(value_model, PreTrainedModel):
         raise ValueError(
-            f"value_model is a {type(value_model).__name__}; it should be 'separate', a path, a ValueModel or a "
-            "PreTrainedModel"
+            f"value_model is a {type(value_model).__name__}; it should be 'separate', 'head', a path, a ValueModel or "
+            "a PreTrainedModel"
         )
     if isinstance(getattr(value_model, "score", None), nn.Linear):
         return ValueModel.from_reward_model(value_model)
