@@ -1,7 +1,7 @@
 """Models and data for a small run of every example without network: `python examples/tiny_inputs.py tiny`.
 
-The models have a few thousand weights, random but for the sentiment classifier, which is trained on the spot. What they
-write means nothing; the runs show that the scripts work.
+The models have a few thousand weights, random but for the sentiment classifier, which is trained on the spot. What
+they write means nothing; the runs show that the scripts work.
 """
 
 import json
@@ -77,9 +77,7 @@ def build_tokenizer(texts: list[str], **special_tokens: str) -> PreTrainedTokeni
     tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
-    tokenizer.train_from_iterator(
-        texts, WordLevelTrainer(special_tokens=[PAD, EOS, UNKNOWN], show_progress=False)
-    )
+    tokenizer.train_from_iterator(texts, WordLevelTrainer(special_tokens=[PAD, EOS, UNKNOWN], show_progress=False))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNKNOWN,
@@ -129,6 +127,7 @@ def make_models(folder: Path, texts: list[str], labelled: list[dict]) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=128,
+        initializer_range=0.2,
     )
     # Like the tokenizers of Llama models, this one names no padding token.
     llama_tokenizer = build_tokenizer(texts)

@@ -218,7 +218,9 @@ def test_paths_and_hub_names_are_told_apart(tmp_path):
     assert not is_local("Anthropic/hh-rlhf")
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.csv.gz", "rows.parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.csv.gz", "rows.parquet"]
+)
 def test_a_file_of_every_kind_becomes_the_same_table(tmp_path, name):
     table = Dataset.from_dict({"question": ["a", 'b, "c"', "d\ne"], "votes": [1, 2, 3]})
     path = tmp_path / name

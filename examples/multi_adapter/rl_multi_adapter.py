@@ -1,4 +1,4 @@
-"""Policy and reward model as two adapters on one quantised base, so that neither needs a copy of it: aligned by APA.
+"""Policy and reward model as two adapters on one quantised base, which is in memory once for both: aligned by APA.
 
 The reward adapter was trained on the same base with `task_type="SEQ_CLS"`. See `examples/README.md`.
 """
@@ -30,6 +30,7 @@ class ScriptArguments:
     load_in_4bit: bool = option(True, "Load the base with bitsandbytes' nf4 weights.")
     loss_type: str = option("apa", "'apa', 'awr' or 'ppo'.")
     kl_coef: float | None = option(None, "lambda of APA and AWR; PPO's initial coefficient.")
+    value_model: str = option("separate", "'separate': APA's, one more base; 'head': on the policy, as classic's.")
     learning_rate: float = option(1e-5, "Of the policy's adapter and the value model.")
     batch_size: int = option(32, "Prompts an iteration and process.")
     mini_batch_size: int = option(4, "Rollouts a forward pass of the update.")
@@ -95,7 +96,14 @@ def main() -> None:
     # A score belongs to a text's last token, which then is the last of its row.
     tokenizer.padding_side = "left"
     dataset = build_dataset(script, tokenizer)
-    trainer = APATrainer(config, build_model(script), tokenizer=tokenizer, dataset=dataset, data_collator=collator)
+    trainer = APATrainer(
+        config,
+        build_model(script),
+        tokenizer=tokenizer,
+        dataset=dataset,
+        data_collator=collator,
+        value_model=script.value_model,
+    )
 
     generation_kwargs = {
         "top_k": 0.0,
@@ -104,8 +112,8 @@ def main() -> None:
         "pad_token_id": tokenizer.pad_token_id,
         "max_new_tokens": script.max_new_tokens,
     }
-    for epoch, batch in tqdm(enumerate(trainer.dataloader)):
-        if epoch >= config.total_ppo_epochs:
+    for iteration, batch in enumerate(tqdm(trainer.dataloader)):
+        if iteration >= config.total_ppo_epochs:
             break
         question_tensors = batch["input_ids"]
         response_tensors = trainer.generate(question_tensors, return_prompt=False, **generation_kwargs)

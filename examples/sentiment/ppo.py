@@ -89,10 +89,11 @@ def main() -> None:
         "top_p": 1.0,
         "do_sample": True,
         "pad_token_id": tokenizer.pad_token_id,
+        "batch_size": config.batch_size,
     }
     output_length = LengthSampler(script.output_min_length, script.output_max_length)
-    for epoch, batch in tqdm(enumerate(trainer.dataloader)):
-        if epoch >= config.total_ppo_epochs:
+    for iteration, batch in enumerate(tqdm(trainer.dataloader)):
+        if iteration >= config.total_ppo_epochs:
             break
         query_tensors = batch["input_ids"]
         response_tensors, ref_response_tensors = trainer.generate(
@@ -109,9 +110,7 @@ def main() -> None:
         batch["ref_rewards"] = reward([q + r for q, r in zip(batch["query"], batch["ref_response"], strict=True)])
 
         stats = trainer.step(query_tensors, response_tensors, rewards)
-        trainer.log_stats(
-            stats, batch, rewards, columns_to_log=["query", "response", "ref_response", "ref_rewards"]
-        )
+        trainer.log_stats(stats, batch, rewards, columns_to_log=["query", "response", "ref_response", "ref_rewards"])
     trainer.save_pretrained(config.output_dir)
 
 

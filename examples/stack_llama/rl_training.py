@@ -1,9 +1,10 @@
 """Stage three of StackLLaMA, aligned by APA: LoRA adapters on an 8-bit model learn what answers people vote for.
 
-The policy is a language model that was fine-tuned on the answers, the reward a classifier with one output that was trained
-on pairs of them. See `examples/README.md`.
+The policy is a language model that was fine-tuned on the answers, the reward a classifier with one output that was
+trained on pairs of them. See `examples/README.md`.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class ScriptArguments:
     kl_coef: float | None = option(None, "lambda of APA and AWR.")
     init_kl_coef: float | None = option(None, "PPO only: initial coefficient of the KL penalty.")
     adap_kl_ctrl: bool | None = option(None, "PPO only: adapt that coefficient.")
+    value_model: str = option("separate", "'separate': APA's, one more base; 'head': on the policy, as classic's.")
     learning_rate: float = option(1.41e-5, "Of adapters and value model.")
     adafactor: bool = option(False, "Adafactor instead of AdamW.")
     load_in_8bit: bool = option(True, "Load policy and reward model with bitsandbytes' int8 weights.")
@@ -102,7 +104,7 @@ def collator(rows: list[dict]) -> dict:
 
 def build_model(script: ScriptArguments) -> AutoModelForCausalLMWithValueHead:
     """LoRA adapters on a base that stays as it is, on this process's device: a GPU, or the CPU where there is none."""
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=32, bias="none", task_type="CAUSAL_LM")
     return AutoModelForCausalLMWithValueHead.from_pretrained(
         script.model_name,
         load_in_8bit=script.load_in_8bit,
@@ -138,6 +140,8 @@ def build_reward_pipeline(script: ScriptArguments, tokenizer: PreTrainedTokenize
 
 def main() -> None:
     (script,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()
+    # bitsandbytes says before every int8 product that its input is not in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = build_config(script)
     set_seed(config.seed)
 
@@ -153,6 +157,7 @@ def main() -> None:
         dataset=dataset,
         data_collator=collator,
         optimizer=build_optimizer(script, model),
+        value_model=script.value_model,
     )
     reward_pipeline = build_reward_pipeline(script, tokenizer)
     if reward_pipeline.model.config.pad_token_id is None:
@@ -168,8 +173,8 @@ def main() -> None:
         "eos_token_id": 100_000,
     }
     output_length = LengthSampler(script.output_min_length, script.output_max_length)
-    for epoch, batch in tqdm(enumerate(trainer.dataloader)):
-        if epoch >= config.total_ppo_epochs:
+    for iteration, batch in enumerate(tqdm(trainer.dataloader)):
+        if iteration >= config.total_ppo_epochs:
             break
         question_tensors = batch["input_ids"]
         response_tensors = trainer.generate(
@@ -183,8 +188,8 @@ def main() -> None:
 
         stats = trainer.step(question_tensors, response_tensors, rewards)
         trainer.log_stats(stats, batch, rewards)
-        if script.save_freq and epoch and epoch % script.save_freq == 0:
-            trainer.save_pretrained(Path(script.output_dir) / f"step_{epoch}")
+        if script.save_freq and iteration and iteration % script.save_freq == 0:
+            trainer.save_pretrained(Path(script.output_dir) / f"step_{iteration}")
     trainer.save_pretrained(script.output_dir)
 
 

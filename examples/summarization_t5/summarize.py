@@ -73,9 +73,15 @@ def main() -> None:
     ref_model = create_reference_model(model)
     trainer = APATrainer(config, model, ref_model, tokenizer, dataset=dataset, data_collator=collator)
 
-    generation_kwargs = {"top_k": 0.0, "top_p": 1.0, "do_sample": True, "max_new_tokens": script.max_new_tokens}
-    for epoch, batch in tqdm(enumerate(trainer.dataloader)):
-        if epoch >= config.total_ppo_epochs:
+    generation_kwargs = {
+        "top_k": 0.0,
+        "top_p": 1.0,
+        "do_sample": True,
+        "max_new_tokens": script.max_new_tokens,
+        "batch_size": config.batch_size,
+    }
+    for iteration, batch in enumerate(tqdm(trainer.dataloader)):
+        if iteration >= config.total_ppo_epochs:
             break
         query_tensors = batch["input_ids"]
         # What the decoder wrote, the token that it starts from included; `step` knows that token.

@@ -10,9 +10,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
-from trl_apa import APAConfig as PPOConfig
-from trl_apa import APATrainer as PPOTrainer
-from trl_apa import AutoModelForCausalLMWithValueHead
+from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig, AutoModelForCausalLMWithValueHead
 from trl_apa.core import LengthSampler
 
 
@@ -98,5 +96,6 @@ for epoch, batch in tqdm(enumerate(ppo_trainer.dataloader)):
     history.append({**stats, "epoch": epoch})
 
 ppo_trainer.save_pretrained(script_args.output_dir)
-torch.save(model.state_dict(), Path(script_args.output_dir, "whole_model.bin"))
-Path(script_args.output_dir, "history.json").write_text(json.dumps(history))
+probe = dataset[0]["input_ids"].unsqueeze(0)
+torch.save({"probe": probe, "logits": model(probe)[0], **model.state_dict()}, Path(script_args.output_dir, "end.bin"))
+Path(script_args.output_dir, "history.json").write_text(json.dumps(history, default=lambda array: array.tolist()))

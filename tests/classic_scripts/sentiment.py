@@ -1,6 +1,6 @@
 """Sentiment control as a script for TRL 0.11 would do it; the trainer's import is the line that a user changes.
 
-One more line is transformers 5's doing: `top_k=None` was `return_all_scores=True`, and the labels come sorted by score.
+One more line is transformers 5's doing: `top_k=None` for `return_all_scores=True`, with the labels sorted by score.
 """
 
 import json
@@ -14,8 +14,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
 
-from trl_apa import APAConfig as PPOConfig
-from trl_apa import APATrainer as PPOTrainer
+from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig
 from trl_apa import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, set_seed
 from trl_apa.core import LengthSampler
 
@@ -109,4 +108,4 @@ for epoch, batch in tqdm(enumerate(ppo_trainer.dataloader)):
     history.append({**stats, "ref_rewards": float(torch.stack(batch["ref_rewards"]).mean()), "epoch": epoch})
 
 ppo_trainer.save_pretrained(ppo_config.output_dir)
-Path(ppo_config.output_dir, "history.json").write_text(json.dumps(history))
+Path(ppo_config.output_dir, "history.json").write_text(json.dumps(history, default=lambda array: array.tolist()))

@@ -1,7 +1,7 @@
 """StackLLaMA's last stage as a script for TRL 0.11 would do it; the trainer's import is the line that a user changes.
 
-Transformers 5 needs two more: `quantization_config` for `model_kwargs={"load_in_8bit": True}` of the reward pipeline, and
-`top_k=None` for `return_all_scores=True`.
+Transformers 5 needs two more: `quantization_config` for `model_kwargs={"load_in_8bit": True}` of the reward pipeline,
+and `top_k=None` for `return_all_scores=True`.
 """
 
 import json
@@ -15,9 +15,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import Adafactor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, pipeline
 
-from trl_apa import APAConfig as PPOConfig
-from trl_apa import APATrainer as PPOTrainer
-from trl_apa import AutoModelForCausalLMWithValueHead, set_seed
+from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig, AutoModelForCausalLMWithValueHead, set_seed
 from trl_apa.core import LengthSampler
 
 
@@ -160,4 +158,7 @@ for epoch, batch in tqdm(enumerate(ppo_trainer.dataloader)):
         ppo_trainer.save_pretrained(script_args.output_dir + f"step_{epoch}")
     history.append({**stats, "lengths": [len(r) for r in response_tensors], "rewards": [float(r) for r in rewards]})
 
-Path(script_args.output_dir, "history.json").write_text(json.dumps(history))
+print("optimizer", type(ppo_trainer.optimizer.optimizer).__name__)
+probe = dataset[0]["input_ids"].unsqueeze(0)
+torch.save({"probe": probe, "logits": model(probe)[0], **model.state_dict()}, script_args.output_dir + "end.bin")
+Path(script_args.output_dir, "history.json").write_text(json.dumps(history, default=lambda array: array.tolist()))

@@ -1,6 +1,6 @@
 """Summaries by an encoder-decoder as a script for TRL 0.11 would write them; one import line differs.
 
-One more line is transformers 5's doing: `top_k=None` was `return_all_scores=True`, and the labels come sorted by score.
+One more line is transformers 5's doing: `top_k=None` for `return_all_scores=True`, with the labels sorted by score.
 """
 
 import json
@@ -12,8 +12,7 @@ from datasets import load_dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, pipeline
 
-from trl_apa import APAConfig as PPOConfig
-from trl_apa import APATrainer as PPOTrainer
+from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig
 from trl_apa import AutoModelForSeq2SeqLMWithValueHead, create_reference_model, set_seed
 from trl_apa.core import LengthSampler
 
@@ -65,7 +64,6 @@ ppo_trainer = PPOTrainer(
 assert ppo_trainer.is_encoder_decoder
 
 judge = pipeline("sentiment-analysis", model=reward_name, device=ppo_trainer.accelerator.device)
-not_dull = judge.model.config.label2id["POSITIVE"]
 output_length_sampler = LengthSampler(5, 9)
 generation_kwargs = {"min_length": 5, "top_k": 0.0, "top_p": 1.0, "do_sample": True}
 
@@ -80,13 +78,10 @@ for _step, batch in tqdm(enumerate(ppo_trainer.dataloader)):
     batch["response"] = [tokenizer.decode(r[1:].squeeze()) for r in summary_tensors]
 
     outputs = judge([q + r for q, r in zip(batch["query"], batch["response"])], top_k=None, function_to_apply="none")
-    rewards = [
-        torch.tensor(next(o["score"] for o in output if o["label"] == judge.model.config.id2label[not_dull]))
-        for output in outputs
-    ]
+    rewards = [torch.tensor(next(o["score"] for o in output if o["label"] == "POSITIVE")) for output in outputs]
     stats = ppo_trainer.step(prompt_tensors, summary_tensors, rewards)
     ppo_trainer.log_stats(stats, batch, rewards)
     history.append({**stats, "starts": [int(r[0]) for r in summary_tensors]})
 
 ppo_trainer.save_pretrained(output_dir)
-Path(output_dir, "history.json").write_text(json.dumps(history))
+Path(output_dir, "history.json").write_text(json.dumps(history, default=lambda array: array.tolist()))
