@@ -91,6 +91,7 @@ def test_the_default_mini_batch_divides_the_batch(batch_size, accumulation, expe
         ({"batch_size": 10, "gradient_accumulation_steps": 3}, "batch_size=10 .*gradient_accumulation_steps"),
         ({"ppo_epochs": 3, "num_epochs_per_batch": 5}, "ppo_epochs=3 and num_epochs_per_batch=5 name one option"),
         ({"vf_coef": -1.0}, "vf_coef=-1.0"),
+        ({"scale_rewards": "group"}, "scale_rewards='group': it should be True or False"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):

@@ -67,11 +67,11 @@ def test_apas_distance_from_the_rollout_policy_is_measured_from_the_first_visit(
             return trainer.model(**trainer._model_inputs(batch), with_value=False)["logprobs"]
 
     old, seen = logprobs(), []
-    clip = trainer._clip_and_check_gradients
-    trainer._clip_and_check_gradients = lambda: (seen.append(logprobs()), clip())
+    norm = trainer._get_grad_norm
+    trainer._get_grad_norm = lambda *args, **kwargs: (seen.append(logprobs()), norm(*args, **kwargs))[1]
     trainer.step(queries, responses, scores)
     moved = float((old - seen[1])[mask].mean())
-    reported = [float(step["apa/policy/policykl"]) for step in trainer._record.optimizer_steps]
+    reported = [float(step["apa/policy/policykl"]) for step in trainer._iteration.record.optimizer_steps]
     assert reported[0] == pytest.approx(0.0, abs=1e-6)
     assert reported[1] == pytest.approx(moved, rel=1e-3) and abs(moved) > 1e-3
 

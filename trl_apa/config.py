@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 
 
@@ -31,7 +32,10 @@ ALIASES = {
     "use_score_scaling": "scale_rewards",
     "use_score_norm": "center_rewards",
     "optimize_cuda_cache": "optimize_device_cache",
+    **second_generation.ALIASES,
 }
+# Those of them that are not given a value for scripts to read.
+NOT_READ_BACK = ("log_with", "local_batch_size")
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
     "compare_steps": "push_to_hub_if_best_kwargs is what it belonged to; set load_best_model_at_end instead",
@@ -39,6 +43,7 @@ WITHOUT_EFFECT = {
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
     "project_kwargs": "set output_dir, or logging_dir in the environment of the tracker",
     "dataset_num_proc": "the trainer does not tokenize",
+    **second_generation.WITHOUT_EFFECT,
 }
 
 
@@ -47,10 +52,10 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class APAConfig(_BaseConfig):
+class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     """
-    Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the options that
-    are new or have another default are listed here.
+    Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
+    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here.
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
@@ -77,8 +82,9 @@ class APAConfig(_BaseConfig):
             Clip scores to `[-score_clip, score_clip]` after scaling.
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the score of a response that did not end with EOS. Applied before scaling.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Rollouts of one process in one iteration: what one `step` takes.
+        batch_size (`int`, *optional*):
+            Rollouts of one process in one iteration: what one `step` takes. Defaults to `64`; in a script for TRL 0.12
+            to 1.12 to what its other sizes imply.
         per_device_train_batch_size (`int`, *optional*):
             Rollouts a forward pass of the update. Defaults to the largest divisor of
             `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
@@ -91,7 +97,8 @@ class APAConfig(_BaseConfig):
         init_kl_coef (`float`, *optional*):
             PPO only, classic's name for `kl_coef` there.
         adap_kl_ctrl (`bool`, *optional*):
-            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`.
+            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`; in a script for TRL
+            0.12 to 1.12, which had no controller, to `False`.
         target (`float`, *optional*):
             PPO only: KL in nats per sequence that the controller aims at. Defaults to `6.0`.
         horizon (`float`, *optional*):
@@ -125,10 +132,11 @@ class APAConfig(_BaseConfig):
 
     Raises:
         ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
-            `batch_size` does not divide into mini-batches.
+            `batch_size` does not divide into mini-batches, or not into `num_mini_batches`.
     """
 
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
+    _default_batch_size: ClassVar[int] = 64
 
     loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
     kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
@@ -141,7 +149,7 @@ class APAConfig(_BaseConfig):
     center_rewards: bool = _option(False, "With scale_rewards, subtract the running mean first.")
     score_clip: float | None = _option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
     missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a response without EOS.")
-    batch_size: int = _option(64, "Rollouts of one process in one iteration.")
+    batch_size: int | None = _option(None, "Rollouts of one process in one iteration.")
     per_device_train_batch_size: int | None = _option(None, "Rollouts a forward pass of the update.")
     num_epochs_per_batch: int = _option(2, "Passes over the rollouts of an iteration.")
     cliprange: float | None = _option(None, "PPO only: clip range of the ratio.")
@@ -190,6 +198,7 @@ class APAConfig(_BaseConfig):
         self._translate_classic_only()
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+        self._translate_second_generation()
         self._translate_aliases()
         self._fill_by_loss_type()
         self._check_ranges()
@@ -200,6 +209,7 @@ class APAConfig(_BaseConfig):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         super().__post_init__()
+        self._check_world_size()
         self._check_horizon()
 
     @property
@@ -245,7 +255,7 @@ class APAConfig(_BaseConfig):
     def _fill_aliases(self) -> None:
         """Classic scripts read their own names back (`config.mini_batch_size`)."""
         for alias, name in ALIASES.items():
-            if alias != "log_with":
+            if alias not in NOT_READ_BACK:
                 setattr(self, alias, getattr(self, name))
 
     def _fill_by_loss_type(self) -> None:
@@ -256,6 +266,7 @@ class APAConfig(_BaseConfig):
                 setattr(self, name, default)
         if self.loss_type != "ppo":
             self._warn_without_effect("init_kl_coef")
+            self._warn_without_effect("kl_estimator")
         elif self.init_kl_coef is not None:
             if self.kl_coef not in (None, self.init_kl_coef):
                 raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
@@ -275,6 +286,7 @@ class APAConfig(_BaseConfig):
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
+        positive += ["num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":
             positive.append("kl_coef")
         for name in positive:
@@ -287,6 +299,8 @@ class APAConfig(_BaseConfig):
         for name in ("gamma", "gae_lambda", "top_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
+        if not isinstance(self.scale_rewards, bool):
+            raise ValueError(f"scale_rewards={self.scale_rewards!r}: it should be True or False, not a way of GRPO's")
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
 
@@ -299,12 +313,22 @@ class APAConfig(_BaseConfig):
             )
 
     def _fill_batch_sizes(self) -> None:
-        per_micro_step, remainder = divmod(self.batch_size, self.gradient_accumulation_steps)
+        if self.batch_size is None:
+            self.batch_size = self._rollouts_by_mini_batches() or self._default_batch_size
+        per_micro_step, remainder = divmod(
+            self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
+        )
         if self.per_device_train_batch_size is None and remainder == 0:
             divisors = [size for size in range(1, 9) if per_micro_step % size == 0]
-            self.per_device_train_batch_size = divisors[-1]
+            self.per_device_train_batch_size = divisors[-1] if self.num_mini_batches is None else per_micro_step
         if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} should be a multiple of mini_batch_size * gradient_accumulation_steps "
                 f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}"
+            )
+        if self.num_mini_batches not in (None, self.batch_size // self.backward_batch_size):
+            raise ValueError(
+                f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
+                f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
+                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: leave one of them out"
             )

@@ -226,8 +226,10 @@ def decoder_start_token_id(model: nn.Module) -> int | None:
     raise ValueError("model has no decoder_start_token_id in its config, from which its responses would start")
 
 
-def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS and those of the model's generation config."""
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_token_id: int | None = None) -> list[int]:
+    """Ids that end a response: `stop_token_id` if given, else the tokenizer's EOS and the generation config's."""
+    if stop_token_id is not None:
+        return [stop_token_id]
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [tokenizer.eos_token_id, *configured] if token is not None})

@@ -16,12 +16,12 @@ class PPOConfig(APAConfig):
     """
 
     _default_kl_coef: ClassVar[dict[str, float]] = {**APAConfig._default_kl_coef, "ppo": 0.2}
+    _default_batch_size: ClassVar[int] = 128
 
     loss_type: str = "ppo"
     vf_coef: float = 0.1
     cliprange_value: float | None = 0.2
     num_epochs_per_batch: int = 4
-    batch_size: int = 128
     max_grad_norm: float | None = 0.0
     seed: int = 0
 

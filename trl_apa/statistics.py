@@ -24,7 +24,7 @@ class UpdateRecord:
         observing: whether rows are visited for the first time.
         optimizer_steps: for each optimizer step, statistics that add up over its micro-batches and processes.
         grad_norms: for each optimizer step, the norms before clipping.
-        epochs: passes over the rollouts that were made.
+        skipped: whether the last optimizer step was left out.
     """
 
     logprobs_BR: Tensor
@@ -32,7 +32,7 @@ class UpdateRecord:
     observing: bool = True
     optimizer_steps: list[dict[str, Tensor]] = field(default_factory=list)
     grad_norms: list[dict[str, Tensor]] = field(default_factory=list)
-    epochs: float = 0.0
+    skipped: bool = False
 
     @classmethod
     def empty(cls, like_BR: Tensor) -> "UpdateRecord":

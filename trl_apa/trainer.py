@@ -1,5 +1,6 @@
 """`APATrainer`: orchestration of generate -> score -> step. Every stage it calls is a file of its own."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generatio
 from trl_apa.advantages import gae
 from trl_apa.config import APAConfig
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
+from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
 from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
 from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
@@ -200,7 +202,7 @@ class APATrainer(_BaseTrainer):
         )
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
-        self._record: UpdateRecord | None = None
+        self._iteration: Iteration | None = None
         self._prepared = False
         self._reporters_started = False
 
@@ -367,34 +369,44 @@ class APATrainer(_BaseTrainer):
         self._prepare_for_updates()
         running_scores = self.running_scores.state_dict()
         try:
-            stats = self._learn(*self._collect(queries, responses, scores, response_masks), timer)
+            rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+            self._prepare_iteration(rollouts, ended_B, timer)
+            with timer("optimize_step"):
+                self._update()
+            stats = self._finish_iteration(timer)
         except BaseException:
             # What a caller who catches this (out of memory, say) goes on with: no gradient and no score of this batch.
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
             raise
-        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
         self.lr_scheduler.step()
-        self.num_iterations_done += 1
-        num_tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
-        stats |= timer.as_statistics(num_tokens)
-        if self.args.loss_type == "ppo":
-            # Classic's names, for scripts and dashboards that read them.
-            stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
         return stats
 
-    def _learn(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> dict[str, float]:
-        """The straight line from rollouts to an updated policy, a stage a line."""
+    def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
+        """From rollouts to what the update needs, a stage a line."""
         with timer("forward_pass"):
             self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
             rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
         with timer("compute_advantages"):
             self._estimate_advantages(rollouts)
-        with timer("optimize_step"):
-            record = self._update(rollouts)
+        self._iteration = self._plan(rollouts, ended_B)
+
+    def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
+        """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
+        iteration = self._iteration
         with timer("calc_stats"):
-            return self._statistics(rollouts, record, ended_B)
+            stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
+        stats["apa/epochs"] = iteration.epochs_done
+        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
+        self.num_iterations_done += 1
+        rollouts = iteration.rollouts
+        num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
+        stats |= timer.as_statistics(num_tokens)
+        if self.args.loss_type == "ppo":
+            # Classic's names, for scripts and dashboards that read them.
+            stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
+        return stats
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
         """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
@@ -491,32 +503,11 @@ class APATrainer(_BaseTrainer):
             advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
         rollouts.advantages_BR = advantages_BR
 
-    def _update(self, rollouts: Rollouts) -> UpdateRecord:
-        """The epochs of one iteration: shuffle, split, and an optimizer step for each mini-batch."""
-        self._record = record = UpdateRecord.empty(rollouts.response_mask_BR)
-        plan = [
-            rows
-            for epoch in range(self.args.num_epochs_per_batch)
-            for rows in self._mini_batches(len(rollouts), epoch)
-        ]
-        counts_B = rollouts.response_mask_BR.sum(dim=1)
-        num_tokens = self._sum_over_processes(torch.stack([counts_B[rows].sum() for rows in plan]))
-        steps_per_epoch = len(plan) // self.args.num_epochs_per_batch
-        for number, rows in enumerate(plan):
-            if number and number % steps_per_epoch == 0 and self._moved_too_far(record):
-                break
-            record.observing = number < steps_per_epoch
-            record.optimizer_steps.append({})
-            self._optimizer_step(rollouts, rows, num_tokens[number])
-        record.epochs = len(record.optimizer_steps) / steps_per_epoch
-        return record
-
-    def _moved_too_far(self, record: UpdateRecord) -> bool:
-        """Whether the last mini-batch was further from the policy that sampled it than `early_stopping` allows."""
-        if not self.args.early_stopping:
-            return False
-        moved = self._sum_over_processes(record.optimizer_steps[-1]["apa/policy/policykl"])
-        return abs(float(moved)) > 1.5 * self.args.target_kl
+    def _plan(self, rollouts: Rollouts, ended_B: Tensor) -> Iteration:
+        """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
+        epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
+        size = self.args.per_device_train_batch_size
+        return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
 
     def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
@@ -525,29 +516,53 @@ class APATrainer(_BaseTrainer):
         size = self.args.backward_batch_size
         return [order[start : start + size] for start in range(0, num_rows, size)]
 
-    def _optimizer_step(self, rollouts: Rollouts, rows: Sequence[int], num_tokens: Tensor) -> None:
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size):
-            last = start + size >= len(rows)
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            batch = rollouts.micro_batch(rows[start : start + size], self._pad_token_id)
-            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
-                self.training_step(self.model_wrapped, {**batch, "num_tokens": num_tokens})
-        if self._ratio_explodes():
+    def _update(self) -> None:
+        """Work off the plan; under `train()` the Trainer's own loop does it."""
+        iteration = self._iteration
+        while not iteration.finished:
+            for number in range(1, iteration.micro_batches_per_step + 1):
+                last = number == iteration.micro_batches_per_step
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                    self.training_step(self.model_wrapped, {})
+            if not iteration.record.skipped:
+                norm = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
+                self._get_grad_norm(self.model_wrapped, grad_norm=norm)
+                self.optimizer.step()
+                self.state.global_step += 1
             self.model_wrapped.zero_grad()
+            self._stop_if_moved_too_far()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
+
+        Called by `step` and by the Trainer's loop alike.
+        """
+        iteration = self._iteration
+        batch = iteration.next_micro_batch(self._pad_token_id)
+        loss = super().training_step(model, batch, num_items_in_batch)
+        if iteration.ends_step and self._ratio_explodes():
+            model.zero_grad()
+        return loss
+
+    def _stop_if_moved_too_far(self) -> None:
+        """Leave out the epochs that remain if the last mini-batch has moved further than `early_stopping` allows."""
+        iteration = self._iteration
+        if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
             return
-        self._clip_and_check_gradients()
-        self.optimizer.step()
-        self.model_wrapped.zero_grad()
-        self.state.global_step += 1
+        moved = self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"])
+        iteration.stopped = abs(float(moved)) > 1.5 * self.args.target_kl
 
     def _ratio_explodes(self) -> bool:
         """Whether PPO's mini-batch is so far off-policy that its update is left out."""
         if self.args.loss_type != "ppo":
             return False
-        step = self._record.optimizer_steps[-1]
+        record = self._iteration.record
+        step = record.optimizer_steps[-1]
         ratio = float(self._sum_over_processes(step["apa/policy/ratio"]))
-        skipped = ratio > self.args.ratio_threshold
+        record.skipped = skipped = ratio > self.args.ratio_threshold
         step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
         if skipped:
             warnings.warn(
@@ -568,9 +583,10 @@ class APATrainer(_BaseTrainer):
         Multiplied by the number of processes, because distributed engines average gradients over them.
         """
         args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
-        outputs = model(**self._model_inputs(inputs), with_entropy=self._record.observing)
-        if self._record.observing:
-            self._record.observe(inputs["rows"], outputs)
+        record = self._iteration.record
+        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing)
+        if record.observing:
+            record.observe(inputs["rows"], outputs)
         pi_loss, stats = self._policy_loss(outputs["logprobs"], inputs, num_tokens)
         v_loss, v_stats = value_loss(
             outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
@@ -578,9 +594,9 @@ class APATrainer(_BaseTrainer):
         loss = pi_loss + args.vf_coef * v_loss
         if args.early_stopping and "policykl" not in stats:
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
-            old_logprobs = self._record.logprobs_BR[inputs["rows"], : mask.shape[1]]
+            old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
             stats["policykl"] = masked_mean(old_logprobs - outputs["logprobs"].detach(), mask, num_tokens)
-        self._record.add(
+        record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
                 **{f"apa/val/{name}": value for name, value in v_stats.items()},
@@ -609,26 +625,34 @@ class APATrainer(_BaseTrainer):
         width = batch["response_mask"].shape[1]
         return {**self._tokens(batch), "response_width": width, "temperature": self.args.temperature}
 
-    def _clip_and_check_gradients(self) -> None:
-        """Clip the joint norm to `max_grad_norm`, note the norms before, and refuse a gradient that is not finite."""
-        norms = {}
-        scaled = self.accelerator.scaler is not None
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if not scaled and not sharded:
-            module = self.accelerator.unwrap_model(self.model)
-            for name, network in (("policy", module.policy), ("value", module.value_model)):
-                gradients = [p.grad for p in network.parameters() if p.grad is not None]
-                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
-        total = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
-        total = self._get_grad_norm(self.model_wrapped, grad_norm=total)
-        norms["apa/grad_norm/total"] = torch.as_tensor(total)
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._note_gradient_norms()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The joint norm before clipping, noted; refuses a gradient that is not finite."""
+        if grad_norm is None:
+            self._note_gradient_norms()
+        total = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
         # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
-        if not scaled and not torch.isfinite(norms["apa/grad_norm/total"]):
+        if self.accelerator.scaler is None and not math.isfinite(total):
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
                 "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"
             )
-        self._record.grad_norms.append(norms)
+        return total
+
+    def _note_gradient_norms(self) -> None:
+        """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
+        norms: dict[str, Tensor] = {}
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.accelerator.scaler is None and not sharded:
+            module = self.accelerator.unwrap_model(self.model)
+            for name, network in (("policy", module.policy), ("value", module.value_model)):
+                gradients = [p.grad for p in network.parameters() if p.grad is not None]
+                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
+        self._iteration.record.grad_norms.append(norms)
 
     # ---- statistics ----
 
@@ -647,7 +671,6 @@ class APATrainer(_BaseTrainer):
         stats.update(record.mean_losses(self._sum_over_processes))
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
-        stats["apa/epochs"] = record.epochs
         if args.loss_type == "ppo":
             mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)

@@ -2,7 +2,13 @@
 
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.loading import load_language_model
-from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER, PolicyAndValue, build_policy, disable_dropout
+from trl_apa.models.policy_and_value import (
+    VALUE_MODEL_FOLDER,
+    PolicyAndValue,
+    build_policy,
+    disable_dropout,
+    select_adapter,
+)
 from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
 from trl_apa.models.value_head import (
     AutoModelForCausalLMWithValueHead,
@@ -30,6 +36,7 @@ __all__ = [
     "reference_policy",
     "resolve_value_model",
     "reward_adapter_of",
+    "select_adapter",
     "value_head_of",
     "without_value_head",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import TOKEN_FIELDS, response_entropy, response_logits, sampled_logprobs
 from trl_apa.models.loading import refuse_prompt_learning
+from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import RewardAdapter
 from trl_apa.models.summary_head import PolicyValueHead
 from trl_apa.models.value_model import ValueModel, save_network, state_of
@@ -183,6 +184,17 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError("model has no trainable parameter; load a saved adapter with is_trainable=True")
     return policy
+
+
+def select_adapter(policy: nn.Module, name: str | None) -> None:
+    """Make the adapter of that name the one that is trained, unless it is None; its place is before the value model's.
+
+    Raises:
+        ValueError: if `policy` is no PEFT model, or has no such adapter.
+    """
+    if name is not None:
+        check_adapter_exists("model_adapter_name", name, policy)
+        policy.set_adapter(name)
 
 
 def _either_method(network: nn.Module, new_name: str, old_name: str) -> Any:

@@ -77,38 +77,63 @@ def _layers_named_like(model: nn.Module, pattern: str) -> list[nn.Module]:
 
 
 def choose_reference(
-    policy: nn.Module, ref_model: nn.Module | None = None, num_shared_layers: int | None = None
+    policy: nn.Module,
+    ref_model: nn.Module | None = None,
+    num_shared_layers: int | None = None,
+    ref_adapter_name: str | None = None,
 ) -> nn.Module | None:
     """The reference that the trainer's arguments ask for, frozen; None if it is inside the policy (`build_reference`).
 
     Raises:
-        ValueError: if `num_shared_layers` does not fit the policy. It warns where the option has no effect.
+        ValueError: if `num_shared_layers` does not fit the policy, or it has no adapter called `ref_adapter_name`. It
+            warns where one of them has no effect.
     """
     if num_shared_layers is not None and num_shared_layers < 0:
         raise ValueError(f"num_shared_layers={num_shared_layers}; it should not be negative")
     if num_shared_layers and (ref_model is not None or is_peft_model(policy)):
         why = "ref_model is given" if ref_model is not None else "the policy is a PEFT model"
         warnings.warn(f"num_shared_layers has no effect when {why}", UserWarning, stacklevel=3)
+    if ref_adapter_name is not None:
+        check_adapter_exists("ref_adapter_name", ref_adapter_name, policy)
+        if ref_model is not None:
+            warnings.warn("ref_adapter_name has no effect when ref_model is given", UserWarning, stacklevel=3)
     if ref_model is not None:
         return ref_model.requires_grad_(False).eval()
     if num_shared_layers and not is_peft_model(policy):
         return create_reference_model(policy, num_shared_layers)
-    return build_reference(policy)
+    return build_reference(policy, ref_adapter_name)
 
 
-def build_reference(policy: nn.Module) -> nn.Module | None:
+def check_adapter_exists(argument: str, name: str, policy: nn.Module) -> None:
+    """Raise ValueError, naming the argument, unless the policy is a PEFT model with an adapter of that name."""
+    if not is_peft_model(policy):
+        raise ValueError(f"{argument}={name!r}, but model is no PEFT model with adapters to choose from")
+    if name not in policy.peft_config:
+        raise ValueError(
+            f"{argument}={name!r}, but the adapters of model are {', '.join(map(repr, policy.peft_config))}"
+        )
+
+
+def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module | None:
     """pi_init as the policy is now: a frozen copy of it or, where less memory will do, None for "inside the policy".
 
     A LoRA policy whose adapter changes nothing yet is its own base with the adapter switched off. One that starts from
     a trained (SFT) adapter keeps a frozen copy of that adapter: switching it off would anchor APA to the base below,
     another model. Where more than the adapter is trained (a bias, a norm), nothing less than a whole copy will do.
+
+    Args:
+        policy: the policy before training.
+        adapter: of a PEFT policy, the adapter to take pi_init from; the active one by default.
     """
     if not is_peft_model(policy) or not _trains_its_adapter_only(policy):
-        return create_reference_model(policy)
+        reference = create_reference_model(policy)
+        if adapter is not None:
+            reference.set_adapter(adapter)
+        return reference.requires_grad_(False)
     if REFERENCE_ADAPTER in policy.peft_config:
         policy.delete_adapter(REFERENCE_ADAPTER)
-    if not _adapter_is_identity(policy):
-        _keep_reference_adapter(policy)
+    if adapter is not None or not _adapter_is_identity(policy):
+        _keep_reference_adapter(policy, adapter or policy.active_adapter)
     return None
 
 
@@ -134,14 +159,14 @@ def _adapter_is_identity(policy: nn.Module) -> bool:
     )
 
 
-def _keep_reference_adapter(policy: nn.Module) -> None:
+def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
     active = policy.active_adapter
-    config = copy.deepcopy(policy.peft_config[active])
+    config = copy.deepcopy(policy.peft_config[source])
     if hasattr(config, "init_lora_weights"):
         # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
         config.init_lora_weights = True
     policy.add_adapter(REFERENCE_ADAPTER, config)
-    state = get_peft_model_state_dict(policy, adapter_name=active)
+    state = get_peft_model_state_dict(policy, adapter_name=source)
     set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
     policy.set_adapter(active)
 

@@ -1,0 +1,120 @@
+"""One iteration of Algorithm 1 between its rollouts and its last optimizer step: what is planned, and what is done."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_apa.rollouts import Rollouts
+from trl_apa.statistics import UpdateRecord
+
+
+@dataclass
+class Iteration:
+    """The rollouts of one iteration, the optimizer steps planned over them, and how many micro-batches are done.
+
+    It can be written down and picked up at any point: see `state_dict`.
+
+    Args:
+        rollouts: with log pi_init, values, advantages and returns filled in.
+        ended_B: bool, whether a response ended with EOS.
+        plan: the rows of each optimizer step, an epoch after the other.
+        num_tokens: counted tokens of each optimizer step on all processes, float32 `(len(plan),)`.
+        steps_per_epoch: optimizer steps of one pass over the rollouts.
+        micro_batch_size: rows a forward pass.
+        record: what the passes leave behind for the statistics.
+        position: micro-batches handed out so far.
+        stopped: whether what remains is left out.
+    """
+
+    rollouts: Rollouts
+    ended_B: Tensor
+    plan: list[list[int]]
+    num_tokens: Tensor
+    steps_per_epoch: int
+    micro_batch_size: int
+    record: UpdateRecord
+    position: int = 0
+    stopped: bool = False
+
+    @classmethod
+    def begin(
+        cls,
+        rollouts: Rollouts,
+        ended_B: Tensor,
+        epochs: list[list[list[int]]],
+        micro_batch_size: int,
+        reduce_sum: Callable[[Tensor], Tensor],
+    ) -> "Iteration":
+        """
+        Args:
+            epochs: for each pass over the rollouts, the rows of its optimizer steps.
+            reduce_sum: adds a tensor up over the processes.
+        """
+        plan = [rows for epoch in epochs for rows in epoch]
+        counts_B = rollouts.response_mask_BR.sum(dim=1)
+        num_tokens = reduce_sum(torch.stack([counts_B[rows].sum() for rows in plan]))
+        record = UpdateRecord.empty(rollouts.response_mask_BR)
+        return cls(rollouts, ended_B, plan, num_tokens, len(epochs[0]), micro_batch_size, record)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return -(-len(self.plan[0]) // self.micro_batch_size)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps whose micro-batches were all handed out."""
+        return self.position // self.micro_batches_per_step
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch that was handed out last was the last of its optimizer step."""
+        return self.position % self.micro_batches_per_step == 0
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the optimizer step that was handed out last was the last of its pass over the rollouts."""
+        return self.ends_step and self.steps_done % self.steps_per_epoch == 0
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped or self.steps_done == len(self.plan)
+
+    @property
+    def epochs_done(self) -> float:
+        return self.steps_done / self.steps_per_epoch
+
+    def next_micro_batch(self, pad_token_id: int) -> dict[str, Tensor]:
+        """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step."""
+        step, number = divmod(self.position, self.micro_batches_per_step)
+        if number == 0:
+            self.record.observing = step < self.steps_per_epoch
+            self.record.optimizer_steps.append({})
+        start = number * self.micro_batch_size
+        rows = self.plan[step][start : start + self.micro_batch_size]
+        self.position += 1
+        return {**self.rollouts.micro_batch(rows, pad_token_id), "num_tokens": self.num_tokens[step]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors, numbers and containers of these."""
+        shallow = {field.name: getattr(self, field.name) for field in fields(self)}
+        return shallow | {name: vars(shallow[name]) for name in ("rollouts", "record")}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Iteration":
+        """What `state_dict` gave, with its tensors on `device`."""
+        state = _to_device(state, device)
+        rollouts, record = Rollouts(**state["rollouts"]), UpdateRecord(**state["record"])
+        return cls(**{**state, "rollouts": rollouts, "record": record})
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _to_device(element, device) for name, element in value.items()}
+    if isinstance(value, list):
+        return [_to_device(element, device) for element in value]
+    return value
