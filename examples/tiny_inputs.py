@@ -37,7 +37,7 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 GOOD = "great superb lovely moving funny clever charming brilliant".split()
 BAD = "awful dull terrible boring clumsy stupid weak tedious".split()
 PARTS = "film plot music ending cast dialogue camera story".split()
-TASKS = "sort a list, open a file, parse a date, join two tables, draw a line, test a function".split(", ")
+TASKS = "sort a list, close a very large file, parse dates, join two tables, draw, test a function".split(", ")
 TOOLS = "python bash sql latex".split()
 NUM_ROWS = 64
 
@@ -167,6 +167,8 @@ def main(folder: Path) -> None:
     for name, rows in tables.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [text for rows in tables.values() for row in rows for text in row.values() if isinstance(text, str)]
+    # The words that the scripts put around a question and a conversation.
+    texts += ["Question: how\n\nAnswer: ", "Summarize the following conversation.\n\n#Person1#\n\nSummary:"]
     make_models(folder, texts, tables["reviews"])
 
 

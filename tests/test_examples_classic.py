@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
@@ -36,7 +37,13 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
 STATISTICS = {
-    *("objective/kl", "objective/kl_coef", "objective/entropy", "tokens/queries_len_mean", "tokens/responses_len_mean"),
+    *(
+        "objective/kl",
+        "objective/kl_coef",
+        "objective/entropy",
+        "tokens/queries_len_mean",
+        "tokens/responses_len_mean",
+    ),
     *("apa/loss/policy", "apa/loss/value", "apa/loss/total", "apa/policy/entropy", "apa/policy/advantages_mean"),
     *("apa/returns/mean", "apa/returns/var", "apa/val/vpred", "apa/val/error", "apa/val/mean", "apa/val/var"),
     *("apa/val/var_explained", "apa/mean_scores", "apa/std_scores", "apa/learning_rate", "time/apa/total"),
@@ -62,7 +69,7 @@ def run_classic(name, output_dir, *arguments):
     """Run a classic script in a process of its own; what it printed, and the statistics of its steps."""
     output_dir.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "classic_scripts" / name), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=output_dir.parent, env=environment, timeout=600, check=False
     )
@@ -89,9 +96,13 @@ def assert_value_model_was_trained(folder, base_model=None):
     assert float(value_model.head.out.weight.detach().abs().max()) > 0
 
 
+def quantised_layers(model, kinds=(bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)):
+    return sum(isinstance(module, kinds) for module in model.modules())
+
+
 def quantised(base, config):
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": "cpu"})
-    assert sum(type(module).__name__ in ("Linear8bitLt", "Linear4bit") for module in model.modules()) == 14
+    assert quantised_layers(model) == 14
     return model
 
 
@@ -170,7 +181,8 @@ def test_stack_llama_with_lora_on_int8_and_adafactor(tiny, tmp_path):
     }
     printed, history = run_classic("stack_llama.py", output_dir, *(f"--{k}={v}" for k, v in options.items()))
     assert "optimizer Adafactor" in printed
-    assert [stats["apa/epochs"] for stats in history] == [1, 1, 1]
+    # Of four: APA measures how far the policy has moved from where each row was first visited, in the first.
+    assert [stats["apa/epochs"] for stats in history] == [2, 2, 2]
     for stats in history:
         # No EOS ends a response, and the sampler is drawn for every four of them.
         assert set(stats["lengths"]) <= {4, 5, 6, 7, 8} and len(set(stats["lengths"])) <= 2
@@ -250,7 +262,10 @@ def small_commands():
 
 @pytest.fixture
 def run_example(tiny, tmp_path, monkeypatch):
-    """Run the README's small command of a script, with more options; the trainer that it made and its rollouts."""
+    """Run the README's small command of a script, with more options; the trainer that it made, what `step` was given.
+
+    In this process, which saves the start of another.
+    """
     (tmp_path / "tiny").symlink_to(tiny)
     monkeypatch.chdir(tmp_path)
     trainers, rollouts = [], []
@@ -259,9 +274,106 @@ def run_example(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(APATrainer, "step", lambda self, *a: (rollouts.append(a), step(self, *a))[1])
 
     def run(script, *options):
-        monkeypatch.setattr(sys, "argv", [script, "--use_cpu", "True", *small_commands()[script], *options])
+        monkeypatch.setattr(sys, "argv", [script, *small_commands()[script], *options])
         runpy.run_path(str(ROOT / script), run_name="__main__")
         (trainer,) = trainers
         return trainer, rollouts
 
     return run
+
+
+def texts_of(trainer, queries, responses):
+    pairs = zip(queries, responses, strict=True)
+    return [trainer.tokenizer.decode(torch.cat(pair), skip_special_tokens=True) for pair in pairs]
+
+
+def logits_of(classifier, tokenizer, texts):
+    """One text at a time, so that no padding is in the way."""
+    with torch.no_grad():
+        return torch.stack([classifier(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
+
+
+@pytest.mark.parametrize(("options", "label"), [([], 1), (["--use_peft", "True", "--label", "NEGATIVE"], 0)])
+def test_the_sentiment_example(run_example, tiny, tmp_path, options, label):
+    trainer, rollouts = run_example("examples/sentiment/ppo.py", *options)
+    assert len(rollouts) == 4
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny / "sentiment")
+    queries, responses, scores = rollouts[-1]
+    expected = logits_of(classifier, trainer.tokenizer, texts_of(trainer, queries, responses))
+    torch.testing.assert_close(torch.stack(scores), expected[:, label], atol=1e-4, rtol=1e-4)
+    assert all(2 <= len(query) < 8 for query in queries) and all(len(response) < 16 for response in responses)
+    output_dir = tmp_path / "runs" / "sentiment"
+    if options:
+        assert all(weight.any() for weight in load_peft_weights(str(output_dir)).values())
+    else:
+        before = AutoModelForCausalLM.from_pretrained(tiny / "gpt2")
+        assert changed(AutoModelForCausalLM.from_pretrained(output_dir), before)
+    assert_value_model_was_trained(output_dir)
+
+
+def test_the_stack_llama_example(run_example, tiny, tmp_path):
+    trainer, rollouts = run_example("examples/stack_llama/rl_training.py")
+    assert isinstance(trainer.optimizer.optimizer, Adafactor) and trainer.model.policy.is_loaded_in_8bit
+    assert quantised_layers(trainer.model.policy, bitsandbytes.nn.Linear8bitLt) == 14
+    queries, responses, scores = rollouts[-1]
+    assert all(trainer.tokenizer.decode(query).startswith("Question: how do I") for query in queries)
+    assert {len(response) for _, responses, _ in rollouts for response in responses} <= {4, 5, 6, 7, 8}
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model")
+    expected = logits_of(classifier, trainer.tokenizer, texts_of(trainer, queries, responses))[:, 0]
+    # The example's own reward model is quantised.
+    assert float((torch.stack(scores) - expected).abs().max()) < 0.1 * float(expected.std())
+    output_dir = tmp_path / "runs" / "stack_llama"
+    assert {path.name for path in output_dir.glob("step_*")} == {"step_1"}
+    step_1, last = (load_peft_weights(str(folder)) for folder in (output_dir / "step_1", output_dir))
+    assert all(weight.any() and weight.equal(step_1[name]) for name, weight in last.items())
+
+
+@pytest.mark.parametrize("quantise", [True, False])
+def test_the_multi_adapter_example(run_example, tiny, tmp_path, quantise):
+    options = [] if quantise else ["--load_in_4bit", "False", "--value_model", "head"]
+    trainer, rollouts = run_example("examples/multi_adapter/rl_multi_adapter.py", *options)
+    assert quantised_layers(trainer.model.policy, bitsandbytes.nn.Linear4bit) == 14 * quantise
+    queries, responses, scores = rollouts[-1]
+    assert len(set(map(len, queries))) > 1
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        tiny / "llama", num_labels=2, quantization_config=NF4 if quantise else None
+    )
+    classifier = PeftModel.from_pretrained(classifier, tiny / "reward_adapter")
+    expected = logits_of(classifier, trainer.tokenizer, texts_of(trainer, queries, responses))[:, 1]
+    torch.testing.assert_close(torch.stack(scores), expected, atol=1e-3, rtol=1e-3)
+    output_dir = tmp_path / "runs" / "multi_adapter"
+    again = AutoPeftModelForCausalLM.from_pretrained(output_dir)
+    assert list(again.peft_config) == ["default"]
+    assert all(weight.any() for weight in load_peft_weights(str(output_dir)).values())
+    assert (output_dir / "value_model").exists() is quantise
+    assert (output_dir / "v_head.safetensors").exists() is not quantise
+
+
+def test_the_example_of_summaries(run_example, tiny, tmp_path):
+    trainer, rollouts = run_example("examples/summarization_t5/summarize.py")
+    queries, responses, scores = rollouts[-1]
+    assert len(rollouts) == 3 and trainer.is_encoder_decoder
+    assert {int(response[0]) for response in responses} == {0}
+    rouge1 = load_module(ROOT / "examples" / "summarization_t5" / "summarize.py").rouge1
+    rows = [json.loads(line) for line in (tiny / "dialogues.jsonl").read_text().splitlines()]
+    summary_of = {row["dialogue"]: row["summary"] for row in rows}
+    for query, response, score in zip(queries, responses, scores, strict=True):
+        dialogue = trainer.tokenizer.decode(query, skip_special_tokens=True).split("\n\n")[1]
+        text = trainer.tokenizer.decode(response, skip_special_tokens=True)
+        assert float(score) == pytest.approx(rouge1(text, summary_of[dialogue]))
+    assert max(map(float, scores)) > 0
+    before = AutoModelForSeq2SeqLM.from_pretrained(tiny / "t5")
+    assert changed(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "runs" / "summaries"), before)
+    assert_value_model_was_trained(tmp_path / "runs" / "summaries")
+
+
+def test_rouge_1_worked_by_hand():
+    rouge1 = load_module(ROOT / "examples" / "summarization_t5" / "summarize.py").rouge1
+    # "the" counts twice, "cat" once: 3 of 4 words and 3 of 5.
+    assert rouge1("The cat, the dog", "the cat saw the bird") == pytest.approx(2 * 3 / (4 + 5))
+    assert rouge1("a b", "a b") == 1 and rouge1("a", "b") == 0 and rouge1("", "") == 0
+
+
+def test_every_example_has_a_small_command():
+    scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*/*.py") if path.parent.name != "hh"}
+    assert small_commands().keys() == scripts

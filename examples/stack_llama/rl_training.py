@@ -160,8 +160,8 @@ def main() -> None:
         value_model=script.value_model,
     )
     reward_pipeline = build_reward_pipeline(script, tokenizer)
-    if reward_pipeline.model.config.pad_token_id is None:
-        reward_pipeline.model.config.pad_token_id = tokenizer.pad_token_id
+    # The classifier reads its score before the padding, which is this tokenizer's.
+    reward_pipeline.model.config.pad_token_id = tokenizer.pad_token_id
 
     generation_kwargs = {
         "min_length": -1,

@@ -96,6 +96,7 @@ for epoch, batch in tqdm(enumerate(ppo_trainer.dataloader)):
     history.append({**stats, "epoch": epoch})
 
 ppo_trainer.save_pretrained(script_args.output_dir)
+model.eval()
 probe = dataset[0]["input_ids"].unsqueeze(0)
 torch.save({"probe": probe, "logits": model(probe)[0], **model.state_dict()}, Path(script_args.output_dir, "end.bin"))
 Path(script_args.output_dir, "history.json").write_text(json.dumps(history, default=lambda array: array.tolist()))

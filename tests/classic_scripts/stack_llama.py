@@ -159,6 +159,7 @@ for epoch, batch in tqdm(enumerate(ppo_trainer.dataloader)):
     history.append({**stats, "lengths": [len(r) for r in response_tensors], "rewards": [float(r) for r in rewards]})
 
 print("optimizer", type(ppo_trainer.optimizer.optimizer).__name__)
+model.eval()
 probe = dataset[0]["input_ids"].unsqueeze(0)
 torch.save({"probe": probe, "logits": model(probe)[0], **model.state_dict()}, script_args.output_dir + "end.bin")
 Path(script_args.output_dir, "history.json").write_text(json.dumps(history, default=lambda array: array.tolist()))
