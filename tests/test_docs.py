@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,7 +20,7 @@ from transformers import (
 )
 
 import trl_apa
-from tests.tiny import lora_config, tiny_rollouts, tiny_trainer
+from tests.tiny import byte_tokenizer, lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.cli import COMMANDS
 
 
@@ -188,14 +184,10 @@ def test_the_changelog_knows_this_version():
 def checkpoints(tmp_path_factory):
     """A small language model of bytes, an adapter on it and a reward model, as a user would have them on disk."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(ByteLevel.alphabet())])}
-    bytes_only = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    bytes_only.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = ByteLevelDecoder()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<eos>")
+    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,

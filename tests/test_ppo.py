@@ -94,7 +94,7 @@ def test_classics_other_options_are_accepted_and_those_without_effect_say_so():
     assert config(optimize_cuda_cache=True).torch_empty_cache_steps == 1
     with pytest.warns(FutureWarning, match="use mini_batch_size"):
         assert config(forward_batch_size=4).mini_batch_size == 4
-    for name, value in {"compare_steps": 2, "accelerator_kwargs": {"a": 1}, "dataset_num_proc": 2}.items():
+    for name, value in {"project_kwargs": {"b": 2}, "accelerator_kwargs": {"a": 1}, "dataset_num_proc": 2}.items():
         with pytest.warns(UserWarning, match=f"{name}=.* has no effect: "):
             config(**{name: value})
     assert config(use_score_norm=True).center_rewards
@@ -106,6 +106,19 @@ def test_json_options_parse_from_a_command_line():
     with pytest.warns(UserWarning, match="accelerator_kwargs"):
         (made,) = parser.parse_args_into_dataclasses(line)
     assert made.accelerator_kwargs == {"a": {"b": 1}}
+
+
+def test_the_policy_with_the_best_scores_yet_is_pushed_before_it_is_updated(tmp_path, monkeypatch):
+    options = {"push_to_hub_if_best_kwargs": '{"repo_id": "me/best", "private": true}', "compare_steps": 2}
+    trainer, pushed = tiny_trainer(tmp_path, **options), []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: pushed.append((trainer.num_iterations_done, kwargs)))
+    queries, responses, _ = tiny_rollouts()
+    for score in (1.0, 5.0, 0.5, 9.0, 1.5):
+        trainer.step(queries, responses, [torch.tensor(score)] * 4)
+    # Calls 0, 2 and 4 are looked at: 1.0 is the first, 0.5 is lower, 1.5 higher.
+    assert pushed == [(0, {"repo_id": "me/best", "private": True}), (4, {"repo_id": "me/best", "private": True})]
+    with pytest.raises(ValueError, match=r"push_to_hub_if_best_kwargs=.*it should have a repo_id"):
+        config(push_to_hub_if_best_kwargs={"private": True})
 
 
 @pytest.mark.parametrize(("option", "value"), [("target_kl", 0.0), ("ratio_threshold", -1.0)])

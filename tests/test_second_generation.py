@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import HfArgumentParser, TrainingArguments
 
 from tests.test_value_head import away_from_identity
-from tests.tiny import lora_config, tiny_model, tiny_tokenizer
-from trl_apa import APAConfig, PPOConfig
+from tests.tiny import lora_config, tiny_config, tiny_model, tiny_tokenizer
+from trl_apa import APAConfig, APATrainer, PPOConfig
 from trl_apa.generation import end_token_ids
 from trl_apa.models import choose_reference, reference_policy, select_adapter
 from trl_apa.second_generation import WITHOUT_EFFECT, SecondGenerationOptions
@@ -260,3 +260,14 @@ def test_a_reference_adapter_that_is_not_there_is_refused():
         choose_reference(tiny_model(), ref_adapter_name="sft")
     with pytest.warns(UserWarning, match="ref_adapter_name has no effect when ref_model is given"):
         choose_reference(policy_with_two_adapters(), tiny_model(), ref_adapter_name="sft")
+
+
+def test_the_policy_goes_by_its_name_of_0_12_and_a_tokenizer_in_its_place_is_explained(tmp_path):
+    config = tiny_config(tmp_path)
+    reference = tiny_model(seed=4)
+    trainer = APATrainer(config, policy=tiny_model(), ref_policy=reference, processing_class=tiny_tokenizer())
+    assert trainer.ref_model is reference
+    with pytest.raises(ValueError, match=r"model is a tokenizer.*give these arguments by keyword"):
+        APATrainer(config, tiny_tokenizer(), tiny_model())
+    with pytest.raises(ValueError, match="model and policy name one argument"):
+        APATrainer(config, tiny_model(), policy=tiny_model(), tokenizer=tiny_tokenizer())

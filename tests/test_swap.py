@@ -1,14 +1,16 @@
-"""A script as people wrote it for TRL 0.11 and older, run whole with nothing but its imports changed."""
+"""Scripts as people wrote them for TRL 0.11 and for 0.12 to 1.12, run whole with nothing but their imports changed."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from trl_apa import ValueModel
 
 
@@ -87,3 +89,83 @@ def test_a_classic_script_runs_with_only_its_imports_changed(tmp_path, name):
     assert float(ValueModel.from_pretrained(tmp_path / "step_1" / "value_model").head.out.weight.abs().max()) > 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "classic")
     assert all(p.equal(dict(trained.named_parameters())[n]) for n, p in again.named_parameters())
+
+
+SECOND_GENERATION = """
+import sys
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+IMPORTS
+
+folder = sys.argv[1]
+parser = HfArgumentParser((PPOConfig,))
+(training_args,) = parser.parse_args_into_dataclasses(sys.argv[2:])
+tokenizer = AutoTokenizer.from_pretrained(training_args.sft_model_path, padding_side="left")
+value_model = AutoModelForSequenceClassification.from_pretrained(training_args.reward_model_path, num_labels=1)
+reward_model = AutoModelForSequenceClassification.from_pretrained(training_args.reward_model_path, num_labels=1)
+policy = AutoModelForCausalLM.from_pretrained(training_args.sft_model_path)
+ref_policy = AutoModelForCausalLM.from_pretrained(training_args.sft_model_path)
+dataset = load_dataset("json", data_files=folder + "/prompts.jsonl", split="train")
+train_dataset, eval_dataset = dataset.select(range(12)), dataset.select(range(12, 16))
+
+def tokenize(element):
+    return {"input_ids": tokenizer(element["prompt"], padding=False)["input_ids"]}
+
+train_dataset, eval_dataset = (
+    part.map(tokenize, batched=True, remove_columns=part.column_names) for part in (train_dataset, eval_dataset)
+)
+before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+trainer = PPOTrainer(
+    args=training_args,
+    processing_class=tokenizer,
+    model=policy,
+    ref_model=ref_policy,
+    reward_model=reward_model,
+    value_model=value_model,
+    train_dataset=train_dataset,
+    eval_dataset=eval_dataset,
+    peft_config=None,
+)
+trainer.train()
+trainer.save_model(training_args.output_dir)
+metrics = trainer.evaluate()
+moved = any(not p.equal(before[name]) for name, p in policy.named_parameters())
+print("steps", trainer.state.global_step, "rollouts", trainer.num_iterations_done * 4, "moved", moved)
+print("kl", metrics["eval_kl"], "reward", metrics["eval_reward"])
+"""
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_script_of_the_second_generation_trains_with_only_its_imports_changed(tmp_path, name):
+    tiny_model().save_pretrained(tmp_path / "sft")
+    torch.manual_seed(1)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "rm")
+    for folder in ("sft", "rm"):
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    rows = [json.dumps({"prompt": f"w{2 + i % 9} w{3 + i % 7}"}) for i in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    script = tmp_path / "script.py"
+    script.write_text(SECOND_GENERATION.replace("IMPORTS", IMPORTS[name]))
+    options = {
+        "output_dir": tmp_path / "out",
+        "sft_model_path": tmp_path / "sft",
+        "reward_model_path": tmp_path / "rm",
+    }
+    options |= {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "num_mini_batches": 2, "num_ppo_epochs": 3}
+    options |= {"total_episodes": 10, "response_length": 6, "missing_eos_penalty": 1.0, "stop_token": "eos"}
+    options |= {"kl_coef": 0.1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    arguments = [part for option, value in options.items() for part in (f"--{option}", str(value))]
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # 10 episodes are 3 iterations of 2 * 2 rollouts; 3 epochs of 2 mini-batches over each.
+    assert "steps 18 rollouts 12 moved True" in done.stdout
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = tiny_model()
+    assert any(not p.equal(q) for p, q in zip(trained.parameters(), before.parameters(), strict=True))
+    assert (tmp_path / "out" / "value_model" / "value_model.json").is_file()

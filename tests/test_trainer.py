@@ -355,6 +355,19 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
         tiny_trainer(tmp_path, log_with="comet_ml")
 
 
+def test_a_model_card_is_written_where_the_caller_says(tmp_path):
+    trainer = tiny_trainer(tmp_path / "out")
+    trainer.create_model_card(tmp_path / "new" / "folder", model_name="aligned")
+    card = (tmp_path / "new" / "folder" / "README.md").read_text()
+    assert "2306.02231" in card and "aligned" in card
+    assert trainer.args.output_dir == str(tmp_path / "out")
+
+
+def test_no_dataset_is_worth_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="no dataset: dataloader is None, and step takes lists of .* = 4"):
+        tiny_trainer(tmp_path)
+
+
 def test_push_to_hub_uploads_policy_value_model_and_card(tmp_path, monkeypatch):
     uploaded = {}
 

@@ -1,4 +1,4 @@
-"""`step` on two ranks against one process that sees both ranks' rollouts."""
+"""`step` and `train` on two ranks against one process that sees both ranks' rollouts."""
 
 import os
 import tempfile
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
+from tests.test_training import PROMPTS, StopAt, few_nines
 from tests.test_update import assert_same, learner
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
@@ -85,3 +86,40 @@ def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things
     assert any("lora_B" in name and weight.any() for name, weight in lora_0.items())
     # Each process has its own half of one shuffled order.
     assert sorted(seen_0 + seen_1) == sorted(f"q{i}" for i in range(16))
+
+
+def train_here(folder, batch_size, stop=None, resume=None, **config):
+    """Greedy sampling, so that how many processes draw random numbers does not matter."""
+    options = {"optim": "sgd", "learning_rate": 0.1, "top_k": 1, "max_completion_length": 5, "max_steps": 4, "seed": 3}
+    options |= {"batch_size": batch_size, "mini_batch_size": batch_size, "ppo_epochs": 2, "logging_steps": 1, **config}
+    trainer = APATrainer(
+        tiny_config(folder, **options),
+        tiny_model(),
+        tokenizer=tiny_tokenizer(),
+        train_dataset=PROMPTS,
+        reward_funcs=few_nines,
+        callbacks=[] if stop is None else [StopAt(stop)],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    rows = [row for row in trainer.state.log_history if "apa/mean_scores" in row]
+    return {name: p.detach().numpy() for name, p in trainer.model.named_parameters()}, rows
+
+
+def train_on_two_ranks(rank, folder):
+    announce_rank(rank)
+    whole = train_here(f"{folder}/whole", 2)
+    train_here(f"{folder}/cut", 2, stop=3)
+    return whole, train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
+
+
+def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path):
+    results = run_in_two_processes(train_on_two_ranks, str(tmp_path))
+    alone, alone_rows = train_here(tmp_path / "alone", 4)
+    for (whole, rows), (resumed, _) in results:
+        as_tensors = [{name: torch.from_numpy(p) for name, p in named.items()} for named in (whole, resumed, alone)]
+        assert_same(as_tensors[0], as_tensors[2], tolerance=1e-5)
+        assert_same(as_tensors[1], as_tensors[0], tolerance=1e-30)
+        assert len(rows) == len(alone_rows) == 2
+        for row, alone_row in zip(rows, alone_rows, strict=True):
+            for name in ("apa/mean_scores", "objective/kl", "apa/loss/total", "tokens/responses_len_mean"):
+                assert row[name] == pytest.approx(alone_row[name], rel=1e-4, abs=1e-5), name

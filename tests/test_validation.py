@@ -132,8 +132,3 @@ def test_a_tokenizer_needs_pad_or_eos(tmp_path):
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a pad nor an EOS token"):
         APATrainer(tiny_config(tmp_path), tiny_model(), tokenizer=tokenizer)
-
-
-def test_train_says_what_to_use_instead(tmp_path):
-    with pytest.raises(RuntimeError, match=r"generate\(queries\).*step"):
-        tiny_trainer(tmp_path).train()

@@ -38,8 +38,6 @@ ALIASES = {
 NOT_READ_BACK = ("log_with", "local_batch_size")
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
-    "compare_steps": "push_to_hub_if_best_kwargs is what it belonged to; set load_best_model_at_end instead",
-    "push_to_hub_if_best_kwargs": "call push_to_hub when a step was the best",
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
     "project_kwargs": "set output_dir, or logging_dir in the environment of the tracker",
     "dataset_num_proc": "the trainer does not tokenize",
@@ -106,6 +104,18 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         kl_penalty (`str`, *optional*):
             PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
             `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
+        max_prompt_length (`int`, *optional*):
+            In `train`, only the last tokens of a longer prompt are kept. Defaults to all.
+        num_generations (`int`, *optional*, defaults to `1`):
+            In `train`, responses to each prompt; an iteration asks `batch_size / num_generations` prompts a process.
+        generation_batch_size (`int`, *optional*):
+            In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
+        stop_strings (`list[str]`, *optional*):
+            In `train` and `evaluate`, texts that end a response; they belong to it.
+        reward_weights (`list[float]`, *optional*):
+            Of the trainer's reward functions, whose weighted sum is the score. Defaults to 1 each.
+        chat_template_kwargs (`dict`, *optional*):
+            More arguments of the tokenizer's chat template, for prompts that are chat messages.
         max_completion_length (`int`, *optional*, defaults to `128`):
             `max_new_tokens` of `generate` unless the call says otherwise.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -121,6 +131,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             Size of the mean of log pi_old - log pi over the tokens of that mini-batch, nats.
         ratio_threshold (`float`, *optional*):
             PPO only: a mini-batch whose mean ratio exceeds it is skipped, with a warning. Defaults to `10.0`.
+        push_to_hub_if_best_kwargs (`dict`, *optional*), compare_steps (`int`, *optional*, defaults to `1`):
+            Every `compare_steps` calls of `step`: if the mean of the scores is the highest yet, the policy that earned
+            them is uploaded by `push_to_hub` with these arguments, of which `repo_id` is one, before it is updated.
         optimize_device_cache (`bool`, *optional*, defaults to `False`):
             Empty the device's cache after every backward pass: `torch_empty_cache_steps=1`.
         steps (`int`, *optional*, defaults to `20000`):
@@ -159,6 +172,14 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
     horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
     kl_penalty: str | None = _option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    max_prompt_length: int | None = _option(None, "train(): keep the last tokens of a prompt; all by default.")
+    num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
+    generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
+    )
+    chat_template_kwargs: Json = field(default=None, metadata={"help": "JSON; more arguments of the chat template."})
     max_completion_length: int = _option(128, "max_new_tokens of generate unless the call says otherwise.")
     temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
     top_p: float = _option(1.0, "Of sampling.")
@@ -188,8 +209,11 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     model_name: str | None = _option(None, "Kept for the record; scripts load the model by it.")
     query_dataset: str | None = _option(None, "Kept for the record.")
     reward_model: str | None = _option(None, "Kept for the record; scripts load the reward model by it.")
-    compare_steps: int | None = _option(None, "Without effect.")
-    push_to_hub_if_best_kwargs: Json = field(default=None, metadata={"help": "Without effect."})
+    compare_steps: int = _option(1, "With push_to_hub_if_best_kwargs: every how many calls of step to look.")
+    push_to_hub_if_best_kwargs: Json = field(
+        default=None,
+        metadata={"help": "JSON; arguments of push_to_hub, called before a step with the best scores yet."},
+    )
     accelerator_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
     project_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
     dataset_num_proc: int | None = _option(None, "Without effect.")
@@ -202,6 +226,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         self._translate_aliases()
         self._fill_by_loss_type()
         self._check_ranges()
+        self._check_hub_options()
         self._fill_batch_sizes()
         self._fill_aliases()
         if self.optimize_device_cache and self.torch_empty_cache_steps is None:
@@ -285,8 +310,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
+        positive += ["max_prompt_length", "num_generations", "generation_batch_size"]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
-        positive += ["num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
+        positive += ["compare_steps", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":
             positive.append("kl_coef")
         for name in positive:
@@ -303,6 +329,12 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             raise ValueError(f"scale_rewards={self.scale_rewards!r}: it should be True or False, not a way of GRPO's")
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
+
+    def _check_hub_options(self) -> None:
+        if isinstance(self.push_to_hub_if_best_kwargs, str):
+            self.push_to_hub_if_best_kwargs = json.loads(self.push_to_hub_if_best_kwargs)
+        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
+            raise ValueError(f"push_to_hub_if_best_kwargs={self.push_to_hub_if_best_kwargs}: it should have a repo_id")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
@@ -331,4 +363,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
                 f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
                 f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
                 f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: leave one of them out"
+            )
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: batch_size={self.batch_size} should be a multiple of it"
             )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -152,6 +153,13 @@ def rollout_statistics(
     if kl_coef is not None:
         stats["apa/policy/log_normalizer"] = log_normalizer(rollouts.advantages_BR, mask, kl_coef)
     return {name: float(value) for name, value in stats.items()}
+
+
+def mean_of_numbers(table: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each statistic that is a number, over those rows that have it."""
+    names = {name for row in table for name, value in row.items() if isinstance(value, int | float)}
+    columns = {name: [row[name] for row in table if name in row] for name in sorted(names)}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 def _mean_of_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:

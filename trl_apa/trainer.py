@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from trl_apa._trl import _BaseTrainer, is_peft_model, unwrap_model_for_generation
+from trl_apa._trl import is_peft_model, unwrap_model_for_generation
 from trl_apa.advantages import gae
 from trl_apa.config import APAConfig
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
@@ -39,6 +39,7 @@ from trl_apa.models import (
     reference_policy,
     resolve_value_model,
     reward_adapter_of,
+    select_adapter,
     value_head_of,
     without_value_head,
 )
@@ -47,7 +48,9 @@ from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import start_reporters
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
+from trl_apa.scoring import Scorer, reward_functions
 from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_statistics
+from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
     check_networks_are_apart,
     check_precision,
@@ -58,7 +61,7 @@ from trl_apa.validation import (
 )
 
 
-class APATrainer(_BaseTrainer):
+class APATrainer(TrainingLoop):
     """
     Advantage-Induced Policy Alignment (arXiv 2306.02231), with AWR and PPO2 as baselines, in the classic loop:
 
@@ -79,7 +82,8 @@ class APATrainer(_BaseTrainer):
             value model stands alone, unless `value_model="head"`.
         ref_model (`PreTrainedModel`, *optional*):
             pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
-            trained already (SFT), to a frozen copy of that adapter.
+            trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these `policy` and `ref_policy`,
+            which are understood too.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer with a pad or an EOS token; also accepted as `tokenizer`. Loaded with `model` if that is a name.
         train_dataset (`Dataset`, *optional*):
@@ -98,9 +102,17 @@ class APATrainer(_BaseTrainer):
             reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
             "head" is classic's critic instead: the wrapper's head (or the checkpoint's, or a new one) on the policy's
             own hidden states.
+        reward_funcs (*optional*):
+            What `train`, `evaluate` and `score` score with: one of, or a list of, functions
+            `(prompts, completions, completion_ids, **columns) -> list of floats`, sequence classifiers of one label,
+            and folders or hub names of these. Also accepted as `reward_model`.
+        reward_processing_classes (*optional*):
+            The classifiers' tokenizers, where they are not the ones that lie with them.
         peft_config (`PeftConfig`, *optional*):
             Adapters to put on `model`.
-        eval_dataset, callbacks (*optional*):
+        eval_dataset (*optional*):
+            Held-out prompts for `evaluate`.
+        callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
 
     Raises:
@@ -141,14 +153,30 @@ class APATrainer(_BaseTrainer):
         config: APAConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
+        policy: Any = None,
+        ref_policy: Any = None,
         eval_dataset: Any = None,
+        reward_funcs: Any = None,
+        reward_model: Any = None,
+        reward_processing_classes: Any = None,
         value_model: str | ValueModel | PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
+        if isinstance(model, PreTrainedTokenizerBase):
+            raise ValueError(
+                "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
+                "give these arguments by keyword"
+            )
         args = one_of("args", args, "config", config)
+        model = one_of("model", model, "policy", policy)
+        ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
         processing_class = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         train_dataset = one_of("train_dataset", train_dataset, "dataset", dataset)
+        reward_funcs = one_of("reward_funcs", reward_funcs, "reward_model", reward_model)
+        optimizer = one_of("optimizer", optimizer, "optimizers[0]", optimizers[0])
+        lr_scheduler = one_of("lr_scheduler", lr_scheduler, "optimizers[1]", optimizers[1])
         check_type("config", args, APAConfig)
         given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
         check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
@@ -164,14 +192,15 @@ class APATrainer(_BaseTrainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = load_language_model(str(model))
         check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
-        self._choose_special_tokens(processing_class, model)
+        self._choose_special_tokens(processing_class, model, args.stop_token_id)
         policy = build_policy(model, peft_config)
+        select_adapter(policy, args.model_adapter_name)
         value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
         module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
         check_precision(module)
         check_networks_are_apart(policy, ref_model, value_model, optimizer)
         disable_dropout(module)
-        self.ref_model = choose_reference(policy, ref_model, num_shared_layers)
+        self.ref_model = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
         add_value_parameters(optimizer, value_model, args.value_learning_rate)
 
         use_cache = module.config.use_cache
@@ -200,10 +229,19 @@ class APATrainer(_BaseTrainer):
             if args.loss_type == "ppo" and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
+        self.scorer: Scorer | None = None
+        if reward_funcs is not None:
+            functions = reward_functions(
+                reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
+            )
+            self.scorer = Scorer(functions, args.reward_weights)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
         self._prepared = False
+        self._unlogged: list[dict[str, Any]] = []
+        self._best_mean_score = -math.inf
+        self.add_callback(EndOfIteration(self))
         self._reporters_started = False
 
     # ---- what classic scripts read ----
@@ -222,16 +260,26 @@ class APATrainer(_BaseTrainer):
 
     # ---- construction ----
 
-    def _choose_special_tokens(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-        self._end_token_ids = end_token_ids(model, tokenizer)
+    def _choose_special_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, stop_token_id: int | None
+    ) -> None:
+        self._end_token_ids = end_token_ids(model, tokenizer, stop_token_id)
         self._decoder_start_token_id = decoder_start_token_id(model)
         self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if self._pad_token_id is None:
             raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
 
     def _prompt_dataloader(self) -> DataLoader | None:
-        """Called while all processes still have the same seed: each takes its own part of one order."""
+        """Called while all processes still have the same seed: each takes its own part of one order.
+
+        A stream has no order to shuffle: `train` reads it, the classic loop does not.
+        """
         if self.train_dataset is None:
+            text = (
+                f"no dataset: dataloader is None, and step takes lists of config.batch_size = {self.args.batch_size}"
+            )
+            warnings.warn(text, UserWarning, stacklevel=4)
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             return None
         args = self.args
         loader = prompt_dataloader(
@@ -370,6 +418,7 @@ class APATrainer(_BaseTrainer):
         running_scores = self.running_scores.state_dict()
         try:
             rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+            self._push_if_best(rollouts.scores_B)
             self._prepare_iteration(rollouts, ended_B, timer)
             with timer("optimize_step"):
                 self._update()
@@ -457,8 +506,9 @@ class APATrainer(_BaseTrainer):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
-        for start in range(0, len(rollouts), self.args.per_device_train_batch_size):
-            rows = range(start, min(start + self.args.per_device_train_batch_size, len(rollouts)))
+        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        for start in range(0, len(rollouts), size):
+            rows = range(start, min(start + size, len(rollouts)))
             batch = rollouts.micro_batch(rows, self._pad_token_id)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo, with_logits=full_kl)
@@ -538,8 +588,10 @@ class APATrainer(_BaseTrainer):
     ) -> Tensor:
         """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
 
-        Called by `step` and by the Trainer's loop alike.
+        Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
         """
+        if self._iteration is None or self._iteration.finished:
+            self._collect_iteration()
         iteration = self._iteration
         batch = iteration.next_micro_batch(self._pad_token_id)
         loss = super().training_step(model, batch, num_items_in_batch)
@@ -727,6 +779,38 @@ class APATrainer(_BaseTrainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         self.processing_class.save_pretrained(output_dir)
 
+    def _push_if_best(self, scores_B: Tensor) -> None:
+        """The hub's copy is the policy with the best mean score yet, if the config asks for that."""
+        args = self.args
+        if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
+            return
+        mean = float(self.accelerator.gather(scores_B).mean())
+        if mean > self._best_mean_score:
+            self._best_mean_score = mean
+            self.push_to_hub(**args.push_to_hub_if_best_kwargs)
+
+    def create_model_card(
+        self,
+        path: str | os.PathLike | None = None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write a model card that says how the policy was trained and cites the paper, as `README.md`.
+
+        Args:
+            path: a folder, made if it is not there; defaults to `args.output_dir`.
+            model_name, dataset_name, tags: as in TRL's trainers.
+        """
+        output_dir = self.args.output_dir
+        try:
+            if path is not None:
+                self.args.output_dir = os.fspath(path)
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        finally:
+            self.args.output_dir = output_dir
+
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Save to `args.output_dir`, write a model card and upload both.
 
@@ -737,15 +821,6 @@ class APATrainer(_BaseTrainer):
         if repo_id is not None:
             self.args.hub_model_id, self.hub_model_id = repo_id, None
         return super().push_to_hub(**kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Not in this version, which takes no reward functions: raises RuntimeError that says what to use."""
-        raise RuntimeError(
-            "train() and evaluate() need reward functions, which this version does not take yet; "
-            "use the loop responses = generate(queries), scores = ..., step(queries, responses, scores)"
-        )
-
-    evaluate = train
 
     def _send_telemetry(self) -> None:
         """This package sends none."""

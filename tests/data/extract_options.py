@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -29,10 +30,17 @@ def class_of(source: str, name: str) -> ast.ClassDef:
     return next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def fields_of(node: ast.ClassDef) -> list[str]:
-    return [
-        line.target.id for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-    ]
+def fields_of(node: ast.ClassDef) -> dict[str, str]:
+    """Field -> its default as it is written there; empty if it has none."""
+    lines = [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    return {line.target.id: ast.unparse(default_of(line)) if line.value else "" for line in lines}
+
+
+def default_of(line: ast.AnnAssign) -> ast.expr:
+    if isinstance(line.value, ast.Call) and ast.unparse(line.value.func) == "field":
+        keywords = {keyword.arg: keyword.value for keyword in line.value.keywords}
+        return keywords.get("default", keywords.get("default_factory"))
+    return line.value
 
 
 def arguments_of(function: ast.FunctionDef) -> list[str]:
@@ -45,17 +53,17 @@ def renamed_arguments(function: ast.FunctionDef) -> list[str]:
     return [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "deprecate_kwarg"]
 
 
-def options_of(archive: zipfile.ZipFile, path: str) -> list[str]:
-    """Fields of `PPOConfig` and of those parents that are TRL's own."""
+def options_of(archive: zipfile.ZipFile, path: str) -> dict[str, str]:
+    """Fields of `PPOConfig` and of those parents that are TRL's own, with their defaults."""
     config = class_of(archive.read(path).decode(), "PPOConfig")
     options = fields_of(config)
     for base in map(ast.unparse, config.bases):
         if base in PARENTS:
-            options += fields_of(class_of(archive.read(PARENTS[base]).decode(), base))
-    return list(dict.fromkeys(options))
+            options = fields_of(class_of(archive.read(PARENTS[base]).decode(), base)) | options
+    return options
 
 
-def read_wheel(path: Path) -> tuple[list[str], list[str], list[str]] | None:
+def read_wheel(path: Path) -> tuple[dict[str, str], list[str], list[str]] | None:
     """Options, trainer arguments in order, and older names of these; None if there is no PPO in this version."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -67,7 +75,7 @@ def read_wheel(path: Path) -> tuple[list[str], list[str], list[str]] | None:
         return options_of(archive, f"{folder}ppo_config.py"), arguments_of(init), renamed_arguments(init)
 
 
-def spans(names_by_version: dict[str, list[str]]) -> dict[str, list[str]]:
+def spans(names_by_version: dict[str, Iterable[str]]) -> dict[str, list[str]]:
     """Name -> the first and the last version that has it."""
     found: dict[str, list[str]] = {}
     for version, names in names_by_version.items():
@@ -86,6 +94,18 @@ def runs(arguments_by_version: dict[str, list[str]]) -> list[dict]:
     return found
 
 
+def statistics_of(path: Path) -> list[str]:
+    """Names of the numbers that the trainer logs: what its `train` assigns to `metrics[...]`."""
+    with zipfile.ZipFile(path) as archive:
+        folder = next(folder for folder in SECOND_GENERATION if f"{folder}ppo_trainer.py" in archive.namelist())
+        trainer = class_of(archive.read(f"{folder}ppo_trainer.py").decode(), "PPOTrainer")
+    targets = [target for node in ast.walk(trainer) if isinstance(node, ast.Assign) for target in node.targets]
+    found = [
+        target for target in targets if isinstance(target, ast.Subscript) and ast.unparse(target.value) == "metrics"
+    ]
+    return [ast.literal_eval(target.slice) for target in found]
+
+
 def version_of(path: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"trl-([\d.]+)-", path.name)[1].split("."))
 
@@ -101,6 +121,8 @@ def extract_trl(folder: Path) -> None:
             "source": "every release of trl from 0.12.0 to 1.12.0",
             "versions": list(found),
             "options": spans({version: facts[0] for version, facts in found.items()}),
+            "last_defaults": list(found.values())[-1][0],
+            "last_statistics": statistics_of(folder / f"trl-{list(found)[-1]}-py3-none-any.whl"),
             "trainer_arguments": runs({version: facts[1] for version, facts in found.items()}),
             "older_names_of_arguments": spans({version: facts[2] for version, facts in found.items()}),
         },
@@ -113,8 +135,8 @@ def extract_trlx(folder: Path) -> None:
     )
     sections = {"model": "ModelConfig", "tokenizer": "TokenizerConfig", "optimizer": "OptimizerConfig"}
     sections |= {"scheduler": "SchedulerConfig", "train": "TrainConfig"}
-    options = {section: fields_of(class_of(configs, name)) for section, name in sections.items()}
-    options["method"] = fields_of(class_of(ppo, "PPOConfig"))
+    options = {section: list(fields_of(class_of(configs, name))) for section, name in sections.items()}
+    options["method"] = ["name", *fields_of(class_of(ppo, "PPOConfig"))]
     functions = [node for node in ast.parse(train).body if isinstance(node, ast.FunctionDef) and node.name == "train"]
     write("trlx_options", {"source": "trlx 0.7.0", "options": options, "train_arguments": arguments_of(functions[0])})
 

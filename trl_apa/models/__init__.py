@@ -7,6 +7,7 @@ from trl_apa.models.policy_and_value import (
     PolicyAndValue,
     build_policy,
     disable_dropout,
+    load_policy_and_value,
     select_adapter,
 )
 from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
@@ -33,6 +34,7 @@ __all__ = [
     "disable_dropout",
     "independent_copy",
     "load_language_model",
+    "load_policy_and_value",
     "reference_policy",
     "resolve_value_model",
     "reward_adapter_of",

@@ -13,7 +13,7 @@ from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import RewardAdapter
 from trl_apa.models.summary_head import PolicyValueHead
-from trl_apa.models.value_model import ValueModel, save_network, state_of
+from trl_apa.models.value_model import ValueModel, load_network, save_network, state_of
 
 
 VALUE_MODEL_FOLDER = "value_model"
@@ -163,6 +163,16 @@ class PolicyAndValue(nn.Module):
         if kwargs.get("is_main_process", True):
             folder = Path(path) if self.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
             self.value_model.save_pretrained(folder, state_dict=state_of(state_dict, "value_model"))
+
+
+def load_policy_and_value(module: PolicyAndValue, path: str | Path) -> None:
+    """Put what `PolicyAndValue.save_pretrained` wrote into networks of the same shape.
+
+    Raises:
+        ValueError, RuntimeError: if they are another model's.
+    """
+    load_network(module.policy, path)
+    module.value_model.load_weights(path if module.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER)
 
 
 def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:

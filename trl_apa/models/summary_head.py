@@ -70,6 +70,10 @@ class PolicyValueHead(nn.Module):
         """V of the state before each response token, reward units, float32 `(B, R)`."""
         return at_least_float32(self.head(hidden_BRH).squeeze(-1))
 
+    def load_weights(self, path: str | Path) -> None:
+        """Put what `save_pretrained` wrote into this head."""
+        self.head.load_state_dict(read_value_head(str(path)))
+
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the head beside the policy in `path`, under the names that the classic wrappers give it.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
@@ -158,6 +158,11 @@ class ValueModel(nn.Module):
         width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
         return cls(trunk, ValueHead(width).to(_device(trunk)))
 
+    def load_weights(self, path: str | Path) -> None:
+        """Put what `save_pretrained` wrote into these networks."""
+        load_network(self.network, path)
+        self.head.load_state_dict(load_file(Path(path) / HEAD_WEIGHTS))
+
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write network (or its adapter), head and a description as safetensors and JSON.
 
@@ -236,6 +241,21 @@ def save_network(network: nn.Module, path: str | Path, state_dict: dict[str, Ten
     if adapter != "default" and folder.is_dir():
         shutil.copytree(folder, path, dirs_exist_ok=True)
         shutil.rmtree(folder)
+
+
+def load_network(network: nn.Module, path: str | Path) -> None:
+    """Put weights that `save_network` wrote into a network of the same shape.
+
+    Raises:
+        ValueError: if they are another network's.
+    """
+    if is_peft_model(network):
+        weights = load_peft_weights(str(path), device="cpu")
+        unexpected = set_peft_model_state_dict(network, weights, adapter_name=network.active_adapter).unexpected_keys
+        if unexpected:
+            raise ValueError(f"the adapter in {path} does not fit the model: it has {unexpected[0]!r}")
+        return
+    network.load_state_dict(type(network).from_pretrained(path, dtype=network.dtype).state_dict())
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -1,0 +1,344 @@
+"""`train()`: the same update under the Hugging Face Trainer, and picked up in the middle as if it had not stopped."""
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+
+from tests.test_update import assert_same
+from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
+from trl_apa import APATrainer
+from trl_apa.prompts import PromptSource
+
+
+PROMPTS = [f"w{2 + i % 9} w{3 + i % 7}" for i in range(16)]
+
+
+def few_nines(completions, **kwargs):
+    return [-float(text.split().count("w9")) + 0.1 * len(text.split()) for text in completions]
+
+
+def length(completion_ids, target, **kwargs):
+    return [-abs(len(ids) - wanted) / 4 for ids, wanted in zip(completion_ids, target, strict=True)]
+
+
+def trainer_for(
+    tmp_path, model=None, dataset=None, reward_funcs=few_nines, eval_dataset=None, callbacks=None, **config
+):
+    options = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
+    dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset
+    return APATrainer(
+        tiny_config(tmp_path, **{**options, "mini_batch_size": 2, "ppo_epochs": 2, **config}),
+        tiny_model() if model is None else model,
+        tokenizer=tiny_tokenizer(),
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        reward_funcs=reward_funcs,
+        reward_processing_classes=reward_processing_classes,
+        callbacks=callbacks,
+    )
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def logged(trainer, *without):
+    """The log without what the clock says."""
+    timed = ("time/", "train_runtime", "train_samples", "train_steps", "total_flos", "eval_runtime")
+    return [
+        {name: value for name, value in row.items() if not name.startswith((*timed, *without))}
+        for row in trainer.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "ppo"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_train_is_the_classic_loop(tmp_path, loss_type, accumulation):
+    """The same prompts, sampled from the same random numbers, scored alike: the same parameters to the last bit."""
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation, "max_steps": 8 // accumulation}
+    driven = trainer_for(tmp_path, **options)
+    driven.train()
+    looped = trainer_for(tmp_path, **options)
+    source = PromptSource(looped.train_dataset, 4, seed=3)
+    for iteration in range(2):
+        queries = [torch.tensor(tiny_tokenizer()(row["prompt"])["input_ids"]) for row in source.rows(iteration)]
+        responses = looped.generate(queries, batch_size=4, return_prompt=False)
+        texts = tiny_tokenizer().batch_decode(responses, skip_special_tokens=True)
+        stats = looped.step(queries, responses, [torch.tensor(score) for score in few_nines(texts)])
+    assert driven.state.global_step == looped.state.global_step == 8 // accumulation
+    assert_same(parameters(driven), parameters(looped), tolerance=1e-12)
+    last = [row for row in driven.state.log_history if "apa/loss/total" in row][-1]
+    for name in ("objective/kl", "apa/loss/total", "apa/mean_scores", "apa/grad_norm/policy", "objective/kl_coef"):
+        assert last[name] == pytest.approx(stats[name], rel=1e-6), name
+
+
+def test_the_log_has_losses_at_every_step_and_statistics_once_an_iteration(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=8, logging_steps=2)
+    trainer.train()
+    rows = trainer.state.log_history
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if "apa/mean_scores" in row] == [4, 8]
+    # The Trainer's loss of an optimizer step is ours: the mean of the four steps of an iteration.
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert sum(losses[:2]) / 2 == pytest.approx(rows[1]["apa/loss/total"], rel=1e-5)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+        control.should_save = control.should_training_stop
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+@pytest.mark.parametrize("loss_type", ["apa", "ppo"])
+def test_a_run_goes_on_from_any_optimizer_step_as_if_it_had_not_stopped(tmp_path, stop, loss_type):
+    """In the middle of an epoch over the rollouts, between two iterations, and in the second: the same bits."""
+    options = {"loss_type": loss_type, "max_steps": 12, "scale_rewards": True, "lr_scheduler_type": "linear"}
+    whole = trainer_for(tmp_path / "whole", **options)
+    whole.train()
+    cut = trainer_for(tmp_path / "cut", callbacks=[StopAt(stop)], **options)
+    cut.train()
+    assert cut.state.global_step == stop
+    again = trainer_for(tmp_path / "cut", model=tiny_model(seed=0), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{stop}"))
+    assert_same(parameters(again), parameters(whole), tolerance=1e-30)
+    assert logged(again, "train_loss")[:-1] == logged(whole, "train_loss")[:-1]
+    assert again.kl_ctl.value == whole.kl_ctl.value and again.running_scores.count == whole.running_scores.count
+    for mine, theirs in zip(again.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
+        assert mine["exp_avg"].equal(theirs["exp_avg"])
+
+
+def test_epochs_count_passes_over_the_prompts_and_episodes_rollouts(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    # 16 prompts, 4 an iteration, 2 epochs of 2 mini-batches over each: 2 * 4 * 4 optimizer steps.
+    assert trainer.state.global_step == 32 and trainer.num_iterations_done == 8
+    assert trainer.state.epoch == 2.0
+    trainer = trainer_for(tmp_path, max_steps=-1, total_episodes=9)
+    trainer.train()
+    assert trainer.num_iterations_done == 3
+
+
+def test_prompts_come_in_an_order_that_seed_and_iteration_decide():
+    source = PromptSource(PROMPTS, 4, seed=1)
+    first_pass = [row["prompt"] for iteration in range(4) for row in source.rows(iteration)]
+    assert sorted(first_pass) == sorted(PROMPTS) and first_pass != PROMPTS
+    second_pass = [row["prompt"] for iteration in range(4, 8) for row in source.rows(iteration)]
+    assert sorted(second_pass) == sorted(PROMPTS) and second_pass != first_pass
+    assert source.rows(2) == PromptSource(PROMPTS, 4, seed=1).rows(2) != PromptSource(PROMPTS, 4, seed=2).rows(2)
+    halves = [PromptSource(PROMPTS, 2, 1, process, 2).rows(3) for process in range(2)]
+    assert halves[0] + halves[1] == source.rows(3)
+    with pytest.raises(ValueError, match="train_dataset has 16 rows; one iteration asks 17"):
+        PromptSource(PROMPTS, 17)
+
+
+def test_a_stream_is_read_on_from_any_iteration_and_begins_again_at_its_end():
+    stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in PROMPTS[:6]))
+    source = PromptSource(stream, 4)
+    texts = [[row["prompt"] for row in source.rows(iteration)] for iteration in range(3)]
+    assert [text for rows in texts for text in rows] == (PROMPTS[:6] * 2)
+    resumed = PromptSource(stream, 4)
+    assert [row["prompt"] for row in resumed.rows(2)] == texts[2]
+
+
+def test_a_stream_trains_for_max_steps(tmp_path):
+    stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in PROMPTS))
+    trainer = trainer_for(tmp_path, dataset=stream, max_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_rows_may_be_texts_messages_or_token_ids(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w30 ' if m['role'] == 'user' else 'w31 ' }}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}w31{% endif %}"
+    )
+    seen = []
+
+    def remember(prompts, completions, completion_ids, **kwargs):
+        seen.append((prompts, completions, completion_ids))
+        return [float(len(ids)) for ids in completion_ids]
+
+    datasets = {
+        "list": PROMPTS,
+        "query": Dataset.from_dict({"query": PROMPTS}),
+        "ids": Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in PROMPTS]}),
+        "chat": Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in PROMPTS]}),
+    }
+    queries = {}
+    for kind, dataset in datasets.items():
+        trainer = trainer_for(tmp_path, dataset=dataset, reward_funcs=remember, max_steps=1)
+        trainer.processing_class.chat_template = tokenizer.chat_template
+        trainer.train()
+        queries[kind] = [query.tolist() for query in trainer._iteration.rollouts.queries]
+    assert queries["list"] == queries["query"] == queries["ids"]
+    assert queries["chat"] == [[30, *query, 31] for query in queries["list"]]
+    assert [prompts for prompts, _, _ in seen[:3]] == [seen[0][0]] * 3
+    prompts, completions, _ = seen[3]
+    assert prompts[0] == [{"role": "user", "content": seen[0][0][0]}]
+    assert completions[0][0]["role"] == "assistant" and isinstance(completions[0][0]["content"], str)
+
+
+def test_long_prompts_keep_their_end_and_prompts_may_have_several_responses(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1, max_prompt_length=1, num_generations=2, temperature=1.0)
+    trainer.train()
+    rollouts = trainer._iteration.rollouts
+    assert {len(query) for query in rollouts.queries} == {1}
+    assert rollouts.queries[0].equal(rollouts.queries[1]) and rollouts.queries[2].equal(rollouts.queries[3])
+    with pytest.raises(ValueError, match="num_generations=3: batch_size=4 should be a multiple"):
+        tiny_config(tmp_path, num_generations=3)
+
+
+def test_reward_functions_are_weighted_and_see_the_columns(tmp_path):
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "target": list(range(16))})
+
+    async def later(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = trainer_for(
+        tmp_path, dataset=dataset, reward_funcs=[few_nines, length, later], reward_weights=[1.0, 2.0, 0.5], max_steps=1
+    )
+    trainer.train()
+    rollouts = trainer._iteration.rollouts
+    rows = PromptSource(dataset, 4, seed=3).rows(0)
+    texts = tiny_tokenizer().batch_decode(rollouts.responses, skip_special_tokens=True)
+    lengths = length([r.tolist() for r in rollouts.responses], [row["target"] for row in rows])
+    expected = [a + 2 * b + 0.5 for a, b in zip(few_nines(texts), lengths, strict=True)]
+    assert rollouts.scores_B.tolist() == pytest.approx(expected)
+    scores = trainer.score(rollouts.queries, rollouts.responses, target=[row["target"] for row in rows])
+    assert [float(score) for score in scores] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_a_reward_model_scores_the_last_token_even_if_pad_is_eos(tmp_path, pad_is_eos):
+    torch.manual_seed(5)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    if pad_is_eos:
+        reward_model.config.pad_token_id = EOS
+    trainer = trainer_for(tmp_path, reward_funcs=reward_model, max_steps=4)
+    queries = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    responses = [torch.tensor([9, EOS]), torch.tensor([10, 11, 12])]
+    scores = [float(score) for score in trainer.score(queries, responses)]
+    for query, response, score in zip(queries, responses, scores, strict=True):
+        ids = torch.cat([query, response])[None]
+        with torch.no_grad():
+            hidden = reward_model.base_model(input_ids=ids).last_hidden_state[0, -1]
+        assert score == pytest.approx(float(reward_model.score(hidden)[0].detach()), rel=1e-4)
+    before = {name: p.clone() for name, p in reward_model.named_parameters()}
+    trainer.train()
+    assert all(p.equal(before[name]) for name, p in reward_model.named_parameters())
+    # From a folder with its own tokenizer, the same.
+    reward_model.save_pretrained(tmp_path / "rm")
+    tiny_tokenizer().save_pretrained(tmp_path / "rm")
+    named = trainer_for(tmp_path, reward_funcs=str(tmp_path / "rm"))
+    assert named.scorer.names == ["rm"]
+    assert [float(score) for score in named.score(queries, responses)] == pytest.approx(scores, rel=1e-4)
+
+
+def test_evaluation_compares_with_the_reference_and_takes_no_random_number_from_training(tmp_path):
+    held_out = Dataset.from_dict({"prompt": PROMPTS[:5]})
+    plain = trainer_for(tmp_path / "plain", max_steps=8, learning_rate=0.03)
+    plain.train()
+    options = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2, "learning_rate": 0.03}
+    trainer = trainer_for(tmp_path, eval_dataset=held_out, max_steps=8, **options)
+    first = trainer.evaluate()
+    # Two samples of one policy: same law of the reward, KL exactly zero.
+    assert first["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert 0 <= first["eval_win_rate"] <= 1 and first["eval_reward_std"] >= 0
+    trainer.train()
+    assert_same(parameters(trainer), parameters(plain), tolerance=1e-12)
+    rows = [row for row in trainer.state.log_history if "eval_reward" in row]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert rows[0]["eval_kl"] != rows[1]["eval_kl"]
+    assert trainer.evaluate(eval_dataset={"a": held_out})["eval_a_kl"] == pytest.approx(rows[-1]["eval_kl"])
+
+
+def test_the_best_checkpoint_by_reward_is_loaded_at_the_end(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    trainer = trainer_for(
+        tmp_path,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+        learning_rate=0.05,
+        **options,
+    )
+    trainer.train()
+    best = max((row for row in trainer.state.log_history if "eval_reward" in row), key=lambda row: row["eval_reward"])
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(best["eval_reward"])
+
+
+def test_training_raises_the_reward(tmp_path):
+    """Reward 1 for answering with one word: chance is about 1 in 30 a token, and the run ends above a half."""
+
+    def fives(completion_ids, **kwargs):
+        return [sum(token == 5 for token in ids) / 5 for ids in completion_ids]
+
+    options = {"batch_size": 16, "mini_batch_size": 16, "ppo_epochs": 4, "max_steps": 60, "learning_rate": 3e-3}
+    trainer = trainer_for(tmp_path, model=tiny_model(scale=1.0), reward_funcs=fives, eval_dataset=PROMPTS, **options)
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    assert before < 0.2 < 0.5 < trainer.evaluate()["eval_reward"]
+
+
+def test_a_classifier_with_other_tokens_gets_the_text_and_one_with_an_added_pad_the_ids(tmp_path):
+    torch.manual_seed(5)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    padded = tiny_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    reversed_words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": 33 - i for i in range(2, 32)}}
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(reversed_words), pad_token="<pad>", eos_token="<eos>"
+    )
+    query, response = torch.tensor([5, 6, 7]), torch.tensor([8, EOS])
+
+    def score(tokenizer):
+        trainer = trainer_for(tmp_path, reward_funcs=reward_model, reward_processing_classes=tokenizer)
+        return float(trainer.score([query], [response])[0])
+
+    def expected(ids):
+        with torch.no_grad():
+            hidden = reward_model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            return float(reward_model.score(hidden)[0])
+
+    assert score(padded) == pytest.approx(expected([5, 6, 7, 8, EOS]), rel=1e-4)
+    # w5 w6 w7 w8 are 28 27 26 25 to the other; special tokens are not part of a text.
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda completions, **kwargs: [1.0], "gave 1 values for 4 responses"),
+        (lambda completions, **kwargs: [1.0, None, 1.0, 1.0], "gave None for row 1"),
+        (lambda completions, **kwargs: [1.0, 1.0, float("nan"), 1.0], "gave nan for row 2"),
+    ],
+)
+def test_a_reward_function_that_gives_nonsense_is_named(tmp_path, broken, message):
+    broken.__name__ = "broken"
+    with pytest.raises(ValueError, match=f"reward function broken {message}"):
+        trainer_for(tmp_path, reward_funcs=broken).train()
+
+
+def test_what_train_and_evaluate_need_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="needs reward_funcs or reward_model"):
+        trainer_for(tmp_path, reward_funcs=None).train()
+    with pytest.raises(ValueError, match=r"evaluate\(\) needs eval_dataset"):
+        trainer_for(tmp_path).evaluate()
+    with pytest.raises(ValueError, match="reward_funcs has a int"):
+        trainer_for(tmp_path, reward_funcs=3)
+    with pytest.raises(ValueError, match="reward_weights has 2 elements; there are 1"):
+        trainer_for(tmp_path, reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"columns \['text'\]; it should have prompt"):
+        trainer_for(tmp_path, dataset=Dataset.from_dict({"text": PROMPTS})).train()

@@ -1,0 +1,97 @@
+"""How good a policy is on prompts it was not trained on: reward, KL to pi_init, wins over pi_init's own answers."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
+from trl_apa.masking import keep_counted
+from trl_apa.models import reference_policy
+from trl_apa.rollouts import pad_tokens, response_mask
+
+
+if TYPE_CHECKING:
+    from trl_apa.trainer import APATrainer
+
+
+def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Sample one response of the policy and one of pi_init to each prompt, and compare.
+
+    Every process takes its part of the prompts; the seed is `args.seed`, so that checkpoints meet the same luck.
+
+    Args:
+        trainer: with reward functions.
+        rows: prompts, with the columns that the reward functions read.
+
+    Returns:
+        In reward units `reward`, `reward_std`, `ref_reward` and `rewards/<function>`; `win_rate`, the share of prompts
+        on which the policy scores higher than pi_init, a tie counting half; `kl`, nats a response, the mean of
+        log pi - log pi_init over the policy's responses; `response_length`, tokens; `eos_share`; `runtime`, seconds.
+    """
+    start = time.perf_counter()
+    process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    per_process = -(-len(rows) // count)
+    # Every process takes part in every collective; rows that only fill up are left out of the means.
+    numbers = [process + k * count for k in range(per_process)]
+    own = [rows[number % len(rows)] for number in numbers]
+    with random_numbers_of_its_own(trainer.args.seed, trainer.accelerator.process_index):
+        table = [_measure(trainer, own[i : i + _size(trainer)]) for i in range(0, len(own), _size(trainer))]
+    columns = {name: torch.cat([part[name] for part in table]) for name in table[0]}
+    names = sorted(columns)
+    stacked = torch.stack([columns[name].float() for name in names], dim=1).to(trainer.accelerator.device)
+    everywhere = trainer.accelerator.gather(stacked)
+    is_real = trainer.accelerator.gather(torch.tensor(numbers, device=stacked.device)) < len(rows)
+    columns = dict(zip(names, everywhere[is_real].unbind(dim=1), strict=True))
+    metrics = {name: float(values.mean()) for name, values in columns.items()}
+    metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
+    return {**metrics, "runtime": time.perf_counter() - start}
+
+
+def _size(trainer: "APATrainer") -> int:
+    return trainer.args.per_device_eval_batch_size
+
+
+def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """One value a row."""
+    queries = [trainer._query(row) for row in rows]
+    responses, ref_responses = trainer._respond(queries, generate_ref_response=True)
+    scores_BF = trainer._scores(rows, queries, responses)
+    reward_B = trainer.scorer.weighted(scores_BF)
+    ref_reward_B = trainer.scorer.weighted(trainer._scores(rows, queries, ref_responses))
+    end = trainer._end_token_ids
+    return {
+        "reward": reward_B,
+        "ref_reward": ref_reward_B,
+        "win_rate": ((reward_B - ref_reward_B).sign() + 1) / 2,
+        "kl": _sequence_kl(trainer, queries, responses).cpu(),
+        "response_length": torch.tensor([float(len(response)) for response in responses]),
+        "eos_share": torch.tensor([float(int(response[-1]) in end) for response in responses]),
+        **{f"rewards/{name}": scores_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
+    }
+
+
+@torch.no_grad()
+def _sequence_kl(trainer: "APATrainer", queries: list[Tensor], responses: list[Tensor]) -> Tensor:
+    device = trainer.accelerator.device
+    mask_BR = response_mask(responses, device=device)
+    tokens = pad_tokens(queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
+    tokens = {name: tokens[name].to(device) for name in TOKEN_FIELDS if name in tokens}
+    policy = trainer.accelerator.unwrap_model(trainer.model).policy
+    arguments = (tokens, mask_BR.shape[1], trainer.args.temperature)
+    with trainer.accelerator.autocast():
+        logprobs_BR, _ = response_logprobs(policy, *arguments)
+        with reference_policy(policy, trainer.ref_model) as reference:
+            ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
+    return keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1)
+
+
+@contextmanager
+def random_numbers_of_its_own(seed: int, process_index: int = 0) -> Iterator[None]:
+    """Inside, torch's generators are seeded; afterwards they go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + process_index)
+        yield

@@ -1,0 +1,207 @@
+"""Responses to scores: reward functions in Python and reward models, weighted and summed."""
+
+import asyncio
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import is_conversational
+
+from trl_apa.logprobs import network_inputs
+from trl_apa.rollouts import pad_queries
+
+
+class RewardModel:
+    """Scores of a sequence classifier, after the last token of prompt and response.
+
+    Args:
+        model: a classifier with one label; it is frozen.
+        tokenizer: the classifier's own, to which prompt and response are decoded and tokenised again; None if it reads
+            the policy's token ids.
+        batch_size: sequences a forward pass.
+
+    Raises:
+        ValueError: if the classifier has several labels.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 8):
+        if model.config.num_labels != 1:
+            raise ValueError(f"reward model {type(model).__name__} has {model.config.num_labels} labels, not one")
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.__name__ = os.path.basename(model.config._name_or_path.rstrip("/")) or type(model).__name__
+
+    def __call__(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        **_: Any,
+    ) -> list[float]:
+        if self.tokenizer is None:
+            pairs = zip(prompt_ids, completion_ids, strict=True)
+            sequences = [torch.tensor([*prompt, *completion]) for prompt, completion in pairs]
+        else:
+            pairs = zip(prompts, completions, strict=True)
+            sequences = [self._tokens(prompt, completion) for prompt, completion in pairs]
+        starts = range(0, len(sequences), self.batch_size)
+        return [score for start in starts for score in self._scores(sequences[start : start + self.batch_size])]
+
+    def _tokens(self, prompt: Any, completion: Any) -> Tensor:
+        if is_conversational({"prompt": prompt}):
+            ids = self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+        else:
+            ids = self.tokenizer(prompt + completion)["input_ids"]
+        return torch.tensor(ids)
+
+    @torch.no_grad()
+    def _scores(self, sequences: list[Tensor]) -> list[float]:
+        """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
+        tokens = pad_queries(sequences, self.model.config.pad_token_id or 0, padding_side="right")
+        tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
+        head = getattr(self.model, "score", None)
+        if not isinstance(head, nn.Linear):
+            return self.model(**tokens).logits[:, 0].float().tolist()
+        tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        trunk = self.model.base_model
+        hidden_BTH = trunk(**network_inputs(trunk, tokens)).last_hidden_state
+        rows = torch.arange(len(sequences), device=hidden_BTH.device)
+        last_BH = hidden_BTH[rows, tokens["attention_mask"].sum(1) - 1]
+        return head(last_BH.to(head.weight.dtype))[:, 0].float().tolist()
+
+
+class Scorer:
+    """The weighted sum of reward functions.
+
+    Args:
+        functions: called as `(prompts, completions, completion_ids, **columns) -> list of floats`; coroutine functions
+            run together. Keywords beside these are the data set's columns, one value a response.
+        weights: one a function; 1 each by default.
+
+    Raises:
+        ValueError: if there are not as many weights as functions.
+    """
+
+    def __init__(self, functions: Sequence[Callable], weights: Sequence[float] | None = None):
+        self.functions = list(functions)
+        self.names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+        self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        if len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"reward_weights has {len(self.weights)} elements; there are {len(self.functions)} reward functions"
+            )
+
+    def __call__(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        columns: dict[str, list[Any]],
+    ) -> Tensor:
+        """What each function says of each response.
+
+        Args:
+            prompts: texts or chat messages.
+            completions: texts, or for chat messages the assistant's message in a list.
+            queries, responses: their token ids, 1-D.
+            columns: what else the data set holds, one value a response.
+
+        Returns:
+            `Tensor` `(B, F)`: reward units, before the weights.
+
+        Raises:
+            ValueError: naming the function, if it gives another number of values than responses, or a value that is
+                not a finite number.
+        """
+        arguments = {"prompts": prompts, "completions": completions, **columns}
+        arguments["completion_ids"] = [response.tolist() for response in responses]
+        prompt_ids = [query.tolist() for query in queries]
+        calls = []
+        for function in self.functions:
+            extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel) else {}
+            calls.append(function(**arguments, **extra))
+        results = asyncio.run(_gather(calls)) if any(inspect.isawaitable(call) for call in calls) else calls
+        checked = [_checked(name, values, len(responses)) for name, values in zip(self.names, results, strict=True)]
+        return torch.tensor(checked, dtype=torch.float32).T
+
+    def weighted(self, scores_BF: Tensor) -> Tensor:
+        """One score a response, `(B,)`."""
+        return scores_BF @ torch.tensor(self.weights, dtype=scores_BF.dtype, device=scores_BF.device)
+
+
+async def _gather(calls: list[Any]) -> list[Any]:
+    async def settle(call: Any) -> Any:
+        return await call if inspect.isawaitable(call) else call
+
+    return await asyncio.gather(*(settle(call) for call in calls))
+
+
+def _checked(name: str, values: Any, num_responses: int) -> list[float]:
+    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    if len(values) != num_responses:
+        raise ValueError(f"reward function {name} gave {len(values)} values for {num_responses} responses")
+    for row, value in enumerate(values):
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"reward function {name} gave {value} for row {row}; it should be a finite number")
+    return [float(value) for value in values]
+
+
+def reward_functions(
+    functions: Any, processing_classes: Any, policy_tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[Callable]:
+    """What the trainer's `reward_funcs` and `reward_processing_classes` mean.
+
+    Args:
+        functions: one of, or a list of: a callable, a sequence classifier, or folder or hub name of one.
+        processing_classes: for each the classifier's tokenizer; None means the one where the classifier came from, or,
+            if there is none, that it reads the policy's token ids.
+        policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
+        device: where classifiers are put.
+
+    Raises:
+        ValueError: naming what is of another type, or if the lists differ in length.
+    """
+    functions = list(functions) if isinstance(functions, list | tuple) else [functions]
+    if not isinstance(processing_classes, list | tuple):
+        processing_classes = [processing_classes] * len(functions)
+    if len(processing_classes) != len(functions):
+        raise ValueError(
+            f"reward_processing_classes has {len(processing_classes)} elements; reward_funcs has {len(functions)}"
+        )
+    made: list[Callable] = []
+    for function, tokenizer in zip(functions, processing_classes, strict=True):
+        if isinstance(function, str | os.PathLike):
+            function = AutoModelForSequenceClassification.from_pretrained(os.fspath(function))
+        if isinstance(function, PreTrainedModel):
+            tokenizer = tokenizer or _tokenizer_of(function)
+            same = tokenizer is None or _agree(tokenizer, policy_tokenizer)
+            function = RewardModel(function.to(device), None if same else tokenizer)
+        elif not callable(function):
+            raise ValueError(
+                f"reward_funcs has a {type(function).__name__}; it should hold functions, classifiers or their names"
+            )
+        made.append(function)
+    return made
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies where `model` was loaded from, if there is one."""
+    name = model.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        return None
+
+
+def _agree(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether every token of the smaller vocabulary has the same id in the larger, to which a pad was added, say."""
+    smaller, larger = sorted((one.get_vocab(), other.get_vocab()), key=len)
+    return all(larger.get(token) == index for token, index in smaller.items())

@@ -1,0 +1,243 @@
+"""`train()` and `evaluate()`: how the Hugging Face Trainer's own loop drives the same iterations as `step`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
+from trl import is_conversational
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.evaluation import held_out_metrics
+from trl_apa.iteration import Iteration
+from trl_apa.models import load_policy_and_value
+from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, prompt_of, query_of
+from trl_apa.statistics import StageTimer, mean_of_numbers
+
+
+STATE_FILE = "apa_state_{process}.pt"
+
+
+class EndOfIteration(TrainerCallback):
+    """Closes an iteration after its last optimizer step, before the Trainer logs and saves."""
+
+    def __init__(self, trainer: "TrainingLoop"):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._close_iteration()
+
+
+class Tickets(IterableDataset):
+    """Empty rows without end: what is learned from comes out of the rollouts, not out of the data loader."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield 0
+
+
+class TrainingLoop(_BaseTrainer):
+    """The part of `APATrainer` that the Hugging Face Trainer calls.
+
+    Its loop counts micro-batches and takes the optimizer steps; `training_step` asks here for the next rollouts when
+    those before are used up.
+    """
+
+    _source: PromptSource | None = None
+    _timer: StageTimer | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
+
+        One optimizer step of the Trainer is one mini-batch of `step`; `max_steps`, `logging_steps`, `save_steps` and
+        `eval_steps` count those. An epoch is a pass over `train_dataset`.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the last one in
+                `args.output_dir`. The run goes on as if it had not stopped, in the middle of an iteration too.
+            kwargs: as in [`~transformers.Trainer.train`].
+
+        Returns:
+            As in [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`.
+            FloatingPointError: if a gradient is not finite; that update was not made.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train() needs train_dataset, the prompts to ask")
+        if self.scorer is None:
+            raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
+        args = self.args
+        self._source = PromptSource(
+            self.train_dataset,
+            args.batch_size // args.num_generations,
+            args.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if args.total_episodes is not None and args.max_steps < 0:
+            iterations = -(-args.total_episodes // args.global_batch_size)
+            args.max_steps = iterations * self._steps_per_iteration
+        self._iteration, self._unlogged = None, []
+        result = super().train(resume_from_checkpoint, **kwargs)
+        self._prepared = True
+        return result
+
+    @property
+    def _steps_per_iteration(self) -> int:
+        return self.args.num_epochs_per_batch * self.args.batch_size // self.args.backward_batch_size
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As many empty rows as a pass over the prompts has micro-batches."""
+        passes = self._source.iterations_per_pass
+        micro_batches = self._steps_per_iteration * self.args.gradient_accumulation_steps
+        tickets = Tickets() if passes is None else range(passes * micro_batches)
+        # With a generator of its own the loader leaves the global one alone, with which tokens are sampled.
+        return DataLoader(tickets, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rollouts in a pass over the prompts."""
+        return (self._source.iterations_per_pass or 0) * self.args.global_batch_size
+
+    def _collect_iteration(self) -> None:
+        """Prompts to rollouts with scores, advantages and a plan: what `step` gets from its caller and makes of it."""
+        self._timer = timer = StageTimer()
+        rows = self._source.rows(self.num_iterations_done)
+        rows = [row for row in rows for _ in range(self.args.num_generations)]
+        queries = [self._query(row) for row in rows]
+        with timer("generate"):
+            responses = self._respond(queries)
+        with timer("score"):
+            scores_BF = self._scores(rows, queries, responses)
+        self._score_stats = {f"apa/rewards/{name}": scores_BF[:, i] for i, name in enumerate(self.scorer.names)}
+        scores = list(self.scorer.weighted(scores_BF))
+        self._check_on_all_processes(queries, responses, scores, None)
+        self._prepare_iteration(*self._collect(queries, responses, scores, None), timer)
+
+    def _close_iteration(self) -> None:
+        self._stop_if_moved_too_far()
+        if self._iteration.finished:
+            self._unlogged.append(self._finish_iteration(self._timer))
+
+    def _query(self, row: dict[str, Any]) -> Tensor:
+        args = self.args
+        return query_of(row, self.processing_class, args.max_prompt_length, args.chat_template_kwargs)
+
+    def _respond(self, queries: list[Tensor], **options: Any) -> Any:
+        """As `generate`, responses without prompt or start token."""
+        size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size or len(queries)
+        options |= {"batch_size": size, "return_prompt": False, "stop_strings": self.args.stop_strings}
+        responses = self.generate(queries, **options)
+        if not self.is_encoder_decoder:
+            return responses
+        pair = responses if isinstance(responses, tuple) else (responses,)
+        pair = tuple([response[1:] for response in part] for part in pair)
+        return pair if isinstance(responses, tuple) else pair[0]
+
+    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Tensor:
+        """What each reward function says, `(B, F)`."""
+        prompts = [prompt_of(row) for row in rows]
+        if any(prompt is None for prompt in prompts):
+            prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
+        texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
+        chat = is_conversational({"prompt": prompts[0]})
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+        names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
+        columns = {name: [row[name] for row in rows] for name in names}
+        return self.scorer(prompts, completions, queries, responses, columns)
+
+    def score(
+        self, queries: list[Tensor], responses: list[Tensor], prompts: list[Any] | None = None, **columns: list[Any]
+    ) -> list[Tensor]:
+        """Scores by the trainer's own reward functions, for the classic loop.
+
+        Args:
+            queries, responses: 1-D token ids, as `step` takes them.
+            prompts: texts or chat messages that the reward functions should see; the decoded queries by default.
+            columns: what else the reward functions read, one value a response.
+
+        Returns:
+            One 0-D tensor a response, reward units.
+
+        Raises:
+            ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number.
+        """
+        if self.scorer is None:
+            raise ValueError("score() needs reward_funcs or reward_model")
+        rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
+        for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
+            rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
+        return list(self.scorer.weighted(self._scores(rows, queries, responses)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's logs, with the means of the iterations that ended since the last ones."""
+        if self.is_in_train and self._unlogged and logs.keys() & {"loss", "train_runtime"}:
+            logs = {**logs, **mean_of_numbers(self._unlogged)}
+            self._unlogged = []
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Reward, KL and wins over pi_init on held-out prompts, see `evaluation.held_out_metrics`.
+
+        Samples as training does, from random numbers of its own: it leaves training's as they were.
+
+        Raises:
+            ValueError: without prompts or reward functions.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs eval_dataset, held-out prompts")
+        if self.scorer is None:
+            raise ValueError("evaluate() needs reward_funcs or reward_model")
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        rows = [row if isinstance(row, dict) else {"prompt": row} for row in dataset]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in held_out_metrics(self, rows).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Called in the middle of writing a checkpoint: what a resumed run needs beside weights and optimizer."""
+        super()._save_rng_state(output_dir)
+        unfinished = self._iteration is not None and not self._iteration.finished
+        state = {
+            "iteration": self._iteration.state_dict() if unfinished else None,
+            "num_iterations_done": self.num_iterations_done,
+            "running_scores": self.running_scores.state_dict(),
+            "kl_ctl": self.kl_ctl.state_dict(),
+            "unlogged": [mean_of_numbers([stats]) for stats in self._unlogged],
+        }
+        torch.save(state, self._state_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called where the resumed loop takes up: the counterpart of `_save_rng_state`."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        state = torch.load(self._state_file(checkpoint), map_location="cpu", weights_only=True)
+        self.num_iterations_done, self._unlogged = state["num_iterations_done"], state["unlogged"]
+        self.running_scores.load_state_dict(state["running_scores"])
+        self.kl_ctl.load_state_dict(state["kl_ctl"])
+        if state["iteration"] is not None:
+            self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
+            self._timer = StageTimer()
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / STATE_FILE.format(process=self.accelerator.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_policy_and_value(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
