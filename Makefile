@@ -8,7 +8,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-lowest demo build clean
+.PHONY: help install check format test test-lowest parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ test: install ## run the tests
 test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions that pyproject.toml admits
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q $(ARGS)
 
+parity: install .venv-parity/.installed ## compare PPO with TRL 0.11.4's own, run in an environment of its own
+	HF_HUB_OFFLINE=1 .venv/bin/python -m parity.compare $(ARGS)
+
 demo: install ## align a small language model with APA, from nothing, on the CPU
 	.venv/bin/trl-apa demo --output-dir runs/demo $(ARGS)
 
@@ -37,10 +40,10 @@ build: install ## make the source distribution and the wheel in dist/
 	.venv/bin/python -m build --no-isolation
 
 clean: ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-lowest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-lowest .venv-parity .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-lowest/bin/python:
+.venv/bin/python .venv-lowest/bin/python .venv-parity/bin/python:
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec "$$python" -m venv $(@D)/..; \
@@ -60,3 +63,8 @@ endef
 # These versions of torch bring CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.
 .venv-lowest/.installed: pyproject.toml constraints/lowest.txt | .venv-lowest/bin/python
 	$(call install-with,constraints/lowest.txt)
+
+.venv-parity/.installed: constraints/parity.txt | .venv-parity/bin/python
+	@echo "installing into $(@D) with $<, which takes a few minutes the first time"
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check trl peft rich --constraint $<
+	@touch $@

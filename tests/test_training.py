@@ -22,20 +22,19 @@ def length(completion_ids, target, **kwargs):
     return [-abs(len(ids) - wanted) / 4 for ids, wanted in zip(completion_ids, target, strict=True)]
 
 
-def trainer_for(
-    tmp_path, model=None, dataset=None, reward_funcs=few_nines, eval_dataset=None, callbacks=None, **config
-):
-    options = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
+def trainer_for(tmp_path, model=None, dataset=None, reward_funcs=few_nines, **options):
+    of_trainer = {
+        n: options.pop(n) for n in ("eval_dataset", "callbacks", "reward_processing_classes") if n in options
+    }
+    config = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
     dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset
     return APATrainer(
-        tiny_config(tmp_path, **{**options, "mini_batch_size": 2, "ppo_epochs": 2, **config}),
+        tiny_config(tmp_path, **{**config, "mini_batch_size": 2, "ppo_epochs": 2, **options}),
         tiny_model() if model is None else model,
         tokenizer=tiny_tokenizer(),
         train_dataset=dataset,
-        eval_dataset=eval_dataset,
         reward_funcs=reward_funcs,
-        reward_processing_classes=reward_processing_classes,
-        callbacks=callbacks,
+        **of_trainer,
     )
 
 

@@ -21,19 +21,26 @@ class RewardModel:
 
     Args:
         model: a classifier with one label; it is frozen.
-        tokenizer: the classifier's own, to which prompt and response are decoded and tokenised again; None if it reads
-            the policy's token ids.
+        policy_tokenizer: the policy's, which decodes prompt and response together (decoded apart, some tokenizers lose
+            the space between them).
+        tokenizer: the classifier's own, which tokenises the text again; None if it reads the policy's token ids.
         batch_size: sequences a forward pass.
 
     Raises:
         ValueError: if the classifier has several labels.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 8):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 8,
+    ):
         if model.config.num_labels != 1:
             raise ValueError(f"reward model {type(model).__name__} has {model.config.num_labels} labels, not one")
         self.model = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
+        self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
         self.batch_size = batch_size
         self.__name__ = os.path.basename(model.config._name_or_path.rstrip("/")) or type(model).__name__
 
@@ -45,21 +52,18 @@ class RewardModel:
         completion_ids: list[list[int]],
         **_: Any,
     ) -> list[float]:
-        if self.tokenizer is None:
-            pairs = zip(prompt_ids, completion_ids, strict=True)
-            sequences = [torch.tensor([*prompt, *completion]) for prompt, completion in pairs]
-        else:
-            pairs = zip(prompts, completions, strict=True)
-            sequences = [self._tokens(prompt, completion) for prompt, completion in pairs]
+        rows = zip(prompts, completions, prompt_ids, completion_ids, strict=True)
+        sequences = [torch.tensor(self._tokens(*row)) for row in rows]
         starts = range(0, len(sequences), self.batch_size)
         return [score for start in starts for score in self._scores(sequences[start : start + self.batch_size])]
 
-    def _tokens(self, prompt: Any, completion: Any) -> Tensor:
+    def _tokens(self, prompt: Any, completion: Any, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
+        if self.tokenizer is None:
+            return prompt_ids + completion_ids
         if is_conversational({"prompt": prompt}):
-            ids = self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
-        else:
-            ids = self.tokenizer(prompt + completion)["input_ids"]
-        return torch.tensor(ids)
+            return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+        text = self.policy_tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
+        return self.tokenizer(text)["input_ids"]
 
     @torch.no_grad()
     def _scores(self, sequences: list[Tensor]) -> list[float]:
@@ -183,7 +187,7 @@ def reward_functions(
         if isinstance(function, PreTrainedModel):
             tokenizer = tokenizer or _tokenizer_of(function)
             same = tokenizer is None or _agree(tokenizer, policy_tokenizer)
-            function = RewardModel(function.to(device), None if same else tokenizer)
+            function = RewardModel(function.to(device), policy_tokenizer, None if same else tokenizer)
         elif not callable(function):
             raise ValueError(
                 f"reward_funcs has a {type(function).__name__}; it should hold functions, classifiers or their names"

@@ -1,0 +1,76 @@
+"""Statistics that the two libraries define differently, each with its reason and the cases it shows in.
+
+Everything else that classic's `step` returns must agree. What is listed here and agrees everywhere fails too, so that
+the list stays true.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from parity.case import Case
+
+
+def always(case: Case) -> bool:
+    return True
+
+
+def several_updates(case: Case) -> bool:
+    return case.options["ppo_epochs"] > 1 or case.options["mini_batch_size"] < case.options["batch_size"]
+
+
+def masked(case: Case) -> bool:
+    return any(rollouts.masks is not None for rollouts in case.rollouts)
+
+
+def clipped_scores(case: Case) -> bool:
+    return "score_clip" in case.options
+
+
+def other_penalty(case: Case) -> bool:
+    return case.options.get("kl_penalty", "kl") != "kl"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Why a statistic is not the same number in both libraries.
+
+    Args:
+        reason: for the reader of the table.
+        applies: whether it can be seen in a case; elsewhere the statistic must agree.
+    """
+
+    reason: str
+    applies: Callable[[Case], bool]
+
+
+OTHER_KL = Difference("classic's is the sum of `kl_penalty`'s estimate; ours is always k1", other_penalty)
+CLIPPED = Difference("classic's are the clipped scores; ours those handed to `step`", clipped_scores)
+SAMPLE = Difference("classic's is the sample's, ours the population's", always)
+COUNTED = Difference("classic counts every token (a decoder's start token too), ours those that count", masked)
+PER_MICRO_BATCH = Difference(
+    "classic averages what it takes of each micro-batch; ours is that of all counted tokens of the iteration",
+    several_updates,
+)
+DIFFERENCES = {
+    "objective/kl": OTHER_KL,
+    "objective/kl_dist": OTHER_KL,
+    "ppo/mean_scores": CLIPPED,
+    "ppo/std_scores": CLIPPED,
+    "ppo/policy/entropy": Difference(
+        "classic's is the mean over all epochs; ours is at each row's first visit", several_updates
+    ),
+    "ppo/policy/advantages_mean": PER_MICRO_BATCH,
+    "ppo/returns/mean": PER_MICRO_BATCH,
+    "ppo/returns/var": PER_MICRO_BATCH,
+    "ppo/val/mean": PER_MICRO_BATCH,
+    "ppo/val/var": PER_MICRO_BATCH,
+    "ppo/val/var_explained": Difference(
+        "classic's is 1 - (mean squared error during the update) / var(returns); ours is 1 - var(returns - V) / "
+        "var(returns) at the rollout",
+        always,
+    ),
+    "tokens/queries_len_std": SAMPLE,
+    "tokens/responses_len_std": SAMPLE,
+    "tokens/responses_len_mean": COUNTED,
+    "tokens/responses_dist": COUNTED,
+}
