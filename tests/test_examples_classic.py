@@ -290,7 +290,8 @@ def texts_of(trainer, queries, responses):
 def logits_of(classifier, tokenizer, texts):
     """One text at a time, so that no padding is in the way."""
     with torch.no_grad():
-        return torch.stack([classifier(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
+        inputs = [tokenizer(text, return_tensors="pt").to(classifier.device) for text in texts]
+        return torch.stack([classifier(**each).logits[0] for each in inputs]).cpu()
 
 
 @pytest.mark.parametrize(("options", "label"), [([], 1), (["--use_peft", "True", "--label", "NEGATIVE"], 0)])
@@ -340,7 +341,7 @@ def test_the_multi_adapter_example(run_example, tiny, tmp_path, quantise):
     )
     classifier = PeftModel.from_pretrained(classifier, tiny / "reward_adapter")
     expected = logits_of(classifier, trainer.tokenizer, texts_of(trainer, queries, responses))[:, 1]
-    torch.testing.assert_close(torch.stack(scores), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.stack(scores).cpu(), expected, atol=1e-3, rtol=1e-3)
     output_dir = tmp_path / "runs" / "multi_adapter"
     again = AutoPeftModelForCausalLM.from_pretrained(output_dir)
     assert list(again.peft_config) == ["default"]

@@ -3,6 +3,7 @@
 The options are those below and all of `APAConfig`, `--loss_type ppo` among them. See `examples/README.md`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +62,21 @@ def collator(rows: list[dict]) -> dict:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def build_reward(
+    config: APAConfig, script: ScriptArguments, device: torch.device
+) -> Callable[[list[str]], list[torch.Tensor]]:
+    """Texts to the classifier's logits for the label."""
+    task, name = config.reward_model.split(":", 1)
+    classifier = pipeline(task, model=name, device=device)
+
+    def reward(texts: list[str]) -> list[torch.Tensor]:
+        # `top_k=None` gives every label, the likeliest first, so the one that is wanted has to be looked up.
+        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=16)
+        return [torch.tensor(next(o["score"] for o in output if o["label"] == script.label)) for output in outputs]
+
+    return reward
+
+
 def main() -> None:
     script, config = parse_arguments()
     set_seed(config.seed)
@@ -75,13 +91,7 @@ def main() -> None:
     )
     trainer = APATrainer(config, model, tokenizer=tokenizer, dataset=dataset, data_collator=collator)
 
-    task, reward_name = config.reward_model.split(":", 1)
-    classifier = pipeline(task, model=reward_name, device=trainer.accelerator.device)
-
-    def reward(texts: list[str]) -> list[torch.Tensor]:
-        # `top_k=None` gives every label, the likeliest first, so the one that is wanted has to be looked up.
-        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=16)
-        return [torch.tensor(next(o["score"] for o in output if o["label"] == script.label)) for output in outputs]
+    reward = build_reward(config, script, trainer.accelerator.device)
 
     generation_kwargs = {
         "min_length": -1,

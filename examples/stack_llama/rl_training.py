@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     HfArgumentParser,
+    Pipeline,
     PreTrainedTokenizerBase,
     pipeline,
 )
@@ -126,9 +127,9 @@ def build_optimizer(script: ScriptArguments, model: torch.nn.Module) -> torch.op
     )
 
 
-def build_reward_pipeline(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase):
+def build_reward_pipeline(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
     quantization = BitsAndBytesConfig(load_in_8bit=True) if script.load_in_8bit else None
-    return pipeline(
+    reward_pipeline = pipeline(
         "sentiment-analysis",
         model=script.reward_model_name,
         tokenizer=tokenizer,
@@ -136,6 +137,9 @@ def build_reward_pipeline(script: ScriptArguments, tokenizer: PreTrainedTokenize
         model_kwargs={"quantization_config": quantization},
         return_token_type_ids=False,
     )
+    # The classifier reads its score before the padding, which is this tokenizer's.
+    reward_pipeline.model.config.pad_token_id = tokenizer.pad_token_id
+    return reward_pipeline
 
 
 def main() -> None:
@@ -160,8 +164,6 @@ def main() -> None:
         value_model=script.value_model,
     )
     reward_pipeline = build_reward_pipeline(script, tokenizer)
-    # The classifier reads its score before the padding, which is this tokenizer's.
-    reward_pipeline.model.config.pad_token_id = tokenizer.pad_token_id
 
     generation_kwargs = {
         "min_length": -1,

@@ -97,8 +97,8 @@ for epoch, batch in tqdm(enumerate(ppo_trainer.dataloader)):
     response_tensors, ref_response_tensors = ppo_trainer.generate(
         query_tensors, return_prompt=False, generate_ref_response=True, **generation_kwargs
     )
-    batch["response"] = tokenizer.batch_decode(response_tensors)
-    batch["ref_response"] = tokenizer.batch_decode(ref_response_tensors)
+    batch["response"] = tokenizer.batch_decode(response_tensors, skip_special_tokens=True)
+    batch["ref_response"] = tokenizer.batch_decode(ref_response_tensors, skip_special_tokens=True)
 
     rewards = positive_logits([q + r for q, r in zip(batch["query"], batch["response"])])
     batch["ref_rewards"] = positive_logits([q + r for q, r in zip(batch["query"], batch["ref_response"])])
