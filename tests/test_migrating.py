@@ -34,9 +34,6 @@ FACTS = {
 }
 FIELDS = {field.name for field in dataclasses.fields(APAConfig)}
 ARGUMENTS = set(inspect.signature(APATrainer.__init__).parameters) - {"self"}
-# What the guide promises and this version does not do: options without effect, and names that it refuses.
-AWAITED = {"tracker_kwargs", "tracker_project_name"}
-AWAITED_ARGUMENTS: set[str] = set()
 
 
 def rows_of(heading):
@@ -97,13 +94,7 @@ def test_what_is_called_ours_is_there(heading):
         assert note, f"{option}: no word of what became of it"
         assert names_in(ours) or ours == "-", f"{option}: neither a name nor a dash"
         for name in names_in(ours):
-            ours_now = FIELDS | ARGUMENTS | AWAITED | AWAITED_ARGUMENTS
-            assert name in ours_now or resolves(name), f"{option}: {name} is not ours"
-
-
-def test_nothing_is_awaited_that_is_there():
-    assert not AWAITED_ARGUMENTS & ARGUMENTS
-    assert AWAITED & FIELDS <= set(WITHOUT_EFFECT)
+            assert name in FIELDS | ARGUMENTS or resolves(name), f"{option}: {name} is not ours"
 
 
 def test_the_rest_of_grpos_options_is_there_under_the_same_name():
@@ -113,7 +104,7 @@ def test_the_rest_of_grpos_options_is_there_under_the_same_name():
 def test_the_options_that_are_said_to_have_no_effect_are_those_that_warn_of_it():
     headings = [heading for heading in TABLES if heading.startswith("Options of")]
     said = [row[0] for heading in headings for row in rows_of(heading) if row[2].startswith("without effect")]
-    assert {name for cell in said for name in names_in(cell)} == set(WITHOUT_EFFECT) - AWAITED
+    assert {name for cell in said for name in names_in(cell)} == set(WITHOUT_EFFECT)
 
 
 @pytest.mark.parametrize("name", [row[0] for row in rows_of("Options of classic's PPOConfig") if "PPO only" in row[2]])
@@ -217,7 +208,7 @@ def test_after_the_diff_a_script_imports_our_trainer_and_knows_its_names(section
     (config,) = (call for name, call in calls.items() if name in ("APAConfig", "PPOConfig"))
     (trainer,) = (call for name, call in calls.items() if name in ("APATrainer", "PPOTrainer"))
     assert {keyword.arg for keyword in config.keywords} <= FIELDS
-    assert {keyword.arg for keyword in trainer.keywords} <= ARGUMENTS | AWAITED_ARGUMENTS
+    assert {keyword.arg for keyword in trainer.keywords} <= ARGUMENTS
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +282,6 @@ def test_the_classic_script_runs_after_its_diff(hub, monkeypatch, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-imdb-positive")
 
 
-@pytest.mark.skipif("reward_funcs" in AWAITED_ARGUMENTS, reason="train() takes no reward functions")
 @pytest.mark.parametrize("section", SECTIONS[1:])
 def test_the_other_scripts_run_after_their_diffs(section, hub, monkeypatch, tmp_path):
     trainer = run(section, hub, monkeypatch, tmp_path)["trainer"]

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import HfArgumentParser, TrainingArguments
 
 from tests.test_value_head import away_from_identity
-from tests.tiny import lora_config, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APAConfig, APATrainer, PPOConfig
 from trl_apa.generation import end_token_ids
 from trl_apa.models import choose_reference, reference_policy, select_adapter
@@ -260,6 +260,51 @@ def test_a_reference_adapter_that_is_not_there_is_refused():
         choose_reference(tiny_model(), ref_adapter_name="sft")
     with pytest.warns(UserWarning, match="ref_adapter_name has no effect when ref_model is given"):
         choose_reference(policy_with_two_adapters(), tiny_model(), ref_adapter_name="sft")
+
+
+# ---- the trainer reads them ----
+
+
+def test_the_trainer_ends_responses_at_the_stop_token(tmp_path):
+    query = torch.arange(2, 8)
+    greedy = tiny_trainer(tmp_path).generate(query, do_sample=False, return_prompt=False, max_new_tokens=6)[0].tolist()
+    stop = greedy[2]
+    trainer = tiny_trainer(tmp_path, stop_token_id=stop, missing_eos_penalty=1.0)
+    response = trainer.generate(query, do_sample=False, return_prompt=False, max_new_tokens=6)[0].tolist()
+    assert response == greedy[: greedy.index(stop) + 1]
+    queries, responses, scores = tiny_rollouts()
+    responses[0] = torch.tensor([5, stop])
+    _, ended_B = trainer._collect(queries, responses, scores, None)
+    assert ended_B.tolist() == [int(response[-1]) == stop for response in responses] and ended_B[0]
+
+
+def test_the_trainer_trains_and_anchors_the_adapters_that_are_named(tmp_path):
+    policy = policy_with_two_adapters()
+    expected = logits_with(policy, "default")
+    trainer = tiny_trainer(tmp_path, policy, model_adapter_name="sft", ref_adapter_name="default")
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    trainer.step(*tiny_rollouts())
+    changed = {name for name, p in policy.named_parameters() if name in before and not p.equal(before[name])}
+    assert changed and all(".sft." in name for name in changed)
+    with reference_policy(policy, trainer.ref_model) as pi_init:
+        torch.testing.assert_close(logits(pi_init), expected)
+
+
+def test_the_size_of_rollout_passes_changes_nothing_else(tmp_path):
+    kinds = [{}, {"local_rollout_forward_batch_size": 3}]
+    trainers = [tiny_trainer(tmp_path, batch_size=4, mini_batch_size=2, **kind) for kind in kinds]
+    sizes_seen = []
+    for trainer in trainers:
+        forward, seen = trainer.model.forward, set()
+        trainer.model.forward = lambda *args, _forward=forward, _seen=seen, **kwargs: (
+            _seen.add((torch.is_grad_enabled(), len(kwargs["input_ids"]))),
+            _forward(*args, **kwargs),
+        )[1]
+        trainer.step(*tiny_rollouts())
+        sizes_seen.append(seen)
+    assert sizes_seen == [{(False, 2), (True, 2)}, {(False, 3), (False, 1), (True, 2)}]
+    for ours, theirs in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_policy_goes_by_its_name_of_0_12_and_a_tokenizer_in_its_place_is_explained(tmp_path):

@@ -24,7 +24,7 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     Every process takes its part of the prompts; the seed is `args.seed`, so that checkpoints meet the same luck.
 
     Args:
-        trainer: with reward functions.
+        trainer: with reward functions. Prompts that one leaves unscored (`skip_unscored`) are not in the means.
         rows: prompts, with the columns that the reward functions read.
 
     Returns:
@@ -46,6 +46,8 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     everywhere = trainer.accelerator.gather(stacked)
     is_real = trainer.accelerator.gather(torch.tensor(numbers, device=stacked.device)) < len(rows)
     columns = dict(zip(names, everywhere[is_real].unbind(dim=1), strict=True))
+    kept = columns.pop("kept").bool()
+    columns = {name: values[kept] for name, values in columns.items()}
     metrics = {name: float(values.mean()) for name, values in columns.items()}
     metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
     return {**metrics, "runtime": time.perf_counter() - start}
@@ -59,18 +61,20 @@ def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[str, Ten
     """One value a row."""
     queries = [trainer._query(row) for row in rows]
     responses, ref_responses = trainer._respond(queries, generate_ref_response=True)
-    scores_BF = trainer._scores(rows, queries, responses)
-    reward_B = trainer.scorer.weighted(scores_BF)
-    ref_reward_B = trainer.scorer.weighted(trainer._scores(rows, queries, ref_responses))
+    scores = trainer._scores(rows, queries, responses)
+    reward_B = scores.total_B
+    ref_scores = trainer._scores(rows, queries, ref_responses)
+    ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
     return {
+        "kept": scores.kept_B & ref_scores.kept_B,
         "reward": reward_B,
         "ref_reward": ref_reward_B,
         "win_rate": ((reward_B - ref_reward_B).sign() + 1) / 2,
         "kl": _sequence_kl(trainer, queries, responses).cpu(),
         "response_length": torch.tensor([float(len(response)) for response in responses]),
         "eos_share": torch.tensor([float(int(response[-1]) in end) for response in responses]),
-        **{f"rewards/{name}": scores_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
+        **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
     }
 
 

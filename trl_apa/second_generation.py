@@ -46,8 +46,8 @@ class SecondGenerationOptions:
             Rollouts that `train()` makes, over all processes and iterations; the last iteration is made whole.
             Defaults to `num_train_epochs` times the rows of the data set.
         local_rollout_forward_batch_size (`int`, *optional*):
-            Rollouts of one forward pass without gradient: sampling in `train()`, log pi_init, log pi_old and values.
-            Defaults to `per_device_train_batch_size`.
+            Rollouts of one forward pass without gradient: sampling in `train()`, where the default is all at once, and
+            log pi_init, log pi_old and values, where it is `per_device_train_batch_size`.
         kl_estimator (`str`, *optional*):
             PPO only: `"k1"` is `kl_penalty="kl"`, `"k3"` is `kl_penalty="k3"`.
         stop_token (`str`, *optional*):

@@ -27,8 +27,8 @@ from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_r
 from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
 from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
-from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
-from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
+from trl_apa.masking import keep_counted, masked_mean, masked_whiten
 from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
@@ -45,11 +45,12 @@ from trl_apa.models import (
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.prompts import columns_of, prompt_dataloader
-from trl_apa.reporting import start_reporters
+from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
+from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.scoring import Scorer, reward_functions
-from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_statistics
+from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_arrays, rollout_statistics
 from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
     check_networks_are_apart,
@@ -234,15 +235,16 @@ class APATrainer(TrainingLoop):
             functions = reward_functions(
                 reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
             )
-            self.scorer = Scorer(functions, args.reward_weights)
+            self.scorer = Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
         self._prepared = False
         self._unlogged: list[dict[str, Any]] = []
         self._best_mean_score = -math.inf
+        self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
-        self._reporters_started = False
+        self.add_callback(self._stop_on_sigterm)
 
     # ---- what classic scripts read ----
 
@@ -371,7 +373,10 @@ class APATrainer(TrainingLoop):
         checkpointing, kwargs = module.is_gradient_checkpointing, self._checkpointing_kwargs()
         try:
             with unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=kwargs
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=kwargs,
             ) as unwrapped:
                 yield unwrapped.policy
         finally:
@@ -389,7 +394,7 @@ class APATrainer(TrainingLoop):
         responses: list[Tensor],
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """One iteration of Algorithm 1: learn from `batch_size` scored responses.
 
         Rewards, advantages and returns are fixed once; then `num_epochs_per_batch` passes are made over the rollouts
@@ -404,7 +409,7 @@ class APATrainer(TrainingLoop):
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
 
         Returns:
-            Statistics as floats, see `docs/statistics.md`.
+            Statistics, floats and NumPy arrays, see `docs/statistics.md`.
 
         Raises:
             ValueError: on input that cannot be trained on, before any forward pass; nothing has changed then.
@@ -458,18 +463,24 @@ class APATrainer(TrainingLoop):
         return stats
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
-        """Check the inputs; if any process refuses its own, all raise, so that none is left waiting for the others."""
-        error = None
+        policy = self.accelerator.unwrap_model(self.model).policy
+        self._on_all_processes(
+            lambda: check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
+        )
+
+    def _on_all_processes(self, work: Callable[[], Any]) -> Any:
+        """Do `work`, which talks to no other process; if it fails in one, all raise: none is left waiting."""
+        error, result = None, None
         try:
-            policy = self.accelerator.unwrap_model(self.model).policy
-            check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
-        except ValueError as refused:
-            error = refused
-        refusals = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
+            result = work()
+        except Exception as failed:
+            error = failed
+        failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
         if error is not None:
             raise error
-        if refusals:
-            raise ValueError(f"the inputs of {int(refusals)} other process(es) were refused; see their messages")
+        if failures:
+            raise ValueError(f"{int(failures)} other process(es) failed at the same point; see their messages")
+        return result
 
     def _prepare_for_updates(self) -> None:
         """Optimizer, scheduler and distributed engine, made when the first `step` needs them."""
@@ -533,11 +544,18 @@ class APATrainer(TrainingLoop):
             scores_B = scores_B - args.missing_eos_penalty * ~ended_B
         std = mean = None
         if args.scale_rewards:
-            self.running_scores.update(scores_B)
+            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
             std = self.running_scores.std
             mean = self.running_scores.mean if args.center_rewards else None
+        given_BR = rollouts.given_rewards_BR
+        if given_BR is not None:
+            # Given token by token, they stay on their tokens; only their scale is shaped.
+            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
+            scores_B = scores_B - given_BR.sum(dim=1)
         scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
         rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
+        if given_BR is not None:
+            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
         if args.loss_type == "ppo":
             mask_BR = rollouts.response_mask_BR
             rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
@@ -644,10 +662,10 @@ class APATrainer(TrainingLoop):
             outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
         )
         loss = pi_loss + args.vf_coef * v_loss
-        if args.early_stopping and "policykl" not in stats:
+        if "policykl" not in stats:
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
             old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
-            stats["policykl"] = masked_mean(old_logprobs - outputs["logprobs"].detach(), mask, num_tokens)
+            stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
         record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
@@ -689,11 +707,21 @@ class APATrainer(TrainingLoop):
         self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
         # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
         if self.accelerator.scaler is None and not math.isfinite(total):
+            kept = self._keep_for_inspection()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
-                "made. Look at the scores and at apa/policy/log_ratio of the step before; lower the learning rate"
+                f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
+                "before; lower the learning rate"
             )
         return total
+
+    def _keep_for_inspection(self) -> Path:
+        """The rollouts of an update that failed, for `torch.load`."""
+        name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
+        path = Path(self.args.output_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self._iteration.state_dict(), path)
+        return path
 
     def _note_gradient_norms(self) -> None:
         """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
@@ -708,21 +736,21 @@ class APATrainer(TrainingLoop):
 
     # ---- statistics ----
 
-    def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, float]:
+    def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, Any]:
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
+        lengths_B, ended_B = self.accelerator.gather(lengths_B), self.accelerator.gather(ended_B)
         everywhere, logprobs_BR, entropy_BR = gather_rollouts(rollouts, record, self.accelerator)
-        stats = rollout_statistics(
-            everywhere,
-            logprobs_BR if rollouts.old_logprobs_BR is None else everywhere.old_logprobs_BR,
-            entropy_BR,
-            self.accelerator.gather(lengths_B),
-            self.accelerator.gather(ended_B),
-            None if args.loss_type == "ppo" else args.kl_coef,
-        )
+        if everywhere.old_logprobs_BR is not None:
+            logprobs_BR = everywhere.old_logprobs_BR
+        kl_coef = None if args.loss_type == "ppo" else args.kl_coef
+        stats = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
+        stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
         stats.update(record.mean_losses(self._sum_over_processes))
+        stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
+        stats["apa/mean_non_score_reward"] = 0.0
         if args.loss_type == "ppo":
             mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
@@ -740,26 +768,24 @@ class APATrainer(TrainingLoop):
         rewards: Sequence[Tensor],
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
-        """Send the statistics of a `step`, and the mean and spread of the rewards, to the configured trackers.
+        """Send the statistics of a `step`, the rewards and the texts of all processes to the configured trackers.
+
+        Numbers reach every tracker. Vectors (`env/reward_dist`, `objective/kl_dist`, ...) become histograms, and texts
+        with their rewards the table `game_log`, in W&B, Trackio and Comet; TensorBoard has histograms but no tables
+        and shows the first ten rows as a text.
 
         Args:
-            stats: what `step` returned.
-            batch: texts under the names in `columns_to_log`.
+            stats: what `step` returned, and whatever the script has added to it.
+            batch: texts under the names in `columns_to_log`, one for each reward.
             rewards: the scores of this process, 0-D tensors or numbers.
-            columns_to_log: which texts belong to the rewards; a warning says which are missing.
+            columns_to_log: the columns of the table; a warning says which are missing.
         """
-        missing = [name for name in columns_to_log if name not in batch]
-        if missing:
-            warnings.warn(f"batch has no {', '.join(map(repr, missing))} to log with the rewards", stacklevel=2)
-        rewards_B = torch.stack([torch.as_tensor(reward, dtype=torch.float32).reshape(()) for reward in rewards])
-        rewards_B = self.accelerator.gather(rewards_B.to(self.accelerator.device))
-        logs = {name: float(value) for name, value in stats.items() if not hasattr(value, "__len__")}
-        logs["env/reward_mean"] = float(rewards_B.mean())
-        logs["env/reward_std"] = float(rewards_B.std(unbiased=False))
-        if not self._reporters_started:
-            start_reporters(self.callback_handler.callbacks, self.args, self.state, self.control, self.model)
-            self._reporters_started = True
-        self.log(logs)
+        numbers, vectors = split_statistics({**stats, **reward_statistics(rewards, self.accelerator)})
+        table = gather_table(batch, columns_to_log, rewards, self.accelerator)
+        self._start_reporters()
+        if self.is_world_process_zero():
+            log_media(self.callback_handler.callbacks, self.state.global_step, vectors, table)
+        self.log(numbers)
 
     # ---- saving ----
 

@@ -1,14 +1,18 @@
 """`train()` and `evaluate()`: how the Hugging Face Trainer's own loop drives the same iterations as `step`."""
 
+import logging
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import signal
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import is_conversational
 
 from trl_apa._trl import _BaseTrainer
@@ -16,10 +20,20 @@ from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, prompt_of, query_of
+from trl_apa.reporting import OPENERS, start_reporters
+from trl_apa.resuming import (
+    is_complete,
+    last_complete_checkpoint,
+    load_state,
+    random_state_restored_on_error,
+    save_state,
+)
+from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
+from trl_apa.validation import check_step_inputs
 
 
-STATE_FILE = "apa_state_{process}.pt"
+logger = logging.getLogger(__name__)
 
 
 class EndOfIteration(TrainerCallback):
@@ -29,7 +43,10 @@ class EndOfIteration(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._close_iteration()
+        kl = self.trainer._close_iteration()
+        if args.max_kl is not None and kl is not None and kl > args.max_kl:
+            logger.warning("training stops: KL to pi_init is %.2f nats a response, above max_kl=%s", kl, args.max_kl)
+            control.should_training_stop = True
 
 
 class Tickets(IterableDataset):
@@ -48,7 +65,9 @@ class TrainingLoop(_BaseTrainer):
     """
 
     _source: PromptSource | None = None
+    _resumed_state: dict[str, Any] | None = None
     _timer: StageTimer | None = None
+    _reporters_started = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
@@ -56,16 +75,22 @@ class TrainingLoop(_BaseTrainer):
         One optimizer step of the Trainer is one mini-batch of `step`; `max_steps`, `logging_steps`, `save_steps` and
         `eval_steps` count those. An epoch is a pass over `train_dataset`.
 
+        On SIGTERM a checkpoint is written after the current optimizer step and the process ends. If prompts, reward
+        functions or sampling fail, a checkpoint of what was learned so far is written before the error is raised.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the last one in
-                `args.output_dir`. The run goes on as if it had not stopped, in the middle of an iteration too.
+                `args.output_dir` that was written to its end. The run goes on as if it had not stopped, in the middle
+                of an iteration too.
             kwargs: as in [`~transformers.Trainer.train`].
 
         Returns:
             As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`.
+            ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`; for a checkpoint that is
+                torn, or of a run with other options.
+            SystemExit: after SIGTERM.
             FloatingPointError: if a gradient is not finite; that update was not made.
         """
         if self.train_dataset is None:
@@ -84,9 +109,36 @@ class TrainingLoop(_BaseTrainer):
             iterations = -(-args.total_episodes // args.global_batch_size)
             args.max_steps = iterations * self._steps_per_iteration
         self._iteration, self._unlogged = None, []
-        result = super().train(resume_from_checkpoint, **kwargs)
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        # Those whose runs take options of ours; the Trainer starts the others itself.
+        self._start_reporters(OPENERS)
+        with self._stop_on_sigterm.listening():
+            result = super().train(checkpoint, **kwargs)
         self._prepared = True
+        if self._stop_on_sigterm.received:
+            logger.warning("SIGTERM: a checkpoint of step %d is in %s", self.state.global_step, args.output_dir)
+            raise SystemExit(128 + signal.SIGTERM)
         return result
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Refused here, before a model is loaded, if it cannot be gone on from."""
+        self._resumed_state = None
+        if not resume_from_checkpoint:
+            return None
+        if resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+        else:
+            checkpoint = os.fspath(resume_from_checkpoint)
+            if not is_complete(checkpoint):
+                raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no checkpoint that was written to its end")
+        self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args)
+        return checkpoint
+
+    def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
+        if not self._reporters_started:
+            callbacks = self.callback_handler.callbacks
+            start_reporters(trackers, callbacks, self.args, self.state, self.control, self.model)
+        self._reporters_started = True
 
     @property
     def _steps_per_iteration(self) -> int:
@@ -107,22 +159,47 @@ class TrainingLoop(_BaseTrainer):
     def _collect_iteration(self) -> None:
         """Prompts to rollouts with scores, advantages and a plan: what `step` gets from its caller and makes of it."""
         self._timer = timer = StageTimer()
+        try:
+            with random_state_restored_on_error():
+                inputs = self._on_all_processes(lambda: self._scored_responses(timer))
+        except Exception:
+            self._save_what_was_learned()
+            raise
+        queries, responses, scores = inputs
+        rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
+        rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
+        if scores.per_token is not None:
+            rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
+        self._prepare_iteration(rollouts, ended_B, timer)
+
+    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Scores]:
+        """Queries, responses and scores of the next iteration."""
         rows = self._source.rows(self.num_iterations_done)
         rows = [row for row in rows for _ in range(self.args.num_generations)]
         queries = [self._query(row) for row in rows]
         with timer("generate"):
             responses = self._respond(queries)
         with timer("score"):
-            scores_BF = self._scores(rows, queries, responses)
-        self._score_stats = {f"apa/rewards/{name}": scores_BF[:, i] for i, name in enumerate(self.scorer.names)}
-        scores = list(self.scorer.weighted(scores_BF))
-        self._check_on_all_processes(queries, responses, scores, None)
-        self._prepare_iteration(*self._collect(queries, responses, scores, None), timer)
+            scores = self._scores(rows, queries, responses)
+        policy = self.accelerator.unwrap_model(self.model).policy
+        check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
+        return queries, responses, scores
 
-    def _close_iteration(self) -> None:
+    def _save_what_was_learned(self) -> None:
+        """A checkpoint between two optimizer steps, unless the last one is of this step already."""
+        folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.is_in_train and self.state.global_step and not is_complete(folder):
+            self._save_checkpoint(self.model, trial=None)
+            logger.warning("the run failed; what it learned is in %s: resume from there", folder)
+
+    def _close_iteration(self) -> float | None:
+        """After an optimizer step: the KL of the iteration, nats a response, if that was its last."""
         self._stop_if_moved_too_far()
-        if self._iteration.finished:
-            self._unlogged.append(self._finish_iteration(self._timer))
+        if not self._iteration.finished:
+            return None
+        stats = self._finish_iteration(self._timer)
+        self._unlogged.append(stats)
+        return stats["objective/kl"]
 
     def _query(self, row: dict[str, Any]) -> Tensor:
         args = self.args
@@ -139,8 +216,7 @@ class TrainingLoop(_BaseTrainer):
         pair = tuple([response[1:] for response in part] for part in pair)
         return pair if isinstance(responses, tuple) else pair[0]
 
-    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Tensor:
-        """What each reward function says, `(B, F)`."""
+    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
         prompts = [prompt_of(row) for row in rows]
         if any(prompt is None for prompt in prompts):
             prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
@@ -166,13 +242,14 @@ class TrainingLoop(_BaseTrainer):
 
         Raises:
             ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number.
+            RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
-        return list(self.scorer.weighted(self._scores(rows, queries, responses)))
+        return list(self._scores(rows, queries, responses).total_B)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
@@ -218,23 +295,21 @@ class TrainingLoop(_BaseTrainer):
             "kl_ctl": self.kl_ctl.state_dict(),
             "unlogged": [mean_of_numbers([stats]) for stats in self._unlogged],
         }
-        torch.save(state, self._state_file(output_dir))
+        save_state(output_dir, self.accelerator.process_index, self.args, state)
+        # What makes the checkpoint complete is written next, by one process.
+        self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called where the resumed loop takes up: the counterpart of `_save_rng_state`."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
+        if (state := self._resumed_state) is None:
             return
-        state = torch.load(self._state_file(checkpoint), map_location="cpu", weights_only=True)
         self.num_iterations_done, self._unlogged = state["num_iterations_done"], state["unlogged"]
         self.running_scores.load_state_dict(state["running_scores"])
         self.kl_ctl.load_state_dict(state["kl_ctl"])
         if state["iteration"] is not None:
             self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
             self._timer = StageTimer()
-
-    def _state_file(self, folder: str) -> Path:
-        return Path(folder) / STATE_FILE.format(process=self.accelerator.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_policy_and_value(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
