@@ -280,6 +280,18 @@ def test_a_fresh_adapter_is_anchored_to_its_base_without_a_second_copy(tmp_path)
         assert trainer.model.policy.active_adapter == "default"
 
 
+def test_a_fresh_adapter_beside_another_trained_one_needs_no_copy_either(tmp_path):
+    """A reward adapter, say, which is not active."""
+    policy = get_peft_model(tiny_model(), lora_config())
+    policy.add_adapter("reward", lora_config(init_lora_weights=False, inference_mode=True))
+    trainer = tiny_trainer(tmp_path, policy, learning_rate=0.1)
+    assert list(trainer.model.policy.peft_config) == ["default", "reward"]
+    expected = reference_logprobs(tiny_trainer(tmp_path))
+    for _ in range(2):
+        torch.testing.assert_close(reference_logprobs(trainer), expected)
+        trainer.step(*tiny_rollouts())
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
 def test_a_trained_adapter_is_anchored_to_a_frozen_copy_of_itself(tmp_path, kwargs):
     """Switching it off would anchor APA to the base, which is another model."""
