@@ -11,7 +11,7 @@ import tempfile
 import time
 
 import psutil
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from trl_apa import APAConfig, APATrainer
@@ -65,6 +65,7 @@ def run(steps: int, folder: str) -> list[tuple[int, float]]:
         reward_funcs=share_of_fives,
         callbacks=[memory],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return memory.table
 

@@ -317,6 +317,15 @@ def test_completions_are_printed_and_kept_as_parquet(tmp_path, capsys):
     assert len(Dataset.from_parquet(str(tmp_path / "completions" / "completions_000008.parquet"))) == 3
 
 
+def test_the_progress_bar_shows_reward_and_kl_and_not_every_number(tmp_path, capsys):
+    trainer = trainer_for(tmp_path, disable_tqdm=False)
+    trainer.train()
+    captured = capsys.readouterr()
+    last = [row for row in trainer.state.log_history if "apa/mean_scores" in row][-1]
+    assert f"reward={last['apa/mean_scores']:.3g}" in captured.err and f"KL={last['objective/kl']:.3g}" in captured.err
+    assert "apa/grad_norm" not in captured.out + captured.err
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_a_reward_model_scores_the_last_token_even_if_pad_is_eos(tmp_path, pad_is_eos):
     torch.manual_seed(5)

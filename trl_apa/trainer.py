@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     TrainerCallback,
 )
 
@@ -44,6 +45,7 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.resuming import StopOnSigterm
@@ -257,6 +259,8 @@ class APATrainer(TrainingLoop):
         self._best_mean_score = -math.inf
         self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardAndKL())
         self.add_callback(self._stop_on_sigterm)
 
     # ---- what classic scripts read ----
