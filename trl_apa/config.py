@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
+from trl_apa.core import flatten_dict
 from trl_apa.reporting import check_trackers
 
 
@@ -50,6 +51,11 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _switch(help: str) -> Any:
+    """An option that is True, False or not set; on a command line its name alone means True, as for any bool."""
+    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
+
+
 @dataclass
 class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     """
@@ -82,8 +88,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the score of a response that did not end with EOS. Applied before scaling.
         batch_size (`int`, *optional*):
-            Rollouts of one process in one iteration: what one `step` takes. Defaults to `64`; in a script for TRL 0.12
-            to 1.12 to what its other sizes imply.
+            Rollouts of one process in one iteration: what one `step` takes. Defaults to `64`, or to one mini-batch if
+            that is larger; in a script for TRL 0.12 to 1.12 to what its other sizes imply.
         per_device_train_batch_size (`int`, *optional*):
             Rollouts a forward pass of the update. Defaults to the largest divisor of
             `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
@@ -186,7 +192,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     cliprange: float | None = _option(None, "PPO only: clip range of the ratio.")
     cliprange_value: float | None = _option(None, "Clip range of the values in the value loss; none by default.")
     init_kl_coef: float | None = _option(None, "PPO only: classic's name of kl_coef.")
-    adap_kl_ctrl: bool | None = _option(None, "PPO only: adapt the KL coefficient.")
+    adap_kl_ctrl: bool | None = _switch("PPO only: adapt the KL coefficient.")
     target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
     horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
     kl_penalty: str | None = _option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
@@ -219,16 +225,16 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
 
     learning_rate: float = _option(1.41e-5, "Initial learning rate.")
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
-    gradient_checkpointing: bool | None = _option(None, "Trade compute for memory; off by default.")
+    gradient_checkpointing: bool | None = _switch("Trade compute for memory; off by default.")
 
     lam: float | None = _option(None, "Classic's name of gae_lambda.")
     ppo_epochs: int | None = _option(None, "Classic's name of num_epochs_per_batch.")
     mini_batch_size: int | None = _option(None, "Classic's name of per_device_train_batch_size.")
     log_with: str | None = _option(None, "Classic's name of report_to.")
-    use_score_scaling: bool | None = _option(None, "Classic's name of scale_rewards.")
-    use_score_norm: bool | None = _option(None, "Classic's name of center_rewards.")
+    use_score_scaling: bool | None = _switch("Classic's name of scale_rewards.")
+    use_score_norm: bool | None = _switch("Classic's name of center_rewards.")
     forward_batch_size: int | None = _option(None, "Classic's old name of mini_batch_size.")
-    optimize_cuda_cache: bool | None = _option(None, "Classic's old name of optimize_device_cache.")
+    optimize_cuda_cache: bool | None = _switch("Classic's old name of optimize_device_cache.")
 
     exp_name: str | None = _option(None, "Name of the run for trackers; classic's name of run_name.")
     task_name: str | None = _option(None, "Kept for the record.")
@@ -243,6 +249,11 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     accelerator_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
     project_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
     dataset_num_proc: int | None = _option(None, "Without effect.")
+    is_encoder_decoder: bool | None = _option(None, "Read it; the trainer sets it.")
+    is_peft_model: bool | None = _option(None, "Read it; the trainer sets it.")
+    backward_batch_size: int | None = _option(None, "Read it: mini_batch_size times gradient_accumulation_steps.")
+    global_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
+    global_backward_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
 
     def __post_init__(self):
         self._translate_classic_only()
@@ -265,14 +276,13 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         self._check_trackers()
 
     @property
-    def backward_batch_size(self) -> int:
-        """Rollouts of one process in one optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @property
     def total_ppo_epochs(self) -> int:
         """Calls of `step` that `steps` rollouts a process make."""
         return math.ceil(self.steps / self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say."""
+        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
 
     def _translate_classic_only(self) -> None:
         """What only classic configs have: renamed with a warning, read, or without effect and told so."""
@@ -395,7 +405,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
 
     def _fill_batch_sizes(self) -> None:
         if self.batch_size is None:
-            self.batch_size = self._rollouts_by_mini_batches() or self._default_batch_size
+            mini_batch = (self.per_device_train_batch_size or 1) * self.gradient_accumulation_steps
+            self.batch_size = self._rollouts_by_mini_batches() or max(self._default_batch_size, mini_batch)
         per_micro_step, remainder = divmod(
             self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
         )
@@ -417,3 +428,12 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             raise ValueError(
                 f"num_generations={self.num_generations}: batch_size={self.batch_size} should be a multiple of it"
             )
+
+
+def _backward_batch_size(config: APAConfig) -> int:
+    """Rollouts of one process in one optimizer step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+# A property, so that it follows the options that it is computed from; what is given for the field is not kept.
+APAConfig.backward_batch_size = property(_backward_batch_size, lambda config, given: None)

@@ -62,6 +62,7 @@ from trl_apa.statistics import (
 )
 from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
+    check_has,
     check_networks_are_apart,
     check_precision,
     check_step_inputs,
@@ -90,10 +91,10 @@ class APATrainer(TrainingLoop):
             The policy, a language model (a decoder, or an encoder-decoder), or where to load it from. Its dropout is
             switched off. Of a classic wrapper the language model is trained; its value head is not used, because APA's
             value model stands alone, unless `value_model="head"`.
-        ref_model (`PreTrainedModel`, *optional*):
-            pi_init. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or, when the adapter has been
-            trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these `policy` and `ref_policy`,
-            which are understood too.
+        ref_model (`str`, `PreTrainedModel`, `PeftModel` or `AutoModelForCausalLMWithValueHead`, *optional*):
+            pi_init, or where to load it from. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or,
+            when the adapter has been trained already (SFT), to a frozen copy of that adapter. TRL 0.12 called these
+            `policy` and `ref_policy`, which are understood too.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer with a pad or an EOS token; also accepted as `tokenizer`. Loaded with `model` if that is a name.
         train_dataset (`Dataset`, *optional*):
@@ -106,7 +107,10 @@ class APATrainer(TrainingLoop):
         num_shared_layers (`int`, *optional*):
             Freeze this many of the policy's lowest layers and share them with the reference.
         lr_scheduler (`LRScheduler`, *optional*):
-            Advanced once a `step`. Defaults to what `args.lr_scheduler_type` says, over `args.total_ppo_epochs` steps.
+            Advanced once a `step`. Defaults to what `args.lr_scheduler_type` says, over `args.total_ppo_epochs` steps;
+            with "constant", what a script sets on `optimizer` itself stays.
+        training_data_collator (*optional*):
+            Classic's; without effect.
         value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
             The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
             reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
@@ -124,8 +128,6 @@ class APATrainer(TrainingLoop):
             Held-out prompts for `evaluate`.
         callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
-        training_data_collator (*optional*):
-            Classic's; without effect.
 
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -154,13 +156,14 @@ class APATrainer(TrainingLoop):
         self,
         args: APAConfig | None = None,
         model: str | PreTrainedModel | PeftModel | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         train_dataset: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         data_collator: Callable | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
+        training_data_collator: Callable | None = None,
         *,
         config: APAConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -175,7 +178,6 @@ class APATrainer(TrainingLoop):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        training_data_collator: Callable | None = None,
     ):
         if isinstance(model, PreTrainedTokenizerBase):
             raise ValueError(
@@ -196,8 +198,12 @@ class APATrainer(TrainingLoop):
         check_type("config", args, APAConfig)
         given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
         check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
-        check_type("ref_model", ref_model, (PreTrainedModel, PeftModel), optional=True)
+        check_type("ref_model", ref_model, (str, Path, PreTrainedModel, PeftModel), optional=True)
         check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
+        check_type("num_shared_layers", num_shared_layers, int, optional=True)
+        check_has("dataset", train_dataset, "__getitem__", "__iter__")
+        check_has("data_collator", data_collator, "__call__")
+        check_has("lr_scheduler", lr_scheduler, "step")
         if args.value_learning_rate is not None and lr_scheduler is not None:
             raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
         if args.n_gpu > 1:
@@ -207,6 +213,8 @@ class APATrainer(TrainingLoop):
         if isinstance(model, str | Path):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = load_language_model(str(model))
+        if isinstance(ref_model, str | Path):
+            ref_model = load_language_model(str(ref_model))
         check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
         self._choose_special_tokens(processing_class, model, args.stop_token_id)
         policy = build_policy(model, peft_config)
@@ -238,6 +246,9 @@ class APATrainer(TrainingLoop):
         self.is_encoder_decoder = bool(module.config.is_encoder_decoder)
         args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
         args.global_batch_size = args.batch_size * self.accelerator.num_processes
+        args.global_backward_batch_size = args.backward_batch_size * self.accelerator.num_processes
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+            self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         self.kl_ctl = (
@@ -450,7 +461,8 @@ class APATrainer(TrainingLoop):
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
             raise
-        self.lr_scheduler.step()
+        if not self._rate_is_the_scripts:
+            self.lr_scheduler.step()
         return stats
 
     def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
@@ -500,13 +512,22 @@ class APATrainer(TrainingLoop):
         return result
 
     def _prepare_for_updates(self) -> None:
-        """Optimizer, scheduler and distributed engine, made when the first `step` needs them."""
+        """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""
         if self._prepared:
             return
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(self._checkpointing_kwargs())
+        rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
         self._prepare_for_training(self.args.total_ppo_epochs, None, None)
+        if self._rate_is_the_scripts:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate  # a new scheduler sets the initial one again
         self._prepared = True
+
+    @property
+    def _rate_is_the_scripts(self) -> bool:
+        """Nobody asked for a schedule: what the script sets on `optimizer`, by one of its own say, stays."""
+        return self._created_lr_scheduler and self.args.lr_scheduler_type == "constant"
 
     def _collect(
         self, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor], response_masks: Any

@@ -23,6 +23,13 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...], optional: 
     raise ValueError(f"{name} is a {type(value).__name__}; it should be a {wanted}")
 
 
+def check_has(name: str, value: Any, *methods: str) -> None:
+    """Raise ValueError, naming the argument, unless it is None or no text and has one of the methods."""
+    if value is None or (not isinstance(value, str | bytes) and any(hasattr(value, method) for method in methods)):
+        return
+    raise ValueError(f"{name} is a {type(value).__name__}; it should have {' or '.join(methods)}")
+
+
 def check_precision(module: nn.Module) -> None:
     """Refuse to train float16 weights, which overflow, and warn of bfloat16 ones.
 
