@@ -250,7 +250,9 @@ def test_responses_without_a_score_are_left_out_when_asked(tmp_path):
         return [None if i == 1 else score for i, score in enumerate(few_nines(completions))]
 
     for replaced in (False, True):
-        trainer = trainer_for(tmp_path, reward_funcs=picky, skip_unscored=True, max_steps=1, mini_batch_size=4)
+        trainer = trainer_for(
+            tmp_path, reward_funcs=picky, skip_unscored=True, max_steps=1, mini_batch_size=4, ppo_epochs=1
+        )
         if replaced:
             collect = trainer._collect
 
@@ -265,6 +267,11 @@ def test_responses_without_a_score_are_left_out_when_asked(tmp_path):
         assert rollouts.response_mask_BR.any(dim=1).tolist() == [True, False, True, True]
         kept[replaced] = parameters(trainer)
     assert_same(kept[False], kept[True], tolerance=1e-6)
+    stats = trainer.state.log_history[0]
+    scores_B = rollouts.scores_B[rollouts.response_mask_BR.any(dim=1)]
+    assert stats["apa/mean_scores"] == pytest.approx(float(scores_B.mean()))
+    lengths = [len(response) for i, response in enumerate(rollouts.responses) if i != 1]
+    assert stats["tokens/responses_len_mean"] == pytest.approx(sum(lengths) / 3)
 
     def never(completions, **kwargs):
         return [None] * len(completions)

@@ -50,7 +50,14 @@ from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.scoring import Scorer, reward_functions
-from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_arrays, rollout_statistics
+from trl_apa.statistics import (
+    StageTimer,
+    UpdateRecord,
+    counted_rows,
+    gather_rollouts,
+    rollout_arrays,
+    rollout_statistics,
+)
 from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
     check_networks_are_apart,
@@ -115,6 +122,8 @@ class APATrainer(TrainingLoop):
             Held-out prompts for `evaluate`.
         callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
+        training_data_collator (*optional*):
+            Classic's; without effect.
 
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -164,12 +173,16 @@ class APATrainer(TrainingLoop):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        training_data_collator: Callable | None = None,
     ):
         if isinstance(model, PreTrainedTokenizerBase):
             raise ValueError(
                 "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
                 "give these arguments by keyword"
             )
+        if training_data_collator is not None:
+            text = "training_data_collator has no effect: the update pads its micro-batches itself"
+            warnings.warn(text, UserWarning, stacklevel=2)
         args = one_of("args", args, "config", config)
         model = one_of("model", model, "policy", policy)
         ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
@@ -740,7 +753,9 @@ class APATrainer(TrainingLoop):
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
         lengths_B, ended_B = self.accelerator.gather(lengths_B), self.accelerator.gather(ended_B)
-        everywhere, logprobs_BR, entropy_BR = gather_rollouts(rollouts, record, self.accelerator)
+        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B = counted_rows(
+            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B
+        )
         if everywhere.old_logprobs_BR is not None:
             logprobs_BR = everywhere.old_logprobs_BR
         kl_coef = None if args.loss_type == "ppo" else args.kl_coef
