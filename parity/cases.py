@@ -175,7 +175,7 @@ PARTING = {
         fields=ADAM,
     ),
     "dropout": Recipe(
-        "classic generates with dropout until its first `step`, and after it again",
+        "classic generates with dropout after every `step`: it leaves the model in train mode",
         MANY_UPDATES,
         model={**GPT2, **dict.fromkeys(DROPOUT, 0.5)},
         fields=ADAM,
