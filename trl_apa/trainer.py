@@ -274,6 +274,14 @@ class APATrainer(TrainingLoop):
         return self.processing_class
 
     @property
+    def dataset(self) -> Any:
+        return self.train_dataset
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
+
+    @property
     def current_device(self) -> torch.device:
         return self.accelerator.device
 
@@ -534,6 +542,8 @@ class APATrainer(TrainingLoop):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         for start in range(0, len(rollouts), size):
             rows = range(start, min(start + size, len(rollouts)))
