@@ -2,20 +2,17 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from datasets import Dataset
-from trl import ModelConfig
 
 from trl_apa.commands.groups import apa_part, model_part
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
-from trl_apa.commands.train import RewardArguments, reward_part
-from trl_apa.config import APAConfig
+from trl_apa.commands.train import reward_part
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.trainer import APATrainer
 
@@ -56,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = CommandParser(
         "evaluate",
-        "Reward, KL (nats per response), entropy (nats per token), length (tokens) and distinct n-grams of checkpoints "
+        "Reward, KL (nats per response), entropy (nats per token), length (tokens), distinct n-grams of checkpoints "
         "on the same prompts, and how often each beats the reference.",
         Part(EvaluateArguments, lambda name: "checkpoints"),
         Part(DataArguments, lambda name: "prompts", PROMPT_NAMES),
@@ -64,50 +61,32 @@ def main(argv: Sequence[str]) -> int:
         model_part(MODEL_NAMES),
         apa_part(APA_NAMES),
     )
-    with parser.errors_end_the_command(), tempfile.TemporaryDirectory() as scratch:
-        values = parser.parse(argv)
-        arguments, data, rewards, model, config = parser.build({**values, "output_dir": scratch})
-        if not arguments.checkpoints:
-            raise ValueError("checkpoints is not set: name the folders or hub names of the models")
-        functions = rewards.functions()
-        if not functions and not rewards.reward_model_name_or_path:
-            raise ValueError("nothing gives a reward: set reward_model_name_or_path, reward_funcs, or both")
-        prompts = load_prompts(data)
-        results = _compare(arguments, prompts, rewards, functions, model, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        with parser.errors_end_the_command():
+            values = parser.parse(argv)
+            arguments, data, rewards, model, config = parser.build({**values, "output_dir": scratch})
+            if not arguments.checkpoints:
+                raise ValueError("checkpoints is not set: name the folders or hub names of the models")
+            functions = rewards.functions()
+            prompts = load_prompts(data)
+            load = partial(load_policy, arguments=model, trust_remote_code=rewards.trust_remote_code)
+            reference_name = arguments.ref_model_name_or_path or arguments.checkpoints[0]
+            reference = load(reference_name, is_trainable=False)
+            scorers = load_rewards(rewards.reward_model_name_or_path, functions, rewards.trust_remote_code)
+        results = {}
+        for name in arguments.checkpoints:
+            with parser.errors_end_the_command():
+                tokenizer = load_tokenizer(name, model, rewards.trust_remote_code)
+                # Nothing is learned here; this critic has no trunk of its own.
+                options = {"reward_funcs": scorers, "value_model": "head"}
+                trainer = APATrainer(config, load(name), reference, tokenizer, prompts, **options)
+            results[name] = held_out_metrics(trainer, list(prompts))
     if config.should_save:
-        print(f"{len(prompts)} prompts, reference {arguments.ref_model_name_or_path or arguments.checkpoints[0]}")
+        print(f"{len(prompts)} prompts; KL and wins against {reference_name}")
         print(table(results))
         if arguments.output is not None:
             Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _compare(
-    arguments: EvaluateArguments,
-    prompts: Dataset,
-    rewards: RewardArguments,
-    functions: list[Callable],
-    model: ModelConfig,
-    config: APAConfig,
-) -> dict[str, dict[str, float]]:
-    trust = rewards.trust_remote_code
-    reference_name = arguments.ref_model_name_or_path or arguments.checkpoints[0]
-    reference = load_policy(reference_name, model, trust, is_trainable=False)
-    scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
-    results = {}
-    for name in arguments.checkpoints:
-        trainer = APATrainer(
-            config,
-            load_policy(name, model, trust),
-            reference,
-            load_tokenizer(name, model, trust),
-            prompts,
-            reward_funcs=scorers,
-            # Nothing is learned here; this critic has no trunk of its own.
-            value_model="head",
-        )
-        results[name] = held_out_metrics(trainer, list(prompts))
-    return results
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Rows of a file or a hub data set as a command needs them: prompts, demonstrations, or preference pairs."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -107,6 +108,8 @@ def _read(arguments: DataArguments, source: str, split: str) -> list[Row]:
 
 def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     """A function of the rows alone, so that what one command holds out no other trains on."""
+    if not rows:
+        raise ValueError("dataset_name has no row")
     keyed = [_Keyed(_opening_text(row.fields), row) for row in rows if row.fields is not None]
     parts = split_by_prompt(keyed, {"held out": share, "train": 1 - share})
     return [pair.row for pair in parts["train"]], [pair.row for pair in parts["held out"]]
@@ -131,11 +134,13 @@ def _converted(source: str, rows: Sequence[Row], convert: Callable[[Row], Fields
         except ValueError as error:
             bad.append(BadRow(row.number, str(error)))
         else:
-            good.setdefault(repr(fields), fields)
+            # Several preferences have the same prompt, or the same preferred response.
+            shortened = "rejected" in row.fields and "rejected" not in fields
+            good.setdefault(repr(fields) if shortened else str(row.number), fields)
     if not good:
         reason = f"row {bad[0].row}: {bad[0].reason}" if bad else "it is empty"
         raise ValueError(f"{source} has no usable row: {reason}")
-    if bad:
+    if bad and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{source}: {len(bad)} rows are left out, the first of them row {bad[0].row}: {bad[0].reason}")
     return Dataset.from_list(list(good.values()))
 
@@ -172,7 +177,7 @@ def demonstration(row: Row) -> Fields:
 
 
 def preference(row: Row) -> Fields:
-    """A row as RewardTrainer reads it: texts become prompt, chosen and rejected, chat messages are left as they are."""
+    """A row as RewardTrainer reads it: prompt, chosen and rejected; chat messages are left as they are."""
     if isinstance(row.fields.get("chosen"), list):
         return {name: row.fields[name] for name in ("prompt", "chosen", "rejected") if name in row.fields}
     pair: Preference = parse_row(row)

@@ -35,7 +35,13 @@ class RewardArguments:
     )
 
     def functions(self) -> list[Callable]:
-        """The functions, imported."""
+        """The functions, imported.
+
+        Raises:
+            ValueError: if one cannot be imported, or if there is neither a function nor a model.
+        """
+        if not self.reward_funcs and not self.reward_model_name_or_path:
+            raise ValueError("nothing gives a reward: set reward_model_name_or_path, reward_funcs, or both")
         return [import_reward_function(name) for name in self.reward_funcs or ()]
 
 
@@ -83,8 +89,6 @@ def main(argv: Sequence[str]) -> int:
         if model.model_name_or_path is None:
             raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
         functions = rewards.functions()
-        if not functions and not rewards.reward_model_name_or_path:
-            raise ValueError("nothing gives a reward: set reward_model_name_or_path, reward_funcs, or both")
         rows, held_out = load_rows(data, prompts_by(data))
         trainer = _trainer(config, model, others, rewards, functions, rows, held_out)
     trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
