@@ -49,9 +49,9 @@ class EvaluateArguments:
     output: str | None = field(default=None, metadata={"help": "File for the metrics as JSON."})
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = CommandParser(
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
         "evaluate",
         "Reward, KL (nats per response), entropy (nats per token), length (tokens), distinct n-grams of checkpoints "
         "on the same prompts, and how often each beats the reference.",
@@ -61,6 +61,11 @@ def main(argv: Sequence[str]) -> int:
         model_part(MODEL_NAMES),
         apa_part(APA_NAMES),
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
     with tempfile.TemporaryDirectory() as scratch:
         with parser.errors_end_the_command():
             values = parser.parse(argv)

@@ -31,9 +31,9 @@ class GenerateArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = CommandParser(
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
         "generate",
         "Responses of a model to prompts, as JSON lines with prompt and completion.",
         Part(GenerateArguments, lambda name: "model" if name == "trust_remote_code" else "prompts"),
@@ -41,6 +41,11 @@ def main(argv: Sequence[str]) -> int:
         model_part({*MODEL_NAMES, "model_name_or_path", "model_revision"}),
         apa_part({*SAMPLING_NAMES, "num_generations"}),
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
     with parser.errors_end_the_command(), tempfile.TemporaryDirectory() as scratch:
         values = parser.parse(argv)
         batch_size = values["num_generations"]

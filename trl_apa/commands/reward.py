@@ -13,9 +13,9 @@ from trl_apa.commands.rows import DataArguments, load_rows, preference
 from trl_apa.commands.supervised import finish, needs_model
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = CommandParser(
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
         "reward",
         "A reward model from preference pairs, with TRL's RewardTrainer.",
         Part(
@@ -25,6 +25,11 @@ def main(argv: Sequence[str]) -> int:
         Part(RewardConfig, trl_title("reward model")),
         LAUNCH_PART,
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
         if launch("reward", argv, values["accelerate_config"], values["num_processes"]):

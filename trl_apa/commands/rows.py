@@ -142,7 +142,11 @@ def _converted(source: str, rows: Sequence[Row], convert: Callable[[Row], Fields
         raise ValueError(f"{source} has no usable row: {reason}")
     if bad and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{source}: {len(bad)} rows are left out, the first of them row {bad[0].row}: {bad[0].reason}")
-    return Dataset.from_list(list(good.values()))
+    names = dict.fromkeys(name for fields in good.values() for name in fields)
+    try:
+        return Dataset.from_dict({name: [fields.get(name) for fields in good.values()] for name in names})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: a column holds values of different types: {error}") from error
 
 
 def prompts_by(arguments: DataArguments) -> Callable[[Row], Fields]:

@@ -13,9 +13,9 @@ from trl_apa.commands.rows import DataArguments, demonstration, load_rows
 from trl_apa.commands.supervised import finish, needs_model
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = CommandParser(
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
         "sft",
         "Supervised fine-tuning with TRL's SFTTrainer. Of preferences, the preferred responses are learned.",
         Part(
@@ -25,6 +25,11 @@ def main(argv: Sequence[str]) -> int:
         Part(SFTConfig, trl_title("SFT")),
         LAUNCH_PART,
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
         if launch("sft", argv, values["accelerate_config"], values["num_processes"]):

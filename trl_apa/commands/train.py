@@ -66,9 +66,9 @@ def reward_part() -> Part:
     return Part(RewardArguments, lambda name: "rewards" if name.startswith("reward") else "model")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = CommandParser(
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
         "train",
         "Align a policy with Advantage-Induced Policy Alignment: sample, score, learn.",
         Part(DataArguments, lambda name: "data"),
@@ -78,6 +78,11 @@ def main(argv: Sequence[str]) -> int:
         apa_part(),
         LAUNCH_PART,
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
         if launch("train", argv, values["accelerate_config"], values["num_processes"]):
