@@ -293,8 +293,9 @@ def test_train_opens_the_run_with_the_same_options(wandb_offline):
 def test_a_wandb_run_of_the_scripts_own_is_left_as_it_is_with_a_warning(wandb_offline):
     run = wandb.init(project="mine")
     trainer = tiny_trainer(wandb_offline, report_to="wandb", tracker_project_name="other")
-    with pytest.warns(UserWarning, match="a run of wandb was open already; it does not get project"):
+    with pytest.warns(UserWarning, match="a run of wandb was open already; it does not get project") as caught:
         stats, _ = report_twice(trainer)
+    assert [w.filename for w in caught if "was open already" in str(w.message)] == [__file__]
     assert wandb.run is run and run.project == "mine"
     assert run.summary["train/objective/kl"] == stats["objective/kl"]
 

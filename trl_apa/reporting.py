@@ -130,7 +130,7 @@ def _run_options(tracker: str, callback: TrainerCallback, args: TrainingArgument
     finally:
         setattr(owner, name, open_run)
     if not opened:
-        warnings.warn(f"a run of {tracker} was open already; it does not get {', '.join(options)}", stacklevel=5)
+        warnings.warn(f"a run of {tracker} was open already; it does not get {', '.join(options)}", stacklevel=6)
 
 
 def _options_for(tracker: str, args: TrainingArguments) -> dict[str, Any]:
