@@ -27,7 +27,9 @@ from trl_apa.reporting import reward_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    path for folder in (".", "docs", "examples", "examples/hh", "benchmarks") for path in ROOT.glob(f"{folder}/*.md")
+    path
+    for folder in (".", "docs", "examples", "examples/hh", "benchmarks", "parity")
+    for path in ROOT.glob(f"{folder}/*.md")
 )
 OURS = [page for page in PAGES if page.parent.name != "hh"]
 # `trainer` is what scripts call their trainer.
@@ -98,7 +100,7 @@ def functions_of(path):
 def test_files_and_tests_that_are_named_exist(page):
     for span in code_spans(page):
         match = re.fullmatch(
-            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks)/[\w/]*)(?:::(\w+))?",
+            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks|parity)/[\w/]*)(?:::(\w+))?",
             span,
         )
         if match is None:
@@ -229,6 +231,28 @@ def test_the_readme_script_runs(tmp_path, checkpoints):
     assert all(-10 < float(score) <= 0 for score, _ in reported)
     AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
     assert (tmp_path / "ten-words" / "value_model" / "value_head.safetensors").is_file()
+
+
+def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, resume = fenced(ROOT / "docs" / "training.md", "python")
+    # Fewer and shorter rollouts will do here.
+    for option, value in {
+        "batch_size=64": 16,
+        "max_completion_length=32": 8,
+        "max_steps=32": 8,
+        "_steps=16": 4,
+    }.items():
+        script = script.replace(option, f"{option.partition('=')[0]}={value}")
+    script = script.replace("APAConfig(\n", "APAConfig(\n    use_cpu=True,\n")
+    namespace = {}
+    exec(compile(with_paths(script, checkpoints), "training.md", "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert [row["step"] for row in trainer.state.log_history if "eval_kl" in row] == [4, 8]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
+    trainer.args.max_steps = 12
+    exec(compile(resume, "training.md", "exec"), namespace)
+    assert trainer.state.global_step == 12
 
 
 def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monkeypatch):

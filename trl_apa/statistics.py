@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,12 @@ class StageTimer:
 def gather_rollouts(
     rollouts: Rollouts, record: UpdateRecord, accelerator: Accelerator
 ) -> tuple[Rollouts, Tensor, Tensor]:
-    """Everything measured per token, of all processes, in one collective."""
+    """Everything measured per token, of all processes, in one collective.
+
+    Returns:
+        The rollouts without queries and responses, `logprobs_BR` and `entropy_BR`. Rows without a counted token are
+        still among them: see `counted_rows`.
+    """
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
     if rollouts.old_logprobs_BR is not None:
         names += ["old_logprobs_BR", "kl_penalty_BR"]
@@ -104,6 +109,13 @@ def gather_rollouts(
         **dict(zip(names, gathered[: len(names)], strict=True)),
     )
     return everywhere, gathered[-2], gathered[-1]
+
+
+def counted_rows(rollouts: Rollouts, *tensors: Tensor) -> list[Any]:
+    """The arguments without the rows of which no token counts: responses that were left out have no statistics."""
+    kept_B = rollouts.response_mask_BR.any(dim=1)
+    fields = {name: value[kept_B] for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
+    return [replace(rollouts, **fields), *(tensor[kept_B] for tensor in tensors)]
 
 
 def rollout_statistics(

@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     TrainerCallback,
 )
 
@@ -44,13 +45,21 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.scoring import Scorer, reward_functions
-from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_arrays, rollout_statistics
+from trl_apa.statistics import (
+    StageTimer,
+    UpdateRecord,
+    counted_rows,
+    gather_rollouts,
+    rollout_arrays,
+    rollout_statistics,
+)
 from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
     check_networks_are_apart,
@@ -115,6 +124,8 @@ class APATrainer(TrainingLoop):
             Held-out prompts for `evaluate`.
         callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
+        training_data_collator (*optional*):
+            Classic's; without effect.
 
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -164,12 +175,16 @@ class APATrainer(TrainingLoop):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        training_data_collator: Callable | None = None,
     ):
         if isinstance(model, PreTrainedTokenizerBase):
             raise ValueError(
                 "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
                 "give these arguments by keyword"
             )
+        if training_data_collator is not None:
+            text = "training_data_collator has no effect: the update pads its micro-batches itself"
+            warnings.warn(text, UserWarning, stacklevel=2)
         args = one_of("args", args, "config", config)
         model = one_of("model", model, "policy", policy)
         ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
@@ -244,6 +259,8 @@ class APATrainer(TrainingLoop):
         self._best_mean_score = -math.inf
         self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardAndKL())
         self.add_callback(self._stop_on_sigterm)
 
     # ---- what classic scripts read ----
@@ -255,6 +272,14 @@ class APATrainer(TrainingLoop):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processing_class
+
+    @property
+    def dataset(self) -> Any:
+        return self.train_dataset
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
 
     @property
     def current_device(self) -> torch.device:
@@ -517,6 +542,8 @@ class APATrainer(TrainingLoop):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         for start in range(0, len(rollouts), size):
             rows = range(start, min(start + size, len(rollouts)))
@@ -740,7 +767,9 @@ class APATrainer(TrainingLoop):
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
         lengths_B, ended_B = self.accelerator.gather(lengths_B), self.accelerator.gather(ended_B)
-        everywhere, logprobs_BR, entropy_BR = gather_rollouts(rollouts, record, self.accelerator)
+        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B = counted_rows(
+            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B
+        )
         if everywhere.old_logprobs_BR is not None:
             logprobs_BR = everywhere.old_logprobs_BR
         kl_coef = None if args.loss_type == "ppo" else args.kl_coef
