@@ -19,13 +19,27 @@ import wandb
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import HfArgumentParser, TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK, WandbCallback, integration_utils
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    integration_utils,
+)
 
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.test_two_processes import announce_rank
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
-from trl_apa.reporting import TENSORBOARD_ROWS, _is_installed, gather_table, reward_statistics, split_statistics
+from trl_apa.reporting import (
+    TENSORBOARD_ROWS,
+    Table,
+    _is_installed,
+    gather_table,
+    log_media,
+    reward_statistics,
+    split_statistics,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,6 +348,13 @@ def test_trackio_gets_the_rows_of_both_processes_once(tmp_path):
     assert numbers["train/env/reward_mean"] == pytest.approx(np.mean([*scores, *others]))
     assert media["train/global_step"] == numbers["train/global_step"] == 1
     assert (run_config["_Group"], run_config["loss_type"]) == ("tests", "apa")
+
+
+def test_where_no_run_is_open_nothing_is_logged_and_nothing_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    wandb.finish()
+    callbacks = [WandbCallback(), TrackioCallback(), TensorBoardCallback()]
+    log_media(callbacks, 1, {"env/reward_dist": np.ones(3)}, Table(["query", "reward"], [["q", 1.0]]))
 
 
 class CometStandIn:
