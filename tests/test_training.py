@@ -295,6 +295,37 @@ def test_reward_functions_of_trl_are_understood(tmp_path):
     assert scores.by_function_BF[:, 0].tolist() == pytest.approx(soft)
 
 
+def test_completions_are_printed_and_kept_as_parquet(tmp_path, capsys):
+    """Two iterations; the terminal shows one row of each, and drawing it changes nothing."""
+    plain = trainer_for(tmp_path / "plain", max_steps=8)
+    plain.train()
+    options = {"log_completions": True, "num_completions_to_print": 1, "max_steps": 8}
+    trainer = trainer_for(tmp_path, eval_dataset=PROMPTS[:3], **options)
+    capsys.readouterr()
+    trainer.train()
+    assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)
+    printed = capsys.readouterr().out
+    assert "Step 0" in printed and "Step 4" in printed and "few_nines" in printed
+    files = sorted((tmp_path / "completions").iterdir())
+    assert [file.name for file in files] == ["completions_000000.parquet", "completions_000004.parquet"]
+    table = Dataset.from_parquet(str(files[1]), cache_dir=tmp_path / "cache")
+    assert table.column_names == ["prompt", "completion", "few_nines", "reward"]
+    responses = trainer._iteration.rollouts.responses
+    assert list(table["completion"]) == tiny_tokenizer().batch_decode(responses, skip_special_tokens=True)
+    assert list(table["reward"]) == pytest.approx(few_nines(table["completion"]))
+    trainer.generate_completions(sampling=True)
+    assert len(Dataset.from_parquet(str(tmp_path / "completions" / "completions_000008.parquet"))) == 3
+
+
+def test_the_progress_bar_shows_reward_and_kl_and_not_every_number(tmp_path, capsys):
+    trainer = trainer_for(tmp_path, disable_tqdm=False)
+    trainer.train()
+    captured = capsys.readouterr()
+    last = [row for row in trainer.state.log_history if "apa/mean_scores" in row][-1]
+    assert f"reward={last['apa/mean_scores']:.3g}" in captured.err and f"KL={last['objective/kl']:.3g}" in captured.err
+    assert "apa/grad_norm" not in captured.out + captured.err
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_a_reward_model_scores_the_last_token_even_if_pad_is_eos(tmp_path, pad_is_eos):
     torch.manual_seed(5)

@@ -113,6 +113,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
         stop_strings (`list[str]`, *optional*):
             In `train` and `evaluate`, texts that end a response; they belong to it.
+        log_completions (`bool`, *optional*, defaults to `False`), num_completions_to_print (`int`, *optional*,
+            defaults to `4`): In `train`, prompts, completions and rewards of each iteration go to `completions/` in
+            `output_dir` as parquet, to trackers that have tables, and some rows to the terminal (this needs rich).
         skip_unscored (`bool`, *optional*, defaults to `False`):
             In `train`, a response to which a reward function gives None or NaN is left out of the update. Otherwise it
             is an error.
@@ -191,6 +194,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
     generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
     stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
+    log_completions: bool = _option(False, "train(): show, save and track the completions of each iteration.")
+    num_completions_to_print: int = _option(4, "With log_completions: rows on the terminal, chosen at random.")
     skip_unscored: bool = _option(False, "train(): leave out responses that a reward function gives None or NaN.")
     reward_timeout: float | None = _option(None, "Seconds that the reward functions may take for one iteration.")
     max_kl: float | None = _option(None, "train(): stop when an iteration's KL is above it, nats a response.")
@@ -348,7 +353,14 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
-        positive += ["max_kl", "reward_timeout", "max_prompt_length", "num_generations", "generation_batch_size"]
+        positive += [
+            "num_completions_to_print",
+            "max_kl",
+            "reward_timeout",
+            "max_prompt_length",
+            "num_generations",
+            "generation_batch_size",
+        ]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
         positive += ["compare_steps", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":

@@ -1,21 +1,25 @@
 """From statistics, rewards and texts to the Trainer's reporters (W&B, TensorBoard, Trackio, Comet, ...)."""
 
+import random
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, integrations
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
+from trl_apa._trl import print_prompt_completions_sample
 from trl_apa.statistics import spread
 
 
@@ -210,6 +214,27 @@ def gather_table(
     names = [name for name in columns if any(name in row for row in rows)]
     names = [*names, "reward"]
     return Table(names, [[row.get(name) for name in names] for row in rows]) if len(names) > 1 else None
+
+
+def show_table(table: Table, step: int, num_rows: int) -> None:
+    """Print some rows, chosen at random, of a table that has the columns `prompt` and `completion`.
+
+    Needs the library rich; without it nothing is printed. Python's random numbers go on as if none had been drawn.
+    """
+    if not table.rows or find_spec("rich") is None:
+        return
+    columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+    prompts, completions = columns.pop("prompt"), columns.pop("completion")
+    state = random.getstate()
+    print_prompt_completions_sample(prompts, completions, columns, None, step, min(num_rows, len(table.rows)))
+    random.setstate(state)
+
+
+def save_table(table: Table, path: Path) -> None:
+    """Write a table as parquet, in folders that are made if they are not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+    Dataset.from_dict(columns).to_parquet(path)
 
 
 def _cell(value: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     TrainerCallback,
 )
 
@@ -44,6 +45,7 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.resuming import StopOnSigterm
@@ -257,6 +259,8 @@ class APATrainer(TrainingLoop):
         self._best_mean_score = -math.inf
         self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardAndKL())
         self.add_callback(self._stop_on_sigterm)
 
     # ---- what classic scripts read ----
@@ -268,6 +272,14 @@ class APATrainer(TrainingLoop):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processing_class
+
+    @property
+    def dataset(self) -> Any:
+        return self.train_dataset
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
 
     @property
     def current_device(self) -> torch.device:
@@ -530,6 +542,8 @@ class APATrainer(TrainingLoop):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         for start in range(0, len(rollouts), size):
             rows = range(start, min(start + size, len(rollouts)))

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, prompt_of, query_of
-from trl_apa.reporting import OPENERS, start_reporters
+from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.resuming import (
     is_complete,
     last_complete_checkpoint,
@@ -165,15 +166,52 @@ class TrainingLoop(_BaseTrainer):
         except Exception:
             self._save_what_was_learned()
             raise
-        queries, responses, scores = inputs
+        rows, queries, responses, scores = inputs
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
         rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
         if scores.per_token is not None:
             rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
         self._prepare_iteration(rollouts, ended_B, timer)
+        if self.args.log_completions:
+            self._log_completions(rows, queries, responses, scores)
 
-    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Scores]:
-        """Queries, responses and scores of the next iteration."""
+    def _log_completions(
+        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor], scores: Scores
+    ) -> None:
+        """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables."""
+        prompts, completions = self._texts(rows, queries, responses)
+        by_function = dict(zip(self.scorer.names, scores.by_function_BF.T.tolist(), strict=True))
+        batch = {"prompt": prompts, "completion": completions, **by_function}
+        table = gather_table(batch, list(batch), scores.total_B.tolist(), self.accelerator)
+        if table is None or not self.is_world_process_zero():
+            return
+        step = self.state.global_step
+        show_table(table, step, self.args.num_completions_to_print)
+        save_table(table, Path(self.args.output_dir) / "completions" / f"completions_{step:06d}.parquet")
+        log_media(self.callback_handler.callbacks, step, {}, table)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Answer the prompts of `eval_dataset` greedily and show prompts, completions and rewards as `train` does.
+
+        What scripts for TRL 0.12 to 1.12 end with.
+
+        Args:
+            sampling: the first `per_device_eval_batch_size` prompts only.
+
+        Raises:
+            ValueError: without `eval_dataset` or reward functions.
+        """
+        if self.eval_dataset is None or self.scorer is None:
+            raise ValueError("generate_completions() needs eval_dataset and reward_funcs or reward_model")
+        rows = [row if isinstance(row, dict) else {"prompt": row} for row in self.eval_dataset]
+        rows = rows[: self.args.per_device_eval_batch_size] if sampling else rows
+        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        queries = [self._query(row) for row in rows]
+        responses = self._respond(queries, do_sample=False)
+        self._log_completions(rows, queries, responses, self._scores(rows, queries, responses))
+
+    def _scored_responses(self, timer: StageTimer) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor], Scores]:
+        """Rows, queries, responses and scores of the next iteration."""
         rows = self._source.rows(self.num_iterations_done)
         rows = [row for row in rows for _ in range(self.args.num_generations)]
         queries = [self._query(row) for row in rows]
@@ -183,7 +221,7 @@ class TrainingLoop(_BaseTrainer):
             scores = self._scores(rows, queries, responses)
         policy = self.accelerator.unwrap_model(self.model).policy
         check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
-        return queries, responses, scores
+        return rows, queries, responses, scores
 
     def _save_what_was_learned(self) -> None:
         """A checkpoint between two optimizer steps, unless the last one is of this step already."""
@@ -216,13 +254,19 @@ class TrainingLoop(_BaseTrainer):
         pair = tuple([response[1:] for response in part] for part in pair)
         return pair if isinstance(responses, tuple) else pair[0]
 
-    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
+    def _texts(
+        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
+    ) -> tuple[list[Any], list[Any]]:
+        """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
         prompts = [prompt_of(row) for row in rows]
         if any(prompt is None for prompt in prompts):
             prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
         texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        chat = is_conversational({"prompt": prompts[0]})
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+        chat = bool(prompts) and is_conversational({"prompt": prompts[0]})
+        return prompts, [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+
+    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
+        prompts, completions = self._texts(rows, queries, responses)
         names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
         columns = {name: [row[name] for row in rows] for name in names}
         return self.scorer(prompts, completions, queries, responses, columns)
