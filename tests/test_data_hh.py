@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from trl_apa.data import (
     Preference,
@@ -17,7 +18,7 @@ from trl_apa.data import (
     sft_rows,
     split_by_prompt,
 )
-from trl_apa.data.sources import is_local
+from trl_apa.data.sources import is_local, load_table
 
 
 REAL_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
@@ -215,6 +216,43 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
 def test_paths_and_hub_names_are_told_apart(tmp_path):
     assert is_local(tmp_path) and is_local(str(tmp_path)) and is_local("../data") and is_local("some.jsonl.gz")
     assert not is_local("Anthropic/hh-rlhf")
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.csv.gz", "rows.parquet"]
+)
+def test_a_file_of_every_kind_becomes_the_same_table(tmp_path, name):
+    table = Dataset.from_dict({"question": ["a", 'b, "c"', "d\ne"], "votes": [1, 2, 3]})
+    path = tmp_path / name
+    write = {"csv": table.to_csv, "parquet": table.to_parquet}
+    plain = str(path).removesuffix(".gz")
+    if ".json" in name:
+        table.to_json(plain, lines=".jsonl" in name)
+    else:
+        write[plain.rsplit(".", 1)[1]](plain)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(Path(plain).read_bytes()))
+    loaded = load_table(str(path), data_dir="of/a/hub/name", verification_mode="no_checks")
+    assert loaded.to_dict() == table.to_dict()
+
+
+def test_a_folder_and_a_hub_name_are_loaded_as_a_table(tmp_path, monkeypatch):
+    table = Dataset.from_dict({"question": ["a", "b"]})
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    assert load_table(tmp_path).to_dict() == table.to_dict()
+    asked = {}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: asked.update({"args": args, **kwargs}))
+    load_table("lvwerra/stack-exchange-paired", data_dir="data/rl", split="test", streaming=True)
+    expected = {"name": None, "data_dir": "data/rl", "split": "test", "streaming": True}
+    assert asked == {"args": ("lvwerra/stack-exchange-paired",), **expected}
+
+
+def test_a_table_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.csv"):
+        load_table(tmp_path / "no.csv")
+    (tmp_path / "rows.xls").touch()
+    with pytest.raises(ValueError, match=r"rows\.xls.*expected one of \.jsonl.*\.csv"):
+        load_table(tmp_path / "rows.xls")
 
 
 def make_pairs(count: int, rows_each: int = 3) -> list[Preference]:

@@ -22,11 +22,14 @@ from transformers import (
 import trl_apa
 from tests.tiny import byte_tokenizer, lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.cli import COMMANDS
+from trl_apa.reporting import reward_statistics
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    path for folder in (".", "docs", "examples", "examples/hh", "benchmarks") for path in ROOT.glob(f"{folder}/*.md")
+    path
+    for folder in (".", "docs", "examples", "examples/hh", "benchmarks", "parity")
+    for path in ROOT.glob(f"{folder}/*.md")
 )
 OURS = [page for page in PAGES if page.parent.name != "hh"]
 # `trainer` is what scripts call their trainer.
@@ -97,7 +100,7 @@ def functions_of(path):
 def test_files_and_tests_that_are_named_exist(page):
     for span in code_spans(page):
         match = re.fullmatch(
-            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks)/[\w/]*)(?:::(\w+))?",
+            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks|parity)/[\w/]*)(?:::(\w+))?",
             span,
         )
         if match is None:
@@ -167,12 +170,13 @@ def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     queries, responses, scores = tiny_rollouts()
     stats = trainer.step(queries, responses, scores)
     own = {name for name in stats if "ppo/" not in name}
-    assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == own
-    trainer.log_stats(stats, {"query": [], "response": []}, scores)
-    assert documented["What `log_stats` adds"] == trainer.state.log_history[-1].keys() - stats.keys() - {
-        "step",
-        "epoch",
-    }
+    arrays = {name for name in own if not isinstance(stats[name], float)}
+    assert documented["Arrays"] == arrays
+    assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == own - arrays
+    trainer.log_stats(stats, {"query": ["q"] * 4, "response": ["r"] * 4}, scores)
+    numbers = trainer.state.log_history[-1].keys() - stats.keys() - {"step", "epoch"}
+    assert documented["What `log_stats` adds"] == numbers | {"env/reward_dist"}
+    assert "env/reward_dist" in reward_statistics(scores, trainer.accelerator)
 
 
 def test_the_changelog_knows_this_version():
@@ -229,6 +233,28 @@ def test_the_readme_script_runs(tmp_path, checkpoints):
     assert (tmp_path / "ten-words" / "value_model" / "value_head.safetensors").is_file()
 
 
+def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, resume = fenced(ROOT / "docs" / "training.md", "python")
+    # Fewer and shorter rollouts will do here.
+    for option, value in {
+        "batch_size=64": 16,
+        "max_completion_length=32": 8,
+        "max_steps=32": 8,
+        "_steps=16": 4,
+    }.items():
+        script = script.replace(option, f"{option.partition('=')[0]}={value}")
+    script = script.replace("APAConfig(\n", "APAConfig(\n    use_cpu=True,\n")
+    namespace = {}
+    exec(compile(with_paths(script, checkpoints), "training.md", "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert [row["step"] for row in trainer.state.log_history if "eval_kl" in row] == [4, 8]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
+    trainer.args.max_steps = 12
+    exec(compile(resume, "training.md", "exec"), namespace)
+    assert trainer.state.global_step == 12
+
+
 def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (readme,) = fenced(ROOT / "README.md", "python")
@@ -236,12 +262,13 @@ def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monke
     exec(with_paths(readme.partition("trainer = ")[0], checkpoints), namespace)
     namespace["config"].use_cpu = True
     blocks = fenced(ROOT / "docs" / "quickstart.md", "python")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     references = []
     for block in blocks:
         exec(compile(with_paths(block, checkpoints), "quickstart.md", "exec"), namespace)
         references.append(namespace["trainer"].ref_model)
-    lora, sft_adapter, reward_model, loaded = references
+    lora, sft_adapter, reward_model, loaded, _ = references
+    assert namespace["config"].report_to == ["wandb", "tensorboard"]
     assert lora is None and sft_adapter is None and reward_model is not None and loaded is not None
     assert namespace["stats"]["tokens/counted"] > 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")

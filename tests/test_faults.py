@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,26 @@ def test_what_was_learned_before_a_reward_function_failed_is_kept(tmp_path, unin
             raise ConnectionError("the judge is away")
         return few_nines(completions)
 
-    with pytest.raises(ConnectionError, match="the judge is away"):
+    with pytest.raises(RuntimeError, match="reward function flaky failed: ConnectionError: the judge is away"):
         trainer_for(tmp_path, reward_funcs=flaky, max_steps=12).train()
     assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
     # Random numbers of the failed attempt do not count either.
+    assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
+def test_a_reward_function_that_hangs_is_named_and_the_run_can_go_on(tmp_path, uninterrupted):
+    calls = []
+
+    def slow(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            time.sleep(60)
+        return few_nines(completions)
+
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"reward function slow gave no answer within reward_timeout=0\.5 seconds"):
+        trainer_for(tmp_path, reward_funcs=slow, max_steps=12, reward_timeout=0.5).train()
+    assert time.monotonic() - start < 30
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
 
 

@@ -120,6 +120,18 @@ class TestDeclaredVersions:
                     undeclared.add(f"{path.relative_to(ROOT)} imports {module}")
         assert undeclared == set()
 
+    @pytest.mark.parametrize("folder", ["examples", "tests"])
+    def test_every_import_of_examples_and_tests_is_declared(self, folder: str) -> None:
+        declared = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
+        undeclared = set()
+        ours = {package.parent.name for package in ROOT.glob("*/__init__.py")}
+        for path in (ROOT / folder).rglob("*.py"):
+            beside = {other.stem for other in path.parent.glob("*.py")}
+            for module in top_level_imports(path) - {*sys.stdlib_module_names, *ours, *beside}:
+                if canonicalize_name(module) not in declared:
+                    undeclared.add(f"{path.relative_to(ROOT)} imports {module}")
+        assert undeclared == set()
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -56,7 +56,7 @@ def test_early_stopping_leaves_out_the_epochs_that_remain(tmp_path, loss_type):
 
 def test_apas_distance_from_the_rollout_policy_is_measured_from_the_first_visit(tmp_path):
     """One mini-batch an epoch: after the first epoch the record holds log pi_old itself."""
-    trainer = tiny_trainer(tmp_path, early_stopping=True, target_kl=1e6, ppo_epochs=2, learning_rate=1e-3)
+    trainer = tiny_trainer(tmp_path, ppo_epochs=2, learning_rate=1e-3)
     queries, responses, scores = tiny_rollouts()
     rollouts, _ = trainer._collect(queries, responses, scores, None)
     mask = rollouts.response_mask_BR
@@ -70,10 +70,11 @@ def test_apas_distance_from_the_rollout_policy_is_measured_from_the_first_visit(
     norm = trainer._get_grad_norm
     trainer._get_grad_norm = lambda *args, **kwargs: (seen.append(logprobs()), norm(*args, **kwargs))[1]
     trainer.step(queries, responses, scores)
-    moved = float((old - seen[1])[mask].mean())
-    reported = [float(step["apa/policy/policykl"]) for step in trainer._iteration.record.optimizer_steps]
-    assert reported[0] == pytest.approx(0.0, abs=1e-6)
-    assert reported[1] == pytest.approx(moved, rel=1e-3) and abs(moved) > 1e-3
+    moved = (old - seen[1])[mask]
+    for name, expected in {"policykl": moved.mean(), "approxkl": 0.5 * moved.square().mean()}.items():
+        reported = [float(step[f"apa/policy/{name}"]) for step in trainer._iteration.record.optimizer_steps]
+        assert reported[0] == pytest.approx(0.0, abs=1e-6)
+        assert reported[1] == pytest.approx(float(expected), rel=1e-3) and abs(expected) > 1e-5
 
 
 def test_a_mini_batch_with_an_exploding_ratio_is_skipped_with_a_warning(tmp_path):

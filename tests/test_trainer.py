@@ -3,11 +3,11 @@
 import math
 
 import datasets
+import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback, get_constant_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup
 
-import trl_apa.reporting
 from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
 from trl_apa.kl import AdaptiveKLController, FixedKLController
@@ -22,8 +22,11 @@ EXPECTED = {
     "objective/entropy",
     "apa/policy/entropy",
     "apa/policy/advantages_mean",
+    "apa/policy/approxkl",
+    "apa/policy/policykl",
     "apa/mean_scores",
     "apa/std_scores",
+    "apa/mean_non_score_reward",
     "apa/loss/policy",
     "apa/loss/value",
     "apa/loss/total",
@@ -57,26 +60,36 @@ EXPECTED = {
 OF_LOSS = {
     "apa": {f"apa/policy/{name}" for name in ("residual", "residual_sq", "log_ratio", "log_normalizer")},
     "awr": {f"apa/policy/{name}" for name in ("weight", "weight_sq", "log_normalizer")},
-    "ppo": {f"apa/policy/{name}" for name in ("approxkl", "policykl", "ratio", "clipfrac", "skipped")}
-    | {"apa/mean_non_score_reward"},
+    "ppo": {f"apa/policy/{name}" for name in ("ratio", "clipfrac", "skipped")},
+}
+ARRAYS = {
+    "objective/kl_dist",
+    "objective/logprobs",
+    "objective/ref_logprobs",
+    "apa/policy/advantages",
+    "tokens/queries_dist",
+    "tokens/responses_dist",
 }
 
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
-def test_statistics_are_a_flat_dict_of_finite_floats(tmp_path, loss_type):
+def test_statistics_are_a_flat_dict_of_finite_floats_and_arrays(tmp_path, loss_type):
     stats = tiny_trainer(tmp_path, loss_type=loss_type).step(*tiny_rollouts())
     classic = {name.replace("ppo/", "apa/") for name in stats if "ppo/" in name}
     own = {name for name in stats if "ppo/" not in name}
-    assert own == EXPECTED | OF_LOSS[loss_type]
+    assert own == EXPECTED | OF_LOSS[loss_type] | ARRAYS
     assert classic == ({name for name in own if "apa/" in name} if loss_type == "ppo" else set())
-    assert all(type(value) is float and math.isfinite(value) for value in stats.values())
+    arrays = {name: value for name, value in stats.items() if isinstance(value, np.ndarray)}
+    assert {name.replace("ppo/", "apa/") for name in arrays} == ARRAYS
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    assert all(type(stats[name]) is float and math.isfinite(stats[name]) for name in stats.keys() - arrays.keys())
 
 
 def test_statistics_by_hand(tmp_path):
     """Two responses of 1 and 3 tokens, scores 1 and 3, a value model that says 0, gamma = gae_lambda = 1.
 
-    Returns are 1 | 3 3 3: mean 2.5, unbiased variance (2.25 + 3 * 0.25) / 3 = 1. Values are 0, so they explain nothing
-    of it. The value loss is 0.5 * (1 + 9 + 9 + 9) / 4 = 3.5, the error 7.
+    Returns are 1 | 3 3 3: mean 2.5, unbiased variance (2.25 + 3 * 0.25) / 3 = 1. The value loss is 0.5 * (1 + 9 + 9 +
+    9) / 4 = 3.5 and the error 7, seven times the variance.
     """
     trainer = tiny_trainer(tmp_path, batch_size=2, mini_batch_size=2, gae_lambda=1.0)
     queries = [torch.tensor([2, 3]), torch.tensor([4, 5, 6, 7])]
@@ -88,18 +101,19 @@ def test_statistics_by_hand(tmp_path):
         "apa/returns/mean": 2.5,
         "apa/returns/var": 1.0,
         "apa/val/mean": 0.0,
-        "apa/val/var_explained": 0.0,
+        "apa/val/var_explained": -6.0,
         "apa/val/error": 7.0,
         "apa/loss/value": 3.5,
         "apa/policy/advantages_mean": 0.0,
         "tokens/queries_len_mean": 3.0,
-        "tokens/queries_len_std": 1.0,
+        "tokens/queries_len_std": math.sqrt(2.0),
         "tokens/responses_len_mean": 2.0,
-        "tokens/responses_len_std": 1.0,
+        "tokens/responses_len_std": math.sqrt(2.0),
         "tokens/eos_share": 0.5,
         "tokens/counted": 4.0,
         "objective/kl": 0.0,
         "objective/kl_coef": 0.1,
+        "apa/mean_non_score_reward": 0.0,
     }
     for name, value in expected.items():
         assert stats[name] == pytest.approx(value, abs=1e-5), name
@@ -108,6 +122,33 @@ def test_statistics_by_hand(tmp_path):
     log_mean = math.log((math.exp(-15) + 3 * math.exp(5)) / 4)
     assert stats["apa/policy/log_normalizer"] == pytest.approx(log_mean, rel=1e-5)
     assert stats["apa/loss/total"] == pytest.approx(stats["apa/loss/policy"] + 3.5, rel=1e-6)
+    assert stats["apa/policy/advantages"] == pytest.approx([-1.5, 0.5, 0.5, 0.5], abs=1e-5)
+    assert stats["tokens/queries_dist"].tolist() == [2, 4]
+    assert stats["tokens/responses_dist"].tolist() == [1, 3]
+    assert stats["objective/kl_dist"] == pytest.approx([0.0, 0.0], abs=1e-5)
+    # 0 behind the shorter response, so that the sums along the rows are the log-probs of the responses.
+    logprobs_BR = stats["objective/logprobs"]
+    assert logprobs_BR.shape == (2, 3) and logprobs_BR.dtype == np.float32
+    assert ((logprobs_BR != 0) == [[True, False, False], [True, True, True]]).all()
+    assert -logprobs_BR.sum(axis=1).mean() == pytest.approx(stats["objective/entropy"], rel=1e-5)
+    assert stats["objective/ref_logprobs"] == pytest.approx(logprobs_BR, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "ppo"])
+def test_arrays_are_what_the_means_are_taken_of(tmp_path, loss_type):
+    """After two steps, when the policy is no longer pi_init."""
+    trainer = tiny_trainer(tmp_path, loss_type=loss_type, mini_batch_size=2)
+    trainer.step(*tiny_rollouts())
+    stats = trainer.step(*tiny_rollouts())
+    log_ratio_BR = stats["objective/logprobs"] - stats["objective/ref_logprobs"]
+    assert np.abs(log_ratio_BR).max() > 0.01
+    assert stats["objective/kl_dist"] == pytest.approx(log_ratio_BR.sum(axis=1), abs=1e-5)
+    assert stats["objective/kl_dist"].mean() == pytest.approx(stats["objective/kl"], abs=1e-5)
+    assert stats["apa/policy/advantages"].mean() == pytest.approx(stats["apa/policy/advantages_mean"], abs=1e-6)
+    for name in ("queries", "responses"):
+        assert stats[f"tokens/{name}_dist"].mean() == stats[f"tokens/{name}_len_mean"]
+        assert stats[f"tokens/{name}_dist"].std(ddof=1) == pytest.approx(stats[f"tokens/{name}_len_std"])
+    assert len(stats["apa/policy/advantages"]) == stats["tokens/counted"]
 
 
 def test_masked_tokens_are_in_no_statistic(tmp_path):
@@ -218,7 +259,7 @@ def test_bfloat16_autocast_trains_with_float32_values_and_logprobs(tmp_path):
         outputs = trainer.model_wrapped(**trainer._model_inputs(batch))
         exact = plain.model(**plain._model_inputs(batch))
     assert seen == [torch.float32] and outputs["logprobs"].dtype == torch.float32
-    assert all(torch.isfinite(value) for value in map(torch.tensor, stats.values()))
+    assert all(np.isfinite(value).all() for value in stats.values())
     mask = batch["response_mask"]
     assert float((outputs["logprobs"] - exact["logprobs"])[mask].abs().max()) < 0.5
     assert len(trainer.generate(queries, return_prompt=False, max_new_tokens=3)) == 4
@@ -317,42 +358,6 @@ def test_the_readme_loop_runs(tmp_path):
         stats = trainer.step(batch["input_ids"], responses, scores)
         trainer.log_stats(stats, batch, scores)
     assert len(trainer.state.log_history) == 2
-
-
-class Tracker(TrainerCallback):
-    """A reporter that, like W&B's, opens its run when training begins."""
-
-    def __init__(self):
-        self.events = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.events.append("begin")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.events.append(dict(logs))
-
-
-def test_statistics_reach_the_trackers(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_apa.reporting, "get_reporting_integration_callbacks", lambda report_to: [Tracker])
-    tracker = Tracker()
-    trainer = tiny_trainer(tmp_path, trainer_kwargs={"callbacks": [tracker]})
-    queries, responses, scores = tiny_rollouts()
-    batch = {"query": ["q"] * 4, "response": ["r"] * 4}
-    for _ in range(2):
-        stats = trainer.step(queries, responses, scores)
-        trainer.log_stats(stats, batch, scores)
-    begin, first, second = tracker.events
-    assert begin == "begin"
-    assert first["env/reward_mean"] == pytest.approx(float(torch.stack(scores).mean()), abs=1e-6)
-    assert first["env/reward_std"] == pytest.approx(float(torch.stack(scores).std(unbiased=False)), abs=1e-6)
-    assert second["objective/kl"] == stats["objective/kl"]
-    with pytest.warns(UserWarning, match="batch has no 'response'"):
-        trainer.log_stats(stats, {"query": []}, scores)
-
-
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
-    with pytest.raises((ImportError, RuntimeError, ValueError), match=r"(?i)comet"):
-        tiny_trainer(tmp_path, log_with="comet_ml")
 
 
 def test_a_model_card_is_written_where_the_caller_says(tmp_path):

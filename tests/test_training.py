@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from tests.test_update import assert_same
 from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
@@ -211,6 +212,118 @@ def test_reward_functions_are_weighted_and_see_the_columns(tmp_path):
     assert rollouts.scores_B.tolist() == pytest.approx(expected)
     scores = trainer.score(rollouts.queries, rollouts.responses, target=[row["target"] for row in rows])
     assert [float(score) for score in scores] == pytest.approx(expected)
+
+
+def test_rewards_given_token_by_token_stay_on_their_tokens(tmp_path):
+    """Weights 1 and 0.5; the score of the first function goes to the last token, as ever."""
+
+    def per_token(completion_ids, **kwargs):
+        return [[float(token) for token in ids] for ids in completion_ids]
+
+    def one(completion_ids, **kwargs):
+        return [3.0] * len(completion_ids)
+
+    options = {"reward_weights": [1.0, 0.5], "max_steps": 1, "whiten_advantages": False, "gae_lambda": 1.0}
+    trainer = trainer_for(tmp_path, reward_funcs=[one, per_token], **options)
+    trainer.train()
+    rollouts = trainer._iteration.rollouts
+    for row, response in enumerate(rollouts.responses):
+        expected = [0.5 * float(token) for token in response]
+        expected[-1] += 3.0
+        assert rollouts.rewards_BR[row, : len(response)].tolist() == pytest.approx(expected)
+        assert float(rollouts.scores_B[row]) == pytest.approx(sum(expected))
+        # The value model starts at zero, so with lambda = gamma = 1 a return is what is still to come.
+        assert float(rollouts.returns_BR[row, 0]) == pytest.approx(sum(expected), rel=1e-4)
+
+    def too_few(completion_ids, **kwargs):
+        return [[1.0] * (len(ids) - 1) for ids in completion_ids]
+
+    with pytest.raises(ValueError, match=r"too_few gave \d values for the \d tokens of row 0"):
+        trainer_for(tmp_path, reward_funcs=too_few).train()
+
+
+def test_responses_without_a_score_are_left_out_when_asked(tmp_path):
+    """The update is that of the other rows alone, whatever the row that is left out holds."""
+    kept = {}
+
+    def picky(completions, **kwargs):
+        return [None if i == 1 else score for i, score in enumerate(few_nines(completions))]
+
+    for replaced in (False, True):
+        trainer = trainer_for(
+            tmp_path, reward_funcs=picky, skip_unscored=True, max_steps=1, mini_batch_size=4, ppo_epochs=1
+        )
+        if replaced:
+            collect = trainer._collect
+
+            def other_row(queries, responses, *rest, collect=collect):
+                return collect(
+                    queries, [torch.tensor([7, 8]) if i == 1 else r for i, r in enumerate(responses)], *rest
+                )
+
+            trainer._collect = other_row
+        trainer.train()
+        rollouts = trainer._iteration.rollouts
+        assert rollouts.response_mask_BR.any(dim=1).tolist() == [True, False, True, True]
+        kept[replaced] = parameters(trainer)
+    assert_same(kept[False], kept[True], tolerance=1e-6)
+    stats = trainer.state.log_history[0]
+    scores_B = rollouts.scores_B[rollouts.response_mask_BR.any(dim=1)]
+    assert stats["apa/mean_scores"] == pytest.approx(float(scores_B.mean()))
+    lengths = [len(response) for i, response in enumerate(rollouts.responses) if i != 1]
+    assert stats["tokens/responses_len_mean"] == pytest.approx(sum(lengths) / 3)
+
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    with pytest.raises(ValueError, match="no response of this iteration was scored"):
+        trainer_for(tmp_path, reward_funcs=never, skip_unscored=True).train()
+
+
+def test_reward_functions_of_trl_are_understood(tmp_path):
+    trainer = trainer_for(
+        tmp_path,
+        reward_funcs=[get_soft_overlong_punishment(4, 2), get_repetition_penalty_reward(2)],
+        max_steps=4,
+    )
+    trainer.train()
+    lengths = [len(response) for response in trainer._iteration.rollouts.responses]
+    soft = [0.0 if n <= 2 else (2 - n) / 2 if n <= 4 else -1.0 for n in lengths]
+    scores = trainer._scores(
+        [{"prompt": "w2"}] * 4, trainer._iteration.rollouts.queries, trainer._iteration.rollouts.responses
+    )
+    assert scores.by_function_BF[:, 0].tolist() == pytest.approx(soft)
+
+
+def test_completions_are_printed_and_kept_as_parquet(tmp_path, capsys):
+    """Two iterations; the terminal shows one row of each, and drawing it changes nothing."""
+    plain = trainer_for(tmp_path / "plain", max_steps=8)
+    plain.train()
+    options = {"log_completions": True, "num_completions_to_print": 1, "max_steps": 8}
+    trainer = trainer_for(tmp_path, eval_dataset=PROMPTS[:3], **options)
+    capsys.readouterr()
+    trainer.train()
+    assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)
+    printed = capsys.readouterr().out
+    assert "Step 0" in printed and "Step 4" in printed and "few_nines" in printed
+    files = sorted((tmp_path / "completions").iterdir())
+    assert [file.name for file in files] == ["completions_000000.parquet", "completions_000004.parquet"]
+    table = Dataset.from_parquet(str(files[1]), cache_dir=tmp_path / "cache")
+    assert table.column_names == ["prompt", "completion", "few_nines", "reward"]
+    responses = trainer._iteration.rollouts.responses
+    assert list(table["completion"]) == tiny_tokenizer().batch_decode(responses, skip_special_tokens=True)
+    assert list(table["reward"]) == pytest.approx(few_nines(table["completion"]))
+    trainer.generate_completions(sampling=True)
+    assert len(Dataset.from_parquet(str(tmp_path / "completions" / "completions_000008.parquet"))) == 3
+
+
+def test_the_progress_bar_shows_reward_and_kl_and_not_every_number(tmp_path, capsys):
+    trainer = trainer_for(tmp_path, disable_tqdm=False)
+    trainer.train()
+    captured = capsys.readouterr()
+    last = [row for row in trainer.state.log_history if "apa/mean_scores" in row][-1]
+    assert f"reward={last['apa/mean_scores']:.3g}" in captured.err and f"KL={last['objective/kl']:.3g}" in captured.err
+    assert "apa/grad_norm" not in captured.out + captured.err
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])

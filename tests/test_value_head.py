@@ -426,6 +426,13 @@ def test_a_device_map_may_name_the_cpu_but_not_offload_to_it(tmp_path):
             wrapped(model)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the first GPU is there")
+@pytest.mark.parametrize("device_map", [{"": 0}, 0, {"model": 1, "lm_head": "cpu"}], ids=str)
+def test_the_number_of_a_gpu_means_the_cpu_where_there_is_none(tmp_path, device_map):
+    tiny_model().save_pretrained(tmp_path)
+    assert wrapped(str(tmp_path), device_map=device_map).device.type == "cpu"
+
+
 # ---- the reward adapter ----
 
 

@@ -92,7 +92,7 @@ def lora_config(**kwargs):
 
 def tiny_config(tmp_path, **kwargs):
     defaults = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "learning_rate": 1e-2, "max_grad_norm": 1.0}
-    return APAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **{**defaults, **kwargs})
+    return APAConfig(output_dir=str(tmp_path), use_cpu=True, **{"report_to": "none", **defaults, **kwargs})
 
 
 def tiny_trainer(tmp_path, model=None, trainer_kwargs=None, **config):

@@ -4,7 +4,12 @@ from accelerate.utils import is_peft_model
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import entropy_from_logits, selective_log_softmax, use_adapter
+from trl.trainer.utils import (
+    entropy_from_logits,
+    print_prompt_completions_sample,
+    selective_log_softmax,
+    use_adapter,
+)
 
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "_BaseTrainer",
     "entropy_from_logits",
     "is_peft_model",
+    "print_prompt_completions_sample",
     "selective_log_softmax",
     "unwrap_model_for_generation",
     "use_adapter",

@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
+from trl_apa.reporting import check_trackers
 
 
 LOSS_TYPES = ("apa", "awr", "ppo")
@@ -39,7 +40,7 @@ NOT_READ_BACK = ("log_with", "local_batch_size")
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
-    "project_kwargs": "set output_dir, or logging_dir in the environment of the tracker",
+    "project_kwargs": "set output_dir, or log_dir of TensorBoard in tracker_kwargs",
     "dataset_num_proc": "the trainer does not tokenize",
     **second_generation.WITHOUT_EFFECT,
 }
@@ -112,6 +113,14 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
         stop_strings (`list[str]`, *optional*):
             In `train` and `evaluate`, texts that end a response; they belong to it.
+        log_completions (`bool`, *optional*, defaults to `False`), num_completions_to_print (`int`, *optional*,
+            defaults to `4`): In `train`, prompts, completions and rewards of each iteration go to `completions/` in
+            `output_dir` as parquet, to trackers that have tables, and some rows to the terminal (this needs rich).
+        skip_unscored (`bool`, *optional*, defaults to `False`):
+            In `train`, a response to which a reward function gives None or NaN is left out of the update. Otherwise it
+            is an error.
+        reward_timeout (`float`, *optional*):
+            Seconds that the reward functions may take for the responses of an iteration. No limit by default.
         max_kl (`float`, *optional*):
             `train` stops after an iteration whose KL to pi_init was above it, nats a response.
         reward_weights (`list[float]`, *optional*):
@@ -141,6 +150,12 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         steps (`int`, *optional*, defaults to `20000`):
             Rollouts a process will see in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
             decaying `lr_scheduler_type` stretches over.
+        tracker_project_name (`str`, *optional*):
+            Project in W&B, Trackio and Comet. Defaults to the tracker's own setting; classic's default was "trl".
+        tracker_kwargs (`dict` or JSON, *optional*):
+            For each tracker what its run is opened with, over what the Trainer's reporter gives:
+            `{"wandb": {"entity": "team"}}`. They go to `wandb.init`, `trackio.init`, `comet_ml.start` (with
+            `experiment_config` as a dict) or TensorBoard's `SummaryWriter`; other trackers take none.
         learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
             `"constant"`), gradient_checkpointing (`bool`, *optional*, off by default):
             Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
@@ -148,6 +163,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     Raises:
         ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
             `batch_size` does not divide into mini-batches, or not into `num_mini_batches`.
+        ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
     """
 
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
@@ -178,6 +194,10 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
     generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
     stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
+    log_completions: bool = _option(False, "train(): show, save and track the completions of each iteration.")
+    num_completions_to_print: int = _option(4, "With log_completions: rows on the terminal, chosen at random.")
+    skip_unscored: bool = _option(False, "train(): leave out responses that a reward function gives None or NaN.")
+    reward_timeout: float | None = _option(None, "Seconds that the reward functions may take for one iteration.")
     max_kl: float | None = _option(None, "train(): stop when an iteration's KL is above it, nats a response.")
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
@@ -193,6 +213,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     target_kl: float = _option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
     ratio_threshold: float | None = _option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
     optimize_device_cache: bool = _option(False, "Empty the device's cache after every backward pass.")
+
+    tracker_project_name: str | None = _option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
+    tracker_kwargs: Json = field(default=None, metadata={"help": "JSON: for each tracker what opens its run."})
 
     learning_rate: float = _option(1.41e-5, "Initial learning rate.")
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
@@ -239,6 +262,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         super().__post_init__()
         self._check_world_size()
         self._check_horizon()
+        self._check_trackers()
 
     @property
     def backward_batch_size(self) -> int:
@@ -257,14 +281,30 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             self.mini_batch_size = self.forward_batch_size
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0
+        if self.report_to is None:
+            self.report_to = "none"
         if self.exp_name is not None and self.run_name is None:
             self.run_name = self.exp_name
         for name, reason in WITHOUT_EFFECT.items():
+            self._parse_json(name)
             value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, json.loads(value))
             if value:
                 warnings.warn(f"{name}={value!r} has no effect: {reason}", UserWarning, stacklevel=4)
+
+    def _parse_json(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            try:
+                setattr(self, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+
+    def _check_trackers(self) -> None:
+        self._parse_json("tracker_kwargs")
+        self.tracker_kwargs = self.tracker_kwargs or {}
+        check_trackers(self.report_to, self.tracker_kwargs, self.tracker_project_name)
+        if self.tracker_project_name is not None:
+            self.project = self.tracker_project_name  # what Trackio's reporter goes by
 
     def _translate_aliases(self) -> None:
         for alias, name in ALIASES.items():
@@ -313,7 +353,14 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def _check_ranges(self) -> None:
         positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
         positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
-        positive += ["max_kl", "max_prompt_length", "num_generations", "generation_batch_size"]
+        positive += [
+            "num_completions_to_print",
+            "max_kl",
+            "reward_timeout",
+            "max_prompt_length",
+            "num_generations",
+            "generation_batch_size",
+        ]
         positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
         positive += ["compare_steps", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
         if self.loss_type != "ppo":
@@ -334,8 +381,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
 
     def _check_hub_options(self) -> None:
-        if isinstance(self.push_to_hub_if_best_kwargs, str):
-            self.push_to_hub_if_best_kwargs = json.loads(self.push_to_hub_if_best_kwargs)
+        self._parse_json("push_to_hub_if_best_kwargs")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError(f"push_to_hub_if_best_kwargs={self.push_to_hub_if_best_kwargs}: it should have a repo_id")
 

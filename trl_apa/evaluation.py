@@ -25,7 +25,7 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     Every process takes its part of the prompts; the seed is `args.seed`, so that checkpoints meet the same luck.
 
     Args:
-        trainer: with reward functions.
+        trainer: with reward functions. Prompts that one leaves unscored (`skip_unscored`) are not in the means.
         rows: prompts, with the columns that the reward functions read.
 
     Returns:
@@ -50,13 +50,16 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     everywhere = trainer.accelerator.gather(stacked)
     is_real = trainer.accelerator.gather(torch.tensor(numbers, device=stacked.device)) < len(rows)
     columns = dict(zip(names, everywhere[is_real].unbind(dim=1), strict=True))
+    kept = columns.pop("kept").bool()
+    columns = {name: values[kept] for name, values in columns.items()}
     entropy_sums = columns.pop("entropy_sum")
     metrics = {name: float(values.mean()) for name, values in columns.items()}
     metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
     metrics["entropy"] = float(entropy_sums.sum() / columns["response_length"].sum())
     texts = [text for _, texts in parts for text in texts]
-    numbered = gather_object([(number, text) for number, text in zip(numbers, texts, strict=True)])
-    texts = [text for number, text in numbered if number < len(rows)]
+    is_kept = [kept for part in table for kept in part["kept"].tolist()]
+    gathered = gather_object(list(zip(numbers, is_kept, texts, strict=True)))
+    texts = [text for number, was_kept, text in gathered if was_kept and number < len(rows)]
     metrics |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
     return {**metrics, "runtime": time.perf_counter() - start}
 
@@ -79,12 +82,14 @@ def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> tuple[dict[st
     """One value a row, and the policy's responses as text."""
     queries = [trainer._query(row) for row in rows]
     responses, ref_responses = trainer._respond(queries, generate_ref_response=True)
-    scores_BF = trainer._scores(rows, queries, responses)
-    reward_B = trainer.scorer.weighted(scores_BF)
-    ref_reward_B = trainer.scorer.weighted(trainer._scores(rows, queries, ref_responses))
+    scores = trainer._scores(rows, queries, responses)
+    reward_B = scores.total_B
+    ref_scores = trainer._scores(rows, queries, ref_responses)
+    ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
     kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)
     columns = {
+        "kept": scores.kept_B & ref_scores.kept_B,
         "reward": reward_B,
         "ref_reward": ref_reward_B,
         "win_rate": ((reward_B - ref_reward_B).sign() + 1) / 2,
@@ -92,7 +97,7 @@ def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> tuple[dict[st
         "entropy_sum": entropy_sum_B.cpu(),
         "response_length": torch.tensor([float(len(response)) for response in responses]),
         "eos_share": torch.tensor([float(int(response[-1]) in end) for response in responses]),
-        **{f"rewards/{name}": scores_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
+        **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
     }
     return columns, trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
 

@@ -55,7 +55,7 @@ class Iteration:
         """
         plan = [rows for epoch in epochs for rows in epoch]
         counts_B = rollouts.response_mask_BR.sum(dim=1)
-        num_tokens = reduce_sum(torch.stack([counts_B[rows].sum() for rows in plan]))
+        num_tokens = reduce_sum(torch.stack([counts_B[rows].sum() for rows in plan])).clamp(min=1)
         record = UpdateRecord.empty(rollouts.response_mask_BR)
         return cls(rollouts, ended_B, plan, num_tokens, len(epochs[0]), micro_batch_size, record)
 

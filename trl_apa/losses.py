@@ -134,9 +134,8 @@ def ppo_loss(
         num_tokens (`float` or 0-d `Tensor`, *optional*, defaults to the count of the mask): denominator, tokens.
 
     Returns:
-        The loss (0-d, unit of the advantages) and `approxkl` (half the mean square of log rho, nats), `policykl` (mean
-        of log pi_old - log pi_theta, nats), `ratio` (mean rho), `clipfrac` (share of the tokens whose gradient is
-        clipped away).
+        The loss (0-d, unit of the advantages) and `approxkl`, `policykl` (see `policy_shift`), `ratio` (mean rho),
+        `clipfrac` (share of the tokens whose gradient is clipped away).
 
     Raises:
         ValueError: if `cliprange` is not positive and finite, a shape is not the mask's `(B, R)`, or the mask is not
@@ -155,8 +154,7 @@ def ppo_loss(
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
     loss = masked_mean(torch.maximum(unclipped, clipped), response_mask_BR, num_tokens)
     return loss, {
-        "approxkl": masked_mean(0.5 * log_ratio.detach().square(), response_mask_BR, num_tokens),
-        "policykl": masked_mean(-log_ratio.detach(), response_mask_BR, num_tokens),
+        **policy_shift(logprobs_BR, old_logprobs_BR, response_mask_BR, num_tokens),
         "ratio": masked_mean(ratio.detach(), response_mask_BR, num_tokens),
         "clipfrac": masked_mean((clipped > unclipped).to(clipped.dtype), response_mask_BR, num_tokens),
     }
@@ -211,6 +209,38 @@ def value_loss(
     return loss, {
         "error": masked_mean(error.detach(), response_mask_BR, num_tokens),
         "clipfrac": masked_mean((worst > error).to(error.dtype), response_mask_BR, num_tokens),
+    }
+
+
+def policy_shift(
+    logprobs_BR: Tensor,
+    old_logprobs_BR: Tensor,
+    response_mask_BR: Tensor,
+    num_tokens: float | Tensor | None = None,
+) -> Stats:
+    """
+    How far the policy has moved from an older self, by two estimates of their KL on the sampled tokens.
+
+    Args:
+        logprobs_BR (`Tensor` `(B, R)`): sampled tokens under pi_theta, nats.
+        old_logprobs_BR (`Tensor` `(B, R)`): the same tokens under the older policy pi_old, nats.
+        response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
+        num_tokens (`float` or 0-d `Tensor`, *optional*, defaults to the count of the mask): denominator, tokens.
+
+    Returns:
+        `approxkl` (half the mean square of log pi_theta - log pi_old, nats) and `policykl` (mean of log pi_old - log
+        pi_theta, nats), 0-d, detached.
+
+    Raises:
+        ValueError: if a shape is not the mask's `(B, R)`, or the mask is not bool.
+    """
+    check_response_tensors(response_mask_BR, logprobs_BR=logprobs_BR, old_logprobs_BR=old_logprobs_BR)
+    shift = keep_counted(logprobs_BR.detach(), response_mask_BR) - keep_counted(
+        old_logprobs_BR.detach(), response_mask_BR
+    )
+    return {
+        "approxkl": masked_mean(0.5 * shift.square(), response_mask_BR, num_tokens),
+        "policykl": masked_mean(-shift, response_mask_BR, num_tokens),
     }
 
 

@@ -1,24 +1,298 @@
-"""The Trainer's reporters (W&B, TensorBoard, ...) in the classic loop."""
+"""From statistics, rewards and texts to the Trainer's reporters (W&B, TensorBoard, Trackio, Comet, ...)."""
 
-from collections.abc import Iterable
+import random
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, integrations
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
+
+from trl_apa._trl import print_prompt_completions_sample
+from trl_apa.statistics import spread
+
+
+# Trackers that take `tracker_kwargs` -> what their reporter calls to open a run, and the argument of it, if any, that
+# names the project. TensorBoard's is an attribute of the reporter, the others are functions of the library.
+OPENERS = {
+    "wandb": ("init", "project"),
+    "trackio": ("init", "project"),
+    "comet_ml": ("start", "project_name"),
+    "tensorboard": ("_SummaryWriter", None),
+}
+TABLE_NAME = "game_log"
+TENSORBOARD_ROWS = 10
+
+
+class Table(NamedTuple):
+    """Texts beside their rewards."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+# ---- options ----
+
+
+def check_trackers(report_to: Sequence[str], tracker_kwargs: Mapping[str, Any], project_name: str | None) -> None:
+    """
+    Refuse trackers that cannot be used, and warn of options that reach none.
+
+    Args:
+        report_to: names of trackers, as transformers knows them.
+        tracker_kwargs: for each tracker the arguments that open its run.
+        project_name: what the project is to be called.
+
+    Raises:
+        ImportError: if a tracker is not installed.
+        ValueError: if transformers has no reporter of that name, or `tracker_kwargs` is not a dict of dicts.
+    """
+    get_reporting_integration_callbacks(list(report_to))
+    for tracker in report_to:
+        if not _is_installed(tracker):
+            raise ImportError(f"report_to (or log_with) names {tracker!r}, which is not installed")
+    if not isinstance(tracker_kwargs, Mapping) or not all(isinstance(v, Mapping) for v in tracker_kwargs.values()):
+        raise ValueError(f"tracker_kwargs={tracker_kwargs!r}: it should hold a dict for each tracker")
+    for tracker in tracker_kwargs:
+        if tracker not in report_to:
+            _warn(f"tracker_kwargs[{tracker!r}] has no effect: report_to does not name that tracker")
+        elif tracker not in OPENERS:
+            _warn(f"tracker_kwargs[{tracker!r}] has no effect: its reporter reads the environment alone")
+    if project_name is not None and report_to and not any(OPENERS.get(name, (None, None))[1] for name in report_to):
+        _warn(f"tracker_project_name={project_name!r} has no effect: {', '.join(report_to)} cannot be given a project")
+
+
+def _is_installed(tracker: str) -> bool:
+    if tracker == "comet_ml":
+        # transformers' own check also wants an API key, which an offline experiment does without.
+        return find_spec(tracker) is not None
+    library = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
+    return getattr(integrations, f"is_{library}_available")()
+
+
+def _warn(message: str) -> None:
+    # The caller of the config: above check_trackers, the config's method, __post_init__ and __init__.
+    warnings.warn(message, UserWarning, stacklevel=6)
+
+
+# ---- runs ----
 
 
 def start_reporters(
+    trackers: Collection[str],
     callbacks: Iterable[TrainerCallback],
     args: TrainingArguments,
     state: TrainerState,
     control: TrainerControl,
     model: nn.Module,
 ) -> None:
-    """Tell those of `callbacks` that report to a tracker in `args.report_to` that training begins.
+    """Tell those of `callbacks` that report to one of `trackers` that training begins; the classic loop never does.
 
-    They open their runs then, and the classic loop never announces it.
+    They open their runs then, with `args.tracker_project_name` and `args.tracker_kwargs` over their own choices. A run
+    that is open already stays as it is; a warning says so where it should have had options.
     """
-    reporters = tuple(get_reporting_integration_callbacks(args.report_to))
     for callback in callbacks:
-        if reporters and isinstance(callback, reporters):
-            callback.on_train_begin(args, state, control, model=model)
+        tracker = _tracker_of(callback)
+        if tracker in trackers:
+            with _run_options(tracker, callback, args, state.is_world_process_zero):
+                callback.on_train_begin(args, state, control, model=model)
+
+
+def _tracker_of(callback: TrainerCallback) -> str | None:
+    return next((name for name, reporter in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, reporter)), None)
+
+
+@contextmanager
+def _run_options(tracker: str, callback: TrainerCallback, args: TrainingArguments, is_main: bool) -> Iterator[None]:
+    """Meanwhile, what opens a run of the tracker gets our options on top of what the reporter gives it."""
+    options = _options_for(tracker, args) if is_main else {}
+    if not options:
+        yield
+        return
+    owner = callback if tracker == "tensorboard" else import_module(tracker)
+    name = OPENERS[tracker][0]
+    open_run, opened = getattr(owner, name), []
+
+    def open_with_options(**given: Any) -> Any:
+        opened.append(True)
+        return open_run(**{**given, **options})
+
+    setattr(owner, name, open_with_options)
+    try:
+        yield
+    finally:
+        setattr(owner, name, open_run)
+    if not opened:
+        warnings.warn(f"a run of {tracker} was open already; it does not get {', '.join(options)}", stacklevel=5)
+
+
+def _options_for(tracker: str, args: TrainingArguments) -> dict[str, Any]:
+    if tracker not in OPENERS:
+        return {}
+    options, project = dict(args.tracker_kwargs.get(tracker, {})), OPENERS[tracker][1]
+    if args.tracker_project_name is not None and project is not None:
+        options.setdefault(project, args.tracker_project_name)
+    if isinstance(options.get("experiment_config"), Mapping):
+        # Comet takes an object, which JSON cannot express.
+        named = {"name": args.run_name, **options["experiment_config"]}
+        options["experiment_config"] = import_module(tracker).ExperimentConfig(**named)
+    return options
+
+
+# ---- what is logged ----
+
+
+def reward_statistics(rewards: Sequence[Any], accelerator: Accelerator) -> dict[str, Any]:
+    """`env/reward_mean`, `env/reward_std` (unbiased; 0 of a single reward) and `env/reward_dist`, of all processes.
+
+    Args:
+        rewards: those of this process, on each process as many; numbers or tensors of one element, reward units.
+        accelerator: knows the processes.
+    """
+    rewards_B = torch.stack([torch.as_tensor(reward, dtype=torch.float32).reshape(()) for reward in rewards])
+    rewards_B = accelerator.gather(rewards_B.to(accelerator.device))
+    return {
+        "env/reward_mean": float(rewards_B.mean()),
+        "env/reward_std": float(spread(rewards_B)),
+        "env/reward_dist": rewards_B.cpu().numpy(),
+    }
+
+
+def split_statistics(stats: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers among the statistics, as floats, and the vectors, as NumPy arrays; the rest is left out.
+
+    Args:
+        stats: numbers, arrays or tensors. Elements that are not finite, which no histogram can show, leave a vector.
+    """
+    numbers, vectors = {}, {}
+    for name, value in stats.items():
+        if isinstance(value, Real) or getattr(value, "ndim", None) == 0:
+            numbers[name] = float(value)
+        elif getattr(value, "ndim", None) == 1:
+            values = torch.as_tensor(value).detach().float().cpu()
+            values = values[values.isfinite()]
+            if len(values):
+                vectors[name] = values.numpy()
+    return numbers, vectors
+
+
+def gather_table(
+    batch: Mapping[str, Any], columns: Sequence[str], rewards: Sequence[Any], accelerator: Accelerator
+) -> Table | None:
+    """The columns of all processes with the rewards as the last one; None if no column is there.
+
+    Args:
+        batch: under each name in `columns` one text or number for each reward. A column that is missing or has another
+            length is left out, with a warning.
+        columns: names, in the order of the table.
+        rewards: those of this process.
+        accelerator: knows the processes; their rows follow each other in order.
+    """
+    missing = [name for name in columns if name not in batch]
+    if missing:
+        warnings.warn(f"batch has no {', '.join(map(repr, missing))} to log with the rewards", stacklevel=3)
+    found = {name: batch[name] for name in columns if name in batch}
+    for name in [name for name, cells in found.items() if len(cells) != len(rewards)]:
+        warnings.warn(f"batch[{name!r}] has {len(found.pop(name))} entries for {len(rewards)} rewards", stacklevel=3)
+    rows = [
+        {"reward": float(reward), **{name: _cell(found[name][row]) for name in found}}
+        for row, reward in enumerate(rewards)
+    ]
+    # Called on every process whatever it has found, so that none waits for the others.
+    rows = gather_object(rows)
+    names = [name for name in columns if any(name in row for row in rows)]
+    names = [*names, "reward"]
+    return Table(names, [[row.get(name) for name in names] for row in rows]) if len(names) > 1 else None
+
+
+def show_table(table: Table, step: int, num_rows: int) -> None:
+    """Print some rows, chosen at random, of a table that has the columns `prompt` and `completion`.
+
+    Needs the library rich; without it nothing is printed. Python's random numbers go on as if none had been drawn.
+    """
+    if not table.rows or find_spec("rich") is None:
+        return
+    columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+    prompts, completions = columns.pop("prompt"), columns.pop("completion")
+    state = random.getstate()
+    print_prompt_completions_sample(prompts, completions, columns, None, step, min(num_rows, len(table.rows)))
+    random.setstate(state)
+
+
+def save_table(table: Table, path: Path) -> None:
+    """Write a table as parquet, in folders that are made if they are not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+    Dataset.from_dict(columns).to_parquet(path)
+
+
+def _cell(value: Any) -> Any:
+    """What every tracker can show."""
+    if hasattr(value, "item") and tuple(value.shape) in ((), (1,)):
+        value = value.item()
+    return value if isinstance(value, str | Real) else str(value)
+
+
+def log_media(
+    callbacks: Iterable[TrainerCallback], step: int, vectors: Mapping[str, Any], table: Table | None
+) -> None:
+    """Histograms of the vectors, and the table under `TABLE_NAME`, to the trackers that have such things.
+
+    W&B, Trackio and Comet get both. TensorBoard has no tables: it gets the first `TENSORBOARD_ROWS` rows as a text.
+    The other trackers get neither. To be called on the main process, before the numbers are logged.
+    """
+    histograms = {f"train/{name}": vector for name, vector in vectors.items()}
+    for callback in callbacks:
+        tracker = _tracker_of(callback)
+        if tracker == "wandb":
+            wandb = import_module(tracker)
+            # Not a row of its own: the reporter's call with the numbers completes it.
+            wandb.log(_objects(wandb, histograms, table), commit=False)
+        elif tracker == "trackio":
+            trackio = import_module(tracker)
+            trackio.log({**_objects(trackio, histograms, table), "train/global_step": step})
+        elif tracker == "tensorboard":
+            _log_to_tensorboard(callback.tb_writer, step, histograms, table)
+        elif tracker == "comet_ml":
+            _log_to_comet(import_module(tracker).get_running_experiment(), step, histograms, table)
+
+
+def _objects(library: ModuleType, histograms: Mapping[str, Any], table: Table | None) -> dict[str, Any]:
+    """W&B's histograms and table, or Trackio's, which have the same interface."""
+    objects = {name: library.Histogram(vector) for name, vector in histograms.items()}
+    if table is not None:
+        objects[TABLE_NAME] = library.Table(columns=table.columns, data=table.rows)
+    return objects
+
+
+def _log_to_tensorboard(writer: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
+    # None after train(), whose end closes it.
+    if writer is None:
+        return
+    for name, vector in histograms.items():
+        writer.add_histogram(name, vector, step)
+    if table is not None:
+        rows = [table.columns, ["---"] * len(table.columns), *table.rows[:TENSORBOARD_ROWS]]
+        cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
+        writer.add_text(TABLE_NAME, "\n".join(f"| {' | '.join(row)} |" for row in cells), step)
+
+
+def _log_to_comet(experiment: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
+    # None where COMET_MODE switches Comet off.
+    if experiment is None:
+        return
+    for name, vector in histograms.items():
+        experiment.log_histogram_3d(vector, name=name, step=step)
+    if table is not None:
+        experiment.log_table(f"{TABLE_NAME}_{step}.csv", tabular_data=table.rows, headers=table.columns)

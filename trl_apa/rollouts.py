@@ -20,6 +20,7 @@ class Rollouts:
         responses: `B` sampled continuations, 1-D token ids, at least one token each.
         response_mask_BR: bool, True = a sampled response token that counts, EOS included.
         scores_B: one score a response, reward units.
+        given_rewards_BR: the part of the scores that reward functions gave token by token, reward units.
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
         old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO needs them.
@@ -39,6 +40,7 @@ class Rollouts:
     values_BR: Tensor | None = None
     old_logprobs_BR: Tensor | None = None
     kl_penalty_BR: Tensor | None = None
+    given_rewards_BR: Tensor | None = None
     rewards_BR: Tensor | None = None
     advantages_BR: Tensor | None = None
     returns_BR: Tensor | None = None

@@ -4,7 +4,10 @@ import asyncio
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,22 +84,51 @@ class RewardModel:
         return head(last_BH.to(head.weight.dtype))[:, 0].float().tolist()
 
 
+@dataclass
+class Scores:
+    """What the reward functions say of `B` responses.
+
+    Args:
+        by_function_BF: for each function one number a response, reward units, before its weight: the value it gave, or
+            the sum of the values it gave token by token. NaN where a response is left out.
+        per_token: for each response the weighted sum of the functions that give a value a token, reward units,
+            `(tokens,)`; None if no function does.
+        total_B: weighted sum over the functions, reward units; 0 where a response is left out.
+        kept_B: bool, False = the response is left out of the update.
+    """
+
+    by_function_BF: Tensor
+    per_token: list[Tensor] | None
+    total_B: Tensor
+    kept_B: Tensor
+
+
 class Scorer:
     """The weighted sum of reward functions.
 
     Args:
-        functions: called as `(prompts, completions, completion_ids, **columns) -> list of floats`; coroutine functions
-            run together. Keywords beside these are the data set's columns, one value a response.
+        functions: called as `(prompts, completions, completion_ids, **columns) -> list of floats`, or of lists of
+            floats, one a token. Coroutine functions run together. Keywords beside these are the data set's columns,
+            one value a response.
         weights: one a function; 1 each by default.
+        skip_unscored: leave out a response to which a function gives None or NaN, instead of raising.
+        timeout: seconds that the functions may take together; no limit by default.
 
     Raises:
         ValueError: if there are not as many weights as functions.
     """
 
-    def __init__(self, functions: Sequence[Callable], weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        functions: Sequence[Callable],
+        weights: Sequence[float] | None = None,
+        skip_unscored: bool = False,
+        timeout: float | None = None,
+    ):
         self.functions = list(functions)
         self.names = [getattr(function, "__name__", type(function).__name__) for function in functions]
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        self.skip_unscored, self.timeout = skip_unscored, timeout
         if len(self.weights) != len(self.functions):
             raise ValueError(
                 f"reward_weights has {len(self.weights)} elements; there are {len(self.functions)} reward functions"
@@ -109,7 +141,7 @@ class Scorer:
         queries: Sequence[Tensor],
         responses: Sequence[Tensor],
         columns: dict[str, list[Any]],
-    ) -> Tensor:
+    ) -> Scores:
         """What each function says of each response.
 
         Args:
@@ -118,27 +150,107 @@ class Scorer:
             queries, responses: their token ids, 1-D.
             columns: what else the data set holds, one value a response.
 
-        Returns:
-            `Tensor` `(B, F)`: reward units, before the weights.
-
         Raises:
-            ValueError: naming the function, if it gives another number of values than responses, or a value that is
-                not a finite number.
+            ValueError: naming the function, if it gives another number of values than responses or tokens, or a value
+                that is not a finite number.
+            RuntimeError: naming the function that failed.
+            TimeoutError: naming the function that was at work when the time was up.
         """
         arguments = {"prompts": prompts, "completions": completions, **columns}
         arguments["completion_ids"] = [response.tolist() for response in responses]
-        prompt_ids = [query.tolist() for query in queries]
-        calls = []
-        for function in self.functions:
-            extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel) else {}
-            calls.append(function(**arguments, **extra))
-        results = asyncio.run(_gather(calls)) if any(inspect.isawaitable(call) for call in calls) else calls
-        checked = [_checked(name, values, len(responses)) for name, values in zip(self.names, results, strict=True)]
-        return torch.tensor(checked, dtype=torch.float32).T
+        results = self._call(arguments, [query.tolist() for query in queries])
+        lengths = [len(response) for response in responses]
+        values = [self._checked(name, result, lengths) for name, result in zip(self.names, results, strict=True)]
+        by_function_BF = torch.tensor([[_sum(value) for value in column] for column in values]).float().T
+        kept_B = by_function_BF.isfinite().all(dim=1)
+        if not kept_B.any():
+            raise ValueError("no response of this iteration was scored: every one had a None or NaN")
+        total_B = torch.where(kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights), 0.0)
+        return Scores(by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
 
-    def weighted(self, scores_BF: Tensor) -> Tensor:
-        """One score a response, `(B,)`."""
-        return scores_BF @ torch.tensor(self.weights, dtype=scores_BF.dtype, device=scores_BF.device)
+    def _call(self, arguments: dict[str, Any], prompt_ids: list[list[int]]) -> list[Any]:
+        """Every function's answer; in a thread of its own if the time is limited, since Python cannot stop a call."""
+        at_work = ["?"]
+
+        def call_all() -> list[Any]:
+            calls = []
+            for name, function in zip(self.names, self.functions, strict=True):
+                at_work[0] = name
+                extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel) else {}
+                with _named(name):
+                    calls.append(function(**arguments, **extra))
+            if not any(inspect.isawaitable(call) for call in calls):
+                return calls
+            at_work[0] = ", ".join(n for n, call in zip(self.names, calls, strict=True) if inspect.isawaitable(call))
+            with _named(at_work[0]):
+                return asyncio.run(_gather(calls))
+
+        return call_all() if self.timeout is None else _within(self.timeout, call_all, at_work)
+
+    def _checked(self, name: str, values: Any, lengths: list[int]) -> list[float | list[float]]:
+        values = values.tolist() if isinstance(values, Tensor) else list(values)
+        if len(values) != len(lengths):
+            raise ValueError(f"reward function {name} gave {len(values)} values for {len(lengths)} responses")
+        checked: list[float | list[float]] = []
+        for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
+            value = value.tolist() if isinstance(value, Tensor) else value
+            if isinstance(value, list | tuple) and len(value) != length:
+                raise ValueError(
+                    f"reward function {name} gave {len(value)} values for the {length} tokens of row {row}"
+                )
+            if not self.skip_unscored and not _is_finite(value):
+                raise ValueError(f"reward function {name} gave {value} for row {row}; it should be a finite number")
+            checked.append(value if _is_finite(value) else math.nan)
+        return checked
+
+    def _per_token(self, values: list[list[Any]], lengths: list[int], kept_B: Tensor) -> list[Tensor] | None:
+        dense = [isinstance(column[int(kept_B.int().argmax())], list | tuple) for column in values]
+        if not any(dense):
+            return None
+        sums = [torch.zeros(length) for length in lengths]
+        for column, weight, is_dense in zip(values, self.weights, dense, strict=True):
+            for row in torch.nonzero(kept_B).flatten().tolist() if is_dense else []:
+                sums[row] += weight * torch.tensor(column[row])
+        return sums
+
+
+def _sum(value: float | list[float]) -> float:
+    return sum(value) if isinstance(value, list | tuple) else float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(number is not None and math.isfinite(number) for number in values)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which function failed."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
+
+
+def _within(seconds: float, work: Callable[[], Any], at_work: list[str]) -> Any:
+    """The result of `work` if it comes in time; a call that hangs is left behind and ends with the process."""
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"reward function {at_work[0]} gave no answer within reward_timeout={seconds} seconds")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
 
 
 async def _gather(calls: list[Any]) -> list[Any]:
@@ -146,16 +258,6 @@ async def _gather(calls: list[Any]) -> list[Any]:
         return await call if inspect.isawaitable(call) else call
 
     return await asyncio.gather(*(settle(call) for call in calls))
-
-
-def _checked(name: str, values: Any, num_responses: int) -> list[float]:
-    values = values.tolist() if isinstance(values, Tensor) else list(values)
-    if len(values) != num_responses:
-        raise ValueError(f"reward function {name} gave {len(values)} values for {num_responses} responses")
-    for row, value in enumerate(values):
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"reward function {name} gave {value} for row {row}; it should be a finite number")
-    return [float(value) for value in values]
 
 
 def reward_functions(

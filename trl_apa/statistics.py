@@ -1,9 +1,9 @@
-"""What `step` reports: one flat dict of floats, over counted response tokens only (`docs/statistics.md`)."""
+"""What `step` reports: a flat dict of floats and arrays, over counted response tokens only (`docs/statistics.md`)."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,12 @@ class StageTimer:
 def gather_rollouts(
     rollouts: Rollouts, record: UpdateRecord, accelerator: Accelerator
 ) -> tuple[Rollouts, Tensor, Tensor]:
-    """Everything measured per token, of all processes, in one collective."""
+    """Everything measured per token, of all processes, in one collective.
+
+    Returns:
+        The rollouts without queries and responses, `logprobs_BR` and `entropy_BR`. Rows without a counted token are
+        still among them: see `counted_rows`.
+    """
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
     if rollouts.old_logprobs_BR is not None:
         names += ["old_logprobs_BR", "kl_penalty_BR"]
@@ -104,6 +109,13 @@ def gather_rollouts(
         **dict(zip(names, gathered[: len(names)], strict=True)),
     )
     return everywhere, gathered[-2], gathered[-1]
+
+
+def counted_rows(rollouts: Rollouts, *tensors: Tensor) -> list[Any]:
+    """The arguments without the rows of which no token counts: responses that were left out have no statistics."""
+    kept_B = rollouts.response_mask_BR.any(dim=1)
+    fields = {name: value[kept_B] for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
+    return [replace(rollouts, **fields), *(tensor[kept_B] for tensor in tensors)]
 
 
 def rollout_statistics(
@@ -137,22 +149,51 @@ def rollout_statistics(
         "apa/policy/entropy": masked_mean(entropy_BR, mask),
         "apa/policy/advantages_mean": masked_mean(rollouts.advantages_BR, mask),
         "apa/mean_scores": rollouts.scores_B.mean(),
-        "apa/std_scores": rollouts.scores_B.std() if len(rollouts.scores_B) > 1 else torch.zeros(()),
+        "apa/std_scores": spread(rollouts.scores_B),
         "apa/returns/mean": masked_mean(returns, mask),
         "apa/returns/var": masked_var(returns, mask),
         "apa/val/mean": masked_mean(values, mask),
         "apa/val/var": masked_var(values, mask),
-        "apa/val/var_explained": 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8),
         "tokens/queries_len_mean": query_lengths_B.float().mean(),
-        "tokens/queries_len_std": query_lengths_B.float().std(unbiased=False),
+        "tokens/queries_len_std": spread(query_lengths_B.float()),
         "tokens/responses_len_mean": lengths_B.mean(),
-        "tokens/responses_len_std": lengths_B.std(unbiased=False),
+        "tokens/responses_len_std": spread(lengths_B),
         "tokens/eos_share": ended_B.float().mean(),
         "tokens/counted": masked_sum(torch.ones_like(k1_BR), mask),
     }
     if kl_coef is not None:
         stats["apa/policy/log_normalizer"] = log_normalizer(rollouts.advantages_BR, mask, kl_coef)
     return {name: float(value) for name, value in stats.items()}
+
+
+def rollout_arrays(rollouts: Rollouts, logprobs_BR: Tensor, query_lengths_B: Tensor) -> dict[str, Any]:
+    """What lies behind the means of `rollout_statistics`, as NumPy arrays that share no memory with the rollouts.
+
+    Args:
+        rollouts, logprobs_BR, query_lengths_B: as for `rollout_statistics`.
+
+    Returns:
+        `objective/kl_dist` `(B,)`, nats; `objective/logprobs` and `objective/ref_logprobs` `(B, R)`, nats, 0 where no
+        token counts, so that sums along a row are those of the response; `apa/policy/advantages` `(N,)` of the counted
+        tokens, row by row; `tokens/queries_dist` and `tokens/responses_dist` `(B,)`, tokens. Floats are float32.
+    """
+    mask = rollouts.response_mask_BR
+    logprobs_BR = keep_counted(logprobs_BR, mask)
+    ref_logprobs_BR = keep_counted(rollouts.ref_logprobs_BR, mask)
+    arrays = {
+        "objective/kl_dist": keep_counted(kl_k1(logprobs_BR, ref_logprobs_BR), mask).sum(dim=1),
+        "objective/logprobs": logprobs_BR,
+        "objective/ref_logprobs": ref_logprobs_BR,
+        "apa/policy/advantages": rollouts.advantages_BR[mask],
+        "tokens/queries_dist": query_lengths_B,
+        "tokens/responses_dist": mask.sum(dim=1),
+    }
+    return {name: array.contiguous().cpu().numpy() for name, array in arrays.items()}
+
+
+def spread(values: Tensor) -> Tensor:
+    """Unbiased standard deviation, 0-D; 0 of a single value."""
+    return values.std() if len(values) > 1 else torch.zeros(())
 
 
 def mean_of_numbers(table: list[dict[str, Any]]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     TrainerCallback,
 )
 
@@ -27,8 +28,8 @@ from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_r
 from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
 from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
-from trl_apa.losses import apa_loss, awr_loss, ppo_loss, value_loss
-from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
+from trl_apa.masking import keep_counted, masked_mean, masked_whiten
 from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
@@ -44,13 +45,21 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
-from trl_apa.reporting import start_reporters
+from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.scoring import Scorer, reward_functions
-from trl_apa.statistics import StageTimer, UpdateRecord, gather_rollouts, rollout_statistics
+from trl_apa.statistics import (
+    StageTimer,
+    UpdateRecord,
+    counted_rows,
+    gather_rollouts,
+    rollout_arrays,
+    rollout_statistics,
+)
 from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.validation import (
     check_networks_are_apart,
@@ -115,6 +124,8 @@ class APATrainer(TrainingLoop):
             Held-out prompts for `evaluate`.
         callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
+        training_data_collator (*optional*):
+            Classic's; without effect.
 
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -164,12 +175,16 @@ class APATrainer(TrainingLoop):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        training_data_collator: Callable | None = None,
     ):
         if isinstance(model, PreTrainedTokenizerBase):
             raise ValueError(
                 "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
                 "give these arguments by keyword"
             )
+        if training_data_collator is not None:
+            text = "training_data_collator has no effect: the update pads its micro-batches itself"
+            warnings.warn(text, UserWarning, stacklevel=2)
         args = one_of("args", args, "config", config)
         model = one_of("model", model, "policy", policy)
         ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
@@ -235,7 +250,7 @@ class APATrainer(TrainingLoop):
             functions = reward_functions(
                 reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
             )
-            self.scorer = Scorer(functions, args.reward_weights)
+            self.scorer = Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
@@ -244,8 +259,9 @@ class APATrainer(TrainingLoop):
         self._best_mean_score = -math.inf
         self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardAndKL())
         self.add_callback(self._stop_on_sigterm)
-        self._reporters_started = False
 
     # ---- what classic scripts read ----
 
@@ -256,6 +272,14 @@ class APATrainer(TrainingLoop):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processing_class
+
+    @property
+    def dataset(self) -> Any:
+        return self.train_dataset
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
 
     @property
     def current_device(self) -> torch.device:
@@ -395,7 +419,7 @@ class APATrainer(TrainingLoop):
         responses: list[Tensor],
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """One iteration of Algorithm 1: learn from `batch_size` scored responses.
 
         Rewards, advantages and returns are fixed once; then `num_epochs_per_batch` passes are made over the rollouts
@@ -410,7 +434,7 @@ class APATrainer(TrainingLoop):
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
 
         Returns:
-            Statistics as floats, see `docs/statistics.md`.
+            Statistics, floats and NumPy arrays, see `docs/statistics.md`.
 
         Raises:
             ValueError: on input that cannot be trained on, before any forward pass; nothing has changed then.
@@ -518,6 +542,8 @@ class APATrainer(TrainingLoop):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         for start in range(0, len(rollouts), size):
             rows = range(start, min(start + size, len(rollouts)))
@@ -545,11 +571,18 @@ class APATrainer(TrainingLoop):
             scores_B = scores_B - args.missing_eos_penalty * ~ended_B
         std = mean = None
         if args.scale_rewards:
-            self.running_scores.update(scores_B)
+            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
             std = self.running_scores.std
             mean = self.running_scores.mean if args.center_rewards else None
+        given_BR = rollouts.given_rewards_BR
+        if given_BR is not None:
+            # Given token by token, they stay on their tokens; only their scale is shaped.
+            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
+            scores_B = scores_B - given_BR.sum(dim=1)
         scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
         rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
+        if given_BR is not None:
+            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
         if args.loss_type == "ppo":
             mask_BR = rollouts.response_mask_BR
             rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
@@ -656,10 +689,10 @@ class APATrainer(TrainingLoop):
             outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
         )
         loss = pi_loss + args.vf_coef * v_loss
-        if args.early_stopping and "policykl" not in stats:
+        if "policykl" not in stats:
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
             old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
-            stats["policykl"] = masked_mean(old_logprobs - outputs["logprobs"].detach(), mask, num_tokens)
+            stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
         record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
@@ -730,21 +763,23 @@ class APATrainer(TrainingLoop):
 
     # ---- statistics ----
 
-    def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, float]:
+    def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, Any]:
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
-        everywhere, logprobs_BR, entropy_BR = gather_rollouts(rollouts, record, self.accelerator)
-        stats = rollout_statistics(
-            everywhere,
-            logprobs_BR if rollouts.old_logprobs_BR is None else everywhere.old_logprobs_BR,
-            entropy_BR,
-            self.accelerator.gather(lengths_B),
-            self.accelerator.gather(ended_B),
-            None if args.loss_type == "ppo" else args.kl_coef,
+        lengths_B, ended_B = self.accelerator.gather(lengths_B), self.accelerator.gather(ended_B)
+        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B = counted_rows(
+            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B
         )
+        if everywhere.old_logprobs_BR is not None:
+            logprobs_BR = everywhere.old_logprobs_BR
+        kl_coef = None if args.loss_type == "ppo" else args.kl_coef
+        stats = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
+        stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
         stats.update(record.mean_losses(self._sum_over_processes))
+        stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
+        stats["apa/mean_non_score_reward"] = 0.0
         if args.loss_type == "ppo":
             mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
@@ -762,26 +797,24 @@ class APATrainer(TrainingLoop):
         rewards: Sequence[Tensor],
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
-        """Send the statistics of a `step`, and the mean and spread of the rewards, to the configured trackers.
+        """Send the statistics of a `step`, the rewards and the texts of all processes to the configured trackers.
+
+        Numbers reach every tracker. Vectors (`env/reward_dist`, `objective/kl_dist`, ...) become histograms, and texts
+        with their rewards the table `game_log`, in W&B, Trackio and Comet; TensorBoard has histograms but no tables
+        and shows the first ten rows as a text.
 
         Args:
-            stats: what `step` returned.
-            batch: texts under the names in `columns_to_log`.
+            stats: what `step` returned, and whatever the script has added to it.
+            batch: texts under the names in `columns_to_log`, one for each reward.
             rewards: the scores of this process, 0-D tensors or numbers.
-            columns_to_log: which texts belong to the rewards; a warning says which are missing.
+            columns_to_log: the columns of the table; a warning says which are missing.
         """
-        missing = [name for name in columns_to_log if name not in batch]
-        if missing:
-            warnings.warn(f"batch has no {', '.join(map(repr, missing))} to log with the rewards", stacklevel=2)
-        rewards_B = torch.stack([torch.as_tensor(reward, dtype=torch.float32).reshape(()) for reward in rewards])
-        rewards_B = self.accelerator.gather(rewards_B.to(self.accelerator.device))
-        logs = {name: float(value) for name, value in stats.items() if not hasattr(value, "__len__")}
-        logs["env/reward_mean"] = float(rewards_B.mean())
-        logs["env/reward_std"] = float(rewards_B.std(unbiased=False))
-        if not self._reporters_started:
-            start_reporters(self.callback_handler.callbacks, self.args, self.state, self.control, self.model)
-            self._reporters_started = True
-        self.log(logs)
+        numbers, vectors = split_statistics({**stats, **reward_statistics(rewards, self.accelerator)})
+        table = gather_table(batch, columns_to_log, rewards, self.accelerator)
+        self._start_reporters()
+        if self.is_world_process_zero():
+            log_media(self.callback_handler.callbacks, self.state.global_step, vectors, table)
+        self.log(numbers)
 
     # ---- saving ----
 

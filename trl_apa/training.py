@@ -3,13 +3,16 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import is_conversational
 
@@ -18,6 +21,7 @@ from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, prompt_of, query_of
+from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.resuming import (
     is_complete,
     last_complete_checkpoint,
@@ -25,6 +29,7 @@ from trl_apa.resuming import (
     random_state_restored_on_error,
     save_state,
 )
+from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
 from trl_apa.validation import check_step_inputs
 
@@ -63,6 +68,7 @@ class TrainingLoop(_BaseTrainer):
     _source: PromptSource | None = None
     _resumed_state: dict[str, Any] | None = None
     _timer: StageTimer | None = None
+    _reporters_started = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
@@ -105,6 +111,8 @@ class TrainingLoop(_BaseTrainer):
             args.max_steps = iterations * self._steps_per_iteration
         self._iteration, self._unlogged = None, []
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        # Those whose runs take options of ours; the Trainer starts the others itself.
+        self._start_reporters(OPENERS)
         with self._stop_on_sigterm.listening():
             result = super().train(checkpoint, **kwargs)
         self._prepared = True
@@ -126,6 +134,12 @@ class TrainingLoop(_BaseTrainer):
                 raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no checkpoint that was written to its end")
         self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args)
         return checkpoint
+
+    def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
+        if not self._reporters_started:
+            callbacks = self.callback_handler.callbacks
+            start_reporters(trackers, callbacks, self.args, self.state, self.control, self.model)
+        self._reporters_started = True
 
     @property
     def _steps_per_iteration(self) -> int:
@@ -152,21 +166,62 @@ class TrainingLoop(_BaseTrainer):
         except Exception:
             self._save_what_was_learned()
             raise
-        self._prepare_iteration(*self._collect(*inputs, None), timer)
+        rows, queries, responses, scores = inputs
+        rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
+        rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
+        if scores.per_token is not None:
+            rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
+        self._prepare_iteration(rollouts, ended_B, timer)
+        if self.args.log_completions:
+            self._log_completions(rows, queries, responses, scores)
 
-    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Queries, responses and scores of the next iteration, as `step` takes them."""
+    def _log_completions(
+        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor], scores: Scores
+    ) -> None:
+        """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables."""
+        prompts, completions = self._texts(rows, queries, responses)
+        by_function = dict(zip(self.scorer.names, scores.by_function_BF.T.tolist(), strict=True))
+        batch = {"prompt": prompts, "completion": completions, **by_function}
+        table = gather_table(batch, list(batch), scores.total_B.tolist(), self.accelerator)
+        if table is None or not self.is_world_process_zero():
+            return
+        step = self.state.global_step
+        show_table(table, step, self.args.num_completions_to_print)
+        save_table(table, Path(self.args.output_dir) / "completions" / f"completions_{step:06d}.parquet")
+        log_media(self.callback_handler.callbacks, step, {}, table)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Answer the prompts of `eval_dataset` greedily and show prompts, completions and rewards as `train` does.
+
+        What scripts for TRL 0.12 to 1.12 end with.
+
+        Args:
+            sampling: the first `per_device_eval_batch_size` prompts only.
+
+        Raises:
+            ValueError: without `eval_dataset` or reward functions.
+        """
+        if self.eval_dataset is None or self.scorer is None:
+            raise ValueError("generate_completions() needs eval_dataset and reward_funcs or reward_model")
+        rows = [row if isinstance(row, dict) else {"prompt": row} for row in self.eval_dataset]
+        rows = rows[: self.args.per_device_eval_batch_size] if sampling else rows
+        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        queries = [self._query(row) for row in rows]
+        responses = self._respond(queries, do_sample=False)
+        self._log_completions(rows, queries, responses, self._scores(rows, queries, responses))
+
+    def _scored_responses(self, timer: StageTimer) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor], Scores]:
+        """Rows, queries, responses and scores of the next iteration."""
         rows = self._source.rows(self.num_iterations_done)
         rows = [row for row in rows for _ in range(self.args.num_generations)]
         queries = [self._query(row) for row in rows]
         with timer("generate"):
             responses = self._respond(queries)
         with timer("score"):
-            scores_BF = self._scores(rows, queries, responses)
-        scores = list(self.scorer.weighted(scores_BF))
+            scores = self._scores(rows, queries, responses)
         policy = self.accelerator.unwrap_model(self.model).policy
-        check_step_inputs(queries, responses, scores, None, self.args.batch_size, policy)
-        return queries, responses, scores
+        check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
+        return rows, queries, responses, scores
 
     def _save_what_was_learned(self) -> None:
         """A checkpoint between two optimizer steps, unless the last one is of this step already."""
@@ -199,14 +254,19 @@ class TrainingLoop(_BaseTrainer):
         pair = tuple([response[1:] for response in part] for part in pair)
         return pair if isinstance(responses, tuple) else pair[0]
 
-    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Tensor:
-        """What each reward function says, `(B, F)`."""
+    def _texts(
+        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
+    ) -> tuple[list[Any], list[Any]]:
+        """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
         prompts = [prompt_of(row) for row in rows]
         if any(prompt is None for prompt in prompts):
             prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
         texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        chat = is_conversational({"prompt": prompts[0]})
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+        chat = bool(prompts) and is_conversational({"prompt": prompts[0]})
+        return prompts, [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+
+    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
+        prompts, completions = self._texts(rows, queries, responses)
         names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
         columns = {name: [row[name] for row in rows] for name in names}
         return self.scorer(prompts, completions, queries, responses, columns)
@@ -226,13 +286,14 @@ class TrainingLoop(_BaseTrainer):
 
         Raises:
             ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number.
+            RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
-        return list(self.scorer.weighted(self._scores(rows, queries, responses)))
+        return list(self._scores(rows, queries, responses).total_B)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""

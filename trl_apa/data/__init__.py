@@ -14,6 +14,7 @@ from trl_apa.data.hh import (
     sft_rows,
     split_by_prompt,
 )
+from trl_apa.data.sources import load_table
 
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BadRow",
     "Preference",
     "Preferences",
+    "load_table",
     "opening",
     "preference_rows",
     "prompts",

@@ -4,12 +4,21 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
-FILE_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".csv")
+# Suffix -> what `datasets` calls the reader of such files.
+TABLE_READERS = {
+    **dict.fromkeys((*LINE_SUFFIXES, *JSON_SUFFIXES), "json"),
+    **dict.fromkeys((".csv", ".csv.gz"), "csv"),
+    ".parquet": "parquet",
+}
 
 
 class Row(NamedTuple):
@@ -33,7 +42,37 @@ def is_local(source: str | Path) -> bool:
 
 def looks_like_path(source: str) -> bool:
     """Whether `source` is spelled like a path: the hub's names have no such prefix or suffix."""
-    return source.startswith(("/", "./", "../", "~")) or source.lower().endswith(FILE_SUFFIXES)
+    return source.startswith(("/", "./", "../", "~")) or source.lower().endswith(tuple(TABLE_READERS))
+
+
+def load_table(
+    source: str | Path, name: str | None = None, data_dir: str | None = None, split: str = "train", **kwargs: Any
+) -> "Dataset":
+    """A file of rows, or a data set of the hub, as a `datasets.Dataset`. Unlike `iter_rows` it refuses odd rows.
+
+    Args:
+        source (`str` or `Path`): a `.jsonl`, `.json` (a list of objects), `.csv` or `.parquet` file, the texts among
+            them also with `.gz` behind; a folder that `datasets` understands, or a data set on the hub.
+        name, data_dir, split: as for `iter_rows`. A file is one split, whatever `split` says.
+        kwargs: passed on to `datasets.load_dataset`.
+
+    Raises:
+        FileNotFoundError: `source` is a path and nothing is there.
+        ValueError: a file of an unknown kind.
+    """
+    from datasets import load_dataset
+
+    if not is_local(source):
+        return load_dataset(str(source), name=name, data_dir=data_dir, split=split, **kwargs)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"source={str(source)!r}: there is no such file")
+    if path.is_dir():
+        return load_dataset(str(path), name=name, data_dir=data_dir, split=split, **kwargs)
+    for suffix, reader in TABLE_READERS.items():
+        if path.name.lower().endswith(suffix):
+            return load_dataset(reader, data_files=str(path), split="train", **kwargs)
+    raise ValueError(f"source={str(source)!r}: expected one of {', '.join(TABLE_READERS)}, or a folder")
 
 
 def iter_rows(
@@ -68,10 +107,10 @@ def iter_rows(
         yield from _json_lines(path)
     elif lowered.endswith(JSON_SUFFIXES):
         yield from _json_list(path)
-    elif lowered.endswith((".parquet", ".csv")):
-        yield from _table_rows(lowered.rpartition(".")[2], data_files=str(path), split="train", streaming=True)
+    elif reader := next((reader for suffix, reader in TABLE_READERS.items() if lowered.endswith(suffix)), None):
+        yield from _table_rows(reader, data_files=str(path), split="train", streaming=True)
     else:
-        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(FILE_SUFFIXES)}, or a folder")
+        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(TABLE_READERS)}, or a folder")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

@@ -143,7 +143,8 @@ def align(options: DemoOptions, made: Ingredients, report: Report) -> list[dict[
             scores = reward_model(prompts, responses)
             measured = measure_responses(made.policy, made.initial_policy, tokenizer, prompts, responses, scores)
             stats = trainer.step(queries, responses, scores)
-            metrics = {"iteration": iteration, **measured, **stats}
+            numbers = {name: value for name, value in stats.items() if isinstance(value, float)}
+            metrics = {"iteration": iteration, **measured, **numbers}
             history.append(metrics)
             table.add(iteration, metrics)
     trainer.save_pretrained(str(options.output_dir / "model"))

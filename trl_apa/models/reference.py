@@ -147,14 +147,15 @@ def _trains_its_adapter_only(policy: nn.Module) -> bool:
 
 
 def _adapter_is_identity(policy: nn.Module) -> bool:
-    """Whether a LoRA adapter changes nothing yet: every B matrix zero and no module trained whole."""
-    config = policy.peft_config[policy.active_adapter]
+    """Whether the active adapter is a LoRA that changes nothing yet: its B matrices zero, no module trained whole."""
+    active = policy.active_adapter
+    config = policy.peft_config[active]
     if config.peft_type != "LORA" or config.modules_to_save:
         return False
     return all(
         not parameter.any()
         for name, parameter in policy.named_parameters()
-        if "lora_B" in name or "lora_embedding_B" in name
+        if f".lora_B.{active}." in f"{name}." or f".lora_embedding_B.{active}." in f"{name}."
     )
 
 

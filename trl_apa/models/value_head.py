@@ -95,7 +95,8 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
             is_trainable (`bool`, *optional*, defaults to `False`): whether a loaded adapter is to be trained further.
             load_in_8bit, load_in_4bit (`bool`, *optional*, defaults to `False`): quantise with bitsandbytes while
                 loading. `quantization_config` among `kwargs` says more.
-            device_map (*optional*): as in transformers; quantised models go to this process's device.
+            device_map (*optional*): as in transformers; quantised models go to this process's device. Where there is
+                no GPU, a GPU's number means the CPU, so that `{"": Accelerator().local_process_index}` loads anywhere.
             torch_dtype (*optional*): also accepted as `dtype`. Defaults to float32, whatever the checkpoint holds, as
                 under transformers 4 (`"auto"` keeps the checkpoint's); quantised models keep transformers' default.
             v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: of a new head, see `SummaryHead`.
@@ -344,8 +345,16 @@ def _loading_options(
     if device_map is None and (options | kwargs).get("quantization_config") is not None:
         device_map = {"": _process_device()}
     if device_map is not None:
-        options["device_map"] = device_map
+        options["device_map"] = _without_missing_devices(device_map)
     return options
+
+
+def _without_missing_devices(device_map: Any) -> Any:
+    if torch.accelerator.is_available():
+        return device_map
+    if isinstance(device_map, dict):
+        return {name: "cpu" if isinstance(device, int) else device for name, device in device_map.items()}
+    return "cpu" if isinstance(device_map, int) else device_map
 
 
 def _process_device() -> str:
