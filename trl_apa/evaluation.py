@@ -57,8 +57,9 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
     metrics["entropy"] = float(entropy_sums.sum() / columns["response_length"].sum())
     texts = [text for _, texts in parts for text in texts]
-    numbered = gather_object([(number, text) for number, text in zip(numbers, texts, strict=True)])
-    texts = [text for number, text in numbered if number < len(rows)]
+    is_kept = [kept for part in table for kept in part["kept"].tolist()]
+    gathered = gather_object(list(zip(numbers, is_kept, texts, strict=True)))
+    texts = [text for number, was_kept, text in gathered if was_kept and number < len(rows)]
     metrics |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
     return {**metrics, "runtime": time.perf_counter() - start}
 

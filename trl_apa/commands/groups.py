@@ -25,6 +25,11 @@ TRAINING_GROUPS = (
 OTHER_TRAINING = "training"
 SAMPLING = {"temperature", "top_p", "top_k", "max_completion_length", "stop_strings", "max_prompt_length"}
 SAMPLING |= {"generation_batch_size", "num_generations", "chat_template_kwargs"}
+# Options of `APAConfig` that are not about the algorithm.
+PLACES = dict.fromkeys(("reward_weights", "reward_timeout", "skip_unscored"), "rewards")
+PLACES |= dict.fromkeys(("push_to_hub_if_best_kwargs", "compare_steps"), "Hugging Face hub")
+PLACES |= dict.fromkeys(("log_completions", "num_completions_to_print"), "logging")
+PLACES |= dict.fromkeys(("tracker_project_name", "tracker_kwargs"), "logging")
 OLDER_NAMES = "names and options of older scripts"
 # Of classic configs: kept for the record there, and of no use to a command.
 OLDER = {*ALIASES, *NOT_READ_BACK, *WITHOUT_EFFECT, "forward_batch_size", "exp_name", "task_name", "model_name"}
@@ -43,10 +48,8 @@ def apa_title(name: str) -> str:
         return OLDER_NAMES
     if name in SAMPLING:
         return "sampling"
-    if name == "reward_weights":
-        return "rewards"
-    if name in ("push_to_hub_if_best_kwargs", "compare_steps"):
-        return "Hugging Face hub"
+    if name in PLACES:
+        return PLACES[name]
     if name in TrainingArguments.__dataclass_fields__:
         return training_title(name)
     return "the algorithm"

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
-FILE_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".csv")
 # Suffix -> what `datasets` calls the reader of such files.
 TABLE_READERS = {
     **dict.fromkeys((*LINE_SUFFIXES, *JSON_SUFFIXES), "json"),
@@ -108,10 +107,10 @@ def iter_rows(
         yield from _json_lines(path)
     elif lowered.endswith(JSON_SUFFIXES):
         yield from _json_list(path)
-    elif lowered.endswith((".parquet", ".csv")):
-        yield from _table_rows(lowered.rpartition(".")[2], data_files=str(path), split="train", streaming=True)
+    elif reader := next((reader for suffix, reader in TABLE_READERS.items() if lowered.endswith(suffix)), None):
+        yield from _table_rows(reader, data_files=str(path), split="train", streaming=True)
     else:
-        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(FILE_SUFFIXES)}, or a folder")
+        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(TABLE_READERS)}, or a folder")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
