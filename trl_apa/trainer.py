@@ -649,8 +649,10 @@ class APATrainer(TrainingLoop):
         iteration = self._iteration
         if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
             return
-        moved = self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"])
-        iteration.stopped = abs(float(moved)) > 1.5 * self.args.target_kl
+        moved = float(self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
+        # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
+        moved = moved if self.args.loss_type == "ppo" else abs(moved)
+        iteration.stopped = moved > 1.5 * self.args.target_kl
 
     def _ratio_explodes(self) -> bool:
         """Whether PPO's mini-batch is so far off-policy that its update is left out."""
@@ -681,7 +683,8 @@ class APATrainer(TrainingLoop):
         """
         args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
         record = self._iteration.record
-        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing)
+        is_ppo = args.loss_type == "ppo"
+        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing or is_ppo)
         if record.observing:
             record.observe(inputs["rows"], outputs)
         pi_loss, stats = self._policy_loss(outputs["logprobs"], inputs, num_tokens)
@@ -693,6 +696,9 @@ class APATrainer(TrainingLoop):
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
             old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
             stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
+        if is_ppo:
+            # As in classic the mean over all epochs; the others report that of each row's first visit.
+            stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)
         record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
@@ -781,8 +787,12 @@ class APATrainer(TrainingLoop):
         stats["objective/kl_coef"] = self.kl_ctl.value
         stats["apa/mean_non_score_reward"] = 0.0
         if args.loss_type == "ppo":
-            mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
+            penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
+            mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
+            # The KL that the reward is charged for, which the controller is to hold: k1 if kl_penalty is "kl".
+            stats["objective/kl"] = float(penalty_BR.sum(dim=1).mean())
+            stats["objective/kl_dist"] = penalty_BR.sum(dim=1).cpu().numpy()
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats
