@@ -1,5 +1,6 @@
 """Bad input is refused with a message that helps, before any forward pass, and the next correct step works."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,7 +94,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(tmp_
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])
     hook.remove()
-    assert torch.isfinite(torch.tensor(list(trainer.step(*rollouts).values()))).all()
+    assert all(np.isfinite(value).all() for value in trainer.step(*rollouts).values())
 
 
 def test_one_token_responses_with_equal_scores_leave_finite_parameters(tmp_path):
@@ -102,7 +103,7 @@ def test_one_token_responses_with_equal_scores_leave_finite_parameters(tmp_path)
     queries = [torch.tensor([3])] * 4
     stats = trainer.step(queries, [torch.tensor([5])] * 4, [torch.tensor(1)] * 4)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert all(torch.isfinite(torch.tensor(value)) for value in stats.values())
+    assert all(np.isfinite(value).all() for value in stats.values())
 
 
 def test_wrong_constructor_arguments_are_named(tmp_path):
