@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
 from trl_apa.commands.models import import_reward_function, load_reward_model
@@ -196,6 +197,21 @@ def test_a_reward_function_is_found_in_the_working_directory(tmp_path, monkeypat
 def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(ValueError, match=r"is no trained reward model: it has no weights for score"):
         load_reward_model(str(make_model(tmp_path / "model")), trust_remote_code=False)
+
+
+def test_a_reward_adapter_is_merged_with_its_head(tmp_path):
+    base = make_model(tmp_path / "model")
+    network = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    adapted = get_peft_model(network, lora_config(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    loaded = load_reward_model(str(tmp_path / "adapter"), trust_remote_code=False).eval()
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert loaded(tokens).logits.item() == pytest.approx(adapted(tokens).logits.item(), abs=1e-5)
+        assert loaded(tokens).logits.item() != pytest.approx(0.0, abs=1e-5)
+    # where its tokenizer is looked for
+    assert loaded.config._name_or_path == str(tmp_path / "adapter")
 
 
 # ---- rows ----
