@@ -215,6 +215,5 @@ def as_json(value: Any) -> Any:
 
 def play_folders(root: Path, library: str, play_case: Callable[[Case], Outcome]) -> None:
     """Play every case under `root` and leave the outcome in its folder."""
-    torch.set_num_threads(1)
     for folder in sorted(path.parent for path in root.glob("*/case.json")):
         play_case(Case.read(folder)).write(folder, library)

@@ -154,6 +154,16 @@ AGREEING = {
         seed=28000,
         fields=ADAM,
     ),
+    "kl_control": Recipe(
+        "the adaptive coefficient follows the estimate that kl_penalty names",
+        {**MANY_UPDATES, "kl_penalty": "mse", "init_kl_coef": 0.5, "target": 1.0, "horizon": 20.0},
+        fields=ADAM,
+    ),
+    "rising_logprobs": Recipe(
+        "early_stopping with log-probs that rise, which do not stop it",
+        {**MANY_UPDATES, "early_stopping": True, "target_kl": 0.1},
+        fields=ADAM,
+    ),
 }
 PARTING = {
     "clips_once": Recipe(
@@ -175,7 +185,7 @@ PARTING = {
         fields=ADAM,
     ),
     "dropout": Recipe(
-        "classic generates with dropout until its first `step`, and after it again",
+        "classic generates with dropout after every `step`: it leaves the model in train mode",
         MANY_UPDATES,
         model={**GPT2, **dict.fromkeys(DROPOUT, 0.5)},
         fields=ADAM,
@@ -195,16 +205,6 @@ PARTING = {
         "to classic a masked token inside a response is one of value 0 and reward 0; ours skips it",
         MANY_UPDATES,
         gap=True,
-        fields=ADAM,
-    ),
-    "kl_control": Recipe(
-        "with another kl_penalty classic's adaptive coefficient follows that estimate, ours k1",
-        {**MANY_UPDATES, "kl_penalty": "mse", "init_kl_coef": 0.5, "target": 1.0, "horizon": 20.0},
-        fields=ADAM,
-    ),
-    "rising_logprobs": Recipe(
-        "early_stopping: classic stops only when the log-probs have fallen, ours when they have risen too",
-        {**MANY_UPDATES, "early_stopping": True, "target_kl": 0.1},
         fields=ADAM,
     ),
 }

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from transformers import logging
 
 from parity.case import Case, Outcome, play_folders
@@ -34,6 +35,7 @@ def main() -> int:
     options = parse_options()
     if not options.classic_python.exists():
         sys.exit(f"--classic-python {options.classic_python} is not there; `make parity` makes it")
+    torch.set_num_threads(1)  # in models this small threads only wait for each other
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +76,7 @@ def play_both(root: Path, names: Iterable[str], classic_python: Path) -> list[tu
     """Write the cases under `root`, let both libraries play them, classic in its own process, and read what came."""
     for name in names:
         make_case(name).write(root / name)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [str(classic_python), "-m", "parity.classic_step", str(root)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     play_folders(root, "ours", play_case)

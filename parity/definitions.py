@@ -22,10 +22,6 @@ def clipped_scores(case: Case) -> bool:
     return "score_clip" in case.options
 
 
-def other_penalty(case: Case) -> bool:
-    return case.options.get("kl_penalty", "kl") != "kl"
-
-
 @dataclass(frozen=True)
 class Difference:
     """Why a statistic is not the same number in both libraries.
@@ -39,7 +35,6 @@ class Difference:
     applies: Callable[[Case], bool]
 
 
-OTHER_KL = Difference("classic's is the sum of `kl_penalty`'s estimate; ours is always k1", other_penalty)
 CLIPPED = Difference("classic's are the clipped scores; ours those handed to `step`", clipped_scores)
 COUNTED = Difference("classic counts every token (a decoder's start token too), ours those that count", masked)
 PER_MICRO_BATCH = Difference(
@@ -47,13 +42,8 @@ PER_MICRO_BATCH = Difference(
     several_updates,
 )
 DIFFERENCES = {
-    "objective/kl": OTHER_KL,
-    "objective/kl_dist": OTHER_KL,
     "ppo/mean_scores": CLIPPED,
     "ppo/std_scores": CLIPPED,
-    "ppo/policy/entropy": Difference(
-        "classic's is the mean over all epochs; ours is at each row's first visit", several_updates
-    ),
     "ppo/policy/advantages_mean": PER_MICRO_BATCH,
     "ppo/returns/mean": PER_MICRO_BATCH,
     "ppo/returns/var": PER_MICRO_BATCH,

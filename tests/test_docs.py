@@ -27,7 +27,9 @@ from trl_apa.reporting import reward_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    path for folder in (".", "docs", "examples", "examples/hh", "benchmarks") for path in ROOT.glob(f"{folder}/*.md")
+    path
+    for folder in (".", "docs", "examples", "examples/hh", "benchmarks", "parity")
+    for path in ROOT.glob(f"{folder}/*.md")
 )
 OURS = [page for page in PAGES if page.parent.name != "hh"]
 # `trainer` is what scripts call their trainer.
@@ -98,7 +100,7 @@ def functions_of(path):
 def test_files_and_tests_that_are_named_exist(page):
     for span in code_spans(page):
         match = re.fullmatch(
-            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks)/[\w/]*)(?:::(\w+))?",
+            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks|parity)/[\w/]*)(?:::(\w+))?",
             span,
         )
         if match is None:

@@ -390,7 +390,8 @@ def test_a_quantised_policy_trains_its_adapter(tmp_path, bits):
         tiny_trainer(tmp_path, load())
     trainer = tiny_trainer(tmp_path, load(), {"peft_config": lora_config()})
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert abs(trainer.step(*tiny_rollouts())["objective/kl"]) < 1e-4
+    # Policy and reference go through the same kernels from the first step on.
+    assert abs(trainer.step(*tiny_rollouts())["objective/kl"]) < 1e-7
     trainer.step(*tiny_rollouts())
     moved = [
         name for name, p in trainer.model.named_parameters() if name in before and not torch.equal(p, before[name])

@@ -19,13 +19,27 @@ import wandb
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import HfArgumentParser, TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK, WandbCallback, integration_utils
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    integration_utils,
+)
 
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.test_two_processes import announce_rank
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
-from trl_apa.reporting import TENSORBOARD_ROWS, _is_installed, gather_table, reward_statistics, split_statistics
+from trl_apa.reporting import (
+    TENSORBOARD_ROWS,
+    Table,
+    _is_installed,
+    gather_table,
+    log_media,
+    reward_statistics,
+    split_statistics,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,8 +307,9 @@ def test_train_opens_the_run_with_the_same_options(wandb_offline):
 def test_a_wandb_run_of_the_scripts_own_is_left_as_it_is_with_a_warning(wandb_offline):
     run = wandb.init(project="mine")
     trainer = tiny_trainer(wandb_offline, report_to="wandb", tracker_project_name="other")
-    with pytest.warns(UserWarning, match="a run of wandb was open already; it does not get project"):
+    with pytest.warns(UserWarning, match="a run of wandb was open already; it does not get project") as caught:
         stats, _ = report_twice(trainer)
+    assert [w.filename for w in caught if "was open already" in str(w.message)] == [__file__]
     assert wandb.run is run and run.project == "mine"
     assert run.summary["train/objective/kl"] == stats["objective/kl"]
 
@@ -333,6 +348,13 @@ def test_trackio_gets_the_rows_of_both_processes_once(tmp_path):
     assert numbers["train/env/reward_mean"] == pytest.approx(np.mean([*scores, *others]))
     assert media["train/global_step"] == numbers["train/global_step"] == 1
     assert (run_config["_Group"], run_config["loss_type"]) == ("tests", "apa")
+
+
+def test_where_no_run_is_open_nothing_is_logged_and_nothing_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    wandb.finish()
+    callbacks = [WandbCallback(), TrackioCallback(), TensorBoardCallback()]
+    log_media(callbacks, 1, {"env/reward_dist": np.ones(3)}, Table(["query", "reward"], [["q", 1.0]]))
 
 
 class CometStandIn:

@@ -12,6 +12,13 @@ import trl_apa
 
 COMMANDS = {
     "demo": ("trl_apa.demo", "a complete RLHF in miniature on the CPU: SFT, reward model, APA"),
+    "sft": ("trl_apa.commands.sft", "supervised fine-tuning with TRL's SFTTrainer"),
+    "reward": ("trl_apa.commands.reward", "a reward model from preferences with TRL's RewardTrainer"),
+    "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
+    "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
+    "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
+    "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
+    "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),
 }
 
 

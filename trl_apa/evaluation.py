@@ -1,11 +1,12 @@
 """How good a policy is on prompts it was not trained on: reward, KL to pi_init, wins over pi_init's own answers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
@@ -30,7 +31,9 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     Returns:
         In reward units `reward`, `reward_std`, `ref_reward` and `rewards/<function>`; `win_rate`, the share of prompts
         on which the policy scores higher than pi_init, a tie counting half; `kl`, nats a response, the mean of
-        log pi - log pi_init over the policy's responses; `response_length`, tokens; `eos_share`; `runtime`, seconds.
+        log pi - log pi_init over the policy's responses; `entropy` of the policy's next-token distributions, nats,
+        mean over response tokens; `response_length`, tokens; `eos_share`; `distinct_1` and `distinct_2`, see
+        `distinct_ngrams`; `runtime`, seconds.
     """
     start = time.perf_counter()
     process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -39,7 +42,8 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     numbers = [process + k * count for k in range(per_process)]
     own = [rows[number % len(rows)] for number in numbers]
     with random_numbers_of_its_own(trainer.args.seed, trainer.accelerator.process_index):
-        table = [_measure(trainer, own[i : i + _size(trainer)]) for i in range(0, len(own), _size(trainer))]
+        parts = [_measure(trainer, own[i : i + _size(trainer)]) for i in range(0, len(own), _size(trainer))]
+    table = [part for part, _ in parts]
     columns = {name: torch.cat([part[name] for part in table]) for name in table[0]}
     names = sorted(columns)
     stacked = torch.stack([columns[name].float() for name in names], dim=1).to(trainer.accelerator.device)
@@ -48,8 +52,15 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     columns = dict(zip(names, everywhere[is_real].unbind(dim=1), strict=True))
     kept = columns.pop("kept").bool()
     columns = {name: values[kept] for name, values in columns.items()}
+    entropy_sums = columns.pop("entropy_sum")
     metrics = {name: float(values.mean()) for name, values in columns.items()}
     metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
+    metrics["entropy"] = float(entropy_sums.sum() / columns["response_length"].sum())
+    texts = [text for _, texts in parts for text in texts]
+    is_kept = [kept for part in table for kept in part["kept"].tolist()]
+    gathered = gather_object(list(zip(numbers, is_kept, texts, strict=True)))
+    texts = [text for number, was_kept, text in gathered if was_kept and number < len(rows)]
+    metrics |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
     return {**metrics, "runtime": time.perf_counter() - start}
 
 
@@ -57,8 +68,18 @@ def _size(trainer: "APATrainer") -> int:
     return trainer.args.per_device_eval_batch_size
 
 
-def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """One value a row."""
+def distinct_ngrams(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words over all of them, counted over all texts (Li et al., arXiv 1510.03055).
+
+    0 if there is none. It falls as there are more texts: compare it on equally many.
+    """
+    words = [text.split() for text in texts]
+    ngrams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+    return len(set(ngrams)) / max(len(ngrams), 1)
+
+
+def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
+    """One value a row, and the policy's responses as text."""
     queries = [trainer._query(row) for row in rows]
     responses, ref_responses = trainer._respond(queries, generate_ref_response=True)
     scores = trainer._scores(rows, queries, responses)
@@ -66,20 +87,24 @@ def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[str, Ten
     ref_scores = trainer._scores(rows, queries, ref_responses)
     ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
-    return {
+    kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)
+    columns = {
         "kept": scores.kept_B & ref_scores.kept_B,
         "reward": reward_B,
         "ref_reward": ref_reward_B,
         "win_rate": ((reward_B - ref_reward_B).sign() + 1) / 2,
-        "kl": _sequence_kl(trainer, queries, responses).cpu(),
+        "kl": kl_B.cpu(),
+        "entropy_sum": entropy_sum_B.cpu(),
         "response_length": torch.tensor([float(len(response)) for response in responses]),
         "eos_share": torch.tensor([float(int(response[-1]) in end) for response in responses]),
         **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
     }
+    return columns, trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
 
 
 @torch.no_grad()
-def _sequence_kl(trainer: "APATrainer", queries: list[Tensor], responses: list[Tensor]) -> Tensor:
+def _kl_and_entropy(trainer: "APATrainer", queries: list[Tensor], responses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums over each response, nats, `(B,)`: of log pi - log pi_init, and of the policy's entropy."""
     device = trainer.accelerator.device
     mask_BR = response_mask(responses, device=device)
     tokens = pad_tokens(queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
@@ -87,10 +112,11 @@ def _sequence_kl(trainer: "APATrainer", queries: list[Tensor], responses: list[T
     policy = trainer.accelerator.unwrap_model(trainer.model).policy
     arguments = (tokens, mask_BR.shape[1], trainer.args.temperature)
     with trainer.accelerator.autocast():
-        logprobs_BR, _ = response_logprobs(policy, *arguments)
+        logprobs_BR, entropy_BR = response_logprobs(policy, *arguments, with_entropy=True)
         with reference_policy(policy, trainer.ref_model) as reference:
             ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
-    return keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1)
+    kl_B = keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1)
+    return kl_B, keep_counted(entropy_BR, mask_BR).sum(dim=1)
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def _run_options(tracker: str, callback: TrainerCallback, args: TrainingArgument
     finally:
         setattr(owner, name, open_run)
     if not opened:
-        warnings.warn(f"a run of {tracker} was open already; it does not get {', '.join(options)}", stacklevel=5)
+        warnings.warn(f"a run of {tracker} was open already; it does not get {', '.join(options)}", stacklevel=6)
 
 
 def _options_for(tracker: str, args: TrainingArguments) -> dict[str, Any]:
@@ -250,22 +250,27 @@ def log_media(
     """Histograms of the vectors, and the table under `TABLE_NAME`, to the trackers that have such things.
 
     W&B, Trackio and Comet get both. TensorBoard has no tables: it gets the first `TENSORBOARD_ROWS` rows as a text.
-    The other trackers get neither. To be called on the main process, before the numbers are logged.
+    The other trackers get neither, nor does one whose run is closed, as `train` leaves some of them. To be called on
+    the main process, before the numbers are logged.
     """
     histograms = {f"train/{name}": vector for name, vector in vectors.items()}
     for callback in callbacks:
         tracker = _tracker_of(callback)
         if tracker == "wandb":
             wandb = import_module(tracker)
-            # Not a row of its own: the reporter's call with the numbers completes it.
-            wandb.log(_objects(wandb, histograms, table), commit=False)
+            if wandb.run is not None:
+                # Not a row of its own: the reporter's call with the numbers completes it.
+                wandb.log(_objects(wandb, histograms, table), commit=False)
         elif tracker == "trackio":
             trackio = import_module(tracker)
-            trackio.log({**_objects(trackio, histograms, table), "train/global_step": step})
-        elif tracker == "tensorboard":
+            if trackio.context_vars.current_run.get() is not None:
+                trackio.log({**_objects(trackio, histograms, table), "train/global_step": step})
+        elif tracker == "tensorboard" and callback.tb_writer is not None:
             _log_to_tensorboard(callback.tb_writer, step, histograms, table)
         elif tracker == "comet_ml":
-            _log_to_comet(import_module(tracker).get_running_experiment(), step, histograms, table)
+            experiment = import_module(tracker).get_running_experiment()
+            if experiment is not None:
+                _log_to_comet(experiment, step, histograms, table)
 
 
 def _objects(library: ModuleType, histograms: Mapping[str, Any], table: Table | None) -> dict[str, Any]:
@@ -277,9 +282,6 @@ def _objects(library: ModuleType, histograms: Mapping[str, Any], table: Table | 
 
 
 def _log_to_tensorboard(writer: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
-    # None after train(), whose end closes it.
-    if writer is None:
-        return
     for name, vector in histograms.items():
         writer.add_histogram(name, vector, step)
     if table is not None:
@@ -289,9 +291,6 @@ def _log_to_tensorboard(writer: Any, step: int, histograms: Mapping[str, Any], t
 
 
 def _log_to_comet(experiment: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
-    # None where COMET_MODE switches Comet off.
-    if experiment is None:
-        return
     for name, vector in histograms.items():
         experiment.log_histogram_3d(vector, name=name, step=step)
     if table is not None:

@@ -285,6 +285,14 @@ class APATrainer(TrainingLoop):
         return self.processing_class
 
     @property
+    def dataset(self) -> Any:
+        return self.train_dataset
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
+
+    @property
     def current_device(self) -> torch.device:
         return self.accelerator.device
 
@@ -555,6 +563,8 @@ class APATrainer(TrainingLoop):
         if is_ppo:
             rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         for start in range(0, len(rollouts), size):
             rows = range(start, min(start + size, len(rollouts)))
@@ -660,8 +670,10 @@ class APATrainer(TrainingLoop):
         iteration = self._iteration
         if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
             return
-        moved = self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"])
-        iteration.stopped = abs(float(moved)) > 1.5 * self.args.target_kl
+        moved = float(self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
+        # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
+        moved = moved if self.args.loss_type == "ppo" else abs(moved)
+        iteration.stopped = moved > 1.5 * self.args.target_kl
 
     def _ratio_explodes(self) -> bool:
         """Whether PPO's mini-batch is so far off-policy that its update is left out."""
@@ -692,7 +704,8 @@ class APATrainer(TrainingLoop):
         """
         args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
         record = self._iteration.record
-        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing)
+        is_ppo = args.loss_type == "ppo"
+        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing or is_ppo)
         if record.observing:
             record.observe(inputs["rows"], outputs)
         pi_loss, stats = self._policy_loss(outputs["logprobs"], inputs, num_tokens)
@@ -704,6 +717,9 @@ class APATrainer(TrainingLoop):
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
             old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
             stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
+        if is_ppo:
+            # As in classic the mean over all epochs; the others report that of each row's first visit.
+            stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)
         record.add(
             {
                 **{f"apa/policy/{name}": value for name, value in stats.items()},
@@ -792,8 +808,12 @@ class APATrainer(TrainingLoop):
         stats["objective/kl_coef"] = self.kl_ctl.value
         stats["apa/mean_non_score_reward"] = 0.0
         if args.loss_type == "ppo":
-            mean_penalty = self.kl_ctl.value * masked_mean(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
+            penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
+            mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
+            # The KL that the reward is charged for, which the controller is to hold: k1 if kl_penalty is "kl".
+            stats["objective/kl"] = float(penalty_BR.sum(dim=1).mean())
+            stats["objective/kl_dist"] = penalty_BR.sum(dim=1).cpu().numpy()
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats

@@ -236,7 +236,7 @@ class TrainingLoop(_BaseTrainer):
         if not self._iteration.finished:
             return None
         stats = self._finish_iteration(self._timer)
-        self._unlogged.append(stats)
+        self._unlogged.append(mean_of_numbers([stats]))
         return stats["objective/kl"]
 
     def _query(self, row: dict[str, Any]) -> Tensor:
@@ -337,7 +337,7 @@ class TrainingLoop(_BaseTrainer):
             "num_iterations_done": self.num_iterations_done,
             "running_scores": self.running_scores.state_dict(),
             "kl_ctl": self.kl_ctl.state_dict(),
-            "unlogged": [mean_of_numbers([stats]) for stats in self._unlogged],
+            "unlogged": self._unlogged,
         }
         save_state(output_dir, self.accelerator.process_index, self.args, state)
         # What makes the checkpoint complete is written next, by one process.

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
-FILE_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 # Suffix -> what `datasets` calls the reader of such files.
 TABLE_READERS = {
     **dict.fromkeys((*LINE_SUFFIXES, *JSON_SUFFIXES), "json"),
@@ -81,12 +80,12 @@ def iter_rows(
 ) -> Iterator[Row]:
     """Read rows one after the other; a line that is not JSON is a row with a `problem`, not the end of the reading.
 
-    JSON is read line by line because a table reader would refuse a whole file for one odd value; `.parquet` and the
-    hub go through `datasets`.
+    JSON is read line by line because a table reader would refuse a whole file for one odd value; `.parquet`, `.csv`
+    and the hub go through `datasets`.
 
     Args:
-        source (`str` or `Path`): a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects) or `.parquet` file, a folder
-            that `datasets` understands, or a data set on the hub.
+        source (`str` or `Path`): a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects), `.parquet` or `.csv` file, a
+            folder that `datasets` understands, or a data set on the hub.
         name (`str`, *optional*): configuration of a hub data set.
         data_dir (`str`, *optional*): folder inside a hub data set (`harmless-base` of `Anthropic/hh-rlhf`, say).
         split (`str`, *optional*, defaults to `"train"`): split of a hub data set or a folder.
@@ -108,10 +107,10 @@ def iter_rows(
         yield from _json_lines(path)
     elif lowered.endswith(JSON_SUFFIXES):
         yield from _json_list(path)
-    elif lowered.endswith(".parquet"):
-        yield from _table_rows("parquet", data_files=str(path), split="train", streaming=True)
+    elif reader := next((reader for suffix, reader in TABLE_READERS.items() if lowered.endswith(suffix)), None):
+        yield from _table_rows(reader, data_files=str(path), split="train", streaming=True)
     else:
-        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(FILE_SUFFIXES)}, or a folder")
+        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(TABLE_READERS)}, or a folder")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

@@ -40,7 +40,8 @@ def load_language_model(
 
 def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if auto_class is None:
-        config = AutoConfig.from_pretrained(path)
+        found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
+        config = AutoConfig.from_pretrained(path, **found_by)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto_class.from_pretrained(path, **kwargs)
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):

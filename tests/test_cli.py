@@ -1,0 +1,463 @@
+"""The command line: what it refuses before it loads anything, what it reads, and one whole run in small."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
+
+from tests.tiny import byte_tokenizer, lora_config
+from trl_apa.cli import COMMANDS
+from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
+from trl_apa.commands.models import import_reward_function, load_reward_model
+from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "configs"
+WITH_YAML = {"sft": sft, "reward": reward, "train": train, "evaluate": evaluate, "generate": generate}
+
+
+def run(command, *argv):
+    return import_module(COMMANDS[command][0]).main([str(argument) for argument in argv])
+
+
+def refused(capsys, command, *argv):
+    """What the command says when it ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        run(command, *argv)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def yaml_file(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def hh_rows(count=60):
+    rows = []
+    for number in range(count):
+        prompt = f"\n\nHuman: What is {number} plus {number % 7}?\n\nAssistant:"
+        rows.append({"chosen": f"{prompt} It is {number + number % 7}.", "rejected": f"{prompt} I do not know."})
+    return rows
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_model(folder):
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=0, eos_token_id=0, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize("command", WITH_YAML)
+def test_an_unknown_key_is_refused_with_the_nearest_name_before_anything_is_loaded(tmp_path, capsys, command):
+    key, right = (
+        ("tempratur", "temperature") if command in ("evaluate", "generate") else ("lerning_rate", "learning_rate")
+    )
+    path = yaml_file(tmp_path, f"{key}: 1e-4\ndataset_name: not-there.jsonl\n")
+    message = f"trl-apa {command}: {path}: unknown option '{key}'; did you mean '{right}'?"
+    assert refused(capsys, command, "--config", path) == message
+    message = f"trl-apa {command}: unknown option '--{key}'; did you mean '--{right}'?"
+    assert refused(capsys, command, f"--{key}", "1e-4") == message
+    assert refused(capsys, command, "--xyzzy=1") == f"trl-apa {command}: unknown option '--xyzzy'"
+
+
+@pytest.mark.parametrize("command", ["plot", "env"])
+def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
+    arguments = ["somewhere"] if command == "plot" else []
+    assert "unrecognized arguments: --xyzzy" in refused(capsys, command, *arguments, "--xyzzy", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("batch_size: many", "batch_size: 'many' is of the wrong type"),
+        ("batch_size: 2.5", "batch_size: 2.5 is of the wrong type"),
+        ("batch_size: [1, 2]", "no list is expected"),
+        ("eval_strategy: sometimes", "choose from no, steps, epoch"),
+        ("use_cpu: perhaps", "use_cpu: 'perhaps' is of the wrong type"),
+        ("seed: 1\nseed: 2", "'seed' stands there twice"),
+        ("- seed", "it should hold options"),
+        ("seed: [", "is not YAML"),
+        ("learning_rate: 1e-4\nloss_type: dpo\nmodel_name_or_path: x", "loss_type='dpo': it should be one of"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(tmp_path, capsys, text, problem):
+    assert problem in refused(capsys, "train", "--config", yaml_file(tmp_path, text))
+
+
+def test_the_file_is_read_as_the_command_line_and_the_command_line_wins(tmp_path):
+    text = """
+        learning-rate: 1e-4
+        eval_strategy: no
+        stop_strings: ["\\n\\nHuman:"]
+        reward_weights: 2
+        lr_scheduler_kwargs: {power: 2}
+        kl_coef: 0.5
+        score_clip: null
+        whiten_advantages: false
+    """
+    values = train.make_parser().parse(["--config", str(yaml_file(tmp_path, text)), "--kl_coef", "0.25"])
+    assert values["learning_rate"] == 1e-4 and values["kl_coef"] == 0.25
+    assert values["eval_strategy"] == "no"
+    assert values["stop_strings"] == ["\n\nHuman:"] and values["reward_weights"] == [2.0]
+    assert values["lr_scheduler_kwargs"] == {"power": 2}
+    assert values["score_clip"] is None and values["whiten_advantages"] is False
+    assert values["gamma"] == 1.0
+
+
+def test_help_groups_the_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("train", "--help")
+    assert ended.value.code == 0
+    groups = dict(part.split(":\n", 1) for part in capsys.readouterr().out.split("\n\n") if ":\n" in part)
+    places = {"the algorithm": "--kl_coef", "sampling": "--top_p", "LoRA": "--lora_r", "data": "--eval_share"}
+    places |= {"optimizer and schedule": "--learning_rate", "names and options of older scripts": "--ppo_epochs"}
+    places |= {"rewards": "--reward_weights", "saving and resuming": "--save_steps", "launching": "--num_processes"}
+    for title, option in places.items():
+        assert [name for name, text in groups.items() if f"  {option}" in text] == [title]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_example_files_have_options_that_exist(path, tmp_path):
+    parser = WITH_YAML[path.stem.partition("-")[0]].make_parser()
+    parser.build({**parser.parse(["--config", str(path), "--use_cpu"]), "output_dir": str(tmp_path)})
+
+
+def test_code_that_comes_with_a_model_does_not_run_unless_asked(tmp_path, capsys, monkeypatch):
+    for module in WITH_YAML.values():
+        assert module.make_parser().parse([])["trust_remote_code"] is False
+    monkeypatch.chdir(tmp_path)
+    folder = make_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "not_in_transformers", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("open('ran', 'w')\n")
+    message = refused(capsys, "generate", "--model_name_or_path", folder, "--prompt", "a", "--use_cpu")
+    assert "trust_remote_code" in message and not (tmp_path / "ran").exists()
+
+
+def test_what_is_missing_is_asked_for(capsys):
+    assert "model_name_or_path is not set" in refused(capsys, "train", "--reward_funcs", "math.sqrt")
+    assert "nothing gives a reward" in refused(capsys, "train", "--model_name_or_path", "x")
+    assert "dataset_name is not set" in refused(
+        capsys, "train", "--model_name_or_path", "x", "--reward_funcs", "math.sqrt"
+    )
+    assert "no such file" in refused(
+        capsys, "sft", "--use_cpu", "--model_name_or_path", "x", "--dataset_name", "nowhere.jsonl"
+    )
+    assert "set either prompt or dataset_name" in refused(capsys, "generate", "--model_name_or_path", "x")
+    assert "checkpoints is not set" in refused(capsys, "evaluate")
+
+
+# ---- rewards ----
+
+
+def test_a_reward_function_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "rewards_for_this_test.py").write_text(
+        "LIMIT = 3\ndef length(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["elsewhere"])
+    assert import_reward_function("rewards_for_this_test.length")(["abc"]) == [3.0]
+    for name, problem in [
+        ("rewards_for_this_test.LIMIT", "a int; it should be a function"),
+        ("rewards_for_this_test.breadth", "cannot be imported"),
+        ("no_such_module.length", "cannot be imported"),
+        ("length", "it should be a dotted name"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            import_reward_function(name)
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    with pytest.raises(ValueError, match=r"is no trained reward model: it has no weights for score"):
+        load_reward_model(str(make_model(tmp_path / "model")), trust_remote_code=False)
+
+
+def test_a_reward_adapter_is_merged_with_its_head(tmp_path):
+    base = make_model(tmp_path / "model")
+    network = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    adapted = get_peft_model(network, lora_config(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    loaded = load_reward_model(str(tmp_path / "adapter"), trust_remote_code=False).eval()
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert loaded(tokens).logits.item() == pytest.approx(adapted(tokens).logits.item(), abs=1e-5)
+        assert loaded(tokens).logits.item() != pytest.approx(0.0, abs=1e-5)
+    # where its tokenizer is looked for
+    assert loaded.config._name_or_path == str(tmp_path / "adapter")
+
+
+# ---- rows ----
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "expected"),
+    [
+        ({"prompt": "a", "target": 1}, None, {"prompt": "a", "target": 1}),
+        ({"query": "b"}, None, {"query": "b"}),
+        ({"input_ids": [3, 4]}, None, {"input_ids": [3, 4]}),
+        ({"prompt": "a", "text": "c"}, "text", {"prompt": "c"}),
+        (hh_rows(1)[0], None, {"prompt": "\n\nHuman: What is 0 plus 0?\n\nAssistant:"}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, {"prompt": "a"}),
+        ({"chosen": MESSAGES, "rejected": MESSAGES}, None, {"prompt": MESSAGES[:-1]}),
+    ],
+)
+def test_prompts_are_found_in_every_layout(tmp_path, row, column, expected):
+    path = jsonl(tmp_path / "rows.jsonl", [row, row])
+    found = list(load_prompts(DataArguments(str(path), dataset_prompt_column=column)))
+    # A prompt that stands in several preferences is asked once; one that was given several times, as often.
+    assert found == [expected] * (1 if "chosen" in row else 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "problem"),
+    [
+        ([{"text": "c"}], None, "row 1: has the columns text; set dataset_prompt_column"),
+        ([{"text": "c"}], "txt", "row 1: has no column 'txt', but text"),
+        ([], None, "it is empty"),
+        ([{"prompt": "a"}, {"prompt": MESSAGES}], None, "a column holds values of different types"),
+    ],
+)
+def test_rows_without_a_prompt_say_what_they_have(tmp_path, rows, column, problem):
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=problem):
+        load_prompts(DataArguments(str(path), dataset_prompt_column=column))
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
+    path = jsonl(tmp_path / "rows.jsonl", [*hh_rows(3), {"chosen": "x", "rejected": "y"}, {"prompt": "a", "extra": 1}])
+    path.write_text(path.read_text() + "{\n")
+    assert [row["extra"] for row in load_prompts(DataArguments(str(path)))] == [None, None, None, 1]
+    assert "2 rows are left out, the first of them row 4: has no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_tables_are_read(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    table = Dataset.from_list([{"prompt": "a, b", "n": 1}, {"prompt": "c", "n": 2}])
+    table.to_csv(path) if suffix == ".csv" else table.to_parquet(path)
+    assert list(load_prompts(DataArguments(str(path)))) == [{"prompt": "a, b", "n": 1}, {"prompt": "c", "n": 2}]
+
+
+def test_every_command_holds_out_the_same_rows(tmp_path):
+    arguments = DataArguments(str(jsonl(tmp_path / "rows.jsonl", hh_rows())), eval_share=0.25)
+    parts = {}
+    for convert in (demonstration, preference, prompts_by(arguments)):
+        train_rows, held_out = load_rows(arguments, convert)
+        assert len(train_rows) + len(held_out) == 60 and 10 <= len(held_out) <= 20
+        parts[convert.__name__] = ({row["prompt"] for row in train_rows}, {row["prompt"] for row in held_out})
+    assert len({frozenset(held_out) for _, held_out in parts.values()}) == 1
+    assert all(not first & second for first, second in parts.values())
+    assert {row["prompt"] for row in load_prompts(arguments)} == parts["preference"][1]
+
+
+def test_preferences_become_demonstrations_and_pairs(tmp_path):
+    chat = {"chosen": MESSAGES, "rejected": [MESSAGES[0], {"role": "assistant", "content": "no"}]}
+    arguments = DataArguments(str(jsonl(tmp_path / "rows.jsonl", [chat])))
+    assert load_rows(arguments, demonstration)[0][0] == {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}
+    assert load_rows(arguments, preference)[0][0] == chat
+    arguments = DataArguments(str(jsonl(tmp_path / "rows.jsonl", [{"text": "as it is"}, *hh_rows(1)])))
+    found = load_rows(arguments, demonstration)[0]
+    assert found[0]["text"] == "as it is" and found[1]["completion"] == " It is 0."
+
+
+# ---- launching ----
+
+
+def test_a_configuration_by_name_starts_the_command_again_under_accelerate(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(
+        "accelerate.commands.launch.launch_command",
+        lambda arguments: started.append((arguments, os.environ[launching.LAUNCHED])),
+    )
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    argv = ["--model_name_or_path", "x", "--accelerate_config", "zero2", "--num_processes", "3"]
+    assert run("train", *argv) == 0
+    ((arguments, mark),) = started
+    assert Path(arguments.config_file).name == "zero2.yaml" and Path(arguments.config_file).is_file()
+    assert arguments.num_processes == 3 and arguments.module
+    assert (arguments.training_script, arguments.training_script_args) == ("trl_apa.cli", ["train", *argv])
+    # The processes that it starts do not start others.
+    assert mark == "1" and launching.LAUNCHED not in os.environ
+    monkeypatch.setenv(launching.LAUNCHED, mark)
+    assert "nothing gives a reward" in refused(capsys, "train", *argv)
+    monkeypatch.delenv(launching.LAUNCHED)
+    assert "did you mean 'zero3'?" in refused(capsys, "sft", "--accelerate_config", "zero33")
+    assert "only with accelerate_config" in refused(capsys, "sft", "--num_processes", "2")
+    assert len(started) == 1
+
+
+# ---- plots and versions ----
+
+
+def state(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    return folder
+
+
+def test_plot_reads_the_last_checkpoint_and_says_what_a_log_lacks(tmp_path, capsys, monkeypatch):
+    rows = [{"step": step, "apa/mean_scores": step / 2, "objective/kl": step / 4} for step in (4, 8)]
+    state(tmp_path / "run" / "checkpoint-8", rows[:1])
+    state(tmp_path / "run" / "checkpoint-16", [*rows, {"step": 8, "eval_reward": 5.0, "eval_kl": 1.0}, {"loss": 1}])
+    read = plot.read_run(tmp_path / "run")
+    assert read == ("run", [(4, 2.0, 1.0), (8, 4.0, 2.0)], [(8, 5.0, 1.0)])
+    assert run("plot", tmp_path / "run", tmp_path / "run", "--output_dir", tmp_path / "pictures") == 0
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"reward.png", "kl.png", "reward_vs_kl.png"}
+    assert "holds none" in refused(capsys, "plot", tmp_path / "pictures")
+    assert "neither apa/mean_scores" in refused(capsys, "plot", state(tmp_path / "sft", [{"step": 1, "loss": 2.0}]))
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    assert run("plot", tmp_path / "run") == 1
+    assert "pip install 'trl-apa[demo]'" in capsys.readouterr().err
+
+
+def test_env_names_versions_and_tells_no_secret(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret")
+    assert run("env") == 0
+    printed = capsys.readouterr().out
+    assert f"torch         {torch.__version__}" in printed and env.PACKAGES[2] in printed
+    assert "secret" not in printed
+
+
+# ---- a whole run ----
+
+
+def documented(language):
+    """The fenced blocks of docs/cli.md."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+SHORT = "--use_cpu --max_steps 3 --per_device_train_batch_size 4 --logging_steps 1 --learning_rate 1e-3"
+SAMPLING = "--use_cpu --max_completion_length 6 --max_prompt_length 64"
+IN_SMALL = {
+    "sft": f"{SHORT} --model_name_or_path base --bf16 no",
+    "reward": f"{SHORT} --bf16 no",
+    "train": f"{SHORT} {SAMPLING} --batch_size 8 --num_epochs_per_batch 1 --eval_steps 2 --save_steps 2 "
+    "--max_eval_rows 4",
+    "evaluate": f"{SAMPLING} --max_eval_rows 4",
+    "generate": SAMPLING,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Every command of docs/cli.md, in order, on a small model and few rows; the folder of their outputs."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    rows = "".join(json.dumps(row) + "\n" for row in hh_rows())
+    (folder / "preferences.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (functions,) = documented("python")
+    (folder / "my_rewards.py").write_text(functions)
+    (folder / "examples").symlink_to(ROOT / "examples")
+    make_model(folder / "base")
+    before, path = os.getcwd(), list(sys.path)
+    os.chdir(folder)
+    try:
+        for line in "".join(documented("bash")).splitlines():
+            program, command, *options = shlex.split(line)
+            assert program == "trl-apa"
+            options += IN_SMALL.get(command, "").split()
+            if "--resume_from_checkpoint" in options:
+                options += ["--max_steps", "4"]
+            assert run(command, *options) == 0
+    finally:
+        os.chdir(before)
+        sys.path[:] = path
+    return folder / "runs"
+
+
+def test_every_command_is_documented_and_run():
+    run_in_tests = {shlex.split(line)[1] for line in "".join(documented("bash")).splitlines()}
+    assert run_in_tests == COMMANDS.keys() - {"demo"}
+    for line in "".join(documented("text")).splitlines():
+        command, config, path = line.partition("-m trl_apa.cli ")[2].split()
+        assert command in WITH_YAML and config == "--config" and (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        DataArguments,
+        train.RewardArguments,
+        train.OtherModelArguments,
+        evaluate.EvaluateArguments,
+        generate.GenerateArguments,
+        launching.LaunchArguments,
+    ],
+)
+def test_the_reference_has_every_option_of_ours(arguments):
+    tables = re.findall(r"^\| `(\w+)`\*? \|", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    assert arguments.__dataclass_fields__.keys() <= set(tables)
+
+
+def test_the_reference_has_no_option_that_is_not_there():
+    tables = re.findall(r"^\| `(\w+)`(\*?) \|", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    options = {name: module.make_parser().parse([]).keys() for name, module in WITH_YAML.items()}
+    assert {name for name, _ in tables} <= set().union(*options.values())
+    marked = {name for name, star in tables if star}
+    assert marked == options["evaluate"] & DataArguments.__dataclass_fields__.keys()
+    assert marked == options["generate"] & DataArguments.__dataclass_fields__.keys()
+
+
+def test_the_pipeline_leaves_models_that_load(pipeline):
+    AutoModelForCausalLM.from_pretrained(pipeline / "apa")
+    assert AutoModelForSequenceClassification.from_pretrained(pipeline / "reward").config.num_labels == 1
+    assert (pipeline / "apa" / "value_model").is_dir() and (pipeline / "apa" / "tokenizer.json").is_file()
+    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in ("sft", "apa")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
+    history = json.loads((pipeline / "apa" / "trainer_state.json").read_text())["log_history"]
+    steps = [row["step"] for row in history if "apa/mean_scores" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 4
+    assert all(row["objective/kl"] is not None for row in history if "apa/mean_scores" in row)
+    assert [row["step"] for row in history if "eval_reward" in row] == [2, 3, 4]
+    assert (pipeline / "apa" / "checkpoint-4").is_dir()
+
+
+def test_the_pipeline_compares_checkpoints(pipeline):
+    before, after = json.loads((pipeline / "evaluation.json").read_text()).values()
+    assert before["kl"] == pytest.approx(0.0, abs=1e-4) and after["kl"] != before["kl"]
+    for _, name, _ in evaluate.COLUMNS:
+        assert name in before and name in after
+    assert before["reward"] == pytest.approx(before["rewards/reward"])
+    lines = evaluate.table({"before": before, "after": after}).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and lines[1].startswith("before")
+
+
+def test_the_pipeline_writes_samples_and_pictures(pipeline):
+    samples = [json.loads(line) for line in (pipeline / "samples.jsonl").read_text().splitlines()]
+    assert 5 <= len(samples) <= 7 and all(sample.keys() == {"prompt", "completion"} for sample in samples)
+    assert len({sample["prompt"] for sample in samples}) == len(samples)
+    for name in plot.FIGURES:
+        assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,1 @@
+"""The commands of `trl-apa`, one a file, each with `main(argv) -> exit status`."""

@@ -1,0 +1,103 @@
+"""`trl-apa evaluate`: reward, KL, entropy, length and variety of checkpoints on the same prompts, in one table."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_apa.commands.groups import apa_part, model_part
+from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
+from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
+from trl_apa.commands.train import reward_part
+from trl_apa.evaluation import held_out_metrics
+from trl_apa.trainer import APATrainer
+
+
+MODEL_NAMES = {"dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"}
+SAMPLING_NAMES = {"temperature", "top_p", "top_k", "max_completion_length", "stop_strings", "max_prompt_length"}
+SAMPLING_NAMES |= {"generation_batch_size", "chat_template_kwargs", "seed", "use_cpu", "bf16"}
+APA_NAMES = {*SAMPLING_NAMES, "reward_weights", "per_device_eval_batch_size"}
+# Heading, metric, format.
+COLUMNS = (
+    ("reward", "reward", "{:+.3f}"),
+    ("std", "reward_std", "{:.3f}"),
+    ("KL", "kl", "{:.3f}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("length", "response_length", "{:.1f}"),
+    ("ended", "eos_share", "{:.2f}"),
+    ("distinct-1", "distinct_1", "{:.3f}"),
+    ("distinct-2", "distinct_2", "{:.3f}"),
+    ("wins", "win_rate", "{:.3f}"),
+)
+
+
+@dataclass
+class EvaluateArguments:
+    """What is compared, and with what."""
+
+    checkpoints: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders or hub names of language models or adapters, each a row of the table."},
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "What KL and wins are measured against; the first checkpoint by default."}
+    )
+    output: str | None = field(default=None, metadata={"help": "File for the metrics as JSON."})
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
+        "evaluate",
+        "Reward, KL (nats per response), entropy (nats per token), length (tokens), distinct n-grams of checkpoints "
+        "on the same prompts, and how often each beats the reference.",
+        Part(EvaluateArguments, lambda name: "checkpoints"),
+        Part(DataArguments, lambda name: "prompts", PROMPT_NAMES),
+        reward_part(),
+        model_part(MODEL_NAMES),
+        apa_part(APA_NAMES),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
+    with tempfile.TemporaryDirectory() as scratch:
+        with parser.errors_end_the_command():
+            values = parser.parse(argv)
+            arguments, data, rewards, model, config = parser.build({**values, "output_dir": scratch})
+            if not arguments.checkpoints:
+                raise ValueError("checkpoints is not set: name the folders or hub names of the models")
+            functions = rewards.functions()
+            prompts = load_prompts(data)
+            load = partial(load_policy, arguments=model, trust_remote_code=rewards.trust_remote_code)
+            reference_name = arguments.ref_model_name_or_path or arguments.checkpoints[0]
+            reference = load(reference_name, is_trainable=False)
+            scorers = load_rewards(rewards.reward_model_name_or_path, functions, rewards.trust_remote_code)
+        results = {}
+        for name in arguments.checkpoints:
+            with parser.errors_end_the_command():
+                tokenizer = load_tokenizer(name, model, rewards.trust_remote_code)
+                # Nothing is learned here; this critic has no trunk of its own.
+                options = {"reward_funcs": scorers, "value_model": "head"}
+                trainer = APATrainer(config, load(name), reference, tokenizer, prompts, **options)
+            results[name] = held_out_metrics(trainer, list(prompts))
+    if config.should_save:
+        print(f"{len(prompts)} prompts; KL and wins against {reference_name}")
+        print(table(results))
+        if arguments.output is not None:
+            Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The metrics as text, a checkpoint a line."""
+    width = max(len(name) for name in results)
+    lines = [" " * width + "".join(f"{heading:>12}" for heading, _, _ in COLUMNS)]
+    for name, metrics in results.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{form.format(metrics[key]):>12}" for _, key, form in COLUMNS))
+    return "\n".join(lines)

@@ -1,0 +1,198 @@
+"""What the commands' parsers share: options in groups, YAML whose keys and values are checked, and 'did you mean'."""
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+
+# Groups of `--help` in their order; those that are not here come last.
+TITLES = ("checkpoints", "prompts", "data", "rewards", "model", "LoRA", "quantization", "the algorithm", "SFT")
+TITLES += ("reward model", "sampling", "training", "optimizer and schedule", "precision, memory and speed", "logging")
+TITLES += ("evaluation", "saving and resuming", "data loading", "several devices", "launching", "Hugging Face hub")
+
+
+class Part(NamedTuple):
+    """A dataclass whose fields are options.
+
+    Args:
+        dataclass: the class that the options are for.
+        title_of: name of a field to the title of its group in `--help`.
+        names: the fields that are options; None means all of them.
+    """
+
+    dataclass: type
+    title_of: Callable[[str], str]
+    names: Collection[str] | None = None
+
+
+class CommandParser:
+    """Options of one command, from the command line and from a YAML file.
+
+    What is on the command line wins over the file. An option that there is not, in either, is an error before
+    anything is loaded.
+
+    Args:
+        command: its name.
+        description: what it does.
+        parts: where its options come from. No two may have a field of the same name.
+    """
+
+    def __init__(self, command: str, description: str, *parts: Part):
+        self.parts = parts
+        self._hints = {name: hint for part in parts for name, hint in get_type_hints(part.dataclass).items()}
+        program = f"trl-apa {command}"
+        usage = f"{program} [--config FILE] [--option value ...]"
+        self._parser = _Parser(_groups(parts), prog=program, usage=usage, description=description, allow_abbrev=False)
+        self._parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
+        self._actions = {action.dest: action for action in reversed(self._parser._actions)}
+        self._names = sorted(self._actions.keys() - {"help", "config"})
+
+    @contextmanager
+    def errors_end_the_command(self) -> Iterator[None]:
+        """Inside, what a user can get wrong ends the process with one line on stderr and status 2."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            self._parser.error(str(error))
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Every option's value, by name.
+
+        Raises:
+            ValueError: for an option that there is not, or a value of the wrong type in the file.
+            OSError: if there is no such file.
+            SystemExit: after `--help`, or for a value of the wrong type on the command line.
+        """
+        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        config.add_argument("--config")
+        path = config.parse_known_args(argv)[0].config
+        if path is not None:
+            self._parser.set_defaults_with_config(**self._from_file(path))
+        *groups, _, unknown = self._parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        for text in unknown:
+            name = text.lstrip("-").partition("=")[0]
+            raise ValueError(self._unknown(name, "--") if text.startswith("--") else f"unexpected argument {text!r}")
+        return {name: value for group in groups for name, value in vars(group).items()}
+
+    def build(self, values: dict[str, Any]) -> list[Any]:
+        """One object a part.
+
+        Raises:
+            ValueError: as the classes do.
+        """
+        return [part.dataclass(**{name: values[name] for name in _names(part)}) for part in self.parts]
+
+    def _unknown(self, name: str, prefix: str = "") -> str:
+        close = get_close_matches(name.replace("-", "_"), self._names, n=1)
+        hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
+        return f"unknown option {prefix + name!r}{hint}"
+
+    def _from_file(self, path: str) -> dict[str, Any]:
+        given = read_yaml(path)
+        values = {}
+        for key, value in given.items():
+            name = str(key).replace("-", "_")
+            if name not in self._names:
+                raise ValueError(f"{path}: {self._unknown(str(key))}")
+            try:
+                values[name] = self._checked(name, value)
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"{path}: {key}: {value!r} is of the wrong type or not a choice ({error})") from error
+        return values
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A value of the file as the command line would have read it; lists and objects as they are."""
+        action = self._actions[name]
+        if value is None:
+            return None
+        if action.nargs == "+":
+            return [_converted(action, element) for element in (value if isinstance(value, list) else [value])]
+        if isinstance(value, dict | list):
+            if type(value) not in _types_in(self._hints[name]):
+                raise ValueError(f"no {type(value).__name__} is expected")
+            return value
+        return _converted(action, value)
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> None:
+        """Without the usage, which is a page long."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def read_yaml(path: str) -> dict[Any, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is not YAML, no mapping, or has a key twice.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_LoaderThatSeesDoubles)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; it should hold options, one `name: value` a line")
+    return content or {}
+
+
+class _LoaderThatSeesDoubles(yaml.SafeLoader):
+    """YAML's own types only. A key that stands twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _names(part: Part) -> list[str]:
+    fields = dataclasses.fields(part.dataclass)
+    return [field.name for field in fields if field.init and (part.names is None or field.name in part.names)]
+
+
+def _groups(parts: Sequence[Part]) -> list[type]:
+    """One dataclass a title, because TrlParser makes one group of options a dataclass."""
+    groups: dict[str, list[Any]] = {}
+    for part in parts:
+        hints, fields = get_type_hints(part.dataclass), part.dataclass.__dataclass_fields__
+        for name in _names(part):
+            old = fields[name]
+            field = dataclasses.field(
+                default=old.default, default_factory=old.default_factory, metadata=dict(old.metadata)
+            )
+            groups.setdefault(part.title_of(name), []).append((name, hints[name], field))
+    return [
+        dataclasses.make_dataclass("Options", groups[title], namespace={"_argument_group_name": title})
+        for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))
+    ]
+
+
+def _converted(action: argparse.Action, value: Any) -> Any:
+    # YAML reads a bare `no`, which is a value of several options of the Trainer, as False.
+    text = ("true" if value else "no") if isinstance(value, bool) else str(value)
+    converted = text if action.type is None else action.type(text)
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def _types_in(hint: Any) -> set[type]:
+    """The types that a type hint names, without what they hold: `dict | list[str]` to dict and list."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return {kind for member in get_args(hint) for kind in _types_in(member)}
+    return {get_origin(hint) or hint}

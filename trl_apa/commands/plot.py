@@ -1,0 +1,117 @@
+"""`trl-apa plot RUN...`: reward, KL, and reward against KL of one or several runs, as PNG."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+# Of the rollouts; of the held-out prompts.
+REWARD, KL = ("apa/mean_scores", "eval_reward"), ("objective/kl", "eval_kl")
+FIGURES = {
+    "reward": ("optimizer step", "mean reward"),
+    "kl": ("optimizer step", "KL to the initial model, nats per response"),
+    "reward_vs_kl": ("KL to the initial model, nats per response", "mean reward"),
+}
+
+
+class Run(NamedTuple):
+    """One run's log.
+
+    Args:
+        name: for the legend.
+        rollouts, held_out: rows `(step, reward, KL)` measured on the training rollouts and on held-out prompts.
+    """
+
+    name: str
+    rollouts: list[tuple[float, float, float]]
+    held_out: list[tuple[float, float, float]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="trl-apa plot", description="Reward, KL, and reward against KL, as PNG.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or its trainer_state.json")
+    parser.add_argument(
+        "--output_dir", "--output-dir", help="where the pictures are written (default: the first run's folder)"
+    )
+    options = parser.parse_args(argv)
+    if find_spec("matplotlib") is None:
+        print("trl-apa plot needs matplotlib: pip install 'trl-apa[demo]'", file=sys.stderr)
+        return 1
+    try:
+        runs = [read_run(path) for path in options.runs]
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    folder = Path(options.output_dir) if options.output_dir else state_file(options.runs[0]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        draw(name, runs, folder / f"{name}.png")
+        print(folder / f"{name}.png")
+    return 0
+
+
+def state_file(path: str | Path) -> Path:
+    """The log of a run: the file itself, that in the folder, or that of the folder's last checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / "trainer_state.json").is_file():
+        return path / "trainer_state.json"
+    found = list(path.glob("checkpoint-*/trainer_state.json"))
+    if not found:
+        raise FileNotFoundError(f"{path} is no trainer_state.json, and holds none")
+    return max(found, key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0))
+
+
+def read_run(path: str | Path) -> Run:
+    """What the log says of reward and KL.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not JSON, or has no reward and KL.
+    """
+    file = state_file(path)
+    history = json.loads(file.read_text(encoding="utf-8")).get("log_history", [])
+    rollouts, held_out = (_rows(history, reward, kl) for reward, kl in zip(REWARD, KL, strict=True))
+    if not rollouts and not held_out:
+        raise ValueError(f"{file} has neither {REWARD[0]} and {KL[0]} nor {REWARD[1]} and {KL[1]}")
+    return Run(Path(path).resolve().name if Path(path).is_dir() else file.parent.resolve().name, rollouts, held_out)
+
+
+def _rows(history: list[dict[str, Any]], reward: str, kl: str) -> list[tuple[float, float, float]]:
+    return [(row["step"], row[reward], row[kl]) for row in history if reward in row and kl in row]
+
+
+def draw(figure_name: str, runs: Sequence[Run], path: Path) -> None:
+    """Write one picture; diamonds are measured on held-out prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, run in enumerate(runs):
+        colour = f"C{number % 10}"
+        x, y = _columns(figure_name, run.rollouts)
+        axes.plot(x, y, "." if figure_name == "reward_vs_kl" else ".-", color=colour, label=run.name)
+        axes.plot(*_columns(figure_name, run.held_out), "D", color=colour, markeredgecolor="white")
+    axes.set(xlabel=FIGURES[figure_name][0], ylabel=FIGURES[figure_name][1])
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _columns(figure_name: str, rows: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+    """x and y of a figure."""
+    x, y = {"reward": (0, 1), "kl": (0, 2), "reward_vs_kl": (2, 1)}[figure_name]
+    return [row[x] for row in rows], [row[y] for row in rows]

@@ -1,0 +1,30 @@
+"""What `trl-apa sft` and `trl-apa reward` share."""
+
+from collections.abc import Sequence
+
+from transformers import Trainer
+from trl import ModelConfig
+
+from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lines
+
+
+def needs_model(model: ModelConfig) -> None:
+    """Raise ValueError if no model is named."""
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model to start from")
+
+
+def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
+    """Train, evaluate if rows are held out, save, upload if asked; returns the exit status."""
+    config = trainer.args
+    print_lines(trainer, columns)
+    trainer.accelerator.print(f"{len(trainer.train_dataset)} rows to train on")
+    trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"model, tokenizer and trainer_state.json are in {config.output_dir}")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    return 0

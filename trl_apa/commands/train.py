@@ -1,0 +1,140 @@
+"""`trl-apa train`: align a policy with APA, AWR or PPO."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from trl import ModelConfig, get_peft_config
+
+from trl_apa.commands.groups import apa_part, model_part
+from trl_apa.commands.launching import LAUNCH_PART, launch
+from trl_apa.commands.models import import_reward_function, load_policy, load_rewards, load_tokenizer
+from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.progress import APA_COLUMNS, last_checkpoint_if_true, print_lines
+from trl_apa.commands.rows import DataArguments, load_rows, prompts_by
+from trl_apa.config import APAConfig
+from trl_apa.trainer import APATrainer
+
+
+@dataclass
+class RewardArguments:
+    """What scores the responses."""
+
+    reward_model_name_or_path: list[str] | None = field(
+        default=None, metadata={"help": "Reward models: folders or hub names of classifiers with one label."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions by dotted name (my_rewards.politeness), found from the working directory."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let code that comes with models and tokenizers run."}
+    )
+
+    def functions(self) -> list[Callable]:
+        """The functions, imported.
+
+        Raises:
+            ValueError: if one cannot be imported, or if there is neither a function nor a model.
+        """
+        if not self.reward_funcs and not self.reward_model_name_or_path:
+            raise ValueError("nothing gives a reward: set reward_model_name_or_path, reward_funcs, or both")
+        return [import_reward_function(name) for name in self.reward_funcs or ()]
+
+
+@dataclass
+class OtherModelArguments:
+    """The networks beside the policy."""
+
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "pi_init, the policy before training by default."}
+    )
+    value_model: str = field(
+        default="separate",
+        metadata={
+            "help": "'separate': a copy of the policy's trunk; 'head': classic's head on the policy; or a folder or "
+            "hub name of a reward model, a language model or a saved value model."
+        },
+    )
+
+
+def reward_part() -> Part:
+    """The options about scores."""
+    return Part(RewardArguments, lambda name: "rewards" if name.startswith("reward") else "model")
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
+        "train",
+        "Align a policy with Advantage-Induced Policy Alignment: sample, score, learn.",
+        Part(DataArguments, lambda name: "data"),
+        reward_part(),
+        model_part(),
+        Part(OtherModelArguments, lambda name: "model"),
+        apa_part(),
+        LAUNCH_PART,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
+    with parser.errors_end_the_command():
+        values = parser.parse(argv)
+        if launch("train", argv, values["accelerate_config"], values["num_processes"]):
+            return 0
+        data, rewards, model, others, config, _ = parser.build(values)
+        model.model_name_or_path = model.model_name_or_path or config.sft_model_path
+        if rewards.reward_model_name_or_path is None and config.reward_model_path is not None:
+            rewards.reward_model_name_or_path = [config.reward_model_path]
+        if model.model_name_or_path is None:
+            raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
+        functions = rewards.functions()
+        rows, held_out = load_rows(data, prompts_by(data))
+        trainer = _trainer(config, model, others, rewards, functions, rows, held_out)
+    trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
+    _save(trainer)
+    return 0
+
+
+def _trainer(
+    config: APAConfig,
+    model: ModelConfig,
+    others: OtherModelArguments,
+    rewards: RewardArguments,
+    functions: list[Callable],
+    rows: Dataset,
+    held_out: Any,
+) -> APATrainer:
+    trust = rewards.trust_remote_code
+    name, ref_name = model.model_name_or_path, others.ref_model_name_or_path
+    trainer = APATrainer(
+        config,
+        load_policy(name, model, trust),
+        None if ref_name is None else load_policy(ref_name, model, trust, is_trainable=False),
+        load_tokenizer(name, model, trust),
+        rows,
+        eval_dataset=held_out,
+        reward_funcs=load_rewards(rewards.reward_model_name_or_path, functions, trust),
+        value_model=others.value_model,
+        peft_config=get_peft_config(model),
+    )
+    print_lines(trainer, APA_COLUMNS)
+    trainer.accelerator.print(
+        f"{config.loss_type}: {len(rows)} prompts, {config.global_batch_size} rollouts an iteration, "
+        f"kl_coef {config.kl_coef}; rewards: {', '.join(trainer.scorer.names)}"
+    )
+    return trainer
+
+
+def _save(trainer: APATrainer) -> None:
+    config = trainer.args
+    trainer.save_pretrained(config.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"policy, tokenizer, value_model/ and trainer_state.json are in {config.output_dir}")
+    if config.push_to_hub:
+        trainer.push_to_hub()
