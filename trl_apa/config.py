@@ -174,6 +174,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
 
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
     _default_batch_size: ClassVar[int] = 64
+    _largest_mini_batch: ClassVar[int] = 8
 
     loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
     kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
@@ -411,7 +412,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
         )
         if self.per_device_train_batch_size is None and remainder == 0:
-            divisors = [size for size in range(1, 9) if per_micro_step % size == 0]
+            divisors = [size for size in range(1, self._largest_mini_batch + 1) if per_micro_step % size == 0]
             self.per_device_train_batch_size = divisors[-1] if self.num_mini_batches is None else per_micro_step
         if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
             raise ValueError(
