@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from trl_apa.reporting import check_trackers
 
 LOSS_TYPES = ("apa", "awr", "ppo")
 Json = dict | str | None
+# The last part of a name under which a dict holds what nobody else should read.
+SECRET = re.compile(r"/(.*_)?(key|token|password|secret)$", re.IGNORECASE)
 # Options that only the named losses read, with the defaults they get there.
 ONLY_WITH: dict[str, tuple[str, Any]] = {
     "cliprange": ("ppo", 0.2),
@@ -282,8 +285,12 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         return math.ceil(self.steps / self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say."""
-        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
+        """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say.
+
+        Trackers and checkpoints get this, so keys and tokens are left out of it.
+        """
+        flat = flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
+        return {name: "<secret>" if SECRET.search(name) and value else value for name, value in flat.items()}
 
     def _translate_classic_only(self) -> None:
         """What only classic configs have: renamed with a warning, read, or without effect and told so."""
