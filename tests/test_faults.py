@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.test_training import few_nines, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
-from trl_apa.resuming import is_complete, last_complete_checkpoint
+from trl_apa.resuming import StopOnSigterm, is_complete, last_complete_checkpoint
 
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +155,32 @@ def test_a_reward_function_that_hangs_is_named_and_the_run_can_go_on(tmp_path, u
         trainer_for(tmp_path, reward_funcs=slow, max_steps=12, reward_timeout=0.5).train()
     assert time.monotonic() - start < 30
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
+def test_what_was_learned_before_an_evaluation_failed_is_kept(tmp_path, uninterrupted):
+    def fails_on_held_out(prompts, completions, **kwargs):
+        if "w31" in prompts[0]:
+            raise ConnectionError("the judge is away")
+        return few_nines(completions)
+
+    options = {"eval_strategy": "steps", "eval_steps": 6, "eval_dataset": ["w31"]}
+    with pytest.raises(RuntimeError, match="fails_on_held_out failed"):
+        trainer_for(tmp_path, reward_funcs=fails_on_held_out, max_steps=12, **options).train()
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-6")
+    assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
+def test_sigterm_after_the_last_step_is_passed_on():
+    handled = []
+    before = signal.signal(signal.SIGTERM, lambda *_: handled.append("mine"))
+    try:
+        callback = StopOnSigterm(lambda tensor: tensor)
+        with callback.listening():
+            signal.raise_signal(signal.SIGTERM)
+            assert callback.noted and not callback.received and handled == []
+        assert handled == ["mine"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):

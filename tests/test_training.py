@@ -1,5 +1,9 @@
 """`train()`: the same update under the Hugging Face Trainer, and picked up in the middle as if it had not stopped."""
 
+import asyncio
+import math
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -9,7 +13,7 @@ from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishm
 from tests.test_update import assert_same
 from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
 from trl_apa import APATrainer
-from trl_apa.prompts import PromptSource
+from trl_apa.prompts import PromptSource, prompt_of, query_of
 
 
 PROMPTS = [f"w{2 + i % 9} w{3 + i % 7}" for i in range(16)]
@@ -309,7 +313,7 @@ def test_completions_are_printed_and_kept_as_parquet(tmp_path, capsys):
     files = sorted((tmp_path / "completions").iterdir())
     assert [file.name for file in files] == ["completions_000000.parquet", "completions_000004.parquet"]
     table = Dataset.from_parquet(str(files[1]), cache_dir=tmp_path / "cache")
-    assert table.column_names == ["prompt", "completion", "few_nines", "reward"]
+    assert table.column_names == ["prompt", "completion", "rewards/few_nines", "reward"]
     responses = trainer._iteration.rollouts.responses
     assert list(table["completion"]) == tiny_tokenizer().batch_decode(responses, skip_special_tokens=True)
     assert list(table["reward"]) == pytest.approx(few_nines(table["completion"]))
@@ -324,6 +328,94 @@ def test_the_progress_bar_shows_reward_and_kl_and_not_every_number(tmp_path, cap
     last = [row for row in trainer.state.log_history if "apa/mean_scores" in row][-1]
     assert f"reward={last['apa/mean_scores']:.3g}" in captured.err and f"KL={last['objective/kl']:.3g}" in captured.err
     assert "apa/grad_norm" not in captured.out + captured.err
+
+
+def test_what_reward_functions_are_given_and_may_give(tmp_path):
+    """A column called like an argument gives way, functions of one name are told apart, a running loop is no obstacle."""
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "completions": ["from the data"] * 16})
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return np.arange(4.0)
+
+    async def later(completions, **kwargs):
+        return torch.ones(4)
+
+    trainer = trainer_for(tmp_path, dataset=dataset, reward_funcs=[reward, reward, later], max_steps=1)
+    assert trainer.scorer.names == ["reward", "reward_2", "later"]
+    trainer.train()
+    assert "from the data" not in seen
+    assert trainer._iteration.rollouts.scores_B.tolist() == [1.0, 3.0, 5.0, 7.0]
+
+    async def in_a_notebook():
+        return trainer.score(trainer._iteration.rollouts.queries, trainer._iteration.rollouts.responses)
+
+    assert [float(score) for score in asyncio.run(in_a_notebook())] == [1.0, 3.0, 5.0, 7.0]
+    answers = {
+        "gave None; it should give a list of numbers": lambda **kwargs: None,
+        "gave 'x' for row 0": lambda **kwargs: ["x"] * 4,
+        "gave inf for row 0": lambda **kwargs: [math.inf] * 4,
+        "gave numbers for some rows and lists for others": lambda completion_ids, **kwargs: [
+            1.0,
+            *([0.0] * len(ids) for ids in completion_ids[1:]),
+        ],
+    }
+    for message, function in answers.items():
+        with pytest.raises(ValueError, match=message):
+            trainer_for(tmp_path, reward_funcs=function, skip_unscored=True).train()
+
+
+def test_score_hands_over_what_train_hands_over(tmp_path):
+    lengths = []
+
+    def remember(completion_ids, **kwargs):
+        lengths.extend(len(ids) for ids in completion_ids)
+        return [1.0, *[None] * (len(completion_ids) - 1)]
+
+    trainer = trainer_for(tmp_path, model=tiny_model("t5"), reward_funcs=remember, skip_unscored=True)
+    responses = trainer.generate([torch.tensor([5, 6])], do_sample=False, max_new_tokens=3, eos_token_id=99)
+    assert len(responses[0]) == 4
+    assert trainer.score([torch.tensor([5, 6])], responses) == [torch.tensor(1.0)] and lengths == [3]
+    with pytest.raises(ValueError, match=r"rows \[1\] were not scored, and step cannot leave a response out"):
+        trainer.score([torch.tensor([5, 6])] * 2, responses * 2)
+
+
+def test_an_answer_that_the_prompt_began_is_one_message(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    trainer = trainer_for(tmp_path)
+    trainer.processing_class = tokenizer
+    messages = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 "}]
+    prompts, completions = trainer._texts([{"prompt": messages}], [torch.tensor([4, 5])], [torch.tensor([6, EOS])])
+    assert prompts == [messages[:1]] and completions == [[{"role": "assistant", "content": "w5 w6"}]]
+
+
+def test_a_classifier_without_a_tokenizer_of_its_own_reads_ids_and_a_chat_template_of_its_own_is_kept(tmp_path):
+    torch.manual_seed(5)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "bare")
+    assert trainer_for(tmp_path, reward_funcs=str(tmp_path / "bare")).scorer.functions[0].tokenizer is None
+    own = tiny_tokenizer()
+    own.chat_template = "{% for m in messages %}w30 {{ m['content'] }} {% endfor %}"
+    options = {"reward_funcs": str(tmp_path / "bare"), "reward_processing_classes": own}
+    assert trainer_for(tmp_path, **options).scorer.functions[0].tokenizer is own
+
+
+def test_empty_columns_do_not_hide_the_one_that_holds_the_prompt():
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": None, "query": "w4", "input_ids": None}
+    assert query_of(row, tokenizer).tolist() == [4]
+    with pytest.raises(ValueError, match=r"columns \[\]; it should have prompt"):
+        prompt_of({"prompt": None, "input_ids": None})
+
+
+def test_episodes_count_rollouts_also_where_epochs_are_left_out(tmp_path):
+    options = {"early_stopping": True, "target_kl": 1e-9, "ppo_epochs": 4, "learning_rate": 0.05}
+    trainer = trainer_for(tmp_path, max_steps=-1, total_episodes=8, **options)
+    trainer.train()
+    assert trainer.num_iterations_done == 2 and trainer.state.global_step < 16
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])

@@ -42,7 +42,9 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     numbers = [process + k * count for k in range(per_process)]
     own = [rows[number % len(rows)] for number in numbers]
     with random_numbers_of_its_own(trainer.args.seed, trainer.accelerator.process_index):
-        parts = [_measure(trainer, own[i : i + _size(trainer)]) for i in range(0, len(own), _size(trainer))]
+        size = trainer.args.per_device_eval_batch_size
+        starts = range(0, len(own), size)
+        parts = trainer._on_all_processes(lambda: [_measure(trainer, own[i : i + size]) for i in starts])
     table = [part for part, _ in parts]
     columns = {name: torch.cat([part[name] for part in table]) for name in table[0]}
     names = sorted(columns)
@@ -51,6 +53,8 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     is_real = trainer.accelerator.gather(torch.tensor(numbers, device=stacked.device)) < len(rows)
     columns = dict(zip(names, everywhere[is_real].unbind(dim=1), strict=True))
     kept = columns.pop("kept").bool()
+    if not kept.any():
+        raise ValueError("no response to eval_dataset was scored: every one had a None or NaN")
     columns = {name: values[kept] for name, values in columns.items()}
     entropy_sums = columns.pop("entropy_sum")
     metrics = {name: float(values.mean()) for name, values in columns.items()}
@@ -62,10 +66,6 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     texts = [text for number, was_kept, text in gathered if was_kept and number < len(rows)]
     metrics |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
     return {**metrics, "runtime": time.perf_counter() - start}
-
-
-def _size(trainer: "APATrainer") -> int:
-    return trainer.args.per_device_eval_batch_size
 
 
 def distinct_ngrams(texts: Sequence[str], n: int) -> float:

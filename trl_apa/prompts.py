@@ -1,6 +1,6 @@
 """Where queries come from: shuffled batches of a data set's rows, and a row's prompt as token ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -84,7 +84,7 @@ class PromptSource:
     def rows(self, iteration: int) -> list[dict[str, Any]]:
         """This process's rows of an iteration, numbered from 0."""
         rows = self._rows_of_stream(iteration) if self.is_stream else self._rows_of_pass(iteration)
-        return [row if isinstance(row, dict) else {"prompt": row} for row in rows[self.own]]
+        return as_rows(rows[self.own])
 
     def _rows_of_pass(self, iteration: int) -> list[Any]:
         number, place = divmod(iteration, self.iterations_per_pass)
@@ -109,16 +109,22 @@ class PromptSource:
                 raise ValueError("train_dataset gives no rows")
 
 
+def as_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
+    """Rows of a data set; a prompt that stands by itself becomes a row with a `prompt`."""
+    return [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
+
+
 def prompt_of(row: dict[str, Any]) -> Any:
     """The text or the chat messages that a row asks; None if it holds token ids alone.
 
     Raises:
         ValueError: if the row has none of these.
     """
-    prompt = row.get("prompt", row.get("query"))
-    if prompt is None and "input_ids" not in row:
+    prompt = row.get("query") if row.get("prompt") is None else row["prompt"]
+    if prompt is None and row.get("input_ids") is None:
+        filled = sorted(name for name in row if row[name] is not None)
         raise ValueError(
-            f"a row has the columns {sorted(row)}; it should have prompt (text or chat messages), query, or input_ids"
+            f"a row has the columns {filled}; it should have prompt (text or chat messages), query, or input_ids"
         )
     return prompt
 
@@ -138,7 +144,7 @@ def query_of(
         ValueError: if the prompt has no token.
     """
     prompt = prompt_of(row)
-    if "input_ids" in row:
+    if row.get("input_ids") is not None:
         ids = row["input_ids"]
     elif is_conversational({"prompt": prompt}):
         goes_on = prompt[-1]["role"] == "assistant"

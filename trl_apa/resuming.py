@@ -105,15 +105,16 @@ class StopOnSigterm(TrainerCallback):
 
     def __init__(self, sum_over_processes: Callable[[Tensor], Tensor]):
         self.sum_over_processes = sum_over_processes
-        self.received = False
+        self.noted = self.received = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, SIGTERM only leaves a note; afterwards its handler is what it was.
 
-        Signals reach the main thread alone: elsewhere nothing is changed.
+        Signals reach the main thread alone: elsewhere nothing is changed. A signal that came after the last optimizer
+        step, when there is nothing to save any more, is passed on.
         """
-        self.received = False
+        self.noted = self.received = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -122,13 +123,17 @@ class StopOnSigterm(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+        if self.noted and not self.received:
+            signal.raise_signal(signal.SIGTERM)
 
     def _note(self, signum: int, frame: Any) -> None:
-        self.received = True
+        self.noted = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Two flags, because a signal may come while the processes agree.
+        self.received = self.noted
         if args.world_size > 1:
-            self.received = bool(self.sum_over_processes(torch.tensor(float(self.received), device=args.device)))
+            self.received = bool(self.sum_over_processes(torch.tensor(float(self.noted), device=args.device)))
         if self.received:
             control.should_save = control.should_training_stop = True
 

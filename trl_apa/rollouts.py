@@ -23,7 +23,7 @@ class Rollouts:
         given_rewards_BR: the part of the scores that reward functions gave token by token, reward units.
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
-        old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO needs them.
+        old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO and early stopping need them.
         kl_penalty_BR: the KL of each token that PPO's reward is charged for, nats.
         rewards_BR: reward of each token, reward units.
         advantages_BR: the estimate of Adv(s, a), whitened if so configured.

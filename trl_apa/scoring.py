@@ -5,12 +5,15 @@ import inspect
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
@@ -126,7 +129,7 @@ class Scorer:
         timeout: float | None = None,
     ):
         self.functions = list(functions)
-        self.names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+        self.names = _different([getattr(function, "__name__", type(function).__name__) for function in functions])
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         self.skip_unscored, self.timeout = skip_unscored, timeout
         if len(self.weights) != len(self.functions):
@@ -156,15 +159,14 @@ class Scorer:
             RuntimeError: naming the function that failed.
             TimeoutError: naming the function that was at work when the time was up.
         """
-        arguments = {"prompts": prompts, "completions": completions, **columns}
+        # Columns of the same names give way: UltraFeedback has `completions`, say.
+        arguments = {**columns, "prompts": prompts, "completions": completions}
         arguments["completion_ids"] = [response.tolist() for response in responses]
         results = self._call(arguments, [query.tolist() for query in queries])
         lengths = [len(response) for response in responses]
         values = [self._checked(name, result, lengths) for name, result in zip(self.names, results, strict=True)]
         by_function_BF = torch.tensor([[_sum(value) for value in column] for column in values]).float().T
         kept_B = by_function_BF.isfinite().all(dim=1)
-        if not kept_B.any():
-            raise ValueError("no response of this iteration was scored: every one had a None or NaN")
         total_B = torch.where(kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights), 0.0)
         return Scores(by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
 
@@ -178,33 +180,34 @@ class Scorer:
                 at_work[0] = name
                 extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel) else {}
                 with _named(name):
-                    calls.append(function(**arguments, **extra))
+                    calls.append(function(**{**arguments, **extra}))
             if not any(inspect.isawaitable(call) for call in calls):
                 return calls
             at_work[0] = ", ".join(n for n, call in zip(self.names, calls, strict=True) if inspect.isawaitable(call))
             with _named(at_work[0]):
-                return asyncio.run(_gather(calls))
+                return _run(_gather(calls))
 
         return call_all() if self.timeout is None else _within(self.timeout, call_all, at_work)
 
     def _checked(self, name: str, values: Any, lengths: list[int]) -> list[float | list[float]]:
-        values = values.tolist() if isinstance(values, Tensor) else list(values)
+        if not hasattr(values, "__len__") or isinstance(values, str):
+            raise ValueError(f"reward function {name} gave {values!r}; it should give a list of numbers")
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
         if len(values) != len(lengths):
             raise ValueError(f"reward function {name} gave {len(values)} values for {len(lengths)} responses")
-        checked: list[float | list[float]] = []
+        if len({isinstance(value, list | tuple) for value in values if not _is_missing(value)}) > 1:
+            raise ValueError(f"reward function {name} gave numbers for some rows and lists for others")
         for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
-            value = value.tolist() if isinstance(value, Tensor) else value
             if isinstance(value, list | tuple) and len(value) != length:
                 raise ValueError(
                     f"reward function {name} gave {len(value)} values for the {length} tokens of row {row}"
                 )
-            if not self.skip_unscored and not _is_finite(value):
-                raise ValueError(f"reward function {name} gave {value} for row {row}; it should be a finite number")
-            checked.append(value if _is_finite(value) else math.nan)
-        return checked
+            if not _is_finite(value) and not (self.skip_unscored and _is_missing(value)):
+                raise ValueError(f"reward function {name} gave {value!r} for row {row}; it should be a finite number")
+        return [math.nan if _is_missing(value) else value for value in values]
 
     def _per_token(self, values: list[list[Any]], lengths: list[int], kept_B: Tensor) -> list[Tensor] | None:
-        dense = [isinstance(column[int(kept_B.int().argmax())], list | tuple) for column in values]
+        dense = [any(isinstance(value, list | tuple) for value in column) for column in values]
         if not any(dense):
             return None
         sums = [torch.zeros(length) for length in lengths]
@@ -220,7 +223,30 @@ def _sum(value: float | list[float]) -> float:
 
 def _is_finite(value: Any) -> bool:
     values = value if isinstance(value, list | tuple) else [value]
-    return all(number is not None and math.isfinite(number) for number in values)
+    return all(isinstance(number, Real) and math.isfinite(number) for number in values)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value, or one of those for the tokens, is None or NaN."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(number is None or (isinstance(number, float) and math.isnan(number)) for number in values)
+
+
+def _different(names: list[str]) -> list[str]:
+    """Functions of one name (lambdas, say) get a number each after the first."""
+    return [
+        name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)
+    ]
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine, also where a loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 @contextmanager
@@ -286,7 +312,7 @@ def reward_functions(
     for function, tokenizer in zip(functions, processing_classes, strict=True):
         if isinstance(function, str | os.PathLike):
             function = AutoModelForSequenceClassification.from_pretrained(os.fspath(function))
-        if isinstance(function, PreTrainedModel):
+        if isinstance(function, PreTrainedModel | PeftModel):
             tokenizer = tokenizer or _tokenizer_of(function)
             same = tokenizer is None or _agree(tokenizer, policy_tokenizer)
             function = RewardModel(function.to(device), policy_tokenizer, None if same else tokenizer)
@@ -302,12 +328,21 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies where `model` was loaded from, if there is one."""
     name = model.config._name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        tokenizer = AutoTokenizer.from_pretrained(name) if name else None
     except (OSError, ValueError):
         return None
+    # A folder without a tokenizer's files gives one that knows nothing but special tokens.
+    is_empty = tokenizer is None or len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)
+    return None if is_empty else tokenizer
 
 
 def _agree(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether every token of the smaller vocabulary has the same id in the larger, to which a pad was added, say."""
+    """Whether both write a text with the same ids, in the same chat template.
+
+    Every token of the smaller vocabulary has the same id in the larger (to which a pad was added, say), and both put
+    the same special tokens around a text.
+    """
     smaller, larger = sorted((one.get_vocab(), other.get_vocab()), key=len)
-    return all(larger.get(token) == index for token, index in smaller.items())
+    same_ids = all(larger.get(token) == index for token, index in smaller.items())
+    around = [tokenizer("a")["input_ids"] for tokenizer in (one, other)]
+    return same_ids and around[0] == around[1] and one.chat_template in (None, other.chat_template)

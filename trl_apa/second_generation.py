@@ -15,7 +15,7 @@ ALIASES = {
 }
 # Option -> why it has no effect.
 WITHOUT_EFFECT = {
-    "num_sample_generations": "train() prints no samples; look at what log_stats and evaluate() report",
+    "num_sample_generations": "set log_completions to see samples of every iteration",
     "num_total_batches": "it is computed: total_episodes over the rollouts of an iteration",
     "micro_batch_size": "it is computed: per_device_train_batch_size times the number of processes",
     "local_mini_batch_size": "it is computed: read backward_batch_size, set num_mini_batches",

@@ -95,8 +95,7 @@ def gather_rollouts(
         still among them: see `counted_rows`.
     """
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
-    if rollouts.old_logprobs_BR is not None:
-        names += ["old_logprobs_BR", "kl_penalty_BR"]
+    names += [name for name in ("old_logprobs_BR", "kl_penalty_BR") if getattr(rollouts, name) is not None]
     fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
     stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
     stacked_BRF = accelerator.gather(accelerator.pad_across_processes(stacked_BRF, dim=1))

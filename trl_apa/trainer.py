@@ -206,6 +206,9 @@ class APATrainer(TrainingLoop):
         check_has("lr_scheduler", lr_scheduler, "step")
         if args.value_learning_rate is not None and lr_scheduler is not None:
             raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
+        if args.total_episodes is not None and args.max_steps < 0:
+            iterations = -(-args.total_episodes // (args.batch_size * args.world_size))
+            args.max_steps = iterations * args.num_epochs_per_batch * args.batch_size // args.backward_batch_size
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
         set_seed(args.seed)
@@ -555,13 +558,16 @@ class APATrainer(TrainingLoop):
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
-        """Fill in log pi_init and V, and, for PPO alone, log pi_old and the KL in its reward."""
+        """Fill in log pi_init and V; for PPO and for early stopping log pi_old; for PPO the KL in its reward."""
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
         is_ppo = self.args.loss_type == "ppo"
+        needs_old = is_ppo or self.args.early_stopping
         full_kl = is_ppo and self.args.kl_penalty == "full"
+        if needs_old:
+            rollouts.old_logprobs_BR = blank_BR.clone()
         if is_ppo:
-            rollouts.old_logprobs_BR, rollouts.kl_penalty_BR = blank_BR.clone(), blank_BR.clone()
+            rollouts.kl_penalty_BR = blank_BR.clone()
         policy = self.accelerator.unwrap_model(self.model).policy
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
@@ -570,12 +576,12 @@ class APATrainer(TrainingLoop):
             rows = range(start, min(start + size, len(rollouts)))
             batch = rollouts.micro_batch(rows, self._pad_token_id)
             index, width = batch["rows"], batch["response_mask"].shape[1]
-            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=is_ppo, with_logits=full_kl)
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
             with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
                 ref_logits, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
             rollouts.ref_logprobs_BR[index, :width] = sampled_logprobs(ref_logits, batch).float()
-            if is_ppo:
+            if needs_old:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
             if full_kl:
                 kl = kl_full(outputs["logits"].log_softmax(-1), ref_logits.log_softmax(-1))
@@ -715,7 +721,8 @@ class APATrainer(TrainingLoop):
         loss = pi_loss + args.vf_coef * v_loss
         if "policykl" not in stats:
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
-            old_logprobs = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
+            first_visit = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
+            old_logprobs = inputs.get("old_logprobs", first_visit)
             stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
         if is_ppo:
             # As in classic the mean over all epochs; the others report that of each row's first visit.

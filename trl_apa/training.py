@@ -20,7 +20,7 @@ from trl_apa._trl import _BaseTrainer
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.models import load_policy_and_value
-from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, prompt_of, query_of
+from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, prompt_of, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.resuming import (
     is_complete,
@@ -29,6 +29,7 @@ from trl_apa.resuming import (
     random_state_restored_on_error,
     save_state,
 )
+from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
 from trl_apa.validation import check_step_inputs
@@ -48,6 +49,8 @@ class EndOfIteration(TrainerCallback):
         if args.max_kl is not None and kl is not None and kl > args.max_kl:
             logger.warning("training stops: KL to pi_init is %.2f nats a response, above max_kl=%s", kl, args.max_kl)
             control.should_training_stop = True
+        if args.total_episodes is not None and self.trainer._episodes_done >= args.total_episodes:
+            control.should_training_stop = True  # before max_steps where early stopping left epochs out
 
 
 class Tickets(IterableDataset):
@@ -69,6 +72,8 @@ class TrainingLoop(_BaseTrainer):
     _resumed_state: dict[str, Any] | None = None
     _timer: StageTimer | None = None
     _reporters_started = False
+    _first_iteration = 0
+    _last_saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
@@ -106,16 +111,21 @@ class TrainingLoop(_BaseTrainer):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        if args.total_episodes is not None and args.max_steps < 0:
-            iterations = -(-args.total_episodes // args.global_batch_size)
-            args.max_steps = iterations * self._steps_per_iteration
-        self._iteration, self._unlogged = None, []
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if args.fp16 and args.loss_type == "ppo":
+            raise ValueError(
+                "fp16 with loss_type='ppo': train() cannot leave out a mini-batch then; use bf16, or step"
+            )
+        self._iteration, self._unlogged, self._last_saved_step = None, [], None
+        self._first_iteration = self.num_iterations_done
+        checkpoint = self._on_all_processes(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
-        with self._stop_on_sigterm.listening():
-            result = super().train(checkpoint, **kwargs)
-        self._prepared = True
+        try:
+            with self._stop_on_sigterm.listening():
+                result = super().train(checkpoint, **kwargs)
+        finally:
+            # The end of training closes the trackers' runs; schedule and optimizer are made ready anew for `step`.
+            self.is_in_train = self._reporters_started = self._prepared = False
         if self._stop_on_sigterm.received:
             logger.warning("SIGTERM: a checkpoint of step %d is in %s", self.state.global_step, args.output_dir)
             raise SystemExit(128 + signal.SIGTERM)
@@ -145,6 +155,11 @@ class TrainingLoop(_BaseTrainer):
     def _steps_per_iteration(self) -> int:
         return self.args.num_epochs_per_batch * self.args.batch_size // self.args.backward_batch_size
 
+    @property
+    def _episodes_done(self) -> int:
+        """Rollouts of all processes since `train` was called."""
+        return (self.num_iterations_done - self._first_iteration) * self.args.global_batch_size
+
     def get_train_dataloader(self) -> DataLoader:
         """As many empty rows as a pass over the prompts has micro-batches."""
         passes = self._source.iterations_per_pass
@@ -167,6 +182,8 @@ class TrainingLoop(_BaseTrainer):
             self._save_what_was_learned()
             raise
         rows, queries, responses, scores = inputs
+        if not self._sum_over_processes(scores.kept_B.sum().float().to(self.accelerator.device)):
+            raise ValueError("no response of this iteration was scored: every one had a None or NaN")
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
         rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
         if scores.per_token is not None:
@@ -180,7 +197,8 @@ class TrainingLoop(_BaseTrainer):
     ) -> None:
         """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables."""
         prompts, completions = self._texts(rows, queries, responses)
-        by_function = dict(zip(self.scorer.names, scores.by_function_BF.T.tolist(), strict=True))
+        columns = scores.by_function_BF.T.tolist()
+        by_function = {f"rewards/{name}": column for name, column in zip(self.scorer.names, columns, strict=True)}
         batch = {"prompt": prompts, "completion": completions, **by_function}
         table = gather_table(batch, list(batch), scores.total_B.tolist(), self.accelerator)
         if table is None or not self.is_world_process_zero():
@@ -203,12 +221,20 @@ class TrainingLoop(_BaseTrainer):
         """
         if self.eval_dataset is None or self.scorer is None:
             raise ValueError("generate_completions() needs eval_dataset and reward_funcs or reward_model")
-        rows = [row if isinstance(row, dict) else {"prompt": row} for row in self.eval_dataset]
+        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        rows = [row for part in parts for row in as_rows(part)]
         rows = rows[: self.args.per_device_eval_batch_size] if sampling else rows
-        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        queries = [self._query(row) for row in rows]
-        responses = self._respond(queries, do_sample=False)
-        self._log_completions(rows, queries, responses, self._scores(rows, queries, responses))
+        count = self.accelerator.num_processes
+        # As many on every process; those at the end may be asked twice.
+        rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
+
+        def answered() -> tuple[list[Tensor], list[Tensor], Scores]:
+            queries = [self._query(row) for row in rows]
+            responses = self._respond(queries, do_sample=False)
+            return queries, responses, self._scores(rows, queries, responses)
+
+        self._start_reporters()
+        self._log_completions(rows, *self._on_all_processes(answered))
 
     def _scored_responses(self, timer: StageTimer) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor], Scores]:
         """Rows, queries, responses and scores of the next iteration."""
@@ -224,9 +250,9 @@ class TrainingLoop(_BaseTrainer):
         return rows, queries, responses, scores
 
     def _save_what_was_learned(self) -> None:
-        """A checkpoint between two optimizer steps, unless the last one is of this step already."""
+        """A checkpoint between two optimizer steps, unless this run has saved one of this step already."""
         folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.is_in_train and self.state.global_step and not is_complete(folder):
+        if self.is_in_train and self.state.global_step not in (0, self._last_saved_step):
             self._save_checkpoint(self.model, trial=None)
             logger.warning("the run failed; what it learned is in %s: resume from there", folder)
 
@@ -262,8 +288,12 @@ class TrainingLoop(_BaseTrainer):
         if any(prompt is None for prompt in prompts):
             prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
         texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        chat = bool(prompts) and is_conversational({"prompt": prompts[0]})
-        return prompts, [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+        if not (prompts and is_conversational({"prompt": prompts[0]})):
+            return prompts, texts
+        # What the assistant was made to begin with belongs to its answer.
+        begun = [prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else "" for prompt in prompts]
+        prompts = [prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt for prompt in prompts]
+        return prompts, [[{"role": "assistant", "content": a + b}] for a, b in zip(begun, texts, strict=True)]
 
     def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
         prompts, completions = self._texts(rows, queries, responses)
@@ -285,7 +315,8 @@ class TrainingLoop(_BaseTrainer):
             One 0-D tensor a response, reward units.
 
         Raises:
-            ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number.
+            ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number
+                (`step` cannot leave out a response, so `skip_unscored` does not count here).
             RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
@@ -293,7 +324,13 @@ class TrainingLoop(_BaseTrainer):
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
-        return list(self._scores(rows, queries, responses).total_B)
+        if self.is_encoder_decoder:
+            responses, _ = without_start_tokens(responses, None, self._decoder_start_token_id)
+        scores = self._scores(rows, queries, responses)
+        if not scores.kept_B.all():
+            left_out = torch.nonzero(~scores.kept_B).flatten().tolist()
+            raise ValueError(f"rows {left_out} were not scored, and step cannot leave a response out")
+        return list(scores.total_B)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
@@ -311,6 +348,8 @@ class TrainingLoop(_BaseTrainer):
 
         Raises:
             ValueError: without prompts or reward functions.
+            RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
+                first.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -320,8 +359,17 @@ class TrainingLoop(_BaseTrainer):
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        rows = [row if isinstance(row, dict) else {"prompt": row} for row in dataset]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in held_out_metrics(self, rows).items()}
+        rows = as_rows(dataset)
+        if not rows:
+            raise ValueError("eval_dataset has no rows")
+        if not self.is_in_train:
+            self._start_reporters()
+        try:
+            measured = held_out_metrics(self, rows)
+        except Exception:
+            self._save_what_was_learned()
+            raise
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -330,6 +378,7 @@ class TrainingLoop(_BaseTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Called in the middle of writing a checkpoint: what a resumed run needs beside weights and optimizer."""
+        self._last_saved_step = self.state.global_step
         super()._save_rng_state(output_dir)
         unfinished = self._iteration is not None and not self._iteration.finished
         state = {
