@@ -331,7 +331,7 @@ def test_the_progress_bar_shows_reward_and_kl_and_not_every_number(tmp_path, cap
 
 
 def test_what_reward_functions_are_given_and_may_give(tmp_path):
-    """A column called like an argument gives way, functions of one name are told apart, a running loop is no obstacle."""
+    """A column named like an argument gives way, names are told apart, a running event loop is no obstacle."""
     dataset = Dataset.from_dict({"prompt": PROMPTS, "completions": ["from the data"] * 16})
     seen = []
 
