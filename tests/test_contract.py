@@ -236,3 +236,15 @@ def test_saving_needs_no_network(tmp_path, monkeypatch):
     plain = tiny_trainer(tmp_path)
     plain.save_pretrained(tmp_path / "plain")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config.model_type == "llama"
+
+
+def test_keys_and_tokens_are_left_out_of_what_trackers_get(tmp_path):
+    kwargs = {"wandb": {"entity": "me", "api_key": "k1", "settings": {"TOKEN": "k2"}}}
+    with pytest.warns(UserWarning, match="tracker_kwargs"):
+        config = tiny_config(
+            tmp_path, tracker_kwargs=kwargs, push_to_hub_if_best_kwargs={"repo_id": "me/x", "token": "k3"}
+        )
+    flat = config.to_dict()
+    assert flat["tracker_kwargs/wandb/entity"] == "me" and flat["push_to_hub_if_best_kwargs/repo_id"] == "me/x"
+    assert not {"k1", "k2", "k3"} & set(map(str, flat.values()))
+    assert config.tracker_kwargs == kwargs

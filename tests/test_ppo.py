@@ -24,6 +24,8 @@ def test_ppo_config_has_classics_defaults_and_one_option_makes_it_apa():
         0.2,
     )
     assert (made.ppo_epochs, made.batch_size, made.max_grad_norm, made.seed) == (4, 128, 0.0, 0)
+    assert made.mini_batch_size == made.backward_batch_size == 128
+    assert config(PPOConfig, batch_size=64, gradient_accumulation_steps=4).mini_batch_size == 16
     assert (made.target, made.horizon, made.gamma, made.lam, made.ratio_threshold) == (6.0, 10000.0, 1.0, 0.95, 10.0)
     made = config(PPOConfig, loss_type="apa")
     assert (made.kl_coef, made.ppo_epochs, made.ratio_threshold) == (0.1, 4, None)

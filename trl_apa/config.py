@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from trl_apa.reporting import check_trackers
 
 LOSS_TYPES = ("apa", "awr", "ppo")
 Json = dict | str | None
+# The last part of a name under which a dict holds what nobody else should read.
+SECRET = re.compile(r"/(.*_)?(key|token|password|secret)$", re.IGNORECASE)
 # Options that only the named losses read, with the defaults they get there.
 ONLY_WITH: dict[str, tuple[str, Any]] = {
     "cliprange": ("ppo", 0.2),
@@ -174,6 +177,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
 
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
     _default_batch_size: ClassVar[int] = 64
+    _largest_mini_batch: ClassVar[int] = 8
 
     loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
     kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
@@ -281,8 +285,12 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         return math.ceil(self.steps / self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say."""
-        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
+        """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say.
+
+        Trackers and checkpoints get this, so keys and tokens are left out of it.
+        """
+        flat = flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
+        return {name: "<secret>" if SECRET.search(name) and value else value for name, value in flat.items()}
 
     def _translate_classic_only(self) -> None:
         """What only classic configs have: renamed with a warning, read, or without effect and told so."""
@@ -411,7 +419,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
         )
         if self.per_device_train_batch_size is None and remainder == 0:
-            divisors = [size for size in range(1, 9) if per_micro_step % size == 0]
+            divisors = [size for size in range(1, self._largest_mini_batch + 1) if per_micro_step % size == 0]
             self.per_device_train_batch_size = divisors[-1] if self.num_mini_batches is None else per_micro_step
         if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
             raise ValueError(

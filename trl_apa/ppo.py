@@ -11,12 +11,13 @@ from trl_apa.trainer import APATrainer
 class PPOConfig(APAConfig):
     """
     [`APAConfig`] with the defaults of TRL's classic `PPOConfig`: PPO loss, initial KL coefficient 0.2, value loss
-    weight 0.1 with clipping at 0.2, four epochs over 128 rollouts, no gradient clipping, seed 0. `loss_type="apa"`
-    keeps the rest and changes the algorithm.
+    weight 0.1 with clipping at 0.2, four epochs over 128 rollouts in one mini-batch, no gradient clipping, seed 0.
+    `loss_type="apa"` keeps the rest and changes the algorithm.
     """
 
     _default_kl_coef: ClassVar[dict[str, float]] = {**APAConfig._default_kl_coef, "ppo": 0.2}
     _default_batch_size: ClassVar[int] = 128
+    _largest_mini_batch: ClassVar[int] = 128
 
     loss_type: str = "ppo"
     vf_coef: float = 0.1
