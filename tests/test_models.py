@@ -218,6 +218,7 @@ def test_half_precision_weights_are_not_trained_unawares_and_names_load_in_float
     tiny_tokenizer().save_pretrained(tmp_path / "half")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="no dataset")
         half = str(tmp_path / "half")
         trainer = APATrainer(tiny_config(tmp_path), half, value_model=half)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
