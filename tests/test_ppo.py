@@ -46,7 +46,7 @@ def test_ppo_trainer_runs_classics_loop_and_reports_under_classics_names(tmp_pat
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
 def test_early_stopping_leaves_out_the_epochs_that_remain(tmp_path, loss_type):
-    """A target no step can keep to, and one that every step keeps to. With APA the first epoch is all on-policy."""
+    """A target that no update keeps to, and one that every update keeps to."""
     options = {"loss_type": loss_type, "ppo_epochs": 4, "mini_batch_size": 2, "learning_rate": 0.05}
     stats = tiny_trainer(tmp_path, early_stopping=True, target_kl=1e-6, **options).step(*tiny_rollouts())
     assert stats["apa/epochs"] < 4

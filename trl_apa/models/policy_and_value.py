@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import TOKEN_FIELDS, response_entropy, response_logits, sampled_logprobs
+from trl_apa.models.checkpointing import either_method
 from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import RewardAdapter
@@ -130,13 +131,13 @@ class PolicyAndValue(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         for network in self._networks():
-            _either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
+            either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 gradient_checkpointing_kwargs
             )
 
     def gradient_checkpointing_disable(self) -> None:
         for network in self._networks():
-            _either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+            either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
     # The names that newer transformers' Trainer looks for first.
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -205,10 +206,6 @@ def select_adapter(policy: nn.Module, name: str | None) -> None:
     if name is not None:
         check_adapter_exists("model_adapter_name", name, policy)
         policy.set_adapter(name)
-
-
-def _either_method(network: nn.Module, new_name: str, old_name: str) -> Any:
-    return getattr(network, new_name, None) or getattr(network, old_name)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ for scripts that make or load them, and for PPO as it was.
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from transformers.utils import PushToHubMixin
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import last_hidden_states
+from trl_apa.models.checkpointing import either_method
 from trl_apa.models.loading import load_language_model, refuse_prompt_learning
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
 from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
@@ -214,11 +214,11 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         model = self.pretrained_model
-        _renamed_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
+        either_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         model = self.pretrained_model
-        _renamed_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        either_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
     # Since transformers 5.20 these are the names that the Trainer looks for first.
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -376,11 +376,6 @@ def _add_adapters(
 
 def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
-
-
-def _renamed_method(model: nn.Module, new_name: str, old_name: str) -> Callable[..., None]:
-    """The method under the name that transformers gave it in 5.20, or under the one before."""
-    return getattr(model, new_name, None) or getattr(model, old_name)
 
 
 def _to_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:

@@ -1,0 +1,11 @@
+"""Gradient checkpointing, whose methods transformers renamed in 5.20."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def either_method(network: nn.Module, new_name: str, old_name: str) -> Callable[..., Any]:
+    """The method under its new name, or under the one that it had before."""
+    return getattr(network, new_name, None) or getattr(network, old_name)
