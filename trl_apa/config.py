@@ -284,6 +284,11 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         """Calls of `step` that `steps` rollouts a process make."""
         return math.ceil(self.steps / self.batch_size)
 
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps over the rollouts of one iteration."""
+        return self.num_epochs_per_batch * self.batch_size // self.backward_batch_size
+
     def to_dict(self) -> dict[str, Any]:
         """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say.
 

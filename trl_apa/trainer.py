@@ -208,7 +208,7 @@ class APATrainer(TrainingLoop):
             raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
         if args.total_episodes is not None and args.max_steps < 0:
             iterations = -(-args.total_episodes // (args.batch_size * args.world_size))
-            args.max_steps = iterations * args.num_epochs_per_batch * args.batch_size // args.backward_batch_size
+            args.max_steps = iterations * args.steps_per_iteration
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
         set_seed(args.seed)

@@ -152,10 +152,6 @@ class TrainingLoop(_BaseTrainer):
         self._reporters_started = True
 
     @property
-    def _steps_per_iteration(self) -> int:
-        return self.args.num_epochs_per_batch * self.args.batch_size // self.args.backward_batch_size
-
-    @property
     def _episodes_done(self) -> int:
         """Rollouts of all processes since `train` was called."""
         return (self.num_iterations_done - self._first_iteration) * self.args.global_batch_size
@@ -163,7 +159,7 @@ class TrainingLoop(_BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """As many empty rows as a pass over the prompts has micro-batches."""
         passes = self._source.iterations_per_pass
-        micro_batches = self._steps_per_iteration * self.args.gradient_accumulation_steps
+        micro_batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
         tickets = Tickets() if passes is None else range(passes * micro_batches)
         # With a generator of its own the loader leaves the global one alone, with which tokens are sampled.
         return DataLoader(tickets, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))

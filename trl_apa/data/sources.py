@@ -69,9 +69,13 @@ def load_table(
         raise FileNotFoundError(f"source={str(source)!r}: there is no such file")
     if path.is_dir():
         return load_dataset(str(path), name=name, data_dir=data_dir, split=split, **kwargs)
+    return load_dataset(_table_reader(path, source), data_files=str(path), split="train", **kwargs)
+
+
+def _table_reader(path: Path, source: str | Path) -> str:
     for suffix, reader in TABLE_READERS.items():
         if path.name.lower().endswith(suffix):
-            return load_dataset(reader, data_files=str(path), split="train", **kwargs)
+            return reader
     raise ValueError(f"source={str(source)!r}: expected one of {', '.join(TABLE_READERS)}, or a folder")
 
 
@@ -107,10 +111,9 @@ def iter_rows(
         yield from _json_lines(path)
     elif lowered.endswith(JSON_SUFFIXES):
         yield from _json_list(path)
-    elif reader := next((reader for suffix, reader in TABLE_READERS.items() if lowered.endswith(suffix)), None):
-        yield from _table_rows(reader, data_files=str(path), split="train", streaming=True)
     else:
-        raise ValueError(f"source={str(source)!r}: expected one of {', '.join(TABLE_READERS)}, or a folder")
+        reader = _table_reader(path, source)
+        yield from _table_rows(reader, data_files=str(path), split="train", streaming=True)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
