@@ -1,7 +1,8 @@
 """The only importer of what TRL does not document as public, so that a TRL release breaks one file at most."""
 
 from accelerate.utils import is_peft_model
-from trl.models.utils import unwrap_model_for_generation
+from trl.models import prepare_deepspeed
+from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import (
@@ -15,10 +16,12 @@ from trl.trainer.utils import (
 __all__ = [
     "_BaseConfig",
     "_BaseTrainer",
+    "add_hooks",
     "entropy_from_logits",
     "is_peft_model",
+    "prepare_deepspeed",
     "print_prompt_completions_sample",
+    "remove_hooks",
     "selective_log_softmax",
-    "unwrap_model_for_generation",
     "use_adapter",
 ]

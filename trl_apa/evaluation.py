@@ -3,15 +3,15 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS
 from trl_apa.masking import keep_counted
-from trl_apa.models import reference_policy
 from trl_apa.rollouts import pad_tokens, response_mask
 
 
@@ -44,7 +44,7 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     with random_numbers_of_its_own(trainer.args.seed, trainer.accelerator.process_index):
         size = trainer.args.per_device_eval_batch_size
         starts = range(0, len(own), size)
-        parts = trainer._on_all_processes(lambda: [_measure(trainer, own[i : i + size]) for i in starts])
+        parts = [trainer._on_all_processes(partial(_measure, trainer, own[i : i + size])) for i in starts]
     table = [part for part, _ in parts]
     columns = {name: torch.cat([part[name] for part in table]) for name in table[0]}
     names = sorted(columns)
@@ -82,12 +82,13 @@ def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> tuple[dict[st
     """One value a row, and the policy's responses as text."""
     queries = [trainer._query(row) for row in rows]
     responses, ref_responses = trainer._respond(queries, generate_ref_response=True)
+    # What may fail on one process alone comes last: where weights are cut up, the others wait for it in the networks.
+    kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)
     scores = trainer._scores(rows, queries, responses)
     reward_B = scores.total_B
     ref_scores = trainer._scores(rows, queries, ref_responses)
     ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
-    kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)
     columns = {
         "kept": scores.kept_B & ref_scores.kept_B,
         "reward": reward_B,
@@ -109,14 +110,12 @@ def _kl_and_entropy(trainer: "APATrainer", queries: list[Tensor], responses: lis
     mask_BR = response_mask(responses, device=device)
     tokens = pad_tokens(queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
     tokens = {name: tokens[name].to(device) for name in TOKEN_FIELDS if name in tokens}
-    policy = trainer.accelerator.unwrap_model(trainer.model).policy
-    arguments = (tokens, mask_BR.shape[1], trainer.args.temperature)
+    batch = {**tokens, "response_mask": mask_BR}
     with trainer.accelerator.autocast():
-        logprobs_BR, entropy_BR = response_logprobs(policy, *arguments, with_entropy=True)
-        with reference_policy(policy, trainer.ref_model) as reference:
-            ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
-    kl_B = keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1)
-    return kl_B, keep_counted(entropy_BR, mask_BR).sum(dim=1)
+        outputs = trainer._module_to_call(**trainer._model_inputs(batch), with_value=False, with_entropy=True)
+    ref_logprobs_BR = trainer._reference_outputs(batch)["logprobs"]
+    kl_B = keep_counted(outputs["logprobs"] - ref_logprobs_BR, mask_BR).sum(dim=1)
+    return kl_B, keep_counted(outputs["entropy"], mask_BR).sum(dim=1)
 
 
 @contextmanager

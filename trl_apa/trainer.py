@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,9 +21,17 @@ from transformers import (
     TrainerCallback,
 )
 
-from trl_apa._trl import is_peft_model, unwrap_model_for_generation
+from trl_apa._trl import is_peft_model
 from trl_apa.advantages import gae
 from trl_apa.config import APAConfig
+from trl_apa.engines import (
+    check_engine,
+    gradient_norm,
+    keep_outputs_precise,
+    policy_gathered,
+    prepare_frozen,
+    whole,
+)
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
@@ -44,6 +52,7 @@ from trl_apa.models import (
     value_head_of,
     without_value_head,
 )
+from trl_apa.models.partitioned import is_partitioned
 from trl_apa.optimization import add_value_parameters, split_off_value_groups
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
@@ -224,7 +233,8 @@ class APATrainer(TrainingLoop):
         select_adapter(policy, args.model_adapter_name)
         value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
         module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
-        check_precision(module)
+        if not any(is_partitioned(parameter) for parameter in module.parameters()):  # else DeepSpeed sees to it
+            check_precision(module)
         check_networks_are_apart(policy, ref_model, value_model, optimizer)
         disable_dropout(module)
         self.ref_model = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
@@ -242,6 +252,8 @@ class APATrainer(TrainingLoop):
             optimizers=(optimizer, lr_scheduler),
         )
         module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        check_engine(self.accelerator, args, optimizer, lr_scheduler)
+        keep_outputs_precise(self.accelerator)
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
@@ -250,10 +262,10 @@ class APATrainer(TrainingLoop):
         args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
         args.global_batch_size = args.batch_size * self.accelerator.num_processes
         args.global_backward_batch_size = args.backward_batch_size * self.accelerator.num_processes
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+        if not self._is_sharded:
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
         if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = prepare_frozen(self.ref_model, policy, self.accelerator)
         self.kl_ctl = (
             AdaptiveKLController(args.kl_coef, args.target, args.horizon)
             if args.loss_type == "ppo" and args.adap_kl_ctrl
@@ -391,12 +403,17 @@ class APATrainer(TrainingLoop):
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
-        with self._policy_for_generation() as policy, self.accelerator.autocast():
+        def sample_both(policy: nn.Module) -> Any:
             responses = sample(policy)
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:
                 return responses, sample(reference)
+
+        if self._is_sharded and not self.is_in_train:
+            self._prepare_for_updates()
+        with self._module_for_generation() as module, self.accelerator.autocast():
+            return module.run_with_policy(sample_both)
 
     def _generation_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         args = self.args
@@ -406,21 +423,19 @@ class APATrainer(TrainingLoop):
         return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
 
     @contextmanager
-    def _policy_for_generation(self) -> Iterator[nn.Module]:
-        """The policy out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
+    def _module_for_generation(self) -> Iterator[PolicyAndValue]:
+        """Out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
         module = self.accelerator.unwrap_model(self.model)
-        checkpointing, kwargs = module.is_gradient_checkpointing, self._checkpointing_kwargs()
+        checkpointing = module.is_gradient_checkpointing
+        if checkpointing:
+            module.gradient_checkpointing_disable()
+        gather = policy_gathered if self.args.ds3_gather_for_generation else nullcontext
         try:
-            with unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=kwargs,
-            ) as unwrapped:
-                yield unwrapped.policy
+            with gather(self.model_wrapped):
+                yield module
         finally:
-            if checkpointing and not module.is_gradient_checkpointing:
-                module.gradient_checkpointing_enable(kwargs)
+            if checkpointing:
+                module.gradient_checkpointing_enable(self._checkpointing_kwargs())
 
     def _checkpointing_kwargs(self) -> dict[str, Any]:
         return self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
@@ -568,7 +583,6 @@ class APATrainer(TrainingLoop):
             rollouts.old_logprobs_BR = blank_BR.clone()
         if is_ppo:
             rollouts.kl_penalty_BR = blank_BR.clone()
-        policy = self.accelerator.unwrap_model(self.model).policy
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
@@ -578,18 +592,32 @@ class APATrainer(TrainingLoop):
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
-            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
-                ref_logits, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
-            rollouts.ref_logprobs_BR[index, :width] = sampled_logprobs(ref_logits, batch).float()
+            ref_outputs = self._reference_outputs(batch, with_logits=full_kl)
+            rollouts.ref_logprobs_BR[index, :width] = ref_outputs["logprobs"].float()
             if needs_old:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
             if full_kl:
-                kl = kl_full(outputs["logits"].log_softmax(-1), ref_logits.log_softmax(-1))
+                kl = kl_full(outputs["logits"].log_softmax(-1), ref_outputs["logits"].log_softmax(-1))
                 rollouts.kl_penalty_BR[index, :width] = kl.float()
         if is_ppo and not full_kl:
             rollouts.kl_penalty_BR = kl_estimate(
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )
+
+    @property
+    def _module_to_call(self) -> nn.Module:
+        """For a pass without gradient: what has the weights, and waits for other processes only if it must."""
+        return self.model_wrapped if self._is_sharded else self.accelerator.unwrap_model(self.model)
+
+    @torch.no_grad()
+    def _reference_outputs(self, batch: dict[str, Tensor], with_logits: bool = False) -> dict[str, Tensor]:
+        """`logprobs` under pi_init, and `logits` if asked for, as `PolicyAndValue.forward` gives them."""
+        policy, width = self.accelerator.unwrap_model(self.model).policy, batch["response_mask"].shape[1]
+        with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+            if reference is policy:
+                return self._module_to_call(**self._model_inputs(batch), with_value=False, with_logits=with_logits)
+            logits_BRV, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
+        return {"logprobs": sampled_logprobs(logits_BRV, batch), "logits": logits_BRV}
 
     def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
         """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
@@ -764,10 +792,10 @@ class APATrainer(TrainingLoop):
         """The joint norm before clipping, noted; refuses a gradient that is not finite."""
         if grad_norm is None:
             self._note_gradient_norms()
-        total = super()._get_grad_norm(model, grad_norm=grad_norm)
+        total = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
-        # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
-        if self.accelerator.scaler is None and not math.isfinite(total):
+        # With fp16 an overflow is expected now and then, and the gradient scaler skips that update.
+        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(total):
             kept = self._keep_for_inspection()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
@@ -785,14 +813,12 @@ class APATrainer(TrainingLoop):
         return path
 
     def _note_gradient_norms(self) -> None:
-        """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
+        """Norms of each network's gradient before clipping, where it can be had unscaled."""
         norms: dict[str, Tensor] = {}
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if self.accelerator.scaler is None and not sharded:
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             module = self.accelerator.unwrap_model(self.model)
             for name, network in (("policy", module.policy), ("value", module.value_model)):
-                gradients = [p.grad for p in network.parameters() if p.grad is not None]
-                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
+                norms[f"apa/grad_norm/{name}"] = gradient_norm(network)
         self._iteration.record.grad_norms.append(norms)
 
     # ---- statistics ----

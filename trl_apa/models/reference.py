@@ -10,6 +10,7 @@ from torch import nn
 
 from trl_apa._trl import is_peft_model, use_adapter
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.partitioned import gathered
 
 
 # Not a name that a caller would give to an adapter of his own.
@@ -152,11 +153,13 @@ def _adapter_is_identity(policy: nn.Module) -> bool:
     config = policy.peft_config[active]
     if config.peft_type != "LORA" or config.modules_to_save:
         return False
-    return all(
-        not parameter.any()
+    matrices = [
+        parameter
         for name, parameter in policy.named_parameters()
         if f".lora_B.{active}." in f"{name}." or f".lora_embedding_B.{active}." in f"{name}."
-    )
+    ]
+    with gathered(matrices):
+        return not any(matrix.any() for matrix in matrices)
 
 
 def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
@@ -166,8 +169,9 @@ def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
         # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
         config.init_lora_weights = True
     policy.add_adapter(REFERENCE_ADAPTER, config)
-    state = get_peft_model_state_dict(policy, adapter_name=source)
-    set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
+    with gathered([p for name, p in policy.named_parameters() if f".{source}." in name]):
+        state = get_peft_model_state_dict(policy, adapter_name=source)
+        set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
     policy.set_adapter(active)
 
 

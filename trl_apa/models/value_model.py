@@ -17,6 +17,7 @@ from trl_apa.logprobs import last_hidden_states, network_inputs
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.loading import load_language_model
+from trl_apa.models.partitioned import gathered, whole_shape
 from trl_apa.models.summary_head import PolicyValueHead, SummaryHead
 
 
@@ -107,7 +108,7 @@ class ValueModel(nn.Module):
                 f"linear `score` of one label, not from {score}"
             )
         head = ValueHead(score.in_features, "linear")
-        with torch.no_grad():
+        with torch.no_grad(), gathered(score.parameters()):
             head.out.weight.copy_(score.weight)
             if score.bias is not None:
                 head.out.bias.copy_(score.bias)
@@ -264,7 +265,7 @@ def _device(network: nn.Module) -> torch.device:
 
 def _output_width(language_model: nn.Module) -> int:
     """Width of the hidden states that the vocabulary head reads (not always `hidden_size`: OPT-350m projects)."""
-    return language_model.get_output_embeddings().weight.shape[-1]
+    return whole_shape(language_model.get_output_embeddings().weight)[-1]
 
 
 def _trainable(trunk: nn.Module) -> nn.Module:
