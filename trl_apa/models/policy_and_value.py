@@ -11,6 +11,7 @@ from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import TOKEN_FIELDS, response_entropy, response_logits, sampled_logprobs
 from trl_apa.models.checkpointing import either_method
 from trl_apa.models.loading import refuse_prompt_learning
+from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import RewardAdapter
 from trl_apa.models.summary_head import PolicyValueHead
@@ -38,8 +39,8 @@ class PolicyAndValue(nn.Module):
         reward_adapter: RewardAdapter | None = None,
     ):
         super().__init__()
-        self.policy = policy
-        self.value_model = value_model
+        self.policy = use_one_kernel(policy)
+        self.value_model = use_one_kernel(value_model)
         self.reward_adapter = reward_adapter
 
     def forward(

@@ -10,6 +10,7 @@ from torch import nn
 
 from trl_apa._trl import is_peft_model, use_adapter
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.quantization import use_one_kernel
 
 
 # Not a name that a caller would give to an adapter of his own.
@@ -98,7 +99,7 @@ def choose_reference(
         if ref_model is not None:
             warnings.warn("ref_adapter_name has no effect when ref_model is given", UserWarning, stacklevel=3)
     if ref_model is not None:
-        return ref_model.requires_grad_(False).eval()
+        return use_one_kernel(ref_model).requires_grad_(False).eval()
     if num_shared_layers and not is_peft_model(policy):
         return create_reference_model(policy, num_shared_layers)
     return build_reference(policy, ref_adapter_name)
