@@ -9,7 +9,6 @@ from trl.trainer.utils import (
     entropy_from_logits,
     print_prompt_completions_sample,
     selective_log_softmax,
-    use_adapter,
 )
 
 
@@ -23,5 +22,4 @@ __all__ = [
     "print_prompt_completions_sample",
     "remove_hooks",
     "selective_log_softmax",
-    "use_adapter",
 ]

@@ -1,7 +1,7 @@
 """What engines that cut up weights, DeepSpeed and FSDP2, need beyond DDP; all other code is the same for all."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def check_engine(accelerator: Accelerator, args: Any, optimizer: Any, lr_schedul
             f"ratio_threshold={args.ratio_threshold}: DeepSpeed updates the weights inside the backward pass, so that "
             "a mini-batch cannot be left out after it; set ratio_threshold=float('inf')"
         )
-    zero = accelerator.deepspeed_config["zero_optimization"]
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     if zero_stage(accelerator) == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise ValueError(
             "deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true; "
@@ -113,7 +113,7 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gradient_norm(network: nn.Module) -> Tensor:
-    """Norm of all gradients of a network, cut up or not, 0-D."""
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of the gradients of all parameters together, cut up or not, 0-D."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return whole(nn.utils.get_total_norm(gradients))

@@ -143,7 +143,8 @@ class TrainingLoop(_BaseTrainer):
         """As the Trainer does; but an engine that cuts up weights is made once, and the next run goes on with it."""
         if not self._engine_is_made:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            register_fsdp_forward_method(self.model, "run_with_policy")
+            for name in ("run_with_policy", "compute_reward_score"):
+                register_fsdp_forward_method(self.model, name)
             self._engine_is_made = self._is_sharded
             return prepared
         if self._created_lr_scheduler:
@@ -426,14 +427,6 @@ class TrainingLoop(_BaseTrainer):
         if state["iteration"] is not None:
             self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
             self._timer = StageTimer()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Whole weights of policy and value model, whatever the engine; all processes call it."""
-        if self._is_sharded and not self.is_in_train:
-            self._prepare_for_updates()
-        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # the Trainer writes none
-        super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_deepspeed_enabled:

@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_apa.models.quantization import use_one_kernel
+
 
 def load_language_model(
     path: str,
@@ -47,7 +49,7 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if is_deepspeed_zero3_enabled() and "quantization_config" not in kwargs:
         kwargs = {"dtype": torch.float32, **kwargs}  # weights that are cut up as they are loaded cannot be cast later
-    model = auto_class.from_pretrained(path, **kwargs)
+    model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
         model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints
     return model
