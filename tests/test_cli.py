@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
-from trl_apa.commands.models import import_reward_function, load_reward_model
+from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.models import load_reward_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +197,7 @@ def test_a_reward_function_is_found_in_the_working_directory(tmp_path, monkeypat
 
 def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(ValueError, match=r"is no trained reward model: it has no weights for score"):
-        load_reward_model(str(make_model(tmp_path / "model")), trust_remote_code=False)
+        load_reward_model(str(make_model(tmp_path / "model")))
 
 
 def test_a_reward_adapter_is_merged_with_its_head(tmp_path):
@@ -205,7 +206,7 @@ def test_a_reward_adapter_is_merged_with_its_head(tmp_path):
     adapted = get_peft_model(network, lora_config(task_type="SEQ_CLS", init_lora_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     byte_tokenizer().save_pretrained(tmp_path / "adapter")
-    loaded = load_reward_model(str(tmp_path / "adapter"), trust_remote_code=False).eval()
+    loaded = load_reward_model(str(tmp_path / "adapter")).eval()
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
         assert loaded(tokens).logits.item() == pytest.approx(adapted(tokens).logits.item(), abs=1e-5)
