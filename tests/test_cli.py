@@ -433,8 +433,18 @@ def test_the_pipeline_leaves_models_that_load(pipeline):
     AutoModelForCausalLM.from_pretrained(pipeline / "apa")
     assert AutoModelForSequenceClassification.from_pretrained(pipeline / "reward").config.num_labels == 1
     assert (pipeline / "apa" / "value_model").is_dir() and (pipeline / "apa" / "tokenizer.json").is_file()
-    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in ("sft", "apa")]
+    assert (pipeline / "apa-one-base" / "value_model" / "adapter_model.safetensors").is_file()
+    names = ("sft", "apa", "apa-merged")
+    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in names]
+    assert weights[2].keys() == weights[0].keys()
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_cannot_be_merged_ends_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("merge", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "merged"))
+    assert ended.value.code == 2 and "trl-apa merge:" in capsys.readouterr().err
 
 
 def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
