@@ -26,7 +26,7 @@ from trl_apa.models import (
 )
 from trl_apa.models.partitioned import is_partitioned
 from trl_apa.optimization import add_value_parameters
-from trl_apa.validation import check_networks_are_apart, check_precision, check_type
+from trl_apa.validation import check_networks_are_apart, check_precision, check_type, check_value_model_reads
 
 
 MODELS = (str, Path, PreTrainedModel, PeftModel)
@@ -86,6 +86,7 @@ def assemble(
         num_shared_layers = num_frozen if ref_model is None else None
         if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
             freeze_all_but(args.num_unfrozen_layers, value_model.network)
+    check_value_model_reads(tokenizer, value_model)
     module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
     if not any(is_partitioned(parameter) for parameter in module.parameters()):
         check_precision(module)  # DeepSpeed, which cut up the others, keeps a float32 copy of what it trains

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
+from trl_apa.engines import cuts_up_weights
+from trl_apa.models import merge_and_save
 
 
 class Saving(_BaseTrainer):
@@ -43,6 +45,24 @@ class Saving(_BaseTrainer):
         if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # the Trainer writes none
         super().save_model(output_dir, _internal_call)
+
+    def merge_and_save(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the policy as a plain checkpoint, its adapter merged into its base: see `models.merge_and_save`.
+
+        To be called on every process; one of them writes.
+
+        Raises:
+            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3).
+        """
+        if cuts_up_weights(self.accelerator):
+            raise ValueError(
+                "merge_and_save: no process holds the whole policy; save_pretrained gathers it, and "
+                "models.merge_and_save (trl-apa merge) merges what it wrote"
+            )
+        if self.args.should_save:
+            policy = self.accelerator.unwrap_model(self.model).policy
+            merge_and_save(policy, save_directory, self.processing_class, **kwargs)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

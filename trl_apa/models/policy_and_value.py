@@ -209,19 +209,23 @@ class PolicyAndValue(nn.Module):
         """The layers of both networks, which FSDP2 cuts up one by one."""
         return sorted({name for network in self._networks() for name in network._no_split_modules or ()})
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Gradient checkpointing of both networks, under the name that newer transformers' Trainer looks for first."""
         for network in self._networks():
             either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
-                gradient_checkpointing_kwargs
+                activation_checkpointing_kwargs, **kwargs
             )
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         for network in self._networks():
             either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
-    # The names that newer transformers' Trainer looks for first.
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def _networks(self) -> Iterator[nn.Module]:
         yield self.policy
