@@ -27,8 +27,8 @@ from transformers.integrations import (
     integration_utils,
 )
 
+from tests._engines import announce_rank
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
-from tests.test_two_processes import announce_rank
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
 from trl_apa.reporting import (

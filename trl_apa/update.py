@@ -48,9 +48,10 @@ class Update(_BaseTrainer):
         batch = iteration.next_micro_batch(self._pad_token_id)
         module, losses = self.accelerator.unwrap_model(model), []
         ends_step = self.accelerator.sync_gradients
-        for networks in module.passes:
+        for number, networks in enumerate(module.passes, 1):
             if self.is_deepspeed_enabled:  # which updates the weights in the backward pass that it takes for the last
-                self.accelerator.gradient_state._set_sync_gradients(ends_step and networks is module.passes[-1])
+                is_last = number == len(module.passes)
+                self.accelerator.gradient_state._set_sync_gradients(ends_step and is_last)
             with module.adapter_for(**networks):
                 losses.append(super().training_step(model, {**batch, **networks}, num_items_in_batch))
         loss = sum(losses)
