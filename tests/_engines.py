@@ -68,7 +68,9 @@ def on_one_base(make_config, folder, rows=range(8), **config):
     return stepped(make_config, folder, rows, config=config, peft_config=lora_config(), value_model="adapter")[1]
 
 
-def trained(make_config, folder, model, stop=None, resume=None, evaluate_first=False, **config):
+def trained(
+    make_config, folder, model, stop=None, resume=None, evaluate_first=False, reward_funcs=few_nines, **config
+):
     """A run of `train` over two iterations of two steps, or a part of it."""
     trainer = APATrainer(
         make_config(folder, **RUN, **config),
@@ -76,7 +78,7 @@ def trained(make_config, folder, model, stop=None, resume=None, evaluate_first=F
         tokenizer=tiny_tokenizer(),
         train_dataset=PROMPTS,
         eval_dataset=PROMPTS[:3],
-        reward_funcs=few_nines,
+        reward_funcs=reward_funcs,
         callbacks=[] if stop is None else [StopAt(stop)],
     )
     if evaluate_first:

@@ -84,10 +84,17 @@ def prepare_frozen(model: nn.Module, policy: nn.Module, accelerator: Accelerator
     if cuts_up_weights(accelerator) and {id(p) for p in model.parameters()} & {id(p) for p in policy.parameters()}:
         model = independent_copy(model).requires_grad_(False).eval()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return prepare_deepspeed(model, accelerator)
+        # The engine's hooks are on the model itself, whose config and generate are those of a language model.
+        return prepare_deepspeed(model, accelerator).module
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, model)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def serve_cut_up_weights(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let a frozen network compute that ZeRO-3 has cut up while it was loaded; nothing happens to any other."""
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        prepare_deepspeed(model, accelerator)
 
 
 @contextmanager

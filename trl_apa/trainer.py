@@ -21,7 +21,13 @@ from transformers import (
 from trl_apa._trl import is_peft_model
 from trl_apa.assembly import assemble
 from trl_apa.config import APAConfig
-from trl_apa.engines import check_engine, keep_outputs_precise, policy_gathered, prepare_frozen
+from trl_apa.engines import (
+    check_engine,
+    keep_outputs_precise,
+    policy_gathered,
+    prepare_frozen,
+    serve_cut_up_weights,
+)
 from trl_apa.experience import Experience
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.iteration import Iteration
@@ -36,7 +42,7 @@ from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.saving import Saving
-from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.statistics import (
     StageTimer,
     UpdateRecord,
@@ -219,6 +225,9 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         functions = reward_functions(
             reward_funcs, processing_classes, self.processing_class, self.accelerator.device, self.model
         )
+        for function in functions:
+            if isinstance(function, RewardModel):
+                serve_cut_up_weights(function.model, self.accelerator)
         return Scorer(functions, self.args.reward_weights, self.args.skip_unscored, self.args.reward_timeout)
 
     def _begin(self) -> None:

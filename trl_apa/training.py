@@ -77,6 +77,7 @@ class TrainingLoop(_BaseTrainer):
     _first_iteration = 0
     _last_saved_step: int | None = None
     _engine_is_made = False
+    _kept_engine: Any = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
@@ -123,6 +124,12 @@ class TrainingLoop(_BaseTrainer):
         checkpoint = self._on_all_processes(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
+        if self._engine_is_made and self.is_deepspeed_enabled:
+            # A run begins with `Accelerator.free_memory`, which would destroy the engine.
+            self._kept_engine, self.accelerator.deepspeed_engine_wrapped = (
+                self.accelerator.deepspeed_engine_wrapped,
+                None,
+            )
         try:
             with self._stop_on_sigterm.listening():
                 result = super().train(checkpoint, **kwargs)
@@ -147,6 +154,9 @@ class TrainingLoop(_BaseTrainer):
                 register_fsdp_forward_method(self.model, name)
             self._engine_is_made = self._is_sharded
             return prepared
+        if self._kept_engine is not None:
+            self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None
+        self.accelerator.prepare_optimizer(self.optimizer)  # which knows it again
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_scheduler(num_training_steps=max_steps)
