@@ -62,10 +62,10 @@ def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwarg
     }
 
 
-def on_one_base(make_config, folder, rows=range(8), **config):
+def on_one_base(make_config, folder, rows=range(8), model=None, **config):
     """Policy and value adapter on one base, the reference below them, recomputed in the backward pass."""
     config = {"gradient_checkpointing": True, **config}
-    return stepped(make_config, folder, rows, config=config, peft_config=lora_config(), value_model="adapter")[1]
+    return stepped(make_config, folder, rows, model, config, peft_config=lora_config(), value_model="adapter")[1]
 
 
 def trained(

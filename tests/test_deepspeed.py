@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from tests._engines import (
     ACCUMULATED,
@@ -53,6 +54,18 @@ def refusal(make_trainer):
     return str(refused.value)
 
 
+def refused_options(stage, folder):
+    def refused(deepspeed=None, optimizer=None, **config):
+        model = tiny_model()
+        optimizer = optimizer and optimizer(model.parameters(), lr=0.1)
+        args = tiny_config(folder, deepspeed=deepspeed or zero(stage), **config)
+        return refusal(lambda: APATrainer(args, model, tokenizer=tiny_tokenizer(), optimizer=optimizer))
+
+    unsaved = zero(3)
+    del unsaved["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    return [refused(optimizer=torch.optim.SGD), refused(loss_type="ppo"), refused(deepspeed=unsaved)]
+
+
 def overflow(make_config, folder, rank):
     """What a gradient that is not finite leads to, and the weights before and after."""
     args = make_config(folder, batch_size=4)
@@ -61,7 +74,9 @@ def overflow(make_config, folder, rank):
     trainer.step(queries, responses, scores)
     before = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     before = {name: weight.clone() for name, weight in (before or {}).items()}
-    message = refusal(lambda: trainer.step(queries, responses, [score * 1e30 for score in scores]))
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * float("nan")
+    message = refusal(lambda: trainer.step(queries, responses, scores))
     after = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     return message, before, {name: weight.clone() for name, weight in after.items()}
 
@@ -77,9 +92,10 @@ def everything(rank, stage, folder, base, judge):
     return {
         "full": full,
         "held": held,
-        "one base": on_one_base(make_config, f"{folder}/one-base", rows, **ACCUMULATED),
+        "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
         "overflow": overflow(make_config, f"{folder}/overflow", rank),
+        "refused": refused_options(stage, folder),
     }
 
 
@@ -137,3 +153,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):
         assert "gradient norm is inf at optimizer step 1" in message
         if before:
             assert_same(after, before, tolerance=1e-30)
+
+
+def test_what_deepspeed_would_do_otherwise_is_refused(ranks):
+    for optimizer, ratio, unsaved in (rank["refused"] for rank in ranks):
+        assert optimizer.startswith("optimizer: DeepSpeed would drop it")
+        assert ratio.startswith("ratio_threshold=10.0: DeepSpeed updates the weights inside the backward pass")
+        assert unsaved.startswith("deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true")
