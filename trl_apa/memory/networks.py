@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoModel,
@@ -17,31 +17,43 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from trl_apa.memory.pretending import BLOCK_4BIT
 from trl_apa.memory.setup import Setup
-from trl_apa.models import PolicyAndValue, ValueModel, create_reference_model, disable_dropout, resolve_value_model
+from trl_apa.models import (
+    PolicyAndValue,
+    ValueModel,
+    build_policy,
+    create_reference_model,
+    disable_dropout,
+    freeze_all_but,
+    resolve_value_model,
+)
 
 
 def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
-    """Policy and value model as the trainer would hold them, without contents, and the reference if it is a copy.
+    """Policy and value model as `assembly.assemble` makes them, without contents, and the reference if it is a copy.
 
     Raises:
-        ValueError: if peft finds no layer for its adapters, or bitsandbytes is needed and not installed.
+        ValueError: if the networks cannot be built: bitsandbytes is missing, a layer that is named is not there.
     """
     with torch.device("meta"):
-        policy = language_model(setup.config, setup)
-        if setup.lora_r:
-            targets = setup.lora_target_modules
-            targets = list(targets) if isinstance(targets, list | tuple) else targets
-            policy = get_peft_model(
-                policy, LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM")
-            )
-        module = PolicyAndValue(policy, _value_model(setup, policy))
-        reference = None
-        if setup.reference_kind == "copy":
-            frozen = setup.num_unfrozen_layers
-            num_shared = None if frozen is None else setup.config.num_hidden_layers - frozen
-            reference = create_reference_model(policy, num_shared)
-    disable_dropout(module)
+        policy = build_policy(language_model(setup.config, setup), _lora_config(setup))
+        value_model = _value_model(setup, policy)
+        num_shared = None
+        if setup.num_unfrozen_layers is not None:
+            num_shared = freeze_all_but(setup.num_unfrozen_layers, policy)
+            if isinstance(value_model, ValueModel):
+                freeze_all_but(setup.num_unfrozen_layers, value_model.network)
+        module = PolicyAndValue(policy, value_model)
+        disable_dropout(module)
+        reference = create_reference_model(policy, num_shared) if setup.reference_kind == "copy" else None
     return module.train(), reference
+
+
+def _lora_config(setup: Setup) -> LoraConfig | None:
+    if setup.lora_r == 0:
+        return None
+    targets = setup.lora_target_modules
+    targets = targets if targets is None or isinstance(targets, str) else list(targets)
+    return LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def language_model(config: PretrainedConfig, setup: Setup) -> nn.Module:
@@ -54,7 +66,7 @@ def language_model(config: PretrainedConfig, setup: Setup) -> nn.Module:
 def _value_model(setup: Setup, policy: nn.Module) -> nn.Module:
     if isinstance(setup.value, PretrainedConfig):
         # As from a name: in float32, and all of it trained.
-        return ValueModel._on_trunk(AutoModel.from_config(setup.value, dtype=torch.float32))
+        return ValueModel.on_trunk(AutoModel.from_config(setup.value, dtype=torch.float32))
     return resolve_value_model(setup.value, policy)
 
 

@@ -78,27 +78,29 @@ def _lasting(module: PolicyAndValue, reference: nn.Module | None, setup: Setup) 
     parts = _weights(module)
     if reference is not None:
         parts["weights: reference"] = weight_bytes(reference, beside=module.policy)
-    adapter = sum(p.numel() * p.element_size() for name, p in module.policy.named_parameters() if "lora_" in name)
+    trained = module.trainable_parameters()
+    adapter = sum(p.numel() * p.element_size() for p in trained["policy"])
     if setup.reference_kind == "adapter":
         parts[ADAPTERS] += adapter
     if setup.reward == "adapter":
         parts[ADAPTERS] += adapter + 4 * module.policy.get_output_embeddings().weight.shape[1]
     elif setup.reward is not None:
         parts["weights: reward"] = classifier_bytes(setup.config if setup.reward == "separate" else setup.reward, setup)
-    parts["optimizer"] = state_bytes(setup.optimizer, (p for p in module.parameters() if p.requires_grad))
+    parts["optimizer"] = state_bytes(setup.optimizer, (p for network in trained.values() for p in network))
     return parts
 
 
 def _weights(module: PolicyAndValue) -> dict[str, int]:
     policy, value = weight_bytes(module.policy), weight_bytes(module.value_model, beside=module.policy)
-    small = {"policy": 0, "value": 0}
+    small = {"policy": 0, "value_model": 0}
     for name, parameter in module.named_parameters():
-        if "lora_" in name or name.startswith(("value_model.head", "value_model.summary")):
-            small[name.partition("_")[0].partition(".")[0]] += parameter.numel() * parameter.element_size()
+        owner, _, inside = name.partition(".")
+        if "lora_" in name or (owner == "value_model" and not inside.startswith("network.")):
+            small[owner] += parameter.numel() * parameter.element_size()
     return {
         "weights: policy": policy - small["policy"],
-        "weights: value": value - small["value"],
-        ADAPTERS: small["policy"] + small["value"],
+        "weights: value": value - small["value_model"],
+        ADAPTERS: sum(small.values()),
     }
 
 
@@ -136,13 +138,20 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     with live:
         tokens = torch.ones(rows, setup.max_length, dtype=torch.long)
         for _ in range(min(setup.gradient_accumulation_steps, 2)):
-            outputs = module(tokens, tokens, tokens, width, with_entropy=True)
-            loss = outputs["logprobs"].mean() + outputs["values"].mean()
-            del outputs
-            loss.backward()
+            for networks in module.passes:
+                with module.adapter_for(**networks):
+                    _forward_and_backward(module, tokens, width, networks)
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_disable()
     return _peak(live)
+
+
+def _forward_and_backward(module: PolicyAndValue, tokens: Tensor, width: int, networks: dict[str, bool]) -> None:
+    with_entropy = networks.get("with_policy", True)
+    outputs = module(tokens, tokens, tokens, width, **networks, with_entropy=with_entropy)
+    terms = [outputs[name].mean() for name in ("logprobs", "values") if name in outputs]
+    del outputs
+    torch.stack(terms).sum().backward()
 
 
 @torch.no_grad()
