@@ -1,5 +1,6 @@
 """The networks of a `Setup`, built on the "meta" device by the functions that build the real ones."""
 
+import copy
 from typing import Any
 
 import torch
@@ -104,8 +105,10 @@ def _pack_weight(layer: nn.Module, quantization: str) -> None:
 
 def classifier_bytes(config: PretrainedConfig, setup: Setup) -> int:
     """Weights of a reward model of its own, in float32 as `trl-apa train` loads it, or quantised with the policy."""
+    config = copy.deepcopy(config)
+    config.num_labels, config.pad_token_id = 1, 0
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, dtype=setup.dtype, num_labels=1)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=setup.dtype)
         if setup.quantization is not None:
             model = quantised(model, setup.quantization)
     return weight_bytes(model)
