@@ -50,7 +50,9 @@ class MemoryArguments:
     num_unfrozen_layers: int | None = _option(None, "Without adapters: train only so many of the highest layers.")
     value: str = _option("separate", "The value model: separate, adapter, head, or a model as for --model.")
     reference: str = _option(
-        "auto", "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.", choices=list(REFERENCES)
+        "auto",
+        "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.",
+        choices=list(REFERENCES),
     )
     reward: str = _option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
     batch: int = _option(1, "Rows of a micro-batch (mini_batch_size).")

@@ -96,7 +96,9 @@ def quantised(model: nn.Module, quantization: str) -> nn.Module:
 def _pack_weight(layer: nn.Module, quantization: str) -> None:
     """The shape and type that the weight has once it is quantised."""
     rows, columns = layer.out_features, layer.in_features
-    shape, dtype = ((rows, columns), torch.int8) if quantization == "8bit" else ((-(-rows * columns // 2), 1), torch.uint8)
+    shape, dtype = (
+        ((rows, columns), torch.int8) if quantization == "8bit" else ((-(-rows * columns // 2), 1), torch.uint8)
+    )
     weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     if quantization == "4bit":
         weight.compress_statistics, weight.quant_type = False, "nf4"

@@ -85,7 +85,9 @@ def _lasting(module: PolicyAndValue, reference: nn.Module | None, setup: Setup) 
     if setup.reward == "adapter":
         parts[ADAPTERS] += adapter + 4 * module.policy.get_output_embeddings().weight.shape[1]
     elif setup.reward is not None:
-        parts["weights: reward"] = classifier_bytes(setup.config if setup.reward == "separate" else setup.reward, setup)
+        parts["weights: reward"] = classifier_bytes(
+            setup.config if setup.reward == "separate" else setup.reward, setup
+        )
     parts["optimizer"] = state_bytes(setup.optimizer, (p for network in trained.values() for p in network))
     return parts
 
