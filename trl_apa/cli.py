@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
+    "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
     "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),
 }
