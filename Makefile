@@ -25,10 +25,10 @@ format: install ## format and sort imports
 	.venv/bin/ruff format .
 
 test: install ## run the tests
-	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions that pyproject.toml admits
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 parity: install .venv-parity/.installed ## compare PPO with TRL 0.11.4's own, run in an environment of its own
 	HF_HUB_OFFLINE=1 .venv/bin/python -m parity.compare $(ARGS)

@@ -8,7 +8,6 @@ from trl.trainer.utils import (
     entropy_from_logits,
     print_prompt_completions_sample,
     selective_log_softmax,
-    use_adapter,
 )
 
 
@@ -20,5 +19,4 @@ __all__ = [
     "print_prompt_completions_sample",
     "selective_log_softmax",
     "unwrap_model_for_generation",
-    "use_adapter",
 ]

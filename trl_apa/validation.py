@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_apa.models.policy_and_value import PolicyAndValue
+
 
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
     """The argument that was given under either of two names; ValueError if both were and differ."""
@@ -46,10 +48,11 @@ def check_precision(module: nn.Module) -> None:
 
 
 def check_networks_are_apart(
-    policy: nn.Module, ref_model: nn.Module | None, value_model: nn.Module, optimizer: torch.optim.Optimizer | None
+    module: PolicyAndValue, ref_model: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Raise ValueError if a network would be frozen, moved or left out because of what it shares with another."""
-    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    policy, value_model = module.policy, module.value_model
+    trained = {id(p) for p in module.trainable_parameters()["policy"]}
     if ref_model is not None and trained & {id(p) for p in ref_model.parameters()}:
         raise ValueError("ref_model shares trainable parameters with model; give a copy, or none at all")
     if {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:

@@ -1,6 +1,7 @@
 """The networks: policy, reference, standalone value model, and the module that holds policy and value."""
 
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.critic import resolve_value_model
 from trl_apa.models.loading import load_language_model
 from trl_apa.models.policy_and_value import (
     VALUE_MODEL_FOLDER,
@@ -10,7 +11,8 @@ from trl_apa.models.policy_and_value import (
     load_policy_and_value,
     select_adapter,
 )
-from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
+from trl_apa.models.reference import choose_reference, create_reference_model, freeze_all_but, reference_policy
+from trl_apa.models.value_adapter import AdapterValueModel
 from trl_apa.models.value_head import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -18,11 +20,12 @@ from trl_apa.models.value_head import (
     value_head_of,
     without_value_head,
 )
-from trl_apa.models.value_model import ValueHead, ValueModel, resolve_value_model
+from trl_apa.models.value_model import ValueHead, ValueModel
 
 
 __all__ = [
     "VALUE_MODEL_FOLDER",
+    "AdapterValueModel",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "PolicyAndValue",
@@ -32,6 +35,7 @@ __all__ = [
     "choose_reference",
     "create_reference_model",
     "disable_dropout",
+    "freeze_all_but",
     "independent_copy",
     "load_language_model",
     "load_policy_and_value",

@@ -6,6 +6,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_apa.models.quantization import use_one_kernel
+
 
 def load_language_model(
     path: str,
@@ -43,7 +45,7 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
         found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
         config = AutoConfig.from_pretrained(path, **found_by)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto_class.from_pretrained(path, **kwargs)
+    model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
         model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints
     return model

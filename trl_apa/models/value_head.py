@@ -19,6 +19,7 @@ from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import last_hidden_states
 from trl_apa.models.checkpointing import either_method
 from trl_apa.models.loading import load_language_model, refuse_prompt_learning
+from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
 from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.value_model import save_network
@@ -53,7 +54,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
     ):
         super().__init__()
         _check_language_model(pretrained_model, self.is_encoder_decoder, type(self).__name__)
-        self.pretrained_model = pretrained_model
+        self.pretrained_model = use_one_kernel(pretrained_model)
         vocabulary_head = pretrained_model.get_output_embeddings()
         self.v_head = SummaryHead(
             vocabulary_head.in_features, summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
