@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
-from trl_apa.commands.models import import_reward_function, load_reward_model
+from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.models import load_reward_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +197,7 @@ def test_a_reward_function_is_found_in_the_working_directory(tmp_path, monkeypat
 
 def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(ValueError, match=r"is no trained reward model: it has no weights for score"):
-        load_reward_model(str(make_model(tmp_path / "model")), trust_remote_code=False)
+        load_reward_model(str(make_model(tmp_path / "model")))
 
 
 def test_a_reward_adapter_is_merged_with_its_head(tmp_path):
@@ -205,7 +206,7 @@ def test_a_reward_adapter_is_merged_with_its_head(tmp_path):
     adapted = get_peft_model(network, lora_config(task_type="SEQ_CLS", init_lora_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     byte_tokenizer().save_pretrained(tmp_path / "adapter")
-    loaded = load_reward_model(str(tmp_path / "adapter"), trust_remote_code=False).eval()
+    loaded = load_reward_model(str(tmp_path / "adapter")).eval()
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
         assert loaded(tokens).logits.item() == pytest.approx(adapted(tokens).logits.item(), abs=1e-5)
@@ -433,8 +434,18 @@ def test_the_pipeline_leaves_models_that_load(pipeline):
     AutoModelForCausalLM.from_pretrained(pipeline / "apa")
     assert AutoModelForSequenceClassification.from_pretrained(pipeline / "reward").config.num_labels == 1
     assert (pipeline / "apa" / "value_model").is_dir() and (pipeline / "apa" / "tokenizer.json").is_file()
-    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in ("sft", "apa")]
+    assert (pipeline / "apa-one-base" / "value_model" / "adapter_model.safetensors").is_file()
+    names = ("sft", "apa", "apa-merged")
+    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in names]
+    assert weights[2].keys() == weights[0].keys()
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_cannot_be_merged_ends_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("merge", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "merged"))
+    assert ended.value.code == 2 and "trl-apa merge:" in capsys.readouterr().err
 
 
 def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):

@@ -278,12 +278,14 @@ def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monke
     exec(with_paths(readme.partition("trainer = ")[0], checkpoints), namespace)
     namespace["config"].use_cpu = True
     blocks = fenced(ROOT / "docs" / "quickstart.md", "python")
-    assert len(blocks) == 5
-    references = []
+    assert len(blocks) == 6
+    references, trainers = [], []
     for block in blocks:
         exec(compile(with_paths(block, checkpoints), "quickstart.md", "exec"), namespace)
+        trainers.append(namespace["trainer"])
         references.append(namespace["trainer"].ref_model)
-    lora, sft_adapter, reward_model, loaded, _ = references
+    lora, one_base, sft_adapter, reward_model, loaded, _ = references
+    assert one_base is None and trainers[1].model.base_is_shared and trainers[1].model.policy.is_loaded_in_8bit
     assert namespace["config"].report_to == ["wandb", "tensorboard"]
     assert lora is None and sft_adapter is None and reward_model is not None and loaded is not None
     assert namespace["stats"]["tokens/counted"] > 0

@@ -25,7 +25,7 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.optimization import add_value_parameters
-from trl_apa.validation import check_networks_are_apart, check_precision, check_type
+from trl_apa.validation import check_networks_are_apart, check_precision, check_type, check_value_model_reads
 
 
 MODELS = (str, Path, PreTrainedModel, PeftModel)
@@ -85,6 +85,7 @@ def assemble(
         num_shared_layers = num_frozen if ref_model is None else None
         if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
             freeze_all_but(args.num_unfrozen_layers, value_model.network)
+    check_value_model_reads(tokenizer, value_model)
     module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
     check_precision(module)
     check_networks_are_apart(module, ref_model, optimizer)

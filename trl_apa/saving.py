@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
+from trl_apa.models import merge_and_save
 
 
 class Saving(_BaseTrainer):
@@ -35,6 +36,16 @@ class Saving(_BaseTrainer):
         value model.
         """
         self.save_model(str(save_directory), _internal_call=True)
+
+    def merge_and_save(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the policy as a plain checkpoint, its adapter merged into its base: see `models.merge_and_save`.
+
+        To be called on every process; one of them writes.
+        """
+        if self.args.should_save:
+            policy = self.accelerator.unwrap_model(self.model).policy
+            merge_and_save(policy, save_directory, self.processing_class, **kwargs)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

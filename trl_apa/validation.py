@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from trl_apa.models.policy_and_value import PolicyAndValue
+from trl_apa.models.value_model import ValueModel
 
 
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
@@ -64,6 +66,15 @@ def check_networks_are_apart(
                 f"optimizer lacks {len(trained - held)} of the {len(trained)} trainable tensors of model; make it "
                 "after adapters were added, over all parameters that require a gradient"
             )
+
+
+def check_value_model_reads(tokenizer: PreTrainedTokenizerBase, value_model: nn.Module) -> None:
+    """Raise ValueError if a value model of its own does not know every token id of the policy's tokenizer."""
+    if not isinstance(value_model, ValueModel):
+        return
+    known = value_model.network.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):
+        raise ValueError(f"value_model knows {known} token ids; the policy's tokenizer has {len(tokenizer)}")
 
 
 def check_step_inputs(

@@ -2,7 +2,9 @@
 
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.critic import resolve_value_model
+from trl_apa.models.loaders import load_policy, load_reward_model, load_value_model
 from trl_apa.models.loading import load_language_model
+from trl_apa.models.merging import merge_and_save
 from trl_apa.models.policy_and_value import (
     VALUE_MODEL_FOLDER,
     PolicyAndValue,
@@ -38,7 +40,11 @@ __all__ = [
     "freeze_all_but",
     "independent_copy",
     "load_language_model",
+    "load_policy",
     "load_policy_and_value",
+    "load_reward_model",
+    "load_value_model",
+    "merge_and_save",
     "reference_policy",
     "resolve_value_model",
     "reward_adapter_of",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 
@@ -46,6 +46,19 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def add_adapter(policy: PeftModel, adapter_name: str, config: PeftConfig, argument: str) -> None:
+    """Put one more adapter on `policy`, which changes nothing about those that it has.
+
+    Raises:
+        ValueError: naming `argument`, if the adapter does not fit the base.
+    """
+    try:
+        with trainable_as_before(policy):  # peft 0.19 switches the flags of the adapters that were there
+            policy.add_adapter(adapter_name, config)
+    except ValueError as error:
+        raise ValueError(f"{argument} does not fit the policy's base: {error}") from error
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

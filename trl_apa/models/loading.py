@@ -1,7 +1,9 @@
 """Language models from folders and the hub: whole ones, and adapters on the base that they name."""
 
+import os
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -55,3 +57,9 @@ def refuse_prompt_learning(peft_config: PeftConfig) -> None:
     """Raise ValueError for adapters that change the sequence instead of the weights."""
     if peft_config.is_prompt_learning:
         raise ValueError(f"{peft_config.peft_type.value} adapters are not supported; use LoRA or another")
+
+
+def process_device() -> str:
+    """The device of this process, known before accelerate is set up, which the trainer's config decides about."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"

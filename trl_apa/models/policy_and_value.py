@@ -190,19 +190,23 @@ class PolicyAndValue(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.policy.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Gradient checkpointing of both networks, under the name that newer transformers' Trainer looks for first."""
         for network in self._networks():
             either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
-                gradient_checkpointing_kwargs
+                activation_checkpointing_kwargs, **kwargs
             )
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         for network in self._networks():
             either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
-    # The names that newer transformers' Trainer looks for first.
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def _networks(self) -> Iterator[nn.Module]:
         yield self.policy

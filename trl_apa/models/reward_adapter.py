@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import forward_parameters
-from trl_apa.models.adapters import adapter_parameters, in_eval_mode, only_adapter, trainable_as_before
+from trl_apa.models.adapters import adapter_parameters, add_adapter, in_eval_mode, only_adapter
 
 
 DEFAULT_NAME = "reward_adapter"
@@ -70,8 +70,7 @@ def _add_frozen_adapter(
 ) -> None:
     if adapter_name in policy.peft_config:
         raise ValueError(f"reward_adapter_name={adapter_name!r} is taken: the policy has {list(policy.peft_config)}")
-    with trainable_as_before(policy):  # peft 0.19 switches the flags of the adapters that were there
-        policy.add_adapter(adapter_name, config)
+    add_adapter(policy, adapter_name, config, f"reward_adapter={path!r}")
     unexpected, missing = load_adapter_weights(policy, adapter_name, weights)
     for parameter in adapter_parameters(policy, adapter_name).values():
         parameter.requires_grad_(False)

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.models.adapters import adapter_parameters, only_adapter, trainable_as_before, trains_its_adapter_only
+from trl_apa.models.adapters import adapter_parameters, add_adapter, only_adapter, trains_its_adapter_only
 from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.reward_adapter import load_adapter_weights, score_layer
 from trl_apa.models.value_model import (
@@ -71,10 +71,10 @@ class AdapterValueModel(nn.Module):
             head = ValueHead(output_width(policy.get_base_model()))
         else:
             config, weights, head = _read(str(source))
-        with trainable_as_before(policy):
-            policy.add_adapter(VALUE_ADAPTER, config)
+        argument = "value_model='adapter'" if source is None else f"value_model='adapter:{source}'"
+        add_adapter(policy, VALUE_ADAPTER, config, argument)
         if weights is not None:
-            _fill(policy, str(source), weights)
+            _fill(policy, argument, weights)
         in_trunk = {id(parameter) for parameter in policy.get_base_model().base_model.parameters()}
         for parameter in adapter_parameters(policy, VALUE_ADAPTER).values():
             # One on the vocabulary head would never have a gradient.
@@ -117,6 +117,8 @@ def _check_base(policy: nn.Module) -> None:
 def _config_like(policy: PeftModel) -> PeftConfig:
     config = copy.deepcopy(policy.peft_config[policy.active_adapter])
     config.modules_to_save, config.inference_mode = None, False
+    if hasattr(config, "bias"):
+        config.bias = "none"  # a bias belongs to the base, which stays as it is
     if hasattr(config, "init_lora_weights"):
         # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
         config.init_lora_weights = True
@@ -138,9 +140,9 @@ def _read(source: str) -> tuple[PeftConfig, dict[str, Tensor], ValueHead]:
     return config, weights, head
 
 
-def _fill(policy: PeftModel, source: str, weights: dict[str, Tensor]) -> None:
+def _fill(policy: PeftModel, argument: str, weights: dict[str, Tensor]) -> None:
     unexpected, missing = load_adapter_weights(policy, VALUE_ADAPTER, weights)
     if unexpected or missing:
         policy.delete_adapter(VALUE_ADAPTER)
         name = (unexpected or missing)[0]
-        raise ValueError(f"value_model='adapter:{source}' does not fit the policy's base, {name!r} first")
+        raise ValueError(f"{argument} does not fit the policy's base, {name!r} first")

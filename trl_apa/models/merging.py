@@ -1,0 +1,63 @@
+"""An adapter put into its base for good: a plain checkpoint without peft."""
+
+import os
+import tempfile
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from trl_apa._trl import is_peft_model
+from trl_apa.models.copying import independent_copy
+from trl_apa.models.loading import load_language_model
+from trl_apa.models.value_model import save_network
+
+
+def merge_and_save(
+    source: str | os.PathLike | nn.Module,
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write the policy as a checkpoint that `AutoModelForCausalLM` (or `AutoModelForSeq2SeqLM`) loads without peft.
+
+    Only the active adapter is merged: others on the base (value, reward, reference) stay out. A base that is quantised
+    is loaded anew, whole, so that nothing is lost to its rounding; any other is copied as it is in memory.
+
+    Args:
+        source: a policy with adapters, or the folder or hub name of a saved one. One without adapters is written as it
+            is.
+        path: a folder, made if it is not there.
+        tokenizer: written beside the model; by default the one that lies with `source`, if that is a name.
+        kwargs: passed on to `from_pretrained` of a base that is loaded (`dtype`, `device_map`, ...), which without
+            `dtype` is float32. With any of them the base is loaded anew in any case.
+
+    Raises:
+        ValueError: if a base is to be loaded anew and its adapter does not say where it came from.
+        OSError: if there is no such checkpoint.
+    """
+    if isinstance(source, nn.Module):
+        _merged_copy(source, kwargs).save_pretrained(path)
+    else:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        _merged(os.fspath(source), kwargs).save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    if not is_peft_model(policy):
+        return policy
+    active = policy.active_adapter
+    if not kwargs and not getattr(policy, "is_quantized", False):
+        return independent_copy(policy).merge_and_unload(adapter_names=[active])
+    if not policy.peft_config[active].base_model_name_or_path:
+        raise ValueError("the base of the policy has to be loaded anew, but its adapter does not say from where")
+    with tempfile.TemporaryDirectory() as folder:
+        save_network(policy, folder, policy.state_dict())
+        return _merged(folder, kwargs)
+
+
+def _merged(path: str, kwargs: dict[str, Any]) -> nn.Module:
+    model = load_language_model(path, **kwargs)
+    return model.merge_and_unload() if is_peft_model(model) else model
