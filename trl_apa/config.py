@@ -13,6 +13,7 @@ from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 from trl_apa.core import flatten_dict
 from trl_apa.reporting import check_trackers
+from trl_apa.vllm_options import VLLMOptions
 
 
 LOSS_TYPES = ("apa", "awr", "ppo")
@@ -60,10 +61,11 @@ def _switch(help: str) -> Any:
 
 
 @dataclass
-class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
+class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
-    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here.
+    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
+    those of vLLM in [`VLLMOptions`](trl_apa/vllm_options.py).
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
@@ -268,6 +270,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         self._fill_by_loss_type()
         self._check_ranges()
         self._check_hub_options()
+        self._check_vllm()
         self._fill_batch_sizes()
         self._fill_aliases()
         if self.optimize_device_cache and self.torch_empty_cache_steps is None:

@@ -173,7 +173,7 @@ class TrainingLoop(_BaseTrainer):
         self._timer = timer = StageTimer()
         try:
             with random_state_restored_on_error():
-                inputs = self._on_all_processes(lambda: self._scored_responses(timer))
+                inputs = self._scored_responses(timer)
         except Exception:
             self._save_what_was_learned()
             raise
@@ -224,26 +224,32 @@ class TrainingLoop(_BaseTrainer):
         # As many on every process; those at the end may be asked twice.
         rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
 
-        def answered() -> tuple[list[Tensor], list[Tensor], Scores]:
-            queries = [self._query(row) for row in rows]
-            responses = self._respond(queries, do_sample=False)
-            return queries, responses, self._scores(rows, queries, responses)
-
         self._start_reporters()
-        self._log_completions(rows, *self._on_all_processes(answered))
+        queries = self._on_all_processes(lambda: [self._query(row) for row in rows])
+        responses = self._respond_on_all_processes(queries, do_sample=False)
+        scores = self._on_all_processes(lambda: self._scores(rows, queries, responses))
+        self._log_completions(rows, queries, responses, scores)
 
     def _scored_responses(self, timer: StageTimer) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor], Scores]:
         """Rows, queries, responses and scores of the next iteration."""
+        rows, queries = self._on_all_processes(self._next_queries)
+        with timer("generate"):
+            responses = self._respond_on_all_processes(queries)
+
+        def scored() -> Scores:
+            with timer("score"):
+                scores = self._scores(rows, queries, responses)
+            policy = self.accelerator.unwrap_model(self.model).policy
+            check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
+            return scores
+
+        return rows, queries, responses, self._on_all_processes(scored)
+
+    def _next_queries(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """This process's rows of the next iteration, each `num_generations` times, and their token ids."""
         rows = self._source.rows(self.num_iterations_done)
         rows = [row for row in rows for _ in range(self.args.num_generations)]
-        queries = [self._query(row) for row in rows]
-        with timer("generate"):
-            responses = self._respond(queries)
-        with timer("score"):
-            scores = self._scores(rows, queries, responses)
-        policy = self.accelerator.unwrap_model(self.model).policy
-        check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
-        return rows, queries, responses, scores
+        return rows, [self._query(row) for row in rows]
 
     def _save_what_was_learned(self) -> None:
         """A checkpoint between two optimizer steps, unless this run has saved one of this step already."""
@@ -275,6 +281,12 @@ class TrainingLoop(_BaseTrainer):
         pair = responses if isinstance(responses, tuple) else (responses,)
         pair = tuple([response[1:] for response in part] for part in pair)
         return pair if isinstance(responses, tuple) else pair[0]
+
+    def _respond_on_all_processes(self, queries: list[Tensor], **options: Any) -> Any:
+        """`_respond`, failing everywhere if it fails in one process; with vLLM that sees to it by itself."""
+        if self.vllm is not None:
+            return self._respond(queries, **options)
+        return self._on_all_processes(lambda: self._respond(queries, **options))
 
     def _texts(
         self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]

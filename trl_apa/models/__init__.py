@@ -2,6 +2,7 @@
 
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.loading import load_language_model
+from trl_apa.models.merging import merged_parameters
 from trl_apa.models.policy_and_value import (
     VALUE_MODEL_FOLDER,
     PolicyAndValue,
@@ -35,6 +36,7 @@ __all__ = [
     "independent_copy",
     "load_language_model",
     "load_policy_and_value",
+    "merged_parameters",
     "reference_policy",
     "resolve_value_model",
     "reward_adapter_of",
