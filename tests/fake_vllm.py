@@ -1,7 +1,7 @@
 """What TRL's classes call of vLLM, done by transformers: the real thing needs a GPU and gigabytes.
 
-The engine runs on behind the ends of responses, as vLLM may behind a stop string. What it is sent over the wire it keeps
-until it has all of it, as vLLM does.
+The engine runs on behind the ends of responses, as vLLM may behind a stop string. What it is sent over the wire it
+keeps until it has all of it, as vLLM does.
 """
 
 import sys

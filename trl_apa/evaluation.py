@@ -97,9 +97,10 @@ def _measure(
         both: responses of the policy, and of pi_init.
     """
     responses, ref_responses = both
-    scores = trainer._scores(rows, queries, responses)
+    texts = trainer._texts(rows, queries, responses)
+    scores = trainer._scores(texts, rows, queries, responses)
     reward_B = scores.total_B
-    ref_scores = trainer._scores(rows, queries, ref_responses)
+    ref_scores = trainer._scores(trainer._texts(rows, queries, ref_responses), rows, queries, ref_responses)
     ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
     kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)
