@@ -58,7 +58,7 @@ def _switch(help: str) -> Any:
     return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
-@dataclass
+@dataclass(repr=False)  # a generated one would show keys
 class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
