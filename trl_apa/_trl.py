@@ -1,6 +1,9 @@
 """The only importer of what TRL does not document as public, so that a TRL release breaks one file at most."""
 
+from typing import Any
+
 from accelerate.utils import is_peft_model
+from trl.import_utils import is_vllm_available
 from trl.models import prepare_deepspeed
 from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.base_config import _BaseConfig
@@ -9,6 +12,7 @@ from trl.trainer.utils import (
     entropy_from_logits,
     print_prompt_completions_sample,
     selective_log_softmax,
+    selective_log_softmax_and_entropy,
 )
 
 
@@ -18,8 +22,18 @@ __all__ = [
     "add_hooks",
     "entropy_from_logits",
     "is_peft_model",
+    "is_vllm_available",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "remove_hooks",
     "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
+    "vllm_generation_class",
 ]
+
+
+def vllm_generation_class() -> Any:
+    """TRL's class that talks to vLLM; importing it imports vLLM where that is installed."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration

@@ -9,7 +9,7 @@ from trl_apa._trl import _BaseTrainer
 from trl_apa.advantages import gae
 from trl_apa.iteration import Iteration
 from trl_apa.kl import kl_estimate, kl_full
-from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.masking import keep_counted, masked_whiten
 from trl_apa.models import reference_policy
 from trl_apa.rewards import kl_penalized_rewards, shape_scores, token_rewards
@@ -45,9 +45,10 @@ class Experience(_BaseTrainer):
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        order = rollouts.by_length(range(len(rollouts)))
         for start in range(0, len(rollouts), size):
-            rows = range(start, min(start + size, len(rollouts)))
-            batch = rollouts.micro_batch(rows, self._pad_token_id)
+            packed = self._packed and not full_kl
+            batch = rollouts.micro_batch(order[start : start + size], self._pad_token_id, packed)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
@@ -70,8 +71,9 @@ class Experience(_BaseTrainer):
         with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
             if reference is policy:
                 return self._module_to_call(**self._model_inputs(batch), with_value=False, with_logits=with_logits)
-            logits_BRV, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
-        return {"logprobs": sampled_logprobs(logits_BRV, batch), "logits": logits_BRV}
+            reading = (reference, self._tokens(batch), width, self.args.temperature)
+            outputs = policy_outputs(*reading, with_logits=with_logits, own_forward=self._is_sharded)
+        return {"logprobs": outputs.logprobs_BR, "logits": outputs.logits_BRV}
 
     @property
     def _module_to_call(self) -> nn.Module:
@@ -116,6 +118,9 @@ class Experience(_BaseTrainer):
         """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
         epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
         size = self.args.per_device_train_batch_size
+        if size < self.args.backward_batch_size and not self._packed:
+            # Neighbours are padded together; which rows share an optimizer step stays as drawn.
+            epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
         return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
 
     def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:

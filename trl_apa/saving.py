@@ -38,14 +38,6 @@ class Saving(_BaseTrainer):
         """
         self.save_model(str(save_directory), _internal_call=True)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Whole weights of policy and value model, whatever the engine; all processes call it."""
-        if self._is_sharded and not self.is_in_train:
-            self._prepare_for_updates()
-        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # the Trainer writes none
-        super().save_model(output_dir, _internal_call)
-
     def merge_and_save(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the policy as a plain checkpoint, its adapter merged into its base: see `models.merge_and_save`.
 

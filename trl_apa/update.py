@@ -45,7 +45,7 @@ class Update(_BaseTrainer):
         if self._iteration is None or self._iteration.finished:
             self._collect_iteration()
         iteration = self._iteration
-        batch = iteration.next_micro_batch(self._pad_token_id)
+        batch = iteration.next_micro_batch(self._pad_token_id, self._packed)
         module, losses = self.accelerator.unwrap_model(model), []
         ends_step = self.accelerator.sync_gradients
         for number, networks in enumerate(module.passes, 1):
