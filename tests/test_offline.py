@@ -339,6 +339,30 @@ def test_the_held_out_numbers_are_those_of_the_samples(tmp_path):
         trainer_of(tmp_path, ragged_rows()).evaluate()
 
 
+@pytest.mark.parametrize("loss_type", ["awr", "ilql"])
+def test_gradient_checkpointing_changes_neither_the_update_nor_the_samples(tmp_path, loss_type):
+    runs = {}
+    for checkpointing in (False, True):
+        sampled = []
+
+        def reward(completion_ids, sampled=sampled, **columns):
+            sampled.extend(completion_ids)
+            return [0.0] * len(completion_ids)
+
+        given = {"eval_dataset": [{"prompt": "w5 w6 w7"}, {"prompt": "w8"}], "reward_funcs": reward}
+        options = {"gradient_checkpointing": checkpointing, "max_completion_length": 8, "value_epochs": 1}
+        trainer = trainer_of(
+            tmp_path, ragged_rows(), trainer_kwargs=given, loss_type=loss_type, max_steps=2, **options
+        )
+        trainer.train()
+        trainer.evaluate()
+        assert trainer.networks.is_gradient_checkpointing == checkpointing
+        runs[checkpointing] = (sampled, list(trainer.networks.parameters()))
+    assert runs[True][0] == runs[False][0] and max(map(len, runs[True][0])) > 3
+    for with_it, without in zip(runs[True][1], runs[False][1], strict=True):
+        torch.testing.assert_close(with_it, without, rtol=0, atol=1e-6)
+
+
 # ---- rows and options ----
 
 

@@ -12,11 +12,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_apa.commands.models import load_reward_model
 from trl_apa.commands.rows import demonstration
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import iter_rows
-from trl_apa.models import load_language_model
+from trl_apa.models import load_language_model, load_reward_model
 from trl_apa.winrate import (
     Judge,
     JudgeError,
@@ -198,7 +197,7 @@ def make_judge(options: argparse.Namespace) -> Judge:
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
     dtype = getattr(torch, options.dtype)
     if _is_classifier(name, options.trust_remote_code):
-        model = load_reward_model(name, options.trust_remote_code).to(device, dtype)
+        model = load_reward_model(name, trust_remote_code=options.trust_remote_code).to(device, dtype)
         return RewardModelJudge(model, tokenizer, _fingerprint(name, model), options.tie_margin, options.batch_size)
     model = load_language_model(name, is_trainable=False, dtype=dtype, trust_remote_code=options.trust_remote_code)
     return LanguageModelJudge(model.to(device), tokenizer, _fingerprint(name, model), options.batch_size)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -329,13 +329,24 @@ class OfflineAPATrainer(Saving):
 
     @contextmanager
     def learned_policy(self) -> Iterator[nn.Module]:
-        """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift."""
-        policy = self.networks.policy
-        if self.args.loss_type != "ilql":
-            yield policy
-            return
-        with advantage_shifted(policy, self.networks.value_model, self.args.ilql_beta):
-            yield policy
+        """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift.
+
+        Without gradient checkpointing meanwhile, under which layers forget their cache: what is sampled then follows
+        from the last token alone.
+        """
+        networks, args = self.networks, self.args
+        checkpointing = networks.is_gradient_checkpointing
+        shifted = nullcontext(networks.policy)
+        if args.loss_type == "ilql":
+            shifted = advantage_shifted(networks.policy, networks.value_model, args.ilql_beta)
+        if checkpointing:
+            networks.gradient_checkpointing_disable()
+        try:
+            with shifted as policy:
+                yield policy
+        finally:
+            if checkpointing:
+                networks.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
