@@ -17,15 +17,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
-from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
+from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.data.sources import Row
 from trl_apa.models import load_reward_model
+from trl_apa.offline import OfflineConfig
 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
-WITH_YAML = {"sft": sft, "reward": reward, "train": train, "evaluate": evaluate, "generate": generate}
+WITH_YAML = {"sft": sft, "reward": reward, "train": train, "offline": offline}
+WITH_YAML |= {"evaluate": evaluate, "generate": generate}
 
 
 def run(command, *argv):
@@ -365,6 +368,7 @@ IN_SMALL = {
     "reward": f"{SHORT} --bf16 no",
     "train": f"{SHORT} {SAMPLING} --batch_size 8 --num_epochs_per_batch 1 --eval_steps 2 --save_steps 2 "
     "--max_eval_rows 4",
+    "offline": f"{SHORT} {SAMPLING} --eval_steps 2 --value_epochs 1 --max_train_rows 12 --max_eval_rows 4",
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
     "winrate": "--use_cpu",
@@ -455,6 +459,34 @@ def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
     assert all(row["objective/kl"] is not None for row in history if "apa/mean_scores" in row)
     assert [row["step"] for row in history if "eval_reward" in row] == [2, 3, 4]
     assert (pipeline / "apa" / "checkpoint-4").is_dir()
+
+
+def test_the_pipeline_learns_offline_from_labelled_responses(pipeline):
+    history = json.loads((pipeline / "offline" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "policy/weight" in row] == [1, 2, 3]
+    assert [row["step"] for row in history if "eval_reward" in row] == [2, 3]
+    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in ("sft", "offline")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_rows_with_rewards_are_taken_and_preferences_are_labelled():
+    given = {"prompt": "a", "completion": "b", "reward": 2.0, "n": 1}
+    assert offline.response_with_reward(Row(1, given)) == given
+    pair = offline.response_with_reward(Row(2, hh_rows(1)[0]))
+    rows = offline.labelled(
+        [given, pair], [lambda completions, **_: [1.0] * 2], byte_tokenizer(), OfflineConfig(use_cpu=True)
+    )
+    assert [(row["completion"], row["reward"]) for row in rows] == [
+        ("b", 2.0),
+        (" It is 0.", 1.0),
+        (" I do not know.", 1.0),
+    ]
+    assert offline.prompts_of([given, {**given, "n": 2}, pair]) == [
+        {"prompt": "a", "n": 1},
+        {"prompt": pair["prompt"]},
+    ]
+    with pytest.raises(ValueError, match="has chat messages"):
+        offline.response_with_reward(Row(3, {"chosen": MESSAGES, "rejected": MESSAGES}))
 
 
 def test_the_pipeline_compares_checkpoints(pipeline):

@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": ("trl_apa.commands.sft", "supervised fine-tuning with TRL's SFTTrainer"),
     "reward": ("trl_apa.commands.reward", "a reward model from preferences with TRL's RewardTrainer"),
     "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
+    "offline": ("trl_apa.commands.offline", "learn from fixed responses with APA, AWR or ILQL"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
     "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),

@@ -331,8 +331,7 @@ class OfflineAPATrainer(Saving):
     def learned_policy(self) -> Iterator[nn.Module]:
         """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift.
 
-        Without gradient checkpointing meanwhile, under which layers forget their cache: what is sampled then follows
-        from the last token alone.
+        Without gradient checkpointing meanwhile, under which layers keep no cache.
         """
         networks, args = self.networks, self.args
         checkpointing = networks.is_gradient_checkpointing
