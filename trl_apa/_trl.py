@@ -8,6 +8,7 @@ from trl.trainer.utils import (
     entropy_from_logits,
     print_prompt_completions_sample,
     selective_log_softmax,
+    selective_log_softmax_and_entropy,
 )
 
 
@@ -18,5 +19,6 @@ __all__ = [
     "is_peft_model",
     "print_prompt_completions_sample",
     "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
     "unwrap_model_for_generation",
 ]

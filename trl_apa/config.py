@@ -172,6 +172,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             Of sampling, and of the log-probs in the update.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
             Of sampling. The losses assume the whole distribution: leave both off unless you know why not.
+        padding_free (`bool`, *optional*):
+            Run the networks on the tokens of a micro-batch in one row, without padding. By default wherever they are
+            seen to compute the same from it; `True` raises elsewhere, `False` pads.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value model. Defaults to `learning_rate`.
         num_unfrozen_layers (`int`, *optional*):
@@ -250,6 +253,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
     top_p: float = _option(1.0, "Of sampling.")
     top_k: int = _option(0, "Of sampling; 0 is off.")
+    padding_free: bool | None = _switch("No padding in the update; by default wherever that is exact.")
     value_learning_rate: float | None = _option(None, "Learning rate of the value model.")
     num_unfrozen_layers: int | None = _option(None, "Train only the highest layers of each network; all by default.")
     steps: int = _option(20000, "Rollouts a process will see in the classic loop.")

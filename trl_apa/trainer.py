@@ -31,6 +31,7 @@ from trl_apa.models import (
     reference_policy,
 )
 from trl_apa.optimization import split_off_value_groups
+from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
@@ -197,6 +198,7 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
+        self._packed = self._can_pack()
         self._note_what_scripts_read()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
@@ -204,6 +206,17 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin()
+
+    def _can_pack(self) -> bool:
+        """Whether micro-batches go without padding through every network.
+
+        Not where a wrapper's forward has to be called, nor where each new set of lengths would be compiled anew.
+        """
+        wrapped = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled
+        if (wrapped or self.args.torch_compile) and self.args.padding_free:
+            raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
+        networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        return not (wrapped or self.args.torch_compile) and pack_if_exact(networks, self.args.padding_free)
 
     def _note_what_scripts_read(self) -> None:
         args, module = self.args, self.model
