@@ -97,9 +97,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_before_anything_is_load
     assert refused(capsys, command, "--xyzzy=1") == f"trl-apa {command}: unknown option '--xyzzy'"
 
 
-@pytest.mark.parametrize("command", ["plot", "env", "winrate"])
+@pytest.mark.parametrize("command", ["plot", "env", "winrate", "paper"])
 def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
-    arguments = {"plot": ["somewhere"], "winrate": "a b --judge local --judge_model c".split()}.get(command, [])
+    arguments = {
+        "plot": ["somewhere"],
+        "winrate": "a b --judge local --judge_model c".split(),
+        "paper": ["fig3", "--scale", "mini"],
+    }.get(command, [])
     assert "unrecognized arguments: --xyzzy" in refused(capsys, command, *arguments, "--xyzzy", "1")
 
 
@@ -425,6 +429,7 @@ IN_SMALL = {
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
     "winrate": "--use_cpu",
+    "paper": "--iterations 2 --batch_size 8 --sft_steps 3 --num_pairs 16 --reward_steps 2",
 }
 
 
@@ -558,6 +563,15 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
     assert len({sample["prompt"] for sample in samples}) == len(samples)
     for name in plot.FIGURES:
         assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
+    curves = json.loads((pipeline / "paper" / "fig8-mini" / "fig8.json").read_text())["in small"]
+    assert (
+        set(curves) == {"adaptive KL", "no KL control"} and (pipeline / "paper" / "fig8-mini" / "fig8.png").is_file()
+    )
+    assert all(curve["kl"]["mean"][0] == pytest.approx(0.0, abs=1e-5) for curve in curves.values())
+    assert curves["adaptive KL"]["reward"]["steps"] == [0, 2]
 
 
 def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):

@@ -21,6 +21,7 @@ COMMANDS = {
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
     "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
     "merge": ("trl_apa.commands.merge", "an adapter put into its base, as a plain checkpoint"),
+    "paper": ("trl_apa.commands.paper", "the curves of one of the paper's figures, and their picture"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
     "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),
 }

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
-        if launch("offline", argv, values["accelerate_config"], values["num_processes"]):
+        if launch("offline", argv, values):
             return 0
         data, rewards, model, others, config, _ = parser.build(values)
         name, trust = model.model_name_or_path, rewards.trust_remote_code
