@@ -335,6 +335,8 @@ def test_the_held_out_numbers_are_those_of_the_samples(tmp_path):
     # the same luck every time
     trainer.evaluate()
     assert [ids for _, _, batch in seen[2:] for ids in batch] == ids
+    parts = trainer.evaluate({"odd": prompts[::2], "even": prompts[1:2]})
+    assert (parts["eval_odd_reward"], parts["eval_even_reward"]) == (4.0, 4.0)
     with pytest.raises(ValueError, match="needs eval_dataset"):
         trainer_of(tmp_path, ragged_rows()).evaluate()
 
@@ -378,6 +380,8 @@ def test_both_responses_of_a_pair_are_labelled_once():
         {"prompt": "w3", "completion": text, "reward": value}
         for text, value in ((" w5 w5", 2), (" w6", 1), (" w7", 1))
     ]
+    with pytest.raises(ValueError, match="reward_funcs has 'adapter'"):
+        label_pairs(pairs, "adapter:some/path", tiny_tokenizer())
 
 
 def test_texts_end_with_eos_and_long_rows_are_cut(tmp_path):

@@ -358,6 +358,9 @@ class OfflineAPATrainer(Saving):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.scorer is None:
             raise ValueError("evaluate() needs eval_dataset, held-out prompts, and reward_funcs")
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
         measured = held_out_reward(self, as_rows(dataset))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
