@@ -1,6 +1,8 @@
 """The documentation tells the truth: its scripts run, its links lead somewhere, and what it names exists."""
 
 import ast
+import gzip
+import json
 import os
 import re
 import subprocess
@@ -255,6 +257,20 @@ def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoin
     assert trainer.state.global_step == 12
 
 
+def test_the_script_of_the_page_on_offline_learning_runs(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = [f"\n\nHuman: {number}?\n\nAssistant:" for number in range(20)]
+    rows = [{"chosen": f"{prompt} Yes.", "rejected": f"{prompt} I do not know."} for prompt in prompts]
+    (tmp_path / "preferences.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (script,) = fenced(ROOT / "docs" / "offline.md", "python")
+    script = script.replace("OfflineConfig(\n", "OfflineConfig(\n    use_cpu=True,\n")
+    namespace = {}
+    exec(compile(with_paths(script, checkpoints), "offline.md", "exec"), namespace)
+    rewards = [row["eval_reward"] for row in namespace["trainer"].state.log_history if "eval_reward" in row]
+    assert 2 <= len(rewards) <= 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "awr")
+
+
 def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (readme,) = fenced(ROOT / "README.md", "python")
@@ -262,12 +278,14 @@ def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monke
     exec(with_paths(readme.partition("trainer = ")[0], checkpoints), namespace)
     namespace["config"].use_cpu = True
     blocks = fenced(ROOT / "docs" / "quickstart.md", "python")
-    assert len(blocks) == 5
-    references = []
+    assert len(blocks) == 6
+    references, trainers = [], []
     for block in blocks:
         exec(compile(with_paths(block, checkpoints), "quickstart.md", "exec"), namespace)
+        trainers.append(namespace["trainer"])
         references.append(namespace["trainer"].ref_model)
-    lora, sft_adapter, reward_model, loaded, _ = references
+    lora, one_base, sft_adapter, reward_model, loaded, _ = references
+    assert one_base is None and trainers[1].model.base_is_shared and trainers[1].model.policy.is_loaded_in_8bit
     assert namespace["config"].report_to == ["wandb", "tensorboard"]
     assert lora is None and sft_adapter is None and reward_model is not None and loaded is not None
     assert namespace["stats"]["tokens/counted"] > 0

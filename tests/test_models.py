@@ -29,6 +29,7 @@ from trl_apa.models import (
     independent_copy,
     resolve_value_model,
 )
+from trl_apa.models.quantization import use_one_kernel
 from trl_apa.rollouts import pad_tokens
 
 
@@ -119,11 +120,9 @@ def test_the_models_config_is_saved_as_it_came(tmp_path):
 def test_a_value_model_from_a_reward_model_starts_as_its_score(tmp_path):
     classifier = reward_model()
     value_model = resolve_value_model(classifier, tiny_model())
-    ids = torch.cat([torch.tensor([5, 6, 7, 8]), torch.tensor([9])])[None]
-    ones = torch.ones_like(ids)
-    tokens = {"input_ids": ids, "attention_mask": ones, "position_ids": torch.arange(5)[None]}
+    tokens = pad_tokens([torch.tensor([5, 6, 7, 8])], [torch.tensor([9])], 0)
     with torch.no_grad():
-        score = classifier(input_ids=ids[:, :4], attention_mask=ones[:, :4]).logits[0, 0]
+        score = classifier(**{name: tokens[name][:, :4] for name in ("input_ids", "attention_mask")}).logits[0, 0]
         # V of the state before the fifth token is the score of the first four.
         value = value_model(tokens, 1)[0, 0]
     assert float(value) == pytest.approx(float(score), rel=1e-5)
@@ -402,6 +401,28 @@ def test_a_quantised_policy_trains_its_adapter(tmp_path, bits):
     assert len(trainer.generate(tiny_rollouts()[0], return_prompt=False, max_new_tokens=3)) == 4
     trainer.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+def test_a_4bit_layer_computes_the_same_in_eval_mode_and_stays_trainable(tmp_path):
+    """As on a CPU with AVX512-BF16, where bitsandbytes packs weights in eval mode for a kernel without gradient."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer = layer.to("cpu").requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = layer.train()(x)
+    packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed, state
+    layer.support_avx512bf16_for_cpu = True
+    use_one_kernel(layer)
+    for mode in (layer.eval(), layer.train()):
+        # Packing had rounded the scale of each block to bfloat16, whose numbers are 2^-8 apart.
+        torch.testing.assert_close(mode(x), expected, rtol=0, atol=2**-8 * float(x.abs().sum(1).max()))
+        assert torch.equal(mode(x), layer(x))
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    x.requires_grad_(True)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def test_lora_trains_adapters_and_value_head_and_nothing_else(tmp_path):

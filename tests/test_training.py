@@ -77,6 +77,15 @@ def test_train_is_the_classic_loop(tmp_path, loss_type, accumulation):
         assert last[name] == pytest.approx(stats[name], rel=1e-6), name
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = trainer_for(tmp_path)
+    plain.train()
+    checkpointed = trainer_for(tmp_path, gradient_checkpointing=True)
+    checkpointed.train()
+    assert checkpointed.model.is_gradient_checkpointing
+    assert_same(parameters(checkpointed), parameters(plain), tolerance=1e-6)
+
+
 def test_the_log_has_losses_at_every_step_and_statistics_once_an_iteration(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=8, logging_steps=2)
     trainer.train()

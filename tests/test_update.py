@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import ENCODER_DECODERS, FAMILIES, START, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa.masking import masked_mean
@@ -224,6 +225,19 @@ def test_dropout_of_the_model_does_not_reach_the_update(tmp_path):
         model.train()
         results.append(parameters_after_step(learner(tmp_path, model), *rollouts))
     assert_same(*results)
+
+
+def test_compiled_networks_change_nothing(tmp_path):
+    """With dynamo alone: what inductor makes of the graph differs by rounding, and takes a minute."""
+    options = {"ppo_epochs": 2, "mini_batch_size": 4}
+    plain = parameters_after_step(learner(tmp_path, **options), *tiny_rollouts())
+    compiled = learner(tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    assert_same(parameters_after_step(compiled, *tiny_rollouts()), plain)
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert len(compiled.generate(tiny_rollouts()[0], max_new_tokens=2)) == 4
+    compiled.save_pretrained(tmp_path / "saved")
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in compiled.model.policy.state_dict().items())
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

@@ -11,7 +11,7 @@ from trl.trainer.utils import (
     entropy_from_logits,
     print_prompt_completions_sample,
     selective_log_softmax,
-    use_adapter,
+    selective_log_softmax_and_entropy,
 )
 
 
@@ -23,8 +23,8 @@ __all__ = [
     "is_vllm_available",
     "print_prompt_completions_sample",
     "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
     "unwrap_model_for_generation",
-    "use_adapter",
     "vllm_generation_class",
 ]
 

@@ -9,8 +9,8 @@ from transformers import GenerationConfig, set_seed
 
 from trl_apa.generation import decoder_start_token_id, neutral_generation_config
 from trl_apa.kl import AdaptiveKLController, FixedKLController
+from trl_apa.models.adapters import in_eval_mode
 from trl_apa.models.reference import create_reference_model
-from trl_apa.models.reward_adapter import in_eval_mode
 
 
 __all__ = [

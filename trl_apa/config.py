@@ -27,6 +27,36 @@ ONLY_WITH: dict[str, tuple[str, Any]] = {
     "kl_penalty": ("ppo", "kl"),
     "ratio_threshold": ("ppo", 10.0),
 }
+# Options that should be greater than 0 where they are set.
+POSITIVE = (
+    "batch_size",
+    "cliprange",
+    "cliprange_value",
+    "compare_steps",
+    "generation_batch_size",
+    "gradient_accumulation_steps",
+    "horizon",
+    "local_rollout_forward_batch_size",
+    "max_completion_length",
+    "max_kl",
+    "max_prompt_length",
+    "num_completions_to_print",
+    "num_epochs_per_batch",
+    "num_generations",
+    "num_mini_batches",
+    "num_unfrozen_layers",
+    "num_unfrozen_layers",
+    "per_device_train_batch_size",
+    "ratio_threshold",
+    "reward_timeout",
+    "score_clip",
+    "steps",
+    "target",
+    "target_kl",
+    "temperature",
+    "total_episodes",
+    "value_learning_rate",
+)
 # The name a classic script uses -> ours.
 ALIASES = {
     "lam": "gae_lambda",
@@ -142,8 +172,14 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             Of sampling, and of the log-probs in the update.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
             Of sampling. The losses assume the whole distribution: leave both off unless you know why not.
+        padding_free (`bool`, *optional*):
+            Run the networks on the tokens of a micro-batch in one row, without padding. By default wherever they are
+            seen to compute the same from it; `True` raises elsewhere, `False` pads.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value model. Defaults to `learning_rate`.
+        num_unfrozen_layers (`int`, *optional*):
+            Train only so many of the highest layers of the policy and of its separate value model; the paper's HH
+            experiments trained two. The reference shares what is frozen of the policy. Defaults to all layers.
         early_stopping (`bool`, *optional*, defaults to `False`):
             After an epoch over the rollouts whose last mini-batch has moved by more than `1.5 * target_kl` from the
             policy that sampled them, leave out the epochs that remain.
@@ -217,7 +253,9 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
     top_p: float = _option(1.0, "Of sampling.")
     top_k: int = _option(0, "Of sampling; 0 is off.")
+    padding_free: bool | None = _switch("No padding in the update; by default wherever that is exact.")
     value_learning_rate: float | None = _option(None, "Learning rate of the value model.")
+    num_unfrozen_layers: int | None = _option(None, "Train only the highest layers of each network; all by default.")
     steps: int = _option(20000, "Rollouts a process will see in the classic loop.")
     early_stopping: bool = _option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
     target_kl: float = _option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
@@ -375,20 +413,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             )
 
     def _check_ranges(self) -> None:
-        positive = ["batch_size", "num_epochs_per_batch", "gradient_accumulation_steps", "temperature", "steps"]
-        positive += ["max_completion_length", "score_clip", "cliprange", "cliprange_value", "horizon", "target"]
-        positive += [
-            "num_completions_to_print",
-            "max_kl",
-            "reward_timeout",
-            "max_prompt_length",
-            "num_generations",
-            "generation_batch_size",
-        ]
-        positive += ["value_learning_rate", "per_device_train_batch_size", "target_kl", "ratio_threshold"]
-        positive += ["compare_steps", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size"]
-        if self.loss_type != "ppo":
-            positive.append("kl_coef")
+        positive = [*POSITIVE, "kl_coef"] if self.loss_type != "ppo" else POSITIVE
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:

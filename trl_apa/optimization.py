@@ -1,17 +1,19 @@
 """The parameter groups of the one optimizer that trains policy and value model."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 
 def add_value_parameters(
-    optimizer: torch.optim.Optimizer | None, value_model: nn.Module, value_learning_rate: float | None
+    optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], value_learning_rate: float | None
 ) -> None:
     """A caller's optimizer was made before the value model existed: give it those parameters too."""
     if optimizer is None:
         return
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [p for p in value_model.parameters() if p.requires_grad and id(p) not in known]
+    missing = [p for p in parameters if p.requires_grad and id(p) not in known]
     if value_learning_rate is not None:
         optimizer.add_param_group({"params": missing, "lr": value_learning_rate})
     else:
@@ -19,10 +21,10 @@ def add_value_parameters(
 
 
 def split_off_value_groups(
-    optimizer: torch.optim.Optimizer, value_model: nn.Module, value_learning_rate: float
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], value_learning_rate: float
 ) -> None:
     """Move the value model's parameters to groups that are like their own but for the learning rate."""
-    of_value = {id(p) for p in value_model.parameters()}
+    of_value = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in of_value]
         group["params"] = [p for p in group["params"] if id(p) not in of_value]

@@ -19,7 +19,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import is_conversational
 
 from trl_apa.logprobs import network_inputs
+from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.rollouts import pad_queries
+
+
+# As a reward function: the reward model on the policy's own base.
+ADAPTER = "adapter"
 
 
 class RewardModel:
@@ -85,6 +90,45 @@ class RewardModel:
         rows = torch.arange(len(sequences), device=hidden_BTH.device)
         last_BH = hidden_BTH[rows, tokens["attention_mask"].sum(1) - 1]
         return head(last_BH.to(head.weight.dtype))[:, 0].float().tolist()
+
+
+class AdapterReward:
+    """Scores of a reward model that is an adapter on the policy's own base, after the last token of each response.
+
+    Args:
+        module: holds the policy, and gets the reward adapter if it has none.
+        path: folder or hub name of an adapter with one label, trained on the policy's base; None for the adapter that
+            the policy came with.
+        batch_size: sequences a forward pass.
+
+    Raises:
+        ValueError: if the adapter does not fit the policy, has several labels, or is the second one; or if there is
+            none.
+    """
+
+    def __init__(self, module: PolicyAndValue, path: str | None = None, batch_size: int = 8):
+        if path is not None:
+            module.add_reward_adapter(path)
+        elif module.reward_adapter is None:
+            raise ValueError(f"reward_funcs={ADAPTER!r}: the policy has no reward adapter; name one, 'adapter:PATH'")
+        if (labels := module.reward_adapter.score.out_features) != 1:
+            raise ValueError(f"reward_funcs={ADAPTER!r}: the reward adapter has {labels} labels; it should have one")
+        self.module, self.batch_size = module, batch_size
+        self.__name__ = os.path.basename((path or "reward_adapter").rstrip("/"))
+
+    @torch.no_grad()
+    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        sequences = [torch.tensor(p + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        scores = [0.0] * len(sequences)
+        device = next(self.module.policy.parameters()).device
+        for start in range(0, len(sequences), self.batch_size):
+            rows = by_length[start : start + self.batch_size]
+            tokens = pad_queries([sequences[row] for row in rows], 0)
+            scores_BT1 = self.module.compute_reward_score(**{name: t.to(device) for name, t in tokens.items()})
+            for row, score in zip(rows, scores_BT1[:, -1, 0].tolist(), strict=True):
+                scores[row] = score
+        return scores
 
 
 @dataclass
@@ -178,7 +222,7 @@ class Scorer:
             calls = []
             for name, function in zip(self.names, self.functions, strict=True):
                 at_work[0] = name
-                extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel) else {}
+                extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel | AdapterReward) else {}
                 with _named(name):
                     calls.append(function(**{**arguments, **extra}))
             if not any(inspect.isawaitable(call) for call in calls):
@@ -287,16 +331,22 @@ async def _gather(calls: list[Any]) -> list[Any]:
 
 
 def reward_functions(
-    functions: Any, processing_classes: Any, policy_tokenizer: PreTrainedTokenizerBase, device: torch.device
+    functions: Any,
+    processing_classes: Any,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    module: PolicyAndValue,
 ) -> list[Callable]:
     """What the trainer's `reward_funcs` and `reward_processing_classes` mean.
 
     Args:
-        functions: one of, or a list of: a callable, a sequence classifier, or folder or hub name of one.
+        functions: one of, or a list of: a callable, a sequence classifier, folder or hub name of one, or
+            "adapter:PATH" for one that is an adapter on the policy's base ("adapter" for the one that is there).
         processing_classes: for each the classifier's tokenizer; None means the one where the classifier came from, or,
             if there is none, that it reads the policy's token ids.
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
         device: where classifiers are put.
+        module: holds the policy.
 
     Raises:
         ValueError: naming what is of another type, or if the lists differ in length.
@@ -310,7 +360,9 @@ def reward_functions(
         )
     made: list[Callable] = []
     for function, tokenizer in zip(functions, processing_classes, strict=True):
-        if isinstance(function, str | os.PathLike):
+        if function == ADAPTER or (isinstance(function, str) and function.startswith(f"{ADAPTER}:")):
+            function = AdapterReward(module, function.removeprefix(ADAPTER).removeprefix(":") or None)
+        elif isinstance(function, str | os.PathLike):
             function = AutoModelForSequenceClassification.from_pretrained(os.fspath(function))
         if isinstance(function, PreTrainedModel | PeftModel):
             tokenizer = tokenizer or _tokenizer_of(function)

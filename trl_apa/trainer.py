@@ -1,20 +1,17 @@
 """`APATrainer`: orchestration of generate -> score -> step. Every stage it calls is a file of its own."""
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -22,35 +19,26 @@ from transformers import (
 )
 
 from trl_apa._trl import is_peft_model, unwrap_model_for_generation
-from trl_apa.advantages import gae
+from trl_apa.assembly import assemble
 from trl_apa.config import APAConfig
+from trl_apa.experience import Experience
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.iteration import Iteration
-from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
-from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
-from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
-from trl_apa.masking import keep_counted, masked_mean, masked_whiten
+from trl_apa.kl import AdaptiveKLController, FixedKLController
+from trl_apa.masking import keep_counted, masked_mean
 from trl_apa.models import (
-    PolicyAndValue,
     ValueModel,
-    build_policy,
-    choose_reference,
-    disable_dropout,
-    load_language_model,
     reference_policy,
-    resolve_value_model,
-    reward_adapter_of,
-    select_adapter,
-    value_head_of,
-    without_value_head,
 )
-from trl_apa.optimization import add_value_parameters, split_off_value_groups
+from trl_apa.optimization import split_off_value_groups
+from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.resuming import StopOnSigterm
-from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
+from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
+from trl_apa.saving import Saving
 from trl_apa.scoring import Scorer, reward_functions
 from trl_apa.statistics import (
     StageTimer,
@@ -61,10 +49,9 @@ from trl_apa.statistics import (
     rollout_statistics,
 )
 from trl_apa.training import EndOfIteration, TrainingLoop
+from trl_apa.update import Update
 from trl_apa.validation import (
     check_has,
-    check_networks_are_apart,
-    check_precision,
     check_step_inputs,
     check_tokens,
     check_type,
@@ -73,7 +60,7 @@ from trl_apa.validation import (
 from trl_apa.vllm_generation import VLLMSampler
 
 
-class APATrainer(TrainingLoop):
+class APATrainer(Experience, Update, Saving, TrainingLoop):
     """
     Advantage-Induced Policy Alignment (arXiv 2306.02231), with AWR and PPO2 as baselines, in the classic loop:
 
@@ -115,6 +102,8 @@ class APATrainer(TrainingLoop):
         value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
             The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
             reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
+            "adapter" is a second adapter with a head on the frozen base of a PEFT policy: a network of its own that
+            takes hardly any memory; "adapter:PATH" starts it from a reward model's or a saved value model's adapter.
             "head" is classic's critic instead: the wrapper's head (or the checkpoint's, or a new one) on the policy's
             own hidden states.
         reward_funcs (*optional*):
@@ -134,22 +123,6 @@ class APATrainer(TrainingLoop):
         ValueError: naming the argument that is of the wrong type or does not fit another.
     """
 
-    _tag_names = ["trl", "apa", "rlhf"]
-    _name = "APA"
-    _paper = {
-        "title": "Fine-Tuning Language Models with Advantage-Induced Policy Alignment",
-        "id": "2306.02231",
-        # docstyle-ignore
-        "citation": (
-            "@article{zhu2023apa,\n"
-            "    title = {{Fine-Tuning Language Models with Advantage-Induced Policy Alignment}},\n"
-            "    author = {Banghua Zhu and Hiteshi Sharma and Felipe Vieira Frujeri and Shi Dong and "
-            "Chenguang Zhu and Michael I. Jordan and Jiantao Jiao},\n"
-            "    year = 2023,\n"
-            "    journal = {arXiv preprint arXiv:2306.02231}\n"
-            "}"
-        ),
-    }
     # The loss is divided by the tokens of the whole optimizer step, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
 
@@ -197,16 +170,7 @@ class APATrainer(TrainingLoop):
         optimizer = one_of("optimizer", optimizer, "optimizers[0]", optimizers[0])
         lr_scheduler = one_of("lr_scheduler", lr_scheduler, "optimizers[1]", optimizers[1])
         check_type("config", args, APAConfig)
-        given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
-        check_type("model", model, (str, Path, PreTrainedModel, PeftModel))
-        check_type("ref_model", ref_model, (str, Path, PreTrainedModel, PeftModel), optional=True)
-        check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
-        check_type("num_shared_layers", num_shared_layers, int, optional=True)
-        check_has("dataset", train_dataset, "__getitem__", "__iter__")
-        check_has("data_collator", data_collator, "__call__")
-        check_has("lr_scheduler", lr_scheduler, "step")
-        if args.value_learning_rate is not None and lr_scheduler is not None:
-            raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
+        _check_objects(args, optimizer, train_dataset, data_collator, lr_scheduler)
         if args.total_episodes is not None and args.max_steps < 0:
             iterations = -(-args.total_episodes // (args.batch_size * args.world_size))
             args.max_steps = iterations * args.steps_per_iteration
@@ -214,23 +178,12 @@ class APATrainer(TrainingLoop):
             args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
         set_seed(args.seed)
 
-        if isinstance(model, str | Path):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = load_language_model(str(model))
-        if isinstance(ref_model, str | Path):
-            ref_model = load_language_model(str(ref_model))
-        check_type("tokenizer", processing_class, PreTrainedTokenizerBase)
-        self._choose_special_tokens(processing_class, model, args.stop_token_id)
-        policy = build_policy(model, peft_config)
-        select_adapter(policy, args.model_adapter_name)
-        value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
-        module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
-        check_precision(module)
-        check_networks_are_apart(policy, ref_model, value_model, optimizer)
-        disable_dropout(module)
-        self.ref_model = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
-        add_value_parameters(optimizer, value_model, args.value_learning_rate)
-
+        module, self.ref_model, processing_class = assemble(
+            args, model, ref_model, processing_class, value_model, peft_config, num_shared_layers, optimizer
+        )
+        if module.base_is_shared:
+            args.ddp_find_unused_parameters = True  # each of the two passes leaves the other's adapter out
+        self._choose_special_tokens(processing_class, module.policy, args.stop_token_id)
         use_cache = module.config.use_cache
         super().__init__(
             model=module,
@@ -246,29 +199,54 @@ class APATrainer(TrainingLoop):
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
-        self.is_peft_model = is_peft_model(policy)
-        self.is_encoder_decoder = bool(module.config.is_encoder_decoder)
-        args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
-        args.global_batch_size = args.batch_size * self.accelerator.num_processes
-        args.global_backward_batch_size = args.backward_batch_size * self.accelerator.num_processes
+        self._packed = self._can_pack()
+        self._note_what_scripts_read()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
+        self._begin()
+
+    def _can_pack(self) -> bool:
+        """Whether micro-batches go without padding through every network.
+
+        Not where a wrapper's forward has to be called, nor where each new set of lengths would be compiled anew.
+        """
+        wrapped = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled
+        if (wrapped or self.args.torch_compile) and self.args.padding_free:
+            raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
+        networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        return not (wrapped or self.args.torch_compile) and pack_if_exact(networks, self.args.padding_free)
+
+    def _note_what_scripts_read(self) -> None:
+        args, module = self.args, self.model
+        self.is_peft_model = is_peft_model(module.policy)
+        self.is_encoder_decoder = bool(module.config.is_encoder_decoder)
+        args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
+        args.global_batch_size = args.batch_size * self.accelerator.num_processes
+        args.global_backward_batch_size = args.backward_batch_size * self.accelerator.num_processes
+
+    def _make_scorer(self, reward_funcs: Any, processing_classes: Any) -> Scorer | None:
+        if reward_funcs is None:
+            return None
+        functions = reward_functions(
+            reward_funcs, processing_classes, self.processing_class, self.accelerator.device, self.model
+        )
+        return Scorer(functions, self.args.reward_weights, self.args.skip_unscored, self.args.reward_timeout)
+
+    def _begin(self) -> None:
+        """What changes from one iteration to the next, and the callbacks that see to it."""
+        args = self.args
         self.kl_ctl = (
             AdaptiveKLController(args.kl_coef, args.target, args.horizon)
             if args.loss_type == "ppo" and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
-        self.scorer: Scorer | None = None
-        if reward_funcs is not None:
-            functions = reward_functions(
-                reward_funcs, reward_processing_classes, processing_class, self.accelerator.device
-            )
-            self.scorer = Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
         self.vllm: VLLMSampler | None = None
         if args.use_vllm:
-            self.vllm = VLLMSampler(policy, self.accelerator, processing_class, args, self._on_all_processes)
+            policy = self.model.policy
+            self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self._on_all_processes)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
@@ -338,7 +316,9 @@ class APATrainer(TrainingLoop):
         optimizer = super().create_optimizer(model)
         rate = self.args.value_learning_rate
         if made_here and rate is not None:
-            split_off_value_groups(optimizer, self.accelerator.unwrap_model(self.model).value_model, rate)
+            split_off_value_groups(
+                optimizer, self.accelerator.unwrap_model(self.model).trainable_parameters()["value"], rate
+            )
         return optimizer
 
     # ---- prompts to responses ----
@@ -488,16 +468,6 @@ class APATrainer(TrainingLoop):
             self.lr_scheduler.step()
         return stats
 
-    def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
-        """From rollouts to what the update needs, a stage a line."""
-        with timer("forward_pass"):
-            self._evaluate_rollouts(rollouts)
-        with timer("compute_rewards"):
-            rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
-        with timer("compute_advantages"):
-            self._estimate_advantages(rollouts)
-        self._iteration = self._plan(rollouts, ended_B)
-
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
         iteration = self._iteration
@@ -568,245 +538,6 @@ class APATrainer(TrainingLoop):
         )
         return rollouts, ended_B
 
-    @torch.no_grad()
-    def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
-        """Fill in log pi_init and V; for PPO and for early stopping log pi_old; for PPO the KL in its reward."""
-        blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
-        rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
-        is_ppo = self.args.loss_type == "ppo"
-        needs_old = is_ppo or self.args.early_stopping
-        full_kl = is_ppo and self.args.kl_penalty == "full"
-        if needs_old:
-            rollouts.old_logprobs_BR = blank_BR.clone()
-        if is_ppo:
-            rollouts.kl_penalty_BR = blank_BR.clone()
-        policy = self.accelerator.unwrap_model(self.model).policy
-        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
-        self.model_wrapped.train()
-        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
-        for start in range(0, len(rollouts), size):
-            rows = range(start, min(start + size, len(rollouts)))
-            batch = rollouts.micro_batch(rows, self._pad_token_id)
-            index, width = batch["rows"], batch["response_mask"].shape[1]
-            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
-            rollouts.values_BR[index, :width] = outputs["values"].float()
-            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
-                ref_logits, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
-            rollouts.ref_logprobs_BR[index, :width] = sampled_logprobs(ref_logits, batch).float()
-            if needs_old:
-                rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
-            if full_kl:
-                kl = kl_full(outputs["logits"].log_softmax(-1), ref_logits.log_softmax(-1))
-                rollouts.kl_penalty_BR[index, :width] = kl.float()
-        if is_ppo and not full_kl:
-            rollouts.kl_penalty_BR = kl_estimate(
-                rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
-            )
-
-    def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
-        """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
-        args, scores_B = self.args, rollouts.scores_B
-        if args.missing_eos_penalty is not None:
-            scores_B = scores_B - args.missing_eos_penalty * ~ended_B
-        std = mean = None
-        if args.scale_rewards:
-            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
-            std = self.running_scores.std
-            mean = self.running_scores.mean if args.center_rewards else None
-        given_BR = rollouts.given_rewards_BR
-        if given_BR is not None:
-            # Given token by token, they stay on their tokens; only their scale is shaped.
-            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
-            scores_B = scores_B - given_BR.sum(dim=1)
-        scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
-        rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
-        if given_BR is not None:
-            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
-        if args.loss_type == "ppo":
-            mask_BR = rollouts.response_mask_BR
-            rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
-        return rewards_BR
-
-    def _estimate_advantages(self, rollouts: Rollouts) -> None:
-        args, mask_BR, distributed = self.args, rollouts.response_mask_BR, self.accelerator.num_processes > 1
-        rewards_BR = rollouts.rewards_BR
-        if args.whiten_rewards:
-            rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
-        advantages_BR, rollouts.returns_BR = gae(rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
-        if args.whiten_advantages:
-            advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
-        rollouts.advantages_BR = advantages_BR
-
-    def _plan(self, rollouts: Rollouts, ended_B: Tensor) -> Iteration:
-        """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
-        epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
-        size = self.args.per_device_train_batch_size
-        return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
-
-    def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
-        """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
-        seed = hash((self.args.seed, self.accelerator.process_index, self.num_iterations_done, epoch)) % 2**63
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
-        size = self.args.backward_batch_size
-        return [order[start : start + size] for start in range(0, num_rows, size)]
-
-    def _update(self) -> None:
-        """Work off the plan; under `train()` the Trainer's own loop does it."""
-        iteration = self._iteration
-        while not iteration.finished:
-            for number in range(1, iteration.micro_batches_per_step + 1):
-                last = number == iteration.micro_batches_per_step
-                self.accelerator.gradient_state._set_sync_gradients(last)
-                with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
-                    self.training_step(self.model_wrapped, {})
-            if not iteration.record.skipped:
-                norm = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
-                self._get_grad_norm(self.model_wrapped, grad_norm=norm)
-                self.optimizer.step()
-                self.state.global_step += 1
-            self.model_wrapped.zero_grad()
-            self._stop_if_moved_too_far()
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
-
-        Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
-        """
-        if self._iteration is None or self._iteration.finished:
-            self._collect_iteration()
-        iteration = self._iteration
-        batch = iteration.next_micro_batch(self._pad_token_id)
-        loss = super().training_step(model, batch, num_items_in_batch)
-        if iteration.ends_step and self._ratio_explodes():
-            model.zero_grad()
-        return loss
-
-    def _stop_if_moved_too_far(self) -> None:
-        """Leave out the epochs that remain if the last mini-batch has moved further than `early_stopping` allows."""
-        iteration = self._iteration
-        if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
-            return
-        moved = float(self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
-        # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
-        moved = moved if self.args.loss_type == "ppo" else abs(moved)
-        iteration.stopped = moved > 1.5 * self.args.target_kl
-
-    def _ratio_explodes(self) -> bool:
-        """Whether PPO's mini-batch is so far off-policy that its update is left out."""
-        if self.args.loss_type != "ppo":
-            return False
-        record = self._iteration.record
-        step = record.optimizer_steps[-1]
-        ratio = float(self._sum_over_processes(step["apa/policy/ratio"]))
-        record.skipped = skipped = ratio > self.args.ratio_threshold
-        step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
-        if skipped:
-            warnings.warn(
-                f"a mini-batch was skipped: its mean ratio {ratio:.2f} exceeds {self.args.ratio_threshold=}",
-                stacklevel=2,
-            )
-        return skipped
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Policy loss plus `vf_coef` times value loss of one micro-batch, as its share of the optimizer step's mean.
-
-        Multiplied by the number of processes, because distributed engines average gradients over them.
-        """
-        args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
-        record = self._iteration.record
-        is_ppo = args.loss_type == "ppo"
-        outputs = model(**self._model_inputs(inputs), with_entropy=record.observing or is_ppo)
-        if record.observing:
-            record.observe(inputs["rows"], outputs)
-        pi_loss, stats = self._policy_loss(outputs["logprobs"], inputs, num_tokens)
-        v_loss, v_stats = value_loss(
-            outputs["values"], inputs["returns"], mask, inputs["values"], args.cliprange_value, num_tokens
-        )
-        loss = pi_loss + args.vf_coef * v_loss
-        if "policykl" not in stats:
-            # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
-            first_visit = record.logprobs_BR[inputs["rows"], : mask.shape[1]]
-            old_logprobs = inputs.get("old_logprobs", first_visit)
-            stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
-        if is_ppo:
-            # As in classic the mean over all epochs; the others report that of each row's first visit.
-            stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)
-        record.add(
-            {
-                **{f"apa/policy/{name}": value for name, value in stats.items()},
-                **{f"apa/val/{name}": value for name, value in v_stats.items()},
-                "apa/val/vpred": masked_mean(outputs["values"].detach(), mask, num_tokens),
-                "apa/loss/policy": pi_loss.detach(),
-                "apa/loss/value": v_loss.detach(),
-                "apa/loss/total": loss.detach(),
-            }
-        )
-        loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def _policy_loss(self, logprobs_BR: Tensor, batch: dict[str, Tensor], num_tokens: Tensor) -> tuple[Tensor, dict]:
-        """The one place where APA, AWR and PPO differ in the update."""
-        args, advantages, mask = self.args, batch["advantages"], batch["response_mask"]
-        if args.loss_type == "apa":
-            return apa_loss(logprobs_BR, batch["ref_logprobs"], advantages, mask, args.kl_coef, num_tokens)
-        if args.loss_type == "awr":
-            return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
-        return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
-
-    def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: batch[name] for name in TOKEN_FIELDS if name in batch}
-
-    def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        width = batch["response_mask"].shape[1]
-        return {**self._tokens(batch), "response_width": width, "temperature": self.args.temperature}
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._note_gradient_norms()
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The joint norm before clipping, noted; refuses a gradient that is not finite."""
-        if grad_norm is None:
-            self._note_gradient_norms()
-        total = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
-        # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
-        if self.accelerator.scaler is None and not math.isfinite(total):
-            kept = self._keep_for_inspection()
-            raise FloatingPointError(
-                f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
-                f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
-                "before; lower the learning rate"
-            )
-        return total
-
-    def _keep_for_inspection(self) -> Path:
-        """The rollouts of an update that failed, for `torch.load`."""
-        name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
-        path = Path(self.args.output_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self._iteration.state_dict(), path)
-        return path
-
-    def _note_gradient_norms(self) -> None:
-        """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
-        norms: dict[str, Tensor] = {}
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if self.accelerator.scaler is None and not sharded:
-            module = self.accelerator.unwrap_model(self.model)
-            for name, network in (("policy", module.policy), ("value", module.value_model)):
-                gradients = [p.grad for p in network.parameters() if p.grad is not None]
-                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
-        self._iteration.record.grad_norms.append(norms)
-
     # ---- statistics ----
 
     def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, Any]:
@@ -866,66 +597,11 @@ class APATrainer(TrainingLoop):
             log_media(self.callback_handler.callbacks, self.state.global_step, vectors, table)
         self.log(numbers)
 
-    # ---- saving ----
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write the policy (an adapter, if it is one), the tokenizer, and the value model in `value_model/`.
-
-        Plain transformers, or peft, loads the policy; `APATrainer(value_model=f"{save_directory}/value_model")` the
-        value model.
-        """
-        self.save_model(str(save_directory), _internal_call=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
-        self.processing_class.save_pretrained(output_dir)
-
-    def _push_if_best(self, scores_B: Tensor) -> None:
-        """The hub's copy is the policy with the best mean score yet, if the config asks for that."""
-        args = self.args
-        if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
-            return
-        mean = float(self.accelerator.gather(scores_B).mean())
-        if mean > self._best_mean_score:
-            self._best_mean_score = mean
-            self.push_to_hub(**args.push_to_hub_if_best_kwargs)
-
-    def create_model_card(
-        self,
-        path: str | os.PathLike | None = None,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write a model card that says how the policy was trained and cites the paper, as `README.md`.
-
-        Args:
-            path: a folder, made if it is not there; defaults to `args.output_dir`.
-            model_name, dataset_name, tags: as in TRL's trainers.
-        """
-        output_dir = self.args.output_dir
-        try:
-            if path is not None:
-                self.args.output_dir = os.fspath(path)
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        finally:
-            self.args.output_dir = output_dir
-
-    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
-        """Save to `args.output_dir`, write a model card and upload both.
-
-        Args:
-            repo_id: where to; defaults to `args.hub_model_id`.
-            kwargs: as in [`~transformers.Trainer.push_to_hub`] (`commit_message`, `token`, `blocking`, ...).
-        """
-        if repo_id is not None:
-            self.args.hub_model_id, self.hub_model_id = repo_id, None
-        return super().push_to_hub(**kwargs)
-
-    def _send_telemetry(self) -> None:
-        """This package sends none."""
+def _check_objects(args: APAConfig, optimizer: Any, dataset: Any, data_collator: Any, lr_scheduler: Any) -> None:
+    check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
+    check_has("dataset", dataset, "__getitem__", "__iter__")
+    check_has("data_collator", data_collator, "__call__")
+    check_has("lr_scheduler", lr_scheduler, "step")
+    if args.value_learning_rate is not None and lr_scheduler is not None:
+        raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")

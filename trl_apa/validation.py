@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trl_apa.models.policy_and_value import PolicyAndValue
+from trl_apa.models.value_model import ValueModel
 
 
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
@@ -46,10 +50,11 @@ def check_precision(module: nn.Module) -> None:
 
 
 def check_networks_are_apart(
-    policy: nn.Module, ref_model: nn.Module | None, value_model: nn.Module, optimizer: torch.optim.Optimizer | None
+    module: PolicyAndValue, ref_model: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Raise ValueError if a network would be frozen, moved or left out because of what it shares with another."""
-    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    policy, value_model = module.policy, module.value_model
+    trained = {id(p) for p in module.trainable_parameters()["policy"]}
     if ref_model is not None and trained & {id(p) for p in ref_model.parameters()}:
         raise ValueError("ref_model shares trainable parameters with model; give a copy, or none at all")
     if {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:
@@ -61,6 +66,15 @@ def check_networks_are_apart(
                 f"optimizer lacks {len(trained - held)} of the {len(trained)} trainable tensors of model; make it "
                 "after adapters were added, over all parameters that require a gradient"
             )
+
+
+def check_value_model_reads(tokenizer: PreTrainedTokenizerBase, value_model: nn.Module) -> None:
+    """Raise ValueError if a value model of its own does not know every token id of the policy's tokenizer."""
+    if not isinstance(value_model, ValueModel):
+        return
+    known = value_model.network.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):
+        raise ValueError(f"value_model knows {known} token ids; the policy's tokenizer has {len(tokenizer)}")
 
 
 def check_step_inputs(

@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForSequenceClassification
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
-from trl_apa.models import load_language_model
+from trl_apa.models import load_language_model, load_reward_model
+from trl_apa.models.critic import ADAPTER_PREFIX
 
 
 def loading_options(arguments: ModelConfig, trust_remote_code: bool) -> dict[str, Any]:
@@ -58,29 +56,6 @@ def load_tokenizer(path: str, arguments: ModelConfig, trust_remote_code: bool) -
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_reward_model(path: str, trust_remote_code: bool) -> PreTrainedModel:
-    """A sequence classifier of one label, or an adapter that makes one of its base, merged.
-
-    Raises:
-        ValueError: if the checkpoint lacks trained weights, as that of a language model does.
-    """
-    if find_adapter_config_file(path) is not None:
-        adapted = AutoPeftModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, trust_remote_code=trust_remote_code
-        )
-        model = adapted.merge_and_unload()
-        # Its tokenizer lies with the adapter.
-        model.config._name_or_path = path
-        return model
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        path, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        raise ValueError(f"{path} is no trained reward model: it has no weights for {missing}")
-    return model
-
-
 def import_reward_function(name: str) -> Callable:
     """The function that a dotted name means; modules in the working directory are found.
 
@@ -105,6 +80,13 @@ def import_reward_function(name: str) -> Callable:
 
 def load_rewards(
     models: Sequence[str] | None, functions: Sequence[Callable], trust_remote_code: bool
-) -> list[Callable | PreTrainedModel]:
-    """Reward models and reward functions, in the order of `reward_weights`: models first."""
-    return [*(load_reward_model(path, trust_remote_code) for path in models or ()), *functions]
+) -> list[Callable | PreTrainedModel | str]:
+    """Reward models and reward functions, in the order of `reward_weights`: models first.
+
+    What is to be an adapter on the policy's base ("adapter:PATH") stays a name, for the trainer to load.
+    """
+    found = [
+        path if path.startswith(ADAPTER_PREFIX) else load_reward_model(path, trust_remote_code=trust_remote_code)
+        for path in models or ()
+    ]
+    return [*found, *functions]

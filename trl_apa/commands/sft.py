@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
-        if launch("sft", argv, values["accelerate_config"], values["num_processes"]):
+        if launch("sft", argv, values):
             return 0
         data, model, config, _ = parser.build(values)
         needs_model(model)

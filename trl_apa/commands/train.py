@@ -22,7 +22,11 @@ class RewardArguments:
     """What scores the responses."""
 
     reward_model_name_or_path: list[str] | None = field(
-        default=None, metadata={"help": "Reward models: folders or hub names of classifiers with one label."}
+        default=None,
+        metadata={
+            "help": "Reward models: folders or hub names of classifiers with one label, or 'adapter:PATH' for one "
+            "that is an adapter on the policy's base."
+        },
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -55,8 +59,9 @@ class OtherModelArguments:
     value_model: str = field(
         default="separate",
         metadata={
-            "help": "'separate': a copy of the policy's trunk; 'head': classic's head on the policy; or a folder or "
-            "hub name of a reward model, a language model or a saved value model."
+            "help": "'separate': a copy of the policy's trunk; 'adapter' or 'adapter:PATH': a second adapter on the "
+            "policy's base; 'head': classic's head on the policy; or a folder or hub name of a reward model, a "
+            "language model or a saved value model."
         },
     )
 
@@ -85,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
-        if launch("train", argv, values["accelerate_config"], values["num_processes"]):
+        if launch("train", argv, values):
             return 0
         data, rewards, model, others, config, _ = parser.build(values)
         model.model_name_or_path = model.model_name_or_path or config.sft_model_path

@@ -1,8 +1,11 @@
 """The networks: policy, reference, standalone value model, and the module that holds policy and value."""
 
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.critic import resolve_value_model
+from trl_apa.models.dense import merged_parameters
+from trl_apa.models.loaders import load_policy, load_reward_model, load_value_model
 from trl_apa.models.loading import load_language_model
-from trl_apa.models.merging import merged_parameters
+from trl_apa.models.merging import merge_and_save
 from trl_apa.models.policy_and_value import (
     VALUE_MODEL_FOLDER,
     PolicyAndValue,
@@ -11,7 +14,8 @@ from trl_apa.models.policy_and_value import (
     load_policy_and_value,
     select_adapter,
 )
-from trl_apa.models.reference import choose_reference, create_reference_model, reference_policy
+from trl_apa.models.reference import choose_reference, create_reference_model, freeze_all_but, reference_policy
+from trl_apa.models.value_adapter import AdapterValueModel
 from trl_apa.models.value_head import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -19,11 +23,12 @@ from trl_apa.models.value_head import (
     value_head_of,
     without_value_head,
 )
-from trl_apa.models.value_model import ValueHead, ValueModel, resolve_value_model
+from trl_apa.models.value_model import ValueHead, ValueModel
 
 
 __all__ = [
     "VALUE_MODEL_FOLDER",
+    "AdapterValueModel",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "PolicyAndValue",
@@ -33,9 +38,14 @@ __all__ = [
     "choose_reference",
     "create_reference_model",
     "disable_dropout",
+    "freeze_all_but",
     "independent_copy",
     "load_language_model",
+    "load_policy",
     "load_policy_and_value",
+    "load_reward_model",
+    "load_value_model",
+    "merge_and_save",
     "merged_parameters",
     "reference_policy",
     "resolve_value_model",

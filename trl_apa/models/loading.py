@@ -1,10 +1,14 @@
 """Language models from folders and the hub: whole ones, and adapters on the base that they name."""
 
+import os
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from trl_apa.models.quantization import use_one_kernel
 
 
 def load_language_model(
@@ -43,7 +47,7 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
         found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
         config = AutoConfig.from_pretrained(path, **found_by)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto_class.from_pretrained(path, **kwargs)
+    model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
         model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints
     return model
@@ -53,3 +57,9 @@ def refuse_prompt_learning(peft_config: PeftConfig) -> None:
     """Raise ValueError for adapters that change the sequence instead of the weights."""
     if peft_config.is_prompt_learning:
         raise ValueError(f"{peft_config.peft_type.value} adapters are not supported; use LoRA or another")
+
+
+def process_device() -> str:
+    """The device of this process, known before accelerate is set up, which the trainer's config decides about."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"

@@ -1,79 +1,63 @@
-"""The policy as one dense network, a tensor at a time: adapters merged, 4-bit weights written out."""
+"""An adapter put into its base for good: a plain checkpoint without peft."""
 
-import copy
-from collections.abc import Iterator
+import os
+import tempfile
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_bnb_weight
-from torch import Tensor, nn
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
+from trl_apa.models.copying import independent_copy
+from trl_apa.models.loading import load_language_model
+from trl_apa.models.value_model import save_network
 
 
-def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights that a plain checkpoint of the merged policy would have.
+def merge_and_save(
+    source: str | os.PathLike | nn.Module,
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write the policy as a checkpoint that `AutoModelForCausalLM` (or `AutoModelForSeq2SeqLM`) loads without peft.
 
-    Nothing in `policy` changes. Merging an adapter in place and taking it out again would move its base, and pi_init
-    with it, by a rounding error each time; and who still holds a tensor then would see it change.
+    Only the active adapter is merged: others on the base (value, reward, reference) stay out. A base that is quantised
+    is loaded anew, whole, so that nothing is lost to its rounding; any other is copied as it is in memory.
 
     Args:
-        policy: a language model, with or without PEFT adapters, of which the active one counts; its linear layers may
-            be 4-bit. Tied weights come once.
+        source: a policy with adapters, or the folder or hub name of a saved one. One without adapters is written as it
+            is.
+        path: a folder, made if it is not there.
+        tokenizer: written beside the model; by default the one that lies with `source`, if that is a name.
+        kwargs: passed on to `from_pretrained` of a base that is loaded (`dtype`, `device_map`, ...), which without
+            `dtype` is float32. With any of them the base is loaded anew in any case.
+
+    Raises:
+        ValueError: if a base is to be loaded anew and its adapter does not say where it came from.
+        OSError: if there is no such checkpoint.
     """
-    adapted = is_peft_model(policy)
-    for module in policy.modules():
-        if type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":
-            module.state_dict()  # undoes what bitsandbytes has done to the order of the weights for evaluation there
-    layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
-    merged: tuple[str, nn.Module | None] = ("", None)
-    for name, parameter in policy.named_parameters():
-        if adapted and (policy.prefix in name or not _is_in_use(name, policy.active_adapters)):
-            continue
-        owner, _, attribute = name.rpartition(".base_layer.")
-        if owner not in layers:
-            yield _plain_name(name), _dense(parameter)
-            continue
-        if merged[0] != owner:
-            merged = (owner, _merged_copy(layers[owner]))
-        yield _plain_name(name), merged[1].get_parameter(attribute).detach()
+    if isinstance(source, nn.Module):
+        _merged_copy(source, kwargs).save_pretrained(path)
+    else:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        _merged(os.fspath(source), kwargs).save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
 
 
-def _is_in_use(name: str, active_adapters: list[str]) -> bool:
-    """False for a module that `modules_to_save` has replaced, and for what another adapter has replaced it with."""
-    if ".original_module." in name:
-        return False
-    _, saved, rest = name.partition(".modules_to_save.")
-    return not saved or rest.partition(".")[0] in active_adapters
+def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    if not is_peft_model(policy):
+        return policy
+    active = policy.active_adapter
+    if not kwargs and not getattr(policy, "is_quantized", False):
+        return independent_copy(policy).merge_and_unload(adapter_names=[active])
+    if not policy.peft_config[active].base_model_name_or_path:
+        raise ValueError("the base of the policy has to be loaded anew, but its adapter does not say from where")
+    with tempfile.TemporaryDirectory() as folder:
+        save_network(policy, folder, policy.state_dict())
+        return _merged(folder, kwargs)
 
 
-def _plain_name(name: str) -> str:
-    """The name without what PEFT has put into it."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    before, saved, rest = name.partition(".modules_to_save.")
-    return f"{before}.{rest.partition('.')[2]}" if saved else name
-
-
-def _dense(parameter: nn.Parameter) -> Tensor:
-    """The weights in the precision that the layer computes in."""
-    if type(parameter).__name__ == "Params4bit":
-        return dequantize_bnb_weight(parameter)
-    return parameter.detach()
-
-
-def _merged_copy(layer: BaseTunerLayer) -> nn.Module:
-    """The base layer with the active adapters' changes, dense."""
-    base = layer.get_base_layer()
-    if type(base.weight).__name__ != "Params4bit":
-        merged = copy.deepcopy(layer)
-        merged.merge()
-        return merged.get_base_layer()
-    weight = dequantize_bnb_weight(base.weight)
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_variant:
-            weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight)
-        elif adapter in layer.lora_A:
-            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-    dense = nn.Module()
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = base.bias
-    return dense
+def _merged(path: str, kwargs: dict[str, Any]) -> nn.Module:
+    model = load_language_model(path, **kwargs)
+    return model.merge_and_unload() if is_peft_model(model) else model

@@ -1,19 +1,24 @@
 """One module that holds policy and value model, so that one optimizer and one distributed engine serve both."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import TOKEN_FIELDS, response_entropy, response_logits, sampled_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
+from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import either_method
 from trl_apa.models.loading import refuse_prompt_learning
+from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reference import check_adapter_exists
-from trl_apa.models.reward_adapter import RewardAdapter
+from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
 from trl_apa.models.summary_head import PolicyValueHead
+from trl_apa.models.value_adapter import VALUE_ADAPTER, AdapterValueModel
 from trl_apa.models.value_model import ValueModel, load_network, save_network, state_of
 
 
@@ -21,77 +26,140 @@ VALUE_MODEL_FOLDER = "value_model"
 
 
 class PolicyAndValue(nn.Module):
-    """The policy and its value model side by side; no parameter belongs to both.
+    """The policy and its value model side by side; no trainable parameter belongs to both.
 
     To generation, saving and gradient checkpointing it presents itself as the policy.
 
     Args:
         policy: a language model, with or without PEFT adapters.
-        value_model: a network of its own, or a head that reads the policy's hidden states.
+        value_model: a network of its own, one whose adapter lies on the policy's base, or a head that reads the
+            policy's hidden states.
         reward_adapter (*optional*): a reward model on the policy's base, for `compute_reward_score`.
     """
 
     def __init__(
         self,
         policy: nn.Module,
-        value_model: ValueModel | PolicyValueHead,
+        value_model: ValueModel | AdapterValueModel | PolicyValueHead,
         reward_adapter: RewardAdapter | None = None,
     ):
         super().__init__()
-        self.policy = policy
-        self.value_model = value_model
+        self.policy = use_one_kernel(policy)
+        self.value_model = use_one_kernel(value_model)
         self.reward_adapter = reward_adapter
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
         response_width: int,
+        predicting_index: Tensor,
+        response_index: Tensor,
+        attention_mask: Tensor | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        encoder_input_ids: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         temperature: float = 1.0,
         with_policy: bool = True,
         with_value: bool = True,
         with_entropy: bool = False,
         with_logits: bool = False,
-        encoder_input_ids: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the update reads of a micro-batch at its response tokens.
 
         Args:
-            input_ids, attention_mask, position_ids: `(B, T)`, see `rollouts.pad_tokens`.
+            input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths,
+                encoder_input_ids, encoder_attention_mask: see `rollouts.pad_tokens` and `rollouts.pack_tokens`.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
-            with_policy, with_value: which of the two networks to run.
+            with_policy, with_value: which of the two networks to run. With gradient, networks on one base run in one
+                pass each: see `passes`.
             with_entropy: also the policy's entropy, without gradient.
-            with_logits: also the policy's logits.
-            encoder_input_ids, encoder_attention_mask: `(B, P)`, of an encoder-decoder.
+            with_logits: also the policy's logits; only of a padded layout.
 
         Returns:
             `logprobs` (nats), `values` (reward units), `entropy` (nats) `(B, R)` and `logits` `(B, R, V)`: float32,
             those that were asked for.
+
+        Raises:
+            RuntimeError: if gradients are to come from one pass through two networks on one base.
         """
-        given = (input_ids, attention_mask, position_ids, encoder_input_ids, encoder_attention_mask)
-        tokens = {name: tensor for name, tensor in zip(TOKEN_FIELDS, given, strict=True) if tensor is not None}
+        if self.base_is_shared and with_policy and with_value and torch.is_grad_enabled():
+            raise RuntimeError("policy and value model share a base: run them one after the other, see passes")
+        given = (input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths)
+        given = (*given, encoder_input_ids, encoder_attention_mask)
+        tokens = {name: field for name, field in zip(TOKEN_FIELDS, given, strict=True) if field is not None}
         outputs: dict[str, Tensor] = {}
         reads_policy = with_value and self.value_is_a_head
         hidden_BRH = None
         if with_policy or reads_policy:
-            logits_BRV, hidden_BRH = response_logits(self.policy, tokens, response_width, temperature, reads_policy)
-            outputs["logprobs"] = sampled_logprobs(logits_BRV, tokens)
-            if with_entropy:
-                outputs["entropy"] = response_entropy(logits_BRV)
-            if with_logits:
-                outputs["logits"] = logits_BRV
+            reading = (self.policy, tokens, response_width, temperature)
+            of_policy = policy_outputs(*reading, with_entropy, with_hidden=reads_policy, with_logits=with_logits)
+            hidden_BRH = of_policy.hidden_BRH
+            named = {
+                "logprobs": of_policy.logprobs_BR,
+                "entropy": of_policy.entropy_BR,
+                "logits": of_policy.logits_BRV,
+            }
+            outputs = {name: tensor for name, tensor in named.items() if tensor is not None}
         if with_value:
-            on_tokens = (hidden_BRH,) if self.value_is_a_head else (tokens, response_width)
-            outputs["values"] = self.value_model(*on_tokens)
+            outputs["values"] = self._values(tokens, response_width, hidden_BRH)
         return outputs
+
+    def _values(self, tokens: dict[str, Tensor], response_width: int, hidden_BRH: Tensor | None) -> Tensor:
+        if self.value_is_a_head:
+            return self.value_model(hidden_BRH)
+        if self.base_is_shared:
+            return self.value_model(self.policy, tokens, response_width)
+        return self.value_model(tokens, response_width)
 
     @property
     def value_is_a_head(self) -> bool:
         """Whether the value model has no trunk of its own."""
         return isinstance(self.value_model, PolicyValueHead)
+
+    @property
+    def base_is_shared(self) -> bool:
+        """Whether the value model is an adapter on the policy's base."""
+        return isinstance(self.value_model, AdapterValueModel)
+
+    @property
+    def passes(self) -> tuple[dict[str, bool], ...]:
+        """Arguments of the forward calls, each with its backward, that a micro-batch needs.
+
+        Networks on one base come one after the other: gradient checkpointing runs a layer a second time in the
+        backward pass, with the adapter that is active then, and gives wrong gradients without a word if that is the
+        other one's.
+        """
+        return ({"with_value": False}, {"with_policy": False}) if self.base_is_shared else ({},)
+
+    @contextmanager
+    def adapter_for(self, with_policy: bool = True, with_value: bool = True) -> Iterator[None]:
+        """Around forward and backward of one of `passes`, so that both see the adapter of that network."""
+        if self.base_is_shared and not with_policy:
+            with only_adapter(self.policy, VALUE_ADAPTER):
+                yield
+        else:
+            yield
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained of each network: `policy` and `value`."""
+        of_value = list(self.value_model.parameters())
+        if self.base_is_shared:
+            of_value += adapter_parameters(self.policy, VALUE_ADAPTER).values()
+        known = {id(parameter) for parameter in of_value}
+        networks = {"policy": [p for p in self.policy.parameters() if id(p) not in known], "value": of_value}
+        return {name: [p for p in parameters if p.requires_grad] for name, parameters in networks.items()}
+
+    def add_reward_adapter(self, path: str) -> None:
+        """Put a reward model's adapter on the policy's base, frozen: see `load_reward_adapter`.
+
+        Raises:
+            ValueError: if there is one already, or it does not fit.
+        """
+        if self.reward_adapter is not None:
+            raise ValueError(f"the policy has a reward adapter already; {path!r} would be the second")
+        self.reward_adapter = RewardAdapter(load_reward_adapter(self.policy, path), DEFAULT_NAME)
 
     def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Scores of the reward adapter after every token, `(B, T, labels)`: see `reward_scores`.
@@ -129,29 +197,34 @@ class PolicyAndValue(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.policy.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        for network in self._networks():
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Gradient checkpointing of both networks, under the name that newer transformers' Trainer looks for first."""
+        for network in self.networks():
             either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
-                gradient_checkpointing_kwargs
+                activation_checkpointing_kwargs, **kwargs
             )
 
-    def gradient_checkpointing_disable(self) -> None:
-        for network in self._networks():
+    def activation_checkpointing_disable(self) -> None:
+        for network in self.networks():
             either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
-    # The names that newer transformers' Trainer looks for first.
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def _networks(self) -> Iterator[nn.Module]:
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    def networks(self) -> Iterator[nn.Module]:
+        """The transformers: the policy, and the value model if it has one of its own."""
         yield self.policy
-        if not self.value_is_a_head:
+        if isinstance(self.value_model, ValueModel):
             yield self.value_model.network
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
         """The policy as a checkpoint that plain transformers (or peft) loads, and the value model.
 
-        A value model of its own goes into a folder of its own, a head beside the policy: `path` then is what
+        A value model goes into a folder of its own, a head on the policy beside it: `path` then is what
         `AutoModelForCausalLMWithValueHead.from_pretrained` loads.
 
         Args:
@@ -160,10 +233,15 @@ class PolicyAndValue(nn.Module):
             kwargs: passed on to the policy's `save_pretrained`.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
-        save_network(self.policy, path, state_of(state_dict, "policy"), **kwargs)
-        if kwargs.get("is_main_process", True):
-            folder = Path(path) if self.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
-            self.value_model.save_pretrained(folder, state_dict=state_of(state_dict, "value_model"))
+        policy_state, value_state = state_of(state_dict, "policy"), state_of(state_dict, "value_model")
+        save_network(self.policy, path, policy_state, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(path) if self.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
+        if self.base_is_shared:
+            self.value_model.save_pretrained(self.policy, folder, policy_state, state_of(value_state, "head"))
+        else:
+            self.value_model.save_pretrained(folder, state_dict=value_state)
 
 
 def load_policy_and_value(module: PolicyAndValue, path: str | Path) -> None:
@@ -173,7 +251,8 @@ def load_policy_and_value(module: PolicyAndValue, path: str | Path) -> None:
         ValueError, RuntimeError: if they are another model's.
     """
     load_network(module.policy, path)
-    module.value_model.load_weights(path if module.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER)
+    folder = Path(path) if module.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
+    module.value_model.load_weights(*((module.policy, folder) if module.base_is_shared else (folder,)))
 
 
 def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:

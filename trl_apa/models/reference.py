@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from trl_apa._trl import is_peft_model, use_adapter
+from trl_apa._trl import is_peft_model
+from trl_apa.models.adapters import only_adapter, trainable_as_before, trains_its_adapter_only
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.quantization import use_one_kernel
 
 
 # Not a name that a caller would give to an adapter of his own.
@@ -38,6 +40,31 @@ def create_reference_model(
     for parameter in shared:
         parameter.requires_grad_(False)
     return independent_copy(model, shared).requires_grad_(False).eval()
+
+
+def freeze_all_but(num_unfrozen_layers: int, network: nn.Module) -> int:
+    """Freeze all layers but the highest, and the embeddings below them, as the paper did in its HH experiments.
+
+    Args:
+        num_unfrozen_layers: layers that stay as they are, with the final norm and what follows it.
+        network: a decoder without adapters, or its trunk.
+
+    Returns:
+        How many layers were frozen.
+
+    Raises:
+        ValueError: if the network has adapters, two stacks of layers, or fewer layers than that.
+    """
+    if is_peft_model(network) or network.config.is_encoder_decoder:
+        kind = "adapters" if is_peft_model(network) else "two stacks of layers"
+        raise ValueError(f"num_unfrozen_layers={num_unfrozen_layers} is for decoders trained whole; model has {kind}")
+    num_layers = network.config.get_text_config().num_hidden_layers
+    if num_unfrozen_layers > num_layers:
+        raise ValueError(f"num_unfrozen_layers={num_unfrozen_layers}, but model has {num_layers} layers")
+    num_frozen = num_layers - num_unfrozen_layers
+    for parameter in _lowest_layers(network, num_frozen, None) if num_frozen else []:
+        parameter.requires_grad_(False)
+    return num_frozen
 
 
 def _lowest_layers(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
@@ -92,13 +119,13 @@ def choose_reference(
         raise ValueError(f"num_shared_layers={num_shared_layers}; it should not be negative")
     if num_shared_layers and (ref_model is not None or is_peft_model(policy)):
         why = "ref_model is given" if ref_model is not None else "the policy is a PEFT model"
-        warnings.warn(f"num_shared_layers has no effect when {why}", UserWarning, stacklevel=3)
+        warnings.warn(f"num_shared_layers has no effect when {why}", UserWarning, stacklevel=4)
     if ref_adapter_name is not None:
         check_adapter_exists("ref_adapter_name", ref_adapter_name, policy)
         if ref_model is not None:
-            warnings.warn("ref_adapter_name has no effect when ref_model is given", UserWarning, stacklevel=3)
+            warnings.warn("ref_adapter_name has no effect when ref_model is given", UserWarning, stacklevel=4)
     if ref_model is not None:
-        return ref_model.requires_grad_(False).eval()
+        return use_one_kernel(ref_model).requires_grad_(False).eval()
     if num_shared_layers and not is_peft_model(policy):
         return create_reference_model(policy, num_shared_layers)
     return build_reference(policy, ref_adapter_name)
@@ -125,7 +152,7 @@ def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module 
         policy: the policy before training.
         adapter: of a PEFT policy, the adapter to take pi_init from; the active one by default.
     """
-    if not is_peft_model(policy) or not _trains_its_adapter_only(policy):
+    if not is_peft_model(policy) or not trains_its_adapter_only(policy):
         reference = create_reference_model(policy)
         if adapter is not None:
             reference.set_adapter(adapter)
@@ -135,15 +162,6 @@ def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module 
     if adapter is not None or not _adapter_is_identity(policy):
         _keep_reference_adapter(policy, adapter or policy.active_adapter)
     return None
-
-
-def _trains_its_adapter_only(policy: nn.Module) -> bool:
-    prefix = policy.base_model.prefix
-    return all(
-        f".{prefix}" in name or ".modules_to_save." in name
-        for name, parameter in policy.named_parameters()
-        if parameter.requires_grad
-    )
 
 
 def _adapter_is_identity(policy: nn.Module) -> bool:
@@ -165,10 +183,11 @@ def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
     if hasattr(config, "init_lora_weights"):
         # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
         config.init_lora_weights = True
-    policy.add_adapter(REFERENCE_ADAPTER, config)
-    state = get_peft_model_state_dict(policy, adapter_name=source)
-    set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
-    policy.set_adapter(active)
+    with trainable_as_before(policy):
+        policy.add_adapter(REFERENCE_ADAPTER, config)
+        state = get_peft_model_state_dict(policy, adapter_name=source)
+        set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
+        policy.set_adapter(active)
 
 
 @contextmanager
@@ -177,5 +196,5 @@ def reference_policy(policy: nn.Module, ref_model: nn.Module | None) -> Iterator
     if ref_model is not None:
         yield ref_model
         return
-    with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+    with only_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
         yield policy

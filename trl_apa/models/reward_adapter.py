@@ -1,8 +1,6 @@
 """A reward model on the policy's own base: a frozen adapter of a sequence classifier, and its score layer."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +9,16 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import forward_parameters
+from trl_apa.models.adapters import adapter_parameters, add_adapter, in_eval_mode, only_adapter
 
 
+DEFAULT_NAME = "reward_adapter"
 # Heads that peft saves whole with a SEQ_CLS adapter; a language model has neither.
 CLASSIFIER_HEADS = ("score", "classifier")
 SCORE_KEY = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(weight|bias)$")
 
 
-def load_reward_adapter(policy: nn.Module, path: str, adapter_name: str = "reward_adapter", **hub: Any) -> nn.Linear:
+def load_reward_adapter(policy: nn.Module, path: str, adapter_name: str = DEFAULT_NAME, **hub: Any) -> nn.Linear:
     """Put a reward model's adapter on `policy`, frozen and not active.
 
     Args:
@@ -46,19 +46,19 @@ def load_reward_adapter(policy: nn.Module, path: str, adapter_name: str = "rewar
         kind = config.peft_type.value
         raise ValueError(f"reward_adapter={path!r} is a {kind} adapter; it should be LoRA or another")
     weights = load_peft_weights(path, device="cpu", **hub)
-    score = _score_layer(path, weights)
+    score = score_layer(f"reward_adapter={path!r}", weights)
     whole = [name for name in getattr(config, "modules_to_save", None) or [] if name not in CLASSIFIER_HEADS]
     config.modules_to_save, config.inference_mode = whole or None, True
     _add_frozen_adapter(policy, path, adapter_name, config, weights)
     return score.to(next(policy.parameters()).device)
 
 
-def _score_layer(path: str, weights: dict[str, Tensor]) -> nn.Linear:
-    """Take the score layer out of `weights`."""
+def score_layer(argument: str, weights: dict[str, Tensor]) -> nn.Linear:
+    """Take the frozen score layer of a reward model's adapter out of its `weights`."""
     found = {name: match[1] for name in weights if (match := SCORE_KEY.search(name))}
     state = {part: weights.pop(name).float() for name, part in found.items()}
     if "weight" not in state:
-        raise ValueError(f"reward_adapter={path!r} has no score.weight; train it with task_type='SEQ_CLS'")
+        raise ValueError(f"{argument} has no score.weight; train it with task_type='SEQ_CLS'")
     num_labels, width = state["weight"].shape
     score = nn.Linear(width, num_labels, bias="bias" in state)
     score.load_state_dict(state)
@@ -70,12 +70,10 @@ def _add_frozen_adapter(
 ) -> None:
     if adapter_name in policy.peft_config:
         raise ValueError(f"reward_adapter_name={adapter_name!r} is taken: the policy has {list(policy.peft_config)}")
-    trainable = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
-    policy.add_adapter(adapter_name, config)
-    unexpected, missing = _load_adapter_weights(policy, adapter_name, weights)
-    # peft 0.19 switches the flags of the adapters that were there.
-    for parameter in policy.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)
+    add_adapter(policy, adapter_name, config, f"reward_adapter={path!r}")
+    unexpected, missing = load_adapter_weights(policy, adapter_name, weights)
+    for parameter in adapter_parameters(policy, adapter_name).values():
+        parameter.requires_grad_(False)
     if unexpected or missing:
         policy.delete_adapter(adapter_name)
         raise ValueError(
@@ -88,7 +86,7 @@ def _add_frozen_adapter(
         )
 
 
-def _load_adapter_weights(
+def load_adapter_weights(
     policy: PeftModel, adapter_name: str, weights: dict[str, Tensor]
 ) -> tuple[list[str], list[str]]:
     """Names of the weights that found no place, and of those of the adapter that were not there."""
@@ -104,7 +102,7 @@ def reward_scores(
     score: nn.Linear,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    adapter_name: str = "reward_adapter",
+    adapter_name: str = DEFAULT_NAME,
 ) -> Tensor:
     """Scores of the reward adapter after every token. The policy's own adapter is afterwards as it was.
 
@@ -146,30 +144,3 @@ class RewardAdapter(nn.Module):
     def scores(self, policy: PeftModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """See `reward_scores`."""
         return reward_scores(policy, self.score, input_ids, attention_mask, self.adapter_name)
-
-
-@contextmanager
-def only_adapter(policy: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Inside, `adapter_name` is the active adapter; afterwards all is active and trainable that was before."""
-    active, active_in_layers = policy.active_adapter, list(policy.base_model.active_adapters)
-    trainable = {id(parameter): parameter.requires_grad for parameter in policy.parameters()}
-    try:
-        policy.set_adapter(adapter_name)
-        yield
-    finally:
-        policy.active_adapter = active
-        policy.base_model.set_adapter(active_in_layers)
-        for parameter in policy.parameters():
-            parameter.requires_grad_(trainable[id(parameter)])
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; afterwards every module of it is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

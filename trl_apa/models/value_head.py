@@ -18,7 +18,8 @@ from transformers.utils import PushToHubMixin
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import last_hidden_states
 from trl_apa.models.checkpointing import either_method
-from trl_apa.models.loading import load_language_model, refuse_prompt_learning
+from trl_apa.models.loading import load_language_model, process_device, refuse_prompt_learning
+from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
 from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.value_model import save_network
@@ -53,7 +54,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
     ):
         super().__init__()
         _check_language_model(pretrained_model, self.is_encoder_decoder, type(self).__name__)
-        self.pretrained_model = pretrained_model
+        self.pretrained_model = use_one_kernel(pretrained_model)
         vocabulary_head = pretrained_model.get_output_embeddings()
         self.v_head = SummaryHead(
             vocabulary_head.in_features, summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
@@ -343,7 +344,7 @@ def _loading_options(
             raise ValueError("torch_dtype and dtype name one argument: give one of them")
         options["dtype"] = torch_dtype
     if device_map is None and (options | kwargs).get("quantization_config") is not None:
-        device_map = {"": _process_device()}
+        device_map = {"": process_device()}
     if device_map is not None:
         options["device_map"] = _without_missing_devices(device_map)
     return options
@@ -355,12 +356,6 @@ def _without_missing_devices(device_map: Any) -> Any:
     if isinstance(device_map, dict):
         return {name: "cpu" if isinstance(device, int) else device for name, device in device_map.items()}
     return "cpu" if isinstance(device_map, int) else device_map
-
-
-def _process_device() -> str:
-    """Known before accelerate is set up, which the trainer's config decides about."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def _add_adapters(

@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import last_hidden_states, network_inputs
+from trl_apa.logprobs import response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.loading import load_language_model
-from trl_apa.models.summary_head import PolicyValueHead, SummaryHead
 
 
 HEAD_WEIGHTS = "value_head.safetensors"
@@ -43,6 +43,16 @@ class ValueHead(nn.Module):
         self.out = nn.Linear(2 * hidden_size if kind == "mlp" else hidden_size, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @classmethod
+    def like(cls, score: nn.Linear) -> "ValueHead":
+        """A linear head that gives what the score layer of a reward model with one label gives."""
+        head = cls(score.in_features, "linear")
+        with torch.no_grad():
+            head.out.weight.copy_(score.weight)
+            if score.bias is not None:
+                head.out.bias.copy_(score.bias)
+        return head
 
     def forward(self, hidden_BRH: Tensor) -> Tensor:
         with torch.autocast(hidden_BRH.device.type, enabled=False):
@@ -79,18 +89,13 @@ class ValueModel(nn.Module):
 
         `tokens` are those of `rollouts.pad_tokens`.
         """
-        trunk = self.trunk
-        inputs = network_inputs(trunk, tokens)
-        if trunk.get_output_embeddings() is not None:
-            inputs["output_hidden_states"] = True  # T5's language model, which has no trunk of its own
-        hidden_BTH = last_hidden_states(trunk(**inputs))
-        return at_least_float32(self.head(hidden_BTH[:, -response_width - 1 : -1]))
+        return trunk_values(self.trunk, self.head, tokens, response_width)
 
     @classmethod
     def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
         """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
-        width = _output_width(policy.get_base_model() if is_peft_model(policy) else policy)
-        network = _copy_with_adapter(policy) if is_peft_model(policy) else _trainable(copy_of_trunk(policy))
+        width = output_width(policy.get_base_model() if is_peft_model(policy) else policy)
+        network = _copy_with_adapter(policy) if is_peft_model(policy) else trainable(copy_of_trunk(policy))
         return cls(network, ValueHead(width, head).to(_device(network)))
 
     @classmethod
@@ -106,13 +111,8 @@ class ValueModel(nn.Module):
                 f"value_model={type(reward_model).__name__}: a value model can be built from a reward model with one "
                 f"linear `score` of one label, not from {score}"
             )
-        head = ValueHead(score.in_features, "linear")
-        with torch.no_grad():
-            head.out.weight.copy_(score.weight)
-            if score.bias is not None:
-                head.out.bias.copy_(score.bias)
-        network = _trainable(independent_copy(reward_model.base_model))
-        return cls(network, head.to(_device(network)))
+        network = trainable(independent_copy(reward_model.base_model))
+        return cls(network, ValueHead.like(score).to(_device(network)))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, base_model: nn.Module | None = None, **kwargs: Any) -> "ValueModel":
@@ -129,12 +129,10 @@ class ValueModel(nn.Module):
             OSError: if there is no such checkpoint.
         """
         kwargs = {"dtype": torch.float32, **kwargs}
-        if not (Path(path) / DESCRIPTION).is_file():
+        head = read_head(path)
+        if head is None:
             return cls._from_checkpoint(path, **kwargs)
-        description = json.loads((Path(path) / DESCRIPTION).read_text())
-        head = ValueHead(description["hidden_size"], description["head"])
-        head.load_state_dict(load_file(Path(path) / HEAD_WEIGHTS))
-        if not description["adapter"]:
+        if find_adapter_config_file(str(path)) is None:
             network = AutoModel.from_pretrained(path, **kwargs)
         elif base_model is None:
             network = load_language_model(str(path), **kwargs)
@@ -149,10 +147,10 @@ class ValueModel(nn.Module):
         config = AutoConfig.from_pretrained(path)
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             return cls.from_reward_model(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
-        return cls._on_trunk(AutoModel.from_pretrained(path, **kwargs))
+        return cls.on_trunk(AutoModel.from_pretrained(path, **kwargs))
 
     @classmethod
-    def _on_trunk(cls, trunk: nn.Module) -> "ValueModel":
+    def on_trunk(cls, trunk: nn.Module) -> "ValueModel":
         """A bare trunk with a new head. OPT-350m projects its hidden states; its config says to what."""
         config = trunk.config.get_text_config()
         width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
@@ -161,7 +159,7 @@ class ValueModel(nn.Module):
     def load_weights(self, path: str | Path) -> None:
         """Put what `save_pretrained` wrote into these networks."""
         load_network(self.network, path)
-        self.head.load_state_dict(load_file(Path(path) / HEAD_WEIGHTS))
+        self.head.load_state_dict(load_head_weights(path))
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write network (or its adapter), head and a description as safetensors and JSON.
@@ -170,54 +168,63 @@ class ValueModel(nn.Module):
             path: a folder, made if it is not there.
             state_dict: weights to write instead of the model's own, as gathered from a sharded one.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
-        save_network(self.network, path, state_of(state, "network"))
-        head_state = {name: tensor.cpu().contiguous() for name, tensor in state_of(state, "head").items()}
-        save_file(head_state, path / HEAD_WEIGHTS)
-        description = {
-            "head": self.head.kind,
-            "hidden_size": self.head.hidden_size,
-            "adapter": is_peft_model(self.network),
-        }
-        (path / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        save_value_model(self.network, self.head, path, state_of(state, "network"), state_of(state, "head"))
 
 
-def resolve_value_model(
-    value_model: Any, policy: nn.Module, summary_head: SummaryHead | None = None
-) -> ValueModel | PolicyValueHead:
-    """What the trainer's `value_model` argument means.
+def trunk_values(trunk: nn.Module, head: ValueHead, tokens: Mapping[str, Any], response_width: int) -> Tensor:
+    """V of the state before each response token, reward units, at least float32 `(B, R)`; 0 where a row has none.
 
     Args:
-        value_model: None or "separate" (a copy of the policy's trunk), "head" (classic's head on the policy itself), a
-            `ValueModel`, a sequence classifier, a language model or bare trunk (copied), or a path or hub name of any
-            of these.
-        policy: the language model that is aligned.
-        summary_head: the head that "head" means, if the policy came with one; otherwise a new one.
-
-    Raises:
-        ValueError: if it is none of these.
+        trunk: what turns tokens into hidden states.
+        head: hidden state to value.
+        tokens: those of `rollouts.pad_tokens` or `rollouts.pack_tokens`.
+        response_width: tokens.
     """
-    if value_model is None or value_model == "separate":
-        return ValueModel.from_policy(policy)
-    if value_model == "head":
-        device = policy.get_output_embeddings().weight.device
-        return PolicyValueHead(summary_head or SummaryHead(_output_width(policy)).to(device))
-    if isinstance(value_model, ValueModel):
-        return value_model
-    if isinstance(value_model, str | Path):
-        return ValueModel.from_pretrained(value_model, base_model=policy)
-    if not isinstance(value_model, PreTrainedModel):
-        raise ValueError(
-            f"value_model is a {type(value_model).__name__}; it should be 'separate', 'head', a path, a ValueModel or "
-            "a PreTrainedModel"
-        )
-    if isinstance(getattr(value_model, "score", None), nn.Linear):
-        return ValueModel.from_reward_model(value_model)
-    if value_model.get_output_embeddings() is not None:
-        return ValueModel.from_policy(value_model)
-    return ValueModel._on_trunk(_trainable(independent_copy(value_model)))
+    # T5's language model has no trunk of its own.
+    options = {} if trunk.get_output_embeddings() is None else {"output_hidden_states": True}
+    values_M = at_least_float32(head(response_states(trunk, tokens, **options)))
+    return response_rows(values_M, tokens, response_width)
+
+
+def save_value_model(
+    network: nn.Module,
+    head: ValueHead,
+    path: str | Path,
+    network_state: dict[str, Tensor],
+    head_state: dict[str, Tensor],
+    adapter: str | None = None,
+) -> None:
+    """Write network (or an adapter of it, by default the active one), head and a description.
+
+    Args:
+        network, head: of the value model.
+        path: a folder, made if it is not there.
+        network_state, head_state: their weights.
+        adapter: which adapter of `network` is the value model's.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_network(network, path, network_state, adapter)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in head_state.items()}, path / HEAD_WEIGHTS)
+    description = {"head": head.kind, "hidden_size": head.hidden_size, "adapter": is_peft_model(network)}
+    (path / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_head(path: str | Path) -> ValueHead | None:
+    """The head of a saved value model; None if `path` holds none."""
+    path = Path(path)
+    if not (path / DESCRIPTION).is_file():
+        return None
+    description = json.loads((path / DESCRIPTION).read_text())
+    head = ValueHead(description["hidden_size"], description["head"])
+    head.load_state_dict(load_head_weights(path))
+    return head
+
+
+def load_head_weights(path: str | Path) -> dict[str, Tensor]:
+    """The head's weights in the folder of a saved value model."""
+    return load_file(Path(path) / HEAD_WEIGHTS)
 
 
 def state_of(state_dict: dict[str, Tensor], child: str) -> dict[str, Tensor]:
@@ -226,8 +233,10 @@ def state_of(state_dict: dict[str, Tensor], child: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
-def save_network(network: nn.Module, path: str | Path, state_dict: dict[str, Tensor], **kwargs: Any) -> None:
-    """A transformer's checkpoint or, of a PEFT model, that of its active adapter, in `path` itself.
+def save_network(
+    network: nn.Module, path: str | Path, state_dict: dict[str, Tensor], adapter: str | None = None, **kwargs: Any
+) -> None:
+    """A transformer's checkpoint in `path` itself; of a PEFT model an adapter's, by default that of the active one.
 
     peft puts an adapter that is not called "default" into a folder below `path`, where `from_pretrained(path)` does
     not look for it.
@@ -235,7 +244,7 @@ def save_network(network: nn.Module, path: str | Path, state_dict: dict[str, Ten
     if not is_peft_model(network):
         network.save_pretrained(path, state_dict=state_dict, **kwargs)
         return
-    adapter = network.active_adapter
+    adapter = adapter or network.active_adapter
     network.save_pretrained(path, state_dict=state_dict, selected_adapters=[adapter], **kwargs)
     folder = Path(path) / adapter
     if adapter != "default" and folder.is_dir():
@@ -243,15 +252,16 @@ def save_network(network: nn.Module, path: str | Path, state_dict: dict[str, Ten
         shutil.rmtree(folder)
 
 
-def load_network(network: nn.Module, path: str | Path) -> None:
-    """Put weights that `save_network` wrote into a network of the same shape.
+def load_network(network: nn.Module, path: str | Path, adapter: str | None = None) -> None:
+    """Put weights that `save_network` wrote into a network of the same shape (of a PEFT model, into that adapter).
 
     Raises:
         ValueError: if they are another network's.
     """
     if is_peft_model(network):
         weights = load_peft_weights(str(path), device="cpu")
-        unexpected = set_peft_model_state_dict(network, weights, adapter_name=network.active_adapter).unexpected_keys
+        adapter = adapter or network.active_adapter
+        unexpected = set_peft_model_state_dict(network, weights, adapter_name=adapter).unexpected_keys
         if unexpected:
             raise ValueError(f"the adapter in {path} does not fit the model: it has {unexpected[0]!r}")
         return
@@ -262,12 +272,12 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _output_width(language_model: nn.Module) -> int:
+def output_width(language_model: nn.Module) -> int:
     """Width of the hidden states that the vocabulary head reads (not always `hidden_size`: OPT-350m projects)."""
     return language_model.get_output_embeddings().weight.shape[-1]
 
 
-def _trainable(trunk: nn.Module) -> nn.Module:
+def trainable(trunk: nn.Module) -> nn.Module:
     """All floating-point parameters trainable: the policy that was copied may have been partly frozen."""
     for parameter in trunk.parameters():
         if parameter.is_floating_point():

@@ -1,0 +1,95 @@
+"""The trainer's networks, put together from what its caller gave: policy, reference, value model, tokenizer."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_apa._trl import is_peft_model
+from trl_apa.config import APAConfig
+from trl_apa.models import (
+    PolicyAndValue,
+    ValueModel,
+    build_policy,
+    choose_reference,
+    disable_dropout,
+    freeze_all_but,
+    load_language_model,
+    resolve_value_model,
+    reward_adapter_of,
+    select_adapter,
+    value_head_of,
+    without_value_head,
+)
+from trl_apa.optimization import add_value_parameters
+from trl_apa.validation import check_networks_are_apart, check_precision, check_type, check_value_model_reads
+
+
+MODELS = (str, Path, PreTrainedModel, PeftModel)
+
+
+class Networks(NamedTuple):
+    """What a trainer works with.
+
+    Args:
+        module: policy and value model.
+        reference: pi_init, or None if it is inside the policy.
+        tokenizer: the policy's.
+    """
+
+    module: PolicyAndValue
+    reference: nn.Module | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def assemble(
+    args: APAConfig,
+    model: Any,
+    ref_model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    value_model: Any,
+    peft_config: PeftConfig | None,
+    num_shared_layers: int | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> Networks:
+    """The networks that the arguments of `APATrainer` mean, with dropout off, frozen where they are not to learn.
+
+    Args:
+        args: names of adapters, layers to freeze, the value model's learning rate.
+        optimizer: a caller's own, which gets the value model's parameters too.
+        model, ref_model, tokenizer, value_model, peft_config, num_shared_layers: see `APATrainer`.
+
+    Raises:
+        ValueError: naming the argument that is of the wrong type or does not fit another.
+    """
+    given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
+    check_type("model", model, MODELS)
+    check_type("ref_model", ref_model, MODELS, optional=True)
+    check_type("num_shared_layers", num_shared_layers, int, optional=True)
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = load_language_model(str(model))
+    if isinstance(ref_model, str | Path):
+        ref_model = load_language_model(str(ref_model))
+    check_type("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    policy = build_policy(model, peft_config)
+    select_adapter(policy, args.model_adapter_name)
+    value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
+    if args.num_unfrozen_layers is not None:
+        if num_shared_layers is not None:
+            raise ValueError("num_unfrozen_layers and num_shared_layers say one thing in two ways: give one of them")
+        num_frozen = freeze_all_but(args.num_unfrozen_layers, policy)
+        num_shared_layers = num_frozen if ref_model is None else None
+        if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
+            freeze_all_but(args.num_unfrozen_layers, value_model.network)
+    check_value_model_reads(tokenizer, value_model)
+    module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
+    check_precision(module)
+    check_networks_are_apart(module, ref_model, optimizer)
+    disable_dropout(module)
+    reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
+    add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)
+    return Networks(module, reference, tokenizer)

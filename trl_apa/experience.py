@@ -1,0 +1,125 @@
+"""Rollouts to what their update needs: log pi_init, values, token rewards, advantages, a plan of optimizer steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.advantages import gae
+from trl_apa.iteration import Iteration
+from trl_apa.kl import kl_estimate, kl_full
+from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
+from trl_apa.masking import keep_counted, masked_whiten
+from trl_apa.models import reference_policy
+from trl_apa.rewards import kl_penalized_rewards, shape_scores, token_rewards
+from trl_apa.rollouts import Rollouts
+from trl_apa.statistics import StageTimer
+
+
+class Experience(_BaseTrainer):
+    """The part of `APATrainer` between the scores of an iteration and its first optimizer step."""
+
+    def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
+        """From rollouts to what the update needs, a stage a line."""
+        with timer("forward_pass"):
+            self._evaluate_rollouts(rollouts)
+        with timer("compute_rewards"):
+            rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
+        with timer("compute_advantages"):
+            self._estimate_advantages(rollouts)
+        self._iteration = self._plan(rollouts, ended_B)
+
+    @torch.no_grad()
+    def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
+        """Fill in log pi_init and V; for PPO and for early stopping log pi_old; for PPO the KL in its reward."""
+        blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
+        rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
+        is_ppo = self.args.loss_type == "ppo"
+        needs_old = is_ppo or self.args.early_stopping
+        full_kl = is_ppo and self.args.kl_penalty == "full"
+        if needs_old:
+            rollouts.old_logprobs_BR = blank_BR.clone()
+        if is_ppo:
+            rollouts.kl_penalty_BR = blank_BR.clone()
+        policy = self.accelerator.unwrap_model(self.model).policy
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
+        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        order = rollouts.by_length(range(len(rollouts)))
+        for start in range(0, len(rollouts), size):
+            packed = self._packed and not full_kl
+            batch = rollouts.micro_batch(order[start : start + size], self._pad_token_id, packed)
+            index, width = batch["rows"], batch["response_mask"].shape[1]
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
+            rollouts.values_BR[index, :width] = outputs["values"].float()
+            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+                reading = (reference, self._tokens(batch), width, self.args.temperature)
+                of_reference = policy_outputs(*reading, with_logits=full_kl)
+            rollouts.ref_logprobs_BR[index, :width] = of_reference.logprobs_BR.float()
+            if needs_old:
+                rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
+            if full_kl:
+                kl = kl_full(outputs["logits"].log_softmax(-1), of_reference.logits_BRV.log_softmax(-1))
+                rollouts.kl_penalty_BR[index, :width] = kl.float()
+        if is_ppo and not full_kl:
+            rollouts.kl_penalty_BR = kl_estimate(
+                rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
+            )
+
+    def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
+        """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
+        args, scores_B = self.args, rollouts.scores_B
+        if args.missing_eos_penalty is not None:
+            scores_B = scores_B - args.missing_eos_penalty * ~ended_B
+        std = mean = None
+        if args.scale_rewards:
+            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
+            std = self.running_scores.std
+            mean = self.running_scores.mean if args.center_rewards else None
+        given_BR = rollouts.given_rewards_BR
+        if given_BR is not None:
+            # Given token by token, they stay on their tokens; only their scale is shaped.
+            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
+            scores_B = scores_B - given_BR.sum(dim=1)
+        scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
+        rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
+        if given_BR is not None:
+            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
+        if args.loss_type == "ppo":
+            mask_BR = rollouts.response_mask_BR
+            rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
+        return rewards_BR
+
+    def _estimate_advantages(self, rollouts: Rollouts) -> None:
+        args, mask_BR, distributed = self.args, rollouts.response_mask_BR, self.accelerator.num_processes > 1
+        rewards_BR = rollouts.rewards_BR
+        if args.whiten_rewards:
+            rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
+        advantages_BR, rollouts.returns_BR = gae(rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
+        if args.whiten_advantages:
+            advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
+        rollouts.advantages_BR = advantages_BR
+
+    def _plan(self, rollouts: Rollouts, ended_B: Tensor) -> Iteration:
+        """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
+        epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
+        size = self.args.per_device_train_batch_size
+        if size < self.args.backward_batch_size and not self._packed:
+            # Neighbours are padded together; which rows share an optimizer step stays as drawn.
+            epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
+        return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
+
+    def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
+        """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
+        seed = hash((self.args.seed, self.accelerator.process_index, self.num_iterations_done, epoch)) % 2**63
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
+        size = self.args.backward_batch_size
+        return [order[start : start + size] for start in range(0, num_rows, size)]
+
+    def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in TOKEN_FIELDS if name in batch}
+
+    def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        width = batch["response_mask"].shape[1]
+        return {**self._tokens(batch), "response_width": width, "temperature": self.args.temperature}

@@ -1,0 +1,76 @@
+"""Several adapters on one base: which one computes, and which ones learn."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+
+@contextmanager
+def only_adapter(policy: PeftModel, adapter_name: str | None) -> Iterator[None]:
+    """Inside, `adapter_name` is the active adapter, or with None none is; afterwards all is as it was.
+
+    peft's own switches freeze every adapter but the one that they end on.
+    """
+    active, active_in_layers = policy.active_adapter, list(policy.base_model.active_adapters)
+    with trainable_as_before(policy):
+        try:
+            if adapter_name is not None:
+                policy.set_adapter(adapter_name)
+            with policy.disable_adapter() if adapter_name is None else nullcontext():
+                yield
+        finally:
+            policy.active_adapter = active
+            policy.base_model.set_adapter(active_in_layers)
+
+
+@contextmanager
+def trainable_as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards the parameters that were there before are trainable if they were before."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; afterwards every module of it is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def add_adapter(policy: PeftModel, adapter_name: str, config: PeftConfig, argument: str) -> None:
+    """Put one more adapter on `policy`, which changes nothing about those that it has.
+
+    Raises:
+        ValueError: naming `argument`, if the adapter does not fit the base.
+    """
+    try:
+        with trainable_as_before(policy):  # peft 0.19 switches the flags of the adapters that were there
+            policy.add_adapter(adapter_name, config)
+    except ValueError as error:
+        raise ValueError(f"{argument} does not fit the policy's base: {error}") from error
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The parameters that belong to one adapter, under their names in `model`."""
+    return {name: p for name, p in model.named_parameters() if f".{adapter_name}." in f"{name}."}
+
+
+def trains_its_adapter_only(policy: PeftModel) -> bool:
+    """Whether nothing of the base is trained with the adapter: no bias, no norm."""
+    prefix = policy.base_model.prefix
+    return all(
+        f".{prefix}" in name or ".modules_to_save." in name
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad
+    )

@@ -1,0 +1,57 @@
+"""Which value model the trainer's `value_model` argument means."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from trl_apa.models.copying import independent_copy
+from trl_apa.models.summary_head import PolicyValueHead, SummaryHead
+from trl_apa.models.value_adapter import AdapterValueModel
+from trl_apa.models.value_model import ValueModel, output_width, trainable
+
+
+# Before the folder or hub name of an adapter that is to lie on the policy's own base.
+ADAPTER_PREFIX = "adapter:"
+
+
+def resolve_value_model(
+    value_model: Any, policy: nn.Module, summary_head: SummaryHead | None = None
+) -> ValueModel | AdapterValueModel | PolicyValueHead:
+    """What the trainer's `value_model` argument means.
+
+    Args:
+        value_model: None or "separate" (a copy of the policy's trunk), "adapter" (another adapter on its base) or
+            "adapter:PATH" (which starts as the adapter in that folder or of that hub name), "head" (classic's head on
+            the policy itself), a `ValueModel`, a sequence classifier, a language model or bare trunk (copied), or a
+            path or hub name of any of these.
+        policy: the language model that is aligned.
+        summary_head: the head that "head" means, if the policy came with one; otherwise a new one.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if value_model is None or value_model == "separate":
+        return ValueModel.from_policy(policy)
+    if value_model == "head":
+        device = policy.get_output_embeddings().weight.device
+        return PolicyValueHead(summary_head or SummaryHead(output_width(policy)).to(device))
+    if value_model == "adapter":
+        return AdapterValueModel.on_policy(policy)
+    if isinstance(value_model, str) and value_model.startswith(ADAPTER_PREFIX):
+        return AdapterValueModel.on_policy(policy, value_model.removeprefix(ADAPTER_PREFIX))
+    if isinstance(value_model, ValueModel):
+        return value_model
+    if isinstance(value_model, str | Path):
+        return ValueModel.from_pretrained(value_model, base_model=policy)
+    if not isinstance(value_model, PreTrainedModel):
+        raise ValueError(
+            f"value_model is a {type(value_model).__name__}; it should be 'separate', 'adapter', 'head', a path, a "
+            "ValueModel or a PreTrainedModel"
+        )
+    if isinstance(getattr(value_model, "score", None), nn.Linear):
+        return ValueModel.from_reward_model(value_model)
+    if value_model.get_output_embeddings() is not None:
+        return ValueModel.from_policy(value_model)
+    return ValueModel.on_trunk(trainable(independent_copy(value_model)))

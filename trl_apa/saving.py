@@ -1,0 +1,102 @@
+"""What is left of a run: the networks in a folder or on the hub, and a model card."""
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.models import merge_and_save
+
+
+class Saving(_BaseTrainer):
+    """The part of `APATrainer` that writes policy, value model, tokenizer and card."""
+
+    _tag_names = ["trl", "apa", "rlhf"]
+    _name = "APA"
+    _paper = {
+        "title": "Fine-Tuning Language Models with Advantage-Induced Policy Alignment",
+        "id": "2306.02231",
+        # docstyle-ignore
+        "citation": (
+            "@article{zhu2023apa,\n"
+            "    title = {{Fine-Tuning Language Models with Advantage-Induced Policy Alignment}},\n"
+            "    author = {Banghua Zhu and Hiteshi Sharma and Felipe Vieira Frujeri and Shi Dong and "
+            "Chenguang Zhu and Michael I. Jordan and Jiantao Jiao},\n"
+            "    year = 2023,\n"
+            "    journal = {arXiv preprint arXiv:2306.02231}\n"
+            "}"
+        ),
+    }
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the policy (an adapter, if it is one), the tokenizer, and the value model in `value_model/`.
+
+        Plain transformers, or peft, loads the policy; `APATrainer(value_model=f"{save_directory}/value_model")` the
+        value model.
+        """
+        self.save_model(str(save_directory), _internal_call=True)
+
+    def merge_and_save(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the policy as a plain checkpoint, its adapter merged into its base: see `models.merge_and_save`.
+
+        To be called on every process; one of them writes.
+        """
+        if self.args.should_save:
+            policy = self.accelerator.unwrap_model(self.model).policy
+            merge_and_save(policy, save_directory, self.processing_class, **kwargs)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _push_if_best(self, scores_B: Tensor) -> None:
+        """The hub's copy is the policy with the best mean score yet, if the config asks for that."""
+        args = self.args
+        if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
+            return
+        mean = float(self.accelerator.gather(scores_B).mean())
+        if mean > self._best_mean_score:
+            self._best_mean_score = mean
+            self.push_to_hub(**args.push_to_hub_if_best_kwargs)
+
+    def create_model_card(
+        self,
+        path: str | os.PathLike | None = None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write a model card that says how the policy was trained and cites the paper, as `README.md`.
+
+        Args:
+            path: a folder, made if it is not there; defaults to `args.output_dir`.
+            model_name, dataset_name, tags: as in TRL's trainers.
+        """
+        output_dir = self.args.output_dir
+        try:
+            if path is not None:
+                self.args.output_dir = os.fspath(path)
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        finally:
+            self.args.output_dir = output_dir
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
+        """Save to `args.output_dir`, write a model card and upload both.
+
+        Args:
+            repo_id: where to; defaults to `args.hub_model_id`.
+            kwargs: as in [`~transformers.Trainer.push_to_hub`] (`commit_message`, `token`, `blocking`, ...).
+        """
+        if repo_id is not None:
+            self.args.hub_model_id, self.hub_model_id = repo_id, None
+        return super().push_to_hub(**kwargs)
+
+    def _send_telemetry(self) -> None:
+        """This package sends none."""

@@ -1,0 +1,179 @@
+"""The optimizer steps of one iteration: micro-batches to losses, gradients and new weights."""
+
+import math
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
+from trl_apa.masking import masked_mean
+
+
+class Update(_BaseTrainer):
+    """The part of `APATrainer` that learns: `step` and the Trainer's own loop both go through `training_step`."""
+
+    def _update(self) -> None:
+        """Work off the plan; under `train()` the Trainer's own loop does it."""
+        iteration = self._iteration
+        while not iteration.finished:
+            for number in range(1, iteration.micro_batches_per_step + 1):
+                last = number == iteration.micro_batches_per_step
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                    self.training_step(self.model_wrapped, {})
+            if not iteration.record.skipped:
+                norm = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
+                self._get_grad_norm(self.model_wrapped, grad_norm=norm)
+                self.optimizer.step()
+                self.state.global_step += 1
+            self.model_wrapped.zero_grad()
+            self._stop_if_moved_too_far()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
+
+        Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
+        """
+        if self._iteration is None or self._iteration.finished:
+            self._collect_iteration()
+        iteration = self._iteration
+        batch = iteration.next_micro_batch(self._pad_token_id, self._packed)
+        module, losses = self.accelerator.unwrap_model(model), []
+        for networks in module.passes:
+            with module.adapter_for(**networks):
+                losses.append(super().training_step(model, {**batch, **networks}, num_items_in_batch))
+        loss = sum(losses)
+        if iteration.ends_step and self._ratio_explodes():
+            model.zero_grad()
+        return loss
+
+    def _stop_if_moved_too_far(self) -> None:
+        """Leave out the epochs that remain if the last mini-batch has moved further than `early_stopping` allows."""
+        iteration = self._iteration
+        if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
+            return
+        moved = float(self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
+        # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
+        moved = moved if self.args.loss_type == "ppo" else abs(moved)
+        iteration.stopped = moved > 1.5 * self.args.target_kl
+
+    def _ratio_explodes(self) -> bool:
+        """Whether PPO's mini-batch is so far off-policy that its update is left out."""
+        if self.args.loss_type != "ppo":
+            return False
+        record = self._iteration.record
+        step = record.optimizer_steps[-1]
+        ratio = float(self._sum_over_processes(step["apa/policy/ratio"]))
+        record.skipped = skipped = ratio > self.args.ratio_threshold
+        step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
+        if skipped:
+            warnings.warn(
+                f"a mini-batch was skipped: its mean ratio {ratio:.2f} exceeds {self.args.ratio_threshold=}",
+                stacklevel=2,
+            )
+        return skipped
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Policy loss plus `vf_coef` times value loss of one micro-batch, as its share of the optimizer step's mean.
+
+        Multiplied by the number of processes, because distributed engines average gradients over them.
+        """
+        args, record = self.args, self._iteration.record
+        networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
+        with_entropy = networks["with_policy"] and (record.observing or args.loss_type == "ppo")
+        outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
+        loss, stats = 0.0, {}
+        if networks["with_policy"]:
+            loss, stats = self._policy_terms(outputs, inputs)
+        if networks["with_value"]:
+            v_loss, v_stats = self._value_terms(outputs["values"], inputs)
+            loss, stats = loss + args.vf_coef * v_loss, stats | v_stats
+        record.add({**stats, "apa/loss/total": loss.detach()})
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _policy_terms(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's loss and its statistics; what a row's first visit shows is kept."""
+        mask, num_tokens, record = batch["response_mask"], batch["num_tokens"], self._iteration.record
+        if record.observing:
+            record.observe(batch["rows"], outputs)
+        loss, stats = self._policy_loss(outputs["logprobs"], batch, num_tokens)
+        if "policykl" not in stats:
+            # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
+            first_visit = record.logprobs_BR[batch["rows"], : mask.shape[1]]
+            old_logprobs = batch.get("old_logprobs", first_visit)
+            stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
+        if self.args.loss_type == "ppo":
+            # As in classic the mean over all epochs; the others report that of each row's first visit.
+            stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)
+        return loss, {**{f"apa/policy/{name}": v for name, v in stats.items()}, "apa/loss/policy": loss.detach()}
+
+    def _value_terms(self, values_BR: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value model's loss and its statistics."""
+        mask, num_tokens = batch["response_mask"], batch["num_tokens"]
+        clip = self.args.cliprange_value
+        loss, stats = value_loss(values_BR, batch["returns"], mask, batch["values"], clip, num_tokens)
+        stats["vpred"] = masked_mean(values_BR.detach(), mask, num_tokens)
+        return loss, {**{f"apa/val/{name}": v for name, v in stats.items()}, "apa/loss/value": loss.detach()}
+
+    def _policy_loss(self, logprobs_BR: Tensor, batch: dict[str, Tensor], num_tokens: Tensor) -> tuple[Tensor, dict]:
+        """The one place where APA, AWR and PPO differ in the update."""
+        args, advantages, mask = self.args, batch["advantages"], batch["response_mask"]
+        if args.loss_type == "apa":
+            return apa_loss(logprobs_BR, batch["ref_logprobs"], advantages, mask, args.kl_coef, num_tokens)
+        if args.loss_type == "awr":
+            return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
+        return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._note_gradient_norms()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The joint norm before clipping, noted; refuses a gradient that is not finite."""
+        if grad_norm is None:
+            self._note_gradient_norms()
+        total = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
+        # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
+        if self.accelerator.scaler is None and not math.isfinite(total):
+            kept = self._keep_for_inspection()
+            raise FloatingPointError(
+                f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
+                f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
+                "before; lower the learning rate"
+            )
+        return total
+
+    def _keep_for_inspection(self) -> Path:
+        """The rollouts of an update that failed, for `torch.load`."""
+        name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
+        path = Path(self.args.output_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self._iteration.state_dict(), path)
+        return path
+
+    def _note_gradient_norms(self) -> None:
+        """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
+        norms: dict[str, Tensor] = {}
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.accelerator.scaler is None and not sharded:
+            module = self.accelerator.unwrap_model(self.model)
+            for name, parameters in module.trainable_parameters().items():
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
+        self._iteration.record.grad_norms.append(norms)
