@@ -155,4 +155,4 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch': the held-out reward")
         self.metric_for_best_model, self.greater_is_better = "eval_reward", True
         self.load_best_model_at_end = True
-        self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
+        self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
