@@ -103,6 +103,7 @@ def _pack_weight(layer: nn.Module, quantization: str) -> None:
     if quantization == "4bit":
         weight.compress_statistics, weight.quant_type = False, "nf4"
     layer.weight = weight
+    layer.scale_bytes = 4 * (rows if quantization == "8bit" else -(-rows * columns // BLOCK_4BIT))
 
 
 def classifier_bytes(config: PretrainedConfig, setup: Setup) -> int:
@@ -125,10 +126,6 @@ def weight_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
     """
     known = set() if beside is None else {id(parameter) for parameter in beside.parameters()}
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known}
-    scales = 0
-    for layer in model.modules():
-        if type(layer).__name__ == "Linear8bitLt":
-            scales += 4 * layer.out_features
-        elif type(layer).__name__ == "Linear4bit":
-            scales += 4 * -(-layer.in_features * layer.out_features // BLOCK_4BIT)
+    # peft's wrapper of such a layer has the name of its class, but not this entry.
+    scales = sum(vars(layer).get("scale_bytes", 0) for layer in model.modules())
     return scales + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

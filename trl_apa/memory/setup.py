@@ -26,8 +26,8 @@ class Setup:
             another architecture.
         reference: "base" (the policy's base, adapters off), "adapter" (a frozen copy of an SFT adapter), "copy" (a
             whole frozen copy); "auto" is "base" with adapters and "copy" without.
-        reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape), or
-            a config of another one.
+        reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape),
+            or a config of another one.
         num_unfrozen_layers: train only so many of the highest layers; without adapters.
         micro_batch_size: rows of one forward and backward pass.
         gradient_accumulation_steps: of those passes in one optimizer step.
