@@ -8,7 +8,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-lowest soak parity demo build clean
+.PHONY: help install check format test test-lowest bench soak parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions t
 
 parity: install .venv-parity/.installed ## compare PPO with TRL 0.11.4's own, run in an environment of its own
 	HF_HUB_OFFLINE=1 .venv/bin/python -m parity.compare $(ARGS)
+
+bench: install .venv-parity/.installed ## compare CPU seconds of step and generate with TRL 0.11.4's and with bare network calls
+	.venv/bin/python -m benchmarks.speed $(ARGS)
 
 soak: install ## see that memory does not grow over a thousand optimizer steps
 	HF_HUB_OFFLINE=1 .venv/bin/python -W ignore -m benchmarks.soak $(ARGS)

@@ -19,6 +19,7 @@ from trl_apa import APATrainer
 from trl_apa.models import ValueModel
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.value_adapter import VALUE_ADAPTER
+from trl_apa.rollouts import pad_tokens
 
 
 @pytest.fixture
@@ -205,10 +206,8 @@ def test_a_value_adapter_starts_as_the_reward_model(tmp_path, base):
     ids = torch.cat([query, response])
     with torch.no_grad():
         expected = [classifier(input_ids=ids[None, :end]).logits[0, 0] for end in range(len(query), len(ids))]
-    tokens = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-    tokens["position_ids"] = torch.arange(len(ids))[None]
     with torch.no_grad():
-        outputs = trainer.model(**tokens, response_width=len(response), with_policy=False)
+        outputs = trainer.model(**pad_tokens([query], [response], 0), response_width=len(response), with_policy=False)
     torch.testing.assert_close(outputs["values"][0], torch.stack(expected))
     before = values(trainer.model)
     trainer.step(*tiny_rollouts())

@@ -94,9 +94,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_before_anything_is_load
     assert refused(capsys, command, "--xyzzy=1") == f"trl-apa {command}: unknown option '--xyzzy'"
 
 
-@pytest.mark.parametrize("command", ["plot", "env"])
+@pytest.mark.parametrize("command", ["plot", "env", "winrate"])
 def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
-    arguments = ["somewhere"] if command == "plot" else []
+    arguments = {"plot": ["somewhere"], "winrate": "a b --judge local --judge_model c".split()}.get(command, [])
     assert "unrecognized arguments: --xyzzy" in refused(capsys, command, *arguments, "--xyzzy", "1")
 
 
@@ -420,6 +420,7 @@ IN_SMALL = {
     "--max_eval_rows 4",
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
+    "winrate": "--use_cpu",
 }
 
 
@@ -525,3 +526,13 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
     assert len({sample["prompt"] for sample in samples}) == len(samples)
     for name in plot.FIGURES:
         assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):
+    result = json.loads((pipeline / "winrate.json").read_text())
+    assert result["pairs"] == len((pipeline / "samples.jsonl").read_text().splitlines())
+    assert result["low"] <= result["win_rate"] <= result["high"]
+    # each prompt's reference is the response that was preferred
+    for row in result["judgements"]:
+        first, second = map(int, re.findall(r"\d+", row["prompt"]))
+        assert row["reference"] == f" It is {first + second}."

@@ -120,11 +120,9 @@ def test_the_models_config_is_saved_as_it_came(tmp_path):
 def test_a_value_model_from_a_reward_model_starts_as_its_score(tmp_path):
     classifier = reward_model()
     value_model = resolve_value_model(classifier, tiny_model())
-    ids = torch.cat([torch.tensor([5, 6, 7, 8]), torch.tensor([9])])[None]
-    ones = torch.ones_like(ids)
-    tokens = {"input_ids": ids, "attention_mask": ones, "position_ids": torch.arange(5)[None]}
+    tokens = pad_tokens([torch.tensor([5, 6, 7, 8])], [torch.tensor([9])], 0)
     with torch.no_grad():
-        score = classifier(input_ids=ids[:, :4], attention_mask=ones[:, :4]).logits[0, 0]
+        score = classifier(**{name: tokens[name][:, :4] for name in ("input_ids", "attention_mask")}).logits[0, 0]
         # V of the state before the fifth token is the score of the first four.
         value = value_model(tokens, 1)[0, 0]
     assert float(value) == pytest.approx(float(score), rel=1e-5)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, lora_config, tiny_model, tiny_trainer
-from trl_apa.logprobs import forward_parameters, response_logprobs
-from trl_apa.rollouts import Rollouts, pad_tokens, response_mask
+from trl_apa.logprobs import forward_parameters, response_logprobs, response_rows
+from trl_apa.rollouts import Rollouts, pack_tokens, pad_tokens, response_mask
 
 
 QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8])]
@@ -23,6 +23,21 @@ def test_queries_pad_left_responses_pad_right_and_positions_count_real_tokens():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0, 0], [0, 0, 8, 9, 0, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 3, 3], [0, 0, 0, 1, 2, 3]]
+
+
+def test_padded_and_packed_layouts_say_where_the_responses_are():
+    """Packed 5 6 7|0, 8|9 0 1; padded as above, six tokens a row. Each token is predicted at the one before it."""
+    packed = pack_tokens(QUERIES, RESPONSES)
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 0, 8, 9, 0, 1]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
+    assert packed["sequence_lengths"] == (4, 4)
+    assert packed["predicting_index"].tolist() == [2, 4, 5, 6]
+    padded = pad_tokens(QUERIES, RESPONSES, pad_token_id=0)
+    assert padded["predicting_index"].tolist() == [2, 8, 9, 10]
+    for batch in (packed, padded):
+        assert batch["response_index"].tolist() == [0, 3, 4, 5]
+        tokens = batch["input_ids"].flatten()[batch["predicting_index"] + 1]
+        assert response_rows(tokens, batch, 3).tolist() == [[0, 0, 0], [9, 0, 1]]
 
 
 def test_a_micro_batch_is_trimmed_to_its_own_rows():
@@ -59,23 +74,26 @@ def test_logprobs_equal_a_token_by_token_loop(tmp_path, family, lora):
 
 def test_the_vocabulary_head_runs_at_response_positions_only():
     model, batch = tiny_model(), pad_tokens([torch.arange(2, 22)], [torch.tensor([5, 6])], 0)
+    response_logprobs(model, batch, 2)  # the first call also tries the model out
     seen = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:-1].numel()))
     response_logprobs(model, batch, 2)
-    assert seen == [3]
+    assert seen == [2]
 
 
 def test_the_softmax_of_a_bfloat16_model_is_taken_in_float32():
     model = tiny_model(dtype=torch.bfloat16)
     batch = pad_tokens(QUERIES, RESPONSES, pad_token_id=0)
-    tokens = (batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logprobs_BR, _ = response_logprobs(model, batch, 3)
-    logits = model(*tokens[:2], position_ids=tokens[2]).logits[:, -4:-1]
+    logits, targets = seen[-1], torch.cat(RESPONSES)
     assert logits.dtype == torch.bfloat16
-    exact = torch.log_softmax(logits.double(), dim=-1).gather(-1, tokens[0][:, -3:, None])[..., 0]
-    rough = torch.log_softmax(logits, dim=-1).gather(-1, tokens[0][:, -3:, None])[..., 0]
-    assert logprobs_BR.dtype == torch.float32
-    assert float((logprobs_BR - exact).abs().max()) < 1e-5 < 1e-3 < float((rough - exact).abs().max())
+    exact = torch.log_softmax(logits.detach().double(), dim=-1).gather(-1, targets[:, None])[:, 0]
+    rough = torch.log_softmax(logits.detach(), dim=-1).gather(-1, targets[:, None])[:, 0]
+    logprobs = logprobs_BR.detach()[response_mask(RESPONSES)]
+    assert logprobs.dtype == torch.float32
+    assert float((logprobs - exact).abs().max()) < 1e-5 < 1e-3 < float((rough - exact).abs().max())
 
 
 def test_forward_parameters_look_inside_a_peft_wrapper(tmp_path):

@@ -297,7 +297,7 @@ def test_the_size_of_rollout_passes_changes_nothing_else(tmp_path):
     for trainer in trainers:
         forward, seen = trainer.model.forward, set()
         trainer.model.forward = lambda *args, _forward=forward, _seen=seen, **kwargs: (
-            _seen.add((torch.is_grad_enabled(), len(kwargs["input_ids"]))),
+            _seen.add((torch.is_grad_enabled(), len(kwargs["sequence_lengths"]))),
             _forward(*args, **kwargs),
         )[1]
         trainer.step(*tiny_rollouts())

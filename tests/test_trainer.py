@@ -270,7 +270,7 @@ def test_apa_makes_no_old_policy_forward_and_ppo_one(tmp_path):
     for loss_type, expected in (("apa", 1), ("awr", 1), ("ppo", 2)):
         trainer = tiny_trainer(tmp_path, loss_type=loss_type)
         calls = []
-        trainer.model.policy.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer.model.policy.base_model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         trainer.step(*tiny_rollouts())
         assert len(calls) == expected
 

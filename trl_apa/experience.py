@@ -9,7 +9,7 @@ from trl_apa._trl import _BaseTrainer
 from trl_apa.advantages import gae
 from trl_apa.iteration import Iteration
 from trl_apa.kl import kl_estimate, kl_full
-from trl_apa.logprobs import TOKEN_FIELDS, response_logits, sampled_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.masking import keep_counted, masked_whiten
 from trl_apa.models import reference_policy
 from trl_apa.rewards import kl_penalized_rewards, shape_scores, token_rewards
@@ -46,19 +46,21 @@ class Experience(_BaseTrainer):
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        order = rollouts.by_length(range(len(rollouts)))
         for start in range(0, len(rollouts), size):
-            rows = range(start, min(start + size, len(rollouts)))
-            batch = rollouts.micro_batch(rows, self._pad_token_id)
+            packed = self._packed and not full_kl
+            batch = rollouts.micro_batch(order[start : start + size], self._pad_token_id, packed)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
             with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
-                ref_logits, _ = response_logits(reference, self._tokens(batch), width, self.args.temperature)
-            rollouts.ref_logprobs_BR[index, :width] = sampled_logprobs(ref_logits, batch).float()
+                reading = (reference, self._tokens(batch), width, self.args.temperature)
+                of_reference = policy_outputs(*reading, with_logits=full_kl)
+            rollouts.ref_logprobs_BR[index, :width] = of_reference.logprobs_BR.float()
             if needs_old:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
             if full_kl:
-                kl = kl_full(outputs["logits"].log_softmax(-1), ref_logits.log_softmax(-1))
+                kl = kl_full(outputs["logits"].log_softmax(-1), of_reference.logits_BRV.log_softmax(-1))
                 rollouts.kl_penalty_BR[index, :width] = kl.float()
         if is_ppo and not full_kl:
             rollouts.kl_penalty_BR = kl_estimate(
@@ -103,6 +105,9 @@ class Experience(_BaseTrainer):
         """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
         epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
         size = self.args.per_device_train_batch_size
+        if size < self.args.backward_batch_size and not self._packed:
+            # Neighbours are padded together; which rows share an optimizer step stays as drawn.
+            epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
         return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
 
     def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:

@@ -86,7 +86,7 @@ class Iteration:
     def epochs_done(self) -> float:
         return self.steps_done / self.steps_per_epoch
 
-    def next_micro_batch(self, pad_token_id: int) -> dict[str, Tensor]:
+    def next_micro_batch(self, pad_token_id: int, packed: bool = False) -> dict[str, Any]:
         """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step."""
         step, number = divmod(self.position, self.micro_batches_per_step)
         if number == 0:
@@ -95,7 +95,7 @@ class Iteration:
         start = number * self.micro_batch_size
         rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
-        return {**self.rollouts.micro_batch(rows, pad_token_id), "num_tokens": self.num_tokens[step]}
+        return {**self.rollouts.micro_batch(rows, pad_token_id, packed), "num_tokens": self.num_tokens[step]}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and containers of these."""

@@ -1,7 +1,9 @@
 """The ragged batch of one iteration, its masks, and its split into trimmed micro-batches."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +55,30 @@ class Rollouts:
     def device(self) -> torch.device:
         return self.response_mask_BR.device
 
-    def micro_batch(self, rows: Sequence[int], pad_token_id: int) -> dict[str, Tensor]:
+    def by_length(self, rows: Sequence[int]) -> list[int]:
+        """`rows` from the shortest query and response to the longest, so that neighbours need little padding."""
+        return sorted(rows, key=lambda row: len(self.queries[row]) + len(self.responses[row]))
+
+    def micro_batch(self, rows: Sequence[int], pad_token_id: int, packed: bool = False) -> dict[str, Any]:
         """Tokens, masks and targets of `rows`, trimmed to the longest query and response among them.
 
+        Args:
+            rows: which of them.
+            pad_token_id: what to fill with.
+            packed: lay the tokens out as `pack_tokens` does, without padding.
+
         Returns:
-            What `pad_tokens` gives, `response_mask` `(B, R)`, `rows` `(B,)`, and those of `ref_logprobs`,
-            `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
+            What `pad_tokens` or `pack_tokens` gives, `response_mask` `(B, R)`, `rows` `(B,)`, and those of
+            `ref_logprobs`, `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
         """
         index = torch.tensor(list(rows), device=self.device)
         queries = [self.queries[row] for row in rows]
         responses = [self.responses[row] for row in rows]
-        batch = pad_tokens(queries, responses, pad_token_id, self.decoder_start_token_id)
+        batch: dict[str, Any]
+        if packed:
+            batch = pack_tokens(queries, responses)
+        else:
+            batch = pad_tokens(queries, responses, pad_token_id, self.decoder_start_token_id)
         width = max(len(response) for response in responses)
         batch["rows"] = index
         batch["response_mask"] = self.response_mask_BR[index, :width]
@@ -112,7 +127,8 @@ def pad_tokens(
 
     Returns:
         `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each int64 `(B, T)`; with
-        `decoder_start_token_id` also `encoder_input_ids` and `encoder_attention_mask`, int64 `(B, P)`.
+        `decoder_start_token_id` also `encoder_input_ids` and `encoder_attention_mask`, int64 `(B, P)`; and what
+        `response_index` gives.
     """
     encoder: dict[str, Tensor] = {}
     if decoder_start_token_id is not None:
@@ -123,11 +139,57 @@ def pad_tokens(
     responses_BR = pad_sequence(list(responses), batch_first=True, padding_value=pad_token_id)
     response_mask_BR = pad_sequence([torch.ones_like(response) for response in responses], batch_first=True)
     attention_mask_BT = torch.cat([prompt["attention_mask"], response_mask_BR], dim=1)
+    prompt_width, width = prompt["input_ids"].shape[1], attention_mask_BT.shape[1]
     return {
         "input_ids": torch.cat([prompt["input_ids"], responses_BR], dim=1),
         "attention_mask": attention_mask_BT,
         "position_ids": (attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0),
         **encoder,
+        **response_index(responses, [row * width + prompt_width for row in range(len(responses))]),
+    }
+
+
+def pack_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[str, Any]:
+    """The same without padding, for a decoder alone: all queries and responses one behind the other, `N` tokens.
+
+    Returns:
+        `input_ids` and `position_ids`, int64 `(1, N)`, positions from 0 in each sequence; `sequence_lengths`, how many
+        tokens of it belong to each row, numbers known to the host; and what `response_index` gives.
+    """
+    sequences = [torch.cat(pair).long() for pair in zip(queries, responses, strict=True)]
+    input_ids = torch.cat(sequences)
+    lengths = [len(sequence) for sequence in sequences]
+    ends = itertools.accumulate(lengths)
+    first_response_tokens = [end - len(response) for end, response in zip(ends, responses, strict=True)]
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(input_ids.device)[None],
+        "sequence_lengths": tuple(lengths),
+        **response_index(responses, first_response_tokens),
+    }
+
+
+def response_index(responses: Sequence[Tensor], first_tokens: Sequence[int]) -> dict[str, Tensor]:
+    """Where the `M` response tokens of a layout are, computed from lengths alone: nothing waits for the device.
+
+    Args:
+        responses: `B` 1-D tensors.
+        first_tokens: where each begins in the flattened layout.
+
+    Returns:
+        `predicting_index`: where in the flattened layout the states are that predict them, each one token earlier;
+        `response_index`: where they are in a flattened `(B, R)`. Both int64 `(M,)`.
+    """
+    lengths = [len(response) for response in responses]
+    width = max(lengths)
+
+    def ranges(starts: Iterable[int]) -> Tensor:
+        pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        return torch.cat(pieces).to(responses[0].device)
+
+    return {
+        "predicting_index": ranges(first - 1 for first in first_tokens),
+        "response_index": ranges(row * width for row in range(len(lengths))),
     }
 
 

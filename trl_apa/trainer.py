@@ -31,6 +31,7 @@ from trl_apa.models import (
     reference_policy,
 )
 from trl_apa.optimization import split_off_value_groups
+from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
@@ -56,6 +57,7 @@ from trl_apa.validation import (
     check_type,
     one_of,
 )
+from trl_apa.vllm_generation import VLLMSampler
 
 
 class APATrainer(Experience, Update, Saving, TrainingLoop):
@@ -197,6 +199,7 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
+        self._packed = self._can_pack()
         self._note_what_scripts_read()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
@@ -204,6 +207,17 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin()
+
+    def _can_pack(self) -> bool:
+        """Whether micro-batches go without padding through every network.
+
+        Not where a wrapper's forward has to be called, nor where each new set of lengths would be compiled anew.
+        """
+        wrapped = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled
+        if (wrapped or self.args.torch_compile) and self.args.padding_free:
+            raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
+        networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        return not (wrapped or self.args.torch_compile) and pack_if_exact(networks, self.args.padding_free)
 
     def _note_what_scripts_read(self) -> None:
         args, module = self.args, self.model
@@ -229,6 +243,10 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             if args.loss_type == "ppo" and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
+        self.vllm: VLLMSampler | None = None
+        if args.use_vllm:
+            policy = self.model.policy
+            self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self._on_all_processes)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
@@ -319,12 +337,13 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         """Sample responses from the policy.
 
         The model's own generation config is not consulted: what is not given here comes from `args` (`temperature`,
-        `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled.
+        `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled. With
+        `args.use_vllm` vLLM samples, all queries at once, and every process has to call this.
 
         Args:
             query_tensor: one query, 1-D token ids, or a list of them.
             length_sampler: draws `max_new_tokens` for each batch.
-            batch_size: queries a call of the model's `generate`, when a list is given.
+            batch_size: queries a call of the model's `generate`, when a list is given; vLLM makes its own batches.
             return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
                 start token instead, whatever this says.
             generate_ref_response: also sample from the reference.
@@ -346,19 +365,26 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         for row, query in enumerate(queries):
             check_tokens(f"query_tensor[{row}]", query, policy)
         options = self._generation_options(generation_kwargs)
-        options |= {"batch_size": batch_size, "length_sampler": length_sampler, "remove_padding": remove_padding}
-        options |= {"tokenizer": self.processing_class, "pad_to_multiple_of": pad_to_multiple_of}
+        options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
+        batching = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
 
-        def sample(model: nn.Module) -> Any:
-            responses = generate_responses(model, queries, **options)
+        def shaped(responses: list[Tensor]) -> Any:
             if self.is_encoder_decoder:
                 responses = [nn.functional.pad(r, (1, 0), value=self._decoder_start_token_id) for r in responses]
             elif return_prompt:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
+        def sample(model: nn.Module) -> Any:
+            return shaped(generate_responses(model, queries, tokenizer=self.processing_class, **options, **batching))
+
+        if self.vllm is not None:
+            responses = shaped(self.vllm.responses(queries, step=self.state.global_step, **options))
+            if not generate_ref_response:
+                return responses
         with self._policy_for_generation() as policy, self.accelerator.autocast():
-            responses = sample(policy)
+            if self.vllm is None:
+                responses = sample(policy)
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:

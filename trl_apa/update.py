@@ -45,7 +45,7 @@ class Update(_BaseTrainer):
         if self._iteration is None or self._iteration.finished:
             self._collect_iteration()
         iteration = self._iteration
-        batch = iteration.next_micro_batch(self._pad_token_id)
+        batch = iteration.next_micro_batch(self._pad_token_id, self._packed)
         module, losses = self.accelerator.unwrap_model(model), []
         for networks in module.passes:
             with module.adapter_for(**networks):

@@ -10,7 +10,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import TOKEN_FIELDS, response_entropy, response_logits, sampled_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import either_method
 from trl_apa.models.loading import refuse_prompt_learning
@@ -51,28 +51,31 @@ class PolicyAndValue(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
         response_width: int,
+        predicting_index: Tensor,
+        response_index: Tensor,
+        attention_mask: Tensor | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        encoder_input_ids: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         temperature: float = 1.0,
         with_policy: bool = True,
         with_value: bool = True,
         with_entropy: bool = False,
         with_logits: bool = False,
-        encoder_input_ids: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the update reads of a micro-batch at its response tokens.
 
         Args:
-            input_ids, attention_mask, position_ids: `(B, T)`, see `rollouts.pad_tokens`.
+            input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths,
+                encoder_input_ids, encoder_attention_mask: see `rollouts.pad_tokens` and `rollouts.pack_tokens`.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
             with_policy, with_value: which of the two networks to run. With gradient, networks on one base run in one
                 pass each: see `passes`.
             with_entropy: also the policy's entropy, without gradient.
-            with_logits: also the policy's logits.
-            encoder_input_ids, encoder_attention_mask: `(B, P)`, of an encoder-decoder.
+            with_logits: also the policy's logits; only of a padded layout.
 
         Returns:
             `logprobs` (nats), `values` (reward units), `entropy` (nats) `(B, R)` and `logits` `(B, R, V)`: float32,
@@ -83,18 +86,22 @@ class PolicyAndValue(nn.Module):
         """
         if self.base_is_shared and with_policy and with_value and torch.is_grad_enabled():
             raise RuntimeError("policy and value model share a base: run them one after the other, see passes")
-        given = (input_ids, attention_mask, position_ids, encoder_input_ids, encoder_attention_mask)
-        tokens = {name: tensor for name, tensor in zip(TOKEN_FIELDS, given, strict=True) if tensor is not None}
+        given = (input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths)
+        given = (*given, encoder_input_ids, encoder_attention_mask)
+        tokens = {name: field for name, field in zip(TOKEN_FIELDS, given, strict=True) if field is not None}
         outputs: dict[str, Tensor] = {}
         reads_policy = with_value and self.value_is_a_head
         hidden_BRH = None
         if with_policy or reads_policy:
-            logits_BRV, hidden_BRH = response_logits(self.policy, tokens, response_width, temperature, reads_policy)
-            outputs["logprobs"] = sampled_logprobs(logits_BRV, tokens)
-            if with_entropy:
-                outputs["entropy"] = response_entropy(logits_BRV)
-            if with_logits:
-                outputs["logits"] = logits_BRV
+            reading = (self.policy, tokens, response_width, temperature)
+            of_policy = policy_outputs(*reading, with_entropy, with_hidden=reads_policy, with_logits=with_logits)
+            hidden_BRH = of_policy.hidden_BRH
+            named = {
+                "logprobs": of_policy.logprobs_BR,
+                "entropy": of_policy.entropy_BR,
+                "logits": of_policy.logits_BRV,
+            }
+            outputs = {name: tensor for name, tensor in named.items() if tensor is not None}
         if with_value:
             outputs["values"] = self._values(tokens, response_width, hidden_BRH)
         return outputs
@@ -194,13 +201,13 @@ class PolicyAndValue(nn.Module):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Gradient checkpointing of both networks, under the name that newer transformers' Trainer looks for first."""
-        for network in self._networks():
+        for network in self.networks():
             either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 activation_checkpointing_kwargs, **kwargs
             )
 
     def activation_checkpointing_disable(self) -> None:
-        for network in self._networks():
+        for network in self.networks():
             either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -208,7 +215,8 @@ class PolicyAndValue(nn.Module):
 
     gradient_checkpointing_disable = activation_checkpointing_disable
 
-    def _networks(self) -> Iterator[nn.Module]:
+    def networks(self) -> Iterator[nn.Module]:
+        """The transformers: the policy, and the value model if it has one of its own."""
         yield self.policy
         if isinstance(self.value_model, ValueModel):
             yield self.value_model.network

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import last_hidden_states, network_inputs
+from trl_apa.logprobs import response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.loading import load_language_model
@@ -172,20 +172,19 @@ class ValueModel(nn.Module):
         save_value_model(self.network, self.head, path, state_of(state, "network"), state_of(state, "head"))
 
 
-def trunk_values(trunk: nn.Module, head: ValueHead, tokens: Mapping[str, Tensor], response_width: int) -> Tensor:
-    """V of the state before each of the last `response_width` tokens, reward units, at least float32 `(B, R)`.
+def trunk_values(trunk: nn.Module, head: ValueHead, tokens: Mapping[str, Any], response_width: int) -> Tensor:
+    """V of the state before each response token, reward units, at least float32 `(B, R)`; 0 where a row has none.
 
     Args:
         trunk: what turns tokens into hidden states.
         head: hidden state to value.
-        tokens: those of `rollouts.pad_tokens`.
+        tokens: those of `rollouts.pad_tokens` or `rollouts.pack_tokens`.
         response_width: tokens.
     """
-    inputs = network_inputs(trunk, tokens)
-    if trunk.get_output_embeddings() is not None:
-        inputs["output_hidden_states"] = True  # T5's language model, which has no trunk of its own
-    hidden_BTH = last_hidden_states(trunk(**inputs))
-    return at_least_float32(head(hidden_BTH[:, -response_width - 1 : -1]))
+    # T5's language model has no trunk of its own.
+    options = {} if trunk.get_output_embeddings() is None else {"output_hidden_states": True}
+    values_M = at_least_float32(head(response_states(trunk, tokens, **options)))
+    return response_rows(values_M, tokens, response_width)
 
 
 def save_value_model(

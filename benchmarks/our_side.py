@@ -1,0 +1,70 @@
+"""This package on a workload, and the same update in plain calls: `python -m benchmarks.our_side SIDE WORKLOAD`."""
+
+import sys
+import tempfile
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from benchmarks.plain_calls import PlainUpdate
+from benchmarks.serving import serve
+from benchmarks.workload import EOS, NEW_TOKENS, PAD, Workload
+from trl_apa import APAConfig, APATrainer
+
+
+def make_trainer(workload: Workload, folder: str, padding_free: bool | None) -> APATrainer:
+    config = APAConfig(
+        output_dir=folder,
+        use_cpu=True,
+        report_to="none",
+        batch_size=workload.batch_size,
+        mini_batch_size=workload.mini_batch_size,
+        ppo_epochs=workload.epochs,
+        padding_free=padding_free,
+    )
+    return APATrainer(config, workload.model(), tokenizer=workload.tokenizer())
+
+
+def serve_ours(workload: Workload, padding_free: bool | None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(workload, folder, padding_free)
+        queries, responses, scores = workload.rollouts()
+        options = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "return_prompt": False}
+        serve(
+            {
+                "step": lambda: trainer.step(queries, responses, scores),
+                "generate": lambda: trainer.generate(queries, batch_size=workload.generation_batch_size, **options),
+            }
+        )
+
+
+def serve_plain(workload: Workload) -> None:
+    update = PlainUpdate(workload)
+    queries, *_ = workload.rollouts()
+    serve({"step": update.step, "generate": lambda: generate_sorted(update.policy, queries, workload)})
+
+
+@torch.no_grad()
+def generate_sorted(model: torch.nn.Module, queries: list[Tensor], workload: Workload) -> None:
+    """transformers' `generate` on batches of queries of similar length, padded on the left."""
+    options = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "top_k": 0, "pad_token_id": PAD, "eos_token_id": EOS}
+    by_length = sorted(queries, key=len)
+    for start in range(0, len(queries), workload.generation_batch_size):
+        batch = by_length[start : start + workload.generation_batch_size]
+        width = max(len(query) for query in batch)
+        pad = [torch.nn.functional.pad(query, (width - len(query), 0), value=PAD) for query in batch]
+        real = [torch.nn.functional.pad(torch.ones_like(query), (width - len(query), 0)) for query in batch]
+        inputs = {"input_ids": torch.stack(pad), "attention_mask": torch.stack(real)}
+        model.generate(**inputs, generation_config=GenerationConfig(**options))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    side, workload = sys.argv[1], Workload.from_json(sys.argv[2])
+    if side == "plain":
+        serve_plain(workload)
+    else:
+        serve_ours(workload, {"ours": None, "ours, padded": False}[side])

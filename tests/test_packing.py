@@ -1,0 +1,147 @@
+"""Micro-batches without padding and logits in chunks: the numbers are those with padding and with all at once."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, MistralConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.test_update import assert_same, learner, parameters_after_step
+from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
+from trl_apa import logprobs
+from trl_apa.logprobs import head_logprobs, response_logprobs, trunk_and_head
+from trl_apa.packing import PER_SEQUENCE, pack_if_exact, why_not_packed
+from trl_apa.rollouts import pack_tokens, pad_tokens
+
+
+OTHER_FAMILIES = {
+    "a window of two tokens": lambda: MistralConfig(
+        **SHARED, **LAYERS, intermediate_size=32, num_key_value_heads=1, sliding_window=2
+    ),
+    "scaled logits": lambda: CohereConfig(
+        **SHARED, **LAYERS, intermediate_size=32, num_key_value_heads=1, logit_scale=0.5
+    ),
+}
+
+
+def other_model(family):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(OTHER_FAMILIES[family]())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_without_padding_is_the_padded_one(tmp_path, family):
+    """Both in micro-batches of two, which the padded one takes in order of length."""
+    results = []
+    for padding_free in (True, False):
+        model = tiny_model(family, dtype=torch.float64)
+        options = {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "padding_free": padding_free}
+        trainer = learner(tmp_path, model, ppo_epochs=2, **options)
+        trainer.model.value_model.head.double()
+        assert trainer._packed is padding_free
+        results.append(parameters_after_step(trainer, *tiny_rollouts()))
+    assert_same(*results, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("value_model", ["separate", "adapter", "head"])
+def test_with_adapters_and_gradient_checkpointing_too(tmp_path, value_model):
+    """The layers that the backward pass runs again must attend as they did in the forward pass."""
+    results = []
+    for padding_free in (True, False):
+        kwargs = {"peft_config": lora_config(), "value_model": value_model}
+        trainer = tiny_trainer(
+            tmp_path, None, kwargs, padding_free=padding_free, gradient_checkpointing=padding_free, optim="sgd"
+        )
+        torch.manual_seed(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name or "value_model.head.out" in name:
+                torch.nn.init.normal_(parameter)
+        results.append(parameters_after_step(trainer, *tiny_rollouts()))
+    assert_same(*results)
+
+
+def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path):
+    assert tiny_trainer(tmp_path)._packed
+    assert not tiny_trainer(tmp_path, tiny_model("t5"))._packed
+    windowed = other_model("a window of two tokens")
+    assert not tiny_trainer(tmp_path, windowed)._packed
+    with pytest.raises(ValueError, match="padding_free=True, but MistralForCausalLM has layers that do not attend"):
+        tiny_trainer(tmp_path, windowed, padding_free=True)
+    assert windowed.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="padding_free=True does not go with FSDP, DeepSpeed or torch_compile"):
+        tiny_trainer(tmp_path, padding_free=True, torch_compile=True, torch_compile_backend="eager")
+
+
+def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
+    def leaking(module, *args, sequence_lengths=None, **kwargs):
+        return sdpa_attention_forward(module, *args[:3], None, **kwargs)
+
+    assert why_not_packed(tiny_model()) is None
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PER_SEQUENCE, leaking)
+    for model in (tiny_model(), tiny_model(scale=1.0), tiny_model(dtype=torch.bfloat16)):
+        assert why_not_packed(model) == "computes something else from a packed row"
+        assert not pack_if_exact([model], None)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_network_ready_for_packing_reads_padded_batches_and_generates_as_before():
+    model, batch = (
+        tiny_model(),
+        pad_tokens([torch.tensor([5, 6, 7]), torch.tensor([8])], [torch.tensor([3, 4])] * 2, 0),
+    )
+    plain = copy.deepcopy(model)
+    assert pack_if_exact([model], True)
+    assert model.config._attn_implementation == PER_SEQUENCE
+    for network in (model, plain):
+        network.eval()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    prompt = {name: tensor[:, :3] for name, tensor in inputs.items() if name != "position_ids"}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**prompt, **options), plain.generate(**prompt, **options))
+    assert "_attn_implementation" not in model.config.to_dict()
+
+
+def test_a_model_that_scales_its_logits_computes_them_itself(tmp_path):
+    model = other_model("scaled logits")
+    assert trunk_and_head(model) is None and trunk_and_head(tiny_model()) is not None
+    assert trunk_and_head(AutoModelForSequenceClassification.from_config(tiny_model().config)) is None
+    query, response = torch.tensor([5, 6, 7]), torch.tensor([9, 3])
+    logprobs_BR, _ = response_logprobs(model, pad_tokens([query], [response], 0), 2)
+    logits = model(input_ids=torch.cat([query, response])[None]).logits[0, 2:4]
+    torch.testing.assert_close(logprobs_BR[0], logits.log_softmax(-1)[[0, 1], response])
+    assert not tiny_trainer(tmp_path, model)._packed
+    with pytest.raises(RuntimeError, match="a packed row was given to CohereForCausalLM"):
+        response_logprobs(model, pack_tokens([query], [response]), 2)
+
+
+def test_logits_in_chunks_give_the_same_and_none_is_kept_for_the_backward_pass(monkeypatch):
+    """Seven tokens, 32 words, two tokens a chunk: no tensor as wide as the vocabulary waits for the backward pass."""
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(8, 32), torch.randn(7, 8, requires_grad=True), torch.arange(7) * 4
+    results = []
+    for entries in (7 * 32, 2 * 32):
+        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", entries)
+        kept: list[torch.Size] = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logprobs_M, entropy_M = head_logprobs(head, hidden, targets, temperature=0.7, with_entropy=True)
+        assert not entropy_M.requires_grad
+        loss = (logprobs_M * torch.linspace(-1, 1, 7)).square().sum()
+        gradients = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
+        results.append([logprobs_M.detach(), entropy_M, *gradients])
+        assert any(shape[-1:] == (32,) for shape in kept) is (entries == 7 * 32)
+    for at_once, in_chunks in zip(*results, strict=True):
+        torch.testing.assert_close(in_chunks, at_once)
+    exact = (head(hidden.detach()) / 0.7).log_softmax(-1)
+    expected = (exact.gather(-1, targets[:, None])[:, 0], -(exact.exp() * exact).sum(-1))
+    torch.testing.assert_close(tuple(results[1][:2]), expected)
+    # What other devices than the CPU take; their kernel is not there to be tried.
+    by_trl = logprobs._token_logprobs_by_trl(head(hidden.detach()) / 0.7, targets, with_entropy=True)
+    torch.testing.assert_close(by_trl, expected)
