@@ -45,7 +45,9 @@ CASES = {
     "4-bit base, value adapter": Setup(LLAMA, **QUANTISED, quantization="4bit", value="adapter"),
     "full": Setup(WIDE, **FULL, gradient_checkpointing=False),
     "full, autocast": Setup(WIDE, **{**FULL, "autocast": torch.bfloat16}),
-    "full, large vocabulary": Setup(LARGE_VOCABULARY, **{**FULL, **SHORT}),
+    "full, logits in chunks": Setup(
+        LARGE_VOCABULARY, **{**FULL, **SHORT, "micro_batch_size": 8, "max_new_tokens": 70}
+    ),
     "full, a head for values": Setup(GPT2, **FULL, value="head", gradient_checkpointing=False),
     "one unfrozen layer": Setup(LLAMA, **FULL, num_unfrozen_layers=1, gradient_checkpointing=False),
 }

@@ -153,7 +153,7 @@ def test_optimizers_keep_what_their_authors_say():
 )
 def test_processes_share_what_their_engine_divides(sharding, expected):
     parts = {"weights: policy": 400, "weights: reward": 40, "optimizer": 1600, "gradients": 800, ACTIVATIONS: 7}
-    counts = Counts(trained=200, layer=30, outside=50)
+    counts = Counts(trained=200, gradients=800, layer=30, outside=50)
     setup = Setup(SMALL, lora_r=0, world_size=4, sharding=sharding)
     shared = per_process(parts, counts, setup)
     divided = sharding in ("zero3", "fsdp2")

@@ -86,6 +86,8 @@ class Setup:
                     raise ValueError(f"{name}={value!r} needs adapters: lora_r should be more than 0")
             if self.reference in ("base", "adapter"):
                 raise ValueError(f"reference={self.reference!r} needs adapters: lora_r should be more than 0")
+            if self.dtype == torch.float16:
+                raise ValueError("dtype=float16 overflows in weights that are trained: it should be float32")
         elif self.num_unfrozen_layers is not None:
             raise ValueError("num_unfrozen_layers has no effect with adapters: lora_r should be 0")
         if self.reference not in REFERENCES:
