@@ -1,8 +1,10 @@
 """Predicted memory against what the real trainer needs and against arithmetic by hand; what the command says."""
 
 import json
+import re
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +256,12 @@ def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, caps
     assert "what to change" not in capsys.readouterr().out
     change = advice.Change("sell it", peak=2**29, saved=3 * 2**28)
     assert memory.advice([change]) == ["  -   0.8 GiB  sell it (0.5 GiB, fits 24 GB)"]
+
+
+def test_the_page_has_every_option():
+    page = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert memory.MemoryArguments.__dataclass_fields__.keys() == listed
 
 
 def test_the_gpu_benchmark_runs_at_a_small_scale(tmp_path, capsys):
