@@ -12,7 +12,7 @@ from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa import logprobs
 from trl_apa.logprobs import head_logprobs, response_logprobs, trunk_and_head
-from trl_apa.packing import PER_SEQUENCE, pack_if_exact, why_not_packed
+from trl_apa.packing import PER_SEQUENCE, attend_per_sequence, pack_if_exact, why_not_packed
 from trl_apa.rollouts import pack_tokens, pad_tokens
 
 
@@ -84,6 +84,29 @@ def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
         assert why_not_packed(model) == "computes something else from a packed row"
         assert not pack_if_exact([model], None)
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_flash_attention_gets_the_bounds_of_the_sequences(monkeypatch):
+    """Its kernels need a GPU: here SDPA stands in for them, cut where the bounds say."""
+
+    def flash(module, query, key, value, attention_mask, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs):
+        if cu_seq_lens_q is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        assert cu_seq_lens_q.dtype == torch.int32
+        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        lengths = cu_seq_lens_q.diff()
+        assert kwargs.pop("max_length_q") == kwargs.pop("max_length_k") == int(lengths.max())
+        kwargs.pop("position_ids", None)
+        return attend_per_sequence(module, query, key, value, None, sequence_lengths=tuple(lengths.tolist()), **kwargs)
+
+    name = "flash_attention_of_this_test"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash)
+    model = tiny_model()
+    model.config._attn_implementation_internal = name
+    assert pack_if_exact([model], True)
+    assert model.config._attn_implementation == name
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, None)
+    assert why_not_packed(model).startswith("could not be tried out")
 
 
 def test_a_network_ready_for_packing_reads_padded_batches_and_generates_as_before():
