@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
 from peft import get_peft_model
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
 from tests.tiny import byte_tokenizer, lora_config
@@ -25,6 +31,7 @@ from trl_apa.models import load_reward_model
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
+OUR_CONFIGS = ROOT / "trl_apa" / "accelerate_configs"
 WITH_YAML = {"sft": sft, "reward": reward, "train": train, "evaluate": evaluate, "generate": generate}
 
 
@@ -87,9 +94,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_before_anything_is_load
     assert refused(capsys, command, "--xyzzy=1") == f"trl-apa {command}: unknown option '--xyzzy'"
 
 
-@pytest.mark.parametrize("command", ["plot", "env"])
+@pytest.mark.parametrize("command", ["plot", "env", "winrate"])
 def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
-    arguments = ["somewhere"] if command == "plot" else []
+    arguments = {"plot": ["somewhere"], "winrate": "a b --judge local --judge_model c".split()}.get(command, [])
     assert "unrecognized arguments: --xyzzy" in refused(capsys, command, *arguments, "--xyzzy", "1")
 
 
@@ -306,6 +313,7 @@ def test_a_configuration_by_name_starts_the_command_again_under_accelerate(monke
     assert run("train", *argv) == 0
     ((arguments, mark),) = started
     assert Path(arguments.config_file).name == "zero2.yaml" and Path(arguments.config_file).is_file()
+    assert Path(arguments.config_file).parent == ROOT / "trl_apa" / "accelerate_configs"
     assert arguments.num_processes == 3 and arguments.module
     assert (arguments.training_script, arguments.training_script_args) == ("trl_apa.cli", ["train", *argv])
     # The processes that it starts do not start others.
@@ -314,8 +322,53 @@ def test_a_configuration_by_name_starts_the_command_again_under_accelerate(monke
     assert "nothing gives a reward" in refused(capsys, "train", *argv)
     monkeypatch.delenv(launching.LAUNCHED)
     assert "did you mean 'zero3'?" in refused(capsys, "sft", "--accelerate_config", "zero33")
-    assert "only with accelerate_config" in refused(capsys, "sft", "--num_processes", "2")
+    for option in ("--num_processes", "--machine_rank", "--main_process_ip"):
+        assert "only with accelerate_config" in refused(capsys, "sft", option, "2")
     assert len(started) == 1
+
+
+def launch_plan(monkeypatch, *argv):
+    """The options that `accelerate launch` ends up with after it has read the configuration."""
+    started = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert run("train", *argv) == 0
+    return _validate_launch_command(started[0])[0]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in OUR_CONFIGS.glob("*.yaml")))
+def test_our_accelerate_configurations_are_what_accelerate_takes_them_for(monkeypatch, name):
+    config = load_config_from_file(str(launching.config_file(name)))  # refuses a key that it does not know
+    plan = launch_plan(monkeypatch, "--accelerate_config", name)
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known
+    engine = {"use_fsdp": plan.use_fsdp, "use_deepspeed": plan.use_deepspeed, "multi_gpu": plan.multi_gpu}
+    expected = {"fsdp2": "use_fsdp", "zero2": "use_deepspeed", "zero3": "use_deepspeed", "single_gpu": None}
+    assert [option for option, on in engine.items() if on] == [
+        option for option in [expected.get(name, "multi_gpu")] if option
+    ]
+    processes = {"single_gpu": (1, 1), "two_nodes": (2, 16)}.get(name, (1, 8))
+    assert (plan.num_machines, plan.num_processes) == processes
+    assert plan.mixed_precision == "bf16"
+
+
+def test_our_configurations_shard_as_they_say(monkeypatch):
+    plan = launch_plan(monkeypatch, "--accelerate_config", "fsdp2", "--num_processes", "4")
+    assert plan.num_processes == 4
+    for name, value in prepare_multi_gpu_env(plan).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT and not plugin.cpu_ram_efficient_loading
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None
+    assert [launch_plan(monkeypatch, "--accelerate_config", f"zero{stage}").zero_stage for stage in (2, 3)] == [2, 3]
+    assert plan_of_two_nodes(monkeypatch) == (1, "10.0.0.1", 16)
+
+
+def plan_of_two_nodes(monkeypatch):
+    options = ["--accelerate_config", "two_nodes", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
+    plan = launch_plan(monkeypatch, *options)
+    return plan.machine_rank, plan.main_process_ip, plan.num_processes
 
 
 # ---- plots and versions ----
@@ -367,6 +420,7 @@ IN_SMALL = {
     "--max_eval_rows 4",
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
+    "winrate": "--use_cpu",
 }
 
 
@@ -472,3 +526,13 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
     assert len({sample["prompt"] for sample in samples}) == len(samples)
     for name in plot.FIGURES:
         assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):
+    result = json.loads((pipeline / "winrate.json").read_text())
+    assert result["pairs"] == len((pipeline / "samples.jsonl").read_text().splitlines())
+    assert result["low"] <= result["win_rate"] <= result["high"]
+    # each prompt's reference is the response that was preferred
+    for row in result["judgements"]:
+        first, second = map(int, re.findall(r"\d+", row["prompt"]))
+        assert row["reference"] == f" It is {first + second}."

@@ -1,6 +1,8 @@
 """The documentation tells the truth: its scripts run, its links lead somewhere, and what it names exists."""
 
 import ast
+import gzip
+import json
 import os
 import re
 import subprocess
@@ -253,6 +255,20 @@ def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoin
     trainer.args.max_steps = 12
     exec(compile(resume, "training.md", "exec"), namespace)
     assert trainer.state.global_step == 12
+
+
+def test_the_script_of_the_page_on_offline_learning_runs(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = [f"\n\nHuman: {number}?\n\nAssistant:" for number in range(20)]
+    rows = [{"chosen": f"{prompt} Yes.", "rejected": f"{prompt} I do not know."} for prompt in prompts]
+    (tmp_path / "preferences.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (script,) = fenced(ROOT / "docs" / "offline.md", "python")
+    script = script.replace("OfflineConfig(\n", "OfflineConfig(\n    use_cpu=True,\n")
+    namespace = {}
+    exec(compile(with_paths(script, checkpoints), "offline.md", "exec"), namespace)
+    rewards = [row["eval_reward"] for row in namespace["trainer"].state.log_history if "eval_reward" in row]
+    assert 2 <= len(rewards) <= 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "awr")
 
 
 def test_the_quickstart_continues_the_readme_script(tmp_path, checkpoints, monkeypatch):

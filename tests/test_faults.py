@@ -1,20 +1,27 @@
 """Runs that are cut short or go bad: nothing already learned is lost, and the message says what to do."""
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.trainer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from tests.test_training import few_nines, parameters, trainer_for
 from tests.test_update import assert_same
-from tests.tiny import tiny_rollouts, tiny_trainer
+from tests.tiny import tiny_config, tiny_rollouts, tiny_trainer
 from trl_apa.resuming import StopOnSigterm, is_complete, last_complete_checkpoint
 
 
@@ -141,6 +148,19 @@ def test_what_was_learned_before_a_reward_function_failed_is_kept(tmp_path, unin
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
 
 
+def test_what_was_learned_before_no_response_was_scored_is_kept(tmp_path, uninterrupted):
+    calls = []
+
+    def out_of_opinions(completions, **kwargs):
+        calls.append(len(completions))
+        return [None] * len(completions) if len(calls) == 3 else few_nines(completions)
+
+    with pytest.raises(ValueError, match="no response of this iteration was scored: every one had a None or NaN"):
+        trainer_for(tmp_path, reward_funcs=out_of_opinions, skip_unscored=True, max_steps=12).train()
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
+    assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
 def test_a_reward_function_that_hangs_is_named_and_the_run_can_go_on(tmp_path, uninterrupted):
     calls = []
 
@@ -220,6 +240,86 @@ def test_rollouts_of_an_update_with_an_infinite_gradient_are_kept_and_no_weight_
     assert [query.tolist() for query in kept["rollouts"]["queries"]] == [query.tolist() for query in queries]
 
 
+KEYS = {"hub_token": "hf_Hub0Token", "api_key": "Wandb0Key", "token": "Best0Token", "password": "Server0Password"}
+
+
+def with_keys(tmp_path, **options):
+    return trainer_for(
+        tmp_path,
+        hub_token=KEYS["hub_token"],
+        tracker_kwargs={"tensorboard": {"comment": "x"}, "wandb": {"settings": {"api_key": KEYS["api_key"]}}},
+        push_to_hub_if_best_kwargs={"repo_id": "me/best", "token": KEYS["token"]},
+        vllm_server_base_url=f"http://me:{KEYS['password']}@localhost:8000",
+        report_to="tensorboard",
+        log_completions=True,
+        **options,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:tracker_kwargs")
+def test_no_file_and_no_output_of_a_run_holds_a_key_or_a_token(tmp_path, monkeypatch, capfd, caplog):
+    """Every byte of the output folder, with checkpoints and what goes to the hub, and of what is printed."""
+    uploads = []
+
+    def upload(**options):
+        uploads.append(options["token"])
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload))
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: setattr(self, "push_in_progress", None))
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "push_to_hub": True,
+        "hub_model_id": "me/run",
+    }
+    trainer = with_keys(tmp_path, hub_always_push=True, **options)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    trainer.create_model_card()
+    # The Trainer has pickled its options for the hub, and the upload had the token.
+    assert (tmp_path / "training_args.bin").is_file() and set(uploads) == {KEYS["hub_token"]}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"trainer_state.json", "apa_state_0.pt", "README.md"} <= {path.name for path in files}
+    assert any(path.name.startswith("events.") for path in files)
+    shown = capfd.readouterr()
+    written = b"".join(path.read_bytes() for path in files) + (shown.out + shown.err + caplog.text).encode()
+    written += f"{trainer.args} {trainer.args!r} {trainer.args.to_json_string()}".encode()
+    with zipfile.ZipFile(tmp_path / "training_args.bin") as archive:
+        written += archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    assert [name for name, key in KEYS.items() if key.encode() in written] == []
+
+
+@pytest.mark.filterwarnings("ignore:tracker_kwargs")
+def test_options_keep_their_keys_in_copies_and_not_in_a_pickle(tmp_path):
+    config = with_keys(tmp_path).args
+    for same in (copy.copy(config), copy.deepcopy(config)):
+        assert same.hub_token == KEYS["hub_token"] and same.tracker_kwargs == config.tracker_kwargs
+        assert same.push_to_hub_if_best_kwargs["token"] == KEYS["token"] and same.to_dict() == config.to_dict()
+    pickled = pickle.loads(pickle.dumps(config))
+    assert pickled.hub_token is None and pickled.loss_type == "apa" and pickled.seed == 3
+    assert pickled.tracker_kwargs["wandb"] == {"settings": {"api_key": "<secret>"}}
+    assert pickled.push_to_hub_if_best_kwargs == {"repo_id": "me/best", "token": "<secret>"}
+    assert pickled.vllm_server_base_url == "http://<secret>@localhost:8000"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"push_to_hub_if_best_kwargs": {"token": "Best0Token"}},
+        {"tracker_kwargs": ["Best0Token"]},
+        {"tracker_kwargs": '{"wandb": {"api_key": "Best0Token"}'},
+    ],
+)
+def test_an_error_about_options_does_not_show_their_keys(tmp_path, options):
+    with pytest.raises(ValueError, match=r"push_to_hub_if_best_kwargs|tracker_kwargs") as error:
+        tiny_config(tmp_path, **options)
+    assert "Best0Token" not in str(error.value)
+
+
 def test_checkpoints_hold_weights_as_safetensors_and_no_pickle_of_ours(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
     trainer.train()
@@ -227,5 +327,5 @@ def test_checkpoints_hold_weights_as_safetensors_and_no_pickle_of_ours(tmp_path)
     assert load_file(folder / "model.safetensors") and load_file(folder / "value_model" / "model.safetensors")
     state = torch.load(folder / "apa_state_0.pt", weights_only=True)
     assert state["iteration"]["position"] == 3 and len(state["iteration"]["rollouts"]["queries"]) == 4
-    others = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "apa_state_0.pt"}
-    assert {file.name for file in folder.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".pkl")} <= others
+    others = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "apa_state_0.pt"}
+    assert {file.name for file in folder.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".pkl")} == others

@@ -120,7 +120,7 @@ def test_the_policy_with_the_best_scores_yet_is_pushed_before_it_is_updated(tmp_
         trainer.step(queries, responses, [torch.tensor(score)] * 4)
     # Calls 0, 2 and 4 are looked at: 1.0 is the first, 0.5 is lower, 1.5 higher.
     assert pushed == [(0, {"repo_id": "me/best", "private": True}), (4, {"repo_id": "me/best", "private": True})]
-    with pytest.raises(ValueError, match=r"push_to_hub_if_best_kwargs=.*it should have a repo_id"):
+    with pytest.raises(ValueError, match=r"push_to_hub_if_best_kwargs has .*it should have a repo_id"):
         config(push_to_hub_if_best_kwargs={"private": True})
 
 

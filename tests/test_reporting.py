@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -28,7 +29,9 @@ from transformers.integrations import (
 )
 
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
+from tests.test_training import logged, parameters, trainer_for
 from tests.test_two_processes import announce_rank
+from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
 from trl_apa.reporting import (
@@ -104,10 +107,10 @@ def test_options_of_trackers_come_as_dict_or_json():
     (made,) = HfArgumentParser(APAConfig).parse_args_into_dataclasses([*line, "--tracker_project_name", "trl"])
     assert (made.tracker_kwargs, made.tracker_project_name, made.project) == (given, "trl", "trl")
     assert config().project == "huggingface"
-    with pytest.raises(ValueError, match=r"tracker_kwargs='\{wandb\}' is not JSON"):
+    with pytest.raises(ValueError, match=r"tracker_kwargs is not JSON"):
         config(tracker_kwargs="{wandb}")
     for wrong in ({"entity": "x"}, ["wandb"]):
-        with pytest.raises(ValueError, match="it should hold a dict for each tracker"):
+        with pytest.raises(ValueError, match="tracker_kwargs should be a dict that holds a dict for each tracker"):
             config(report_to="wandb", tracker_kwargs=wrong)
 
 
@@ -216,6 +219,92 @@ def test_reporters_are_started_once_and_other_callbacks_never(tmp_path, monkeypa
     begin, first, second = recorder.events
     assert begin == "begin"
     assert second["objective/kl"] == stats["objective/kl"] != first["objective/kl"]
+
+
+# ---- a tracker that goes away ----
+
+
+class Unreachable(Recorder):
+    """A reporter that fails in one event, from the second time on if that is a log, and notes what it is asked."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def happens(self, event):
+        self.events.append(event)
+        if event == self.where and not (event == "on_log" and self.events.count(event) == 1):
+            raise ConnectionError("the network is down")
+
+    def on_init_end(self, *args, **kwargs):
+        self.happens("on_init_end")
+
+    def on_train_begin(self, *args, **kwargs):
+        self.happens("on_train_begin")
+
+    def on_log(self, *args, **kwargs):
+        self.happens("on_log")
+
+    def on_train_end(self, *args, **kwargs):
+        self.happens("on_train_end")
+
+
+def failures(caught):
+    return [str(warning.message) for warning in caught if "the run goes on without it" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"),
+    [
+        ("on_init_end", ["on_init_end", "on_train_end"]),
+        ("on_train_begin", ["on_init_end", "on_train_begin", "on_train_end"]),
+        ("on_log", ["on_init_end", *["on_train_begin"] * 2, "on_log", "on_log", "on_train_end"]),
+        ("on_train_end", ["on_init_end", *["on_train_begin"] * 2, *["on_log"] * 9, "on_train_end"]),
+    ],
+)
+def test_training_goes_on_without_a_tracker_that_fails(tmp_path, monkeypatch, where, asked):
+    """Whatever it fails in: one warning, the same parameters and logs, and it is asked no more but to close its run.
+
+    Its run is begun twice: by us, with the options of the config, and by the Trainer, which finds it open.
+    """
+    monkeypatch.setattr("wandb.log", lambda *args, **kwargs: None)
+    plain = trainer_for(tmp_path / "plain", max_steps=8)
+    plain.train()
+    tracker = Unreachable(where)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_for(tmp_path / "run", max_steps=8, callbacks=[tracker])
+        trainer.train()
+    assert failures(caught) == [
+        f"wandb failed in {where}, and the run goes on without it: ConnectionError: the network is down"
+    ]
+    assert tracker.events == asked
+    assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)
+    assert logged(trainer) == logged(plain)
+
+
+@pytest.mark.parametrize("what", ["tables", "numbers"])
+def test_the_classic_loop_goes_on_without_a_tracker_that_fails(wandb_offline, monkeypatch, what):
+    trainer = tiny_trainer(wandb_offline, report_to=["wandb", "tensorboard"])
+    report_twice(trainer)
+
+    def fail(*args, commit=True, **kwargs):
+        raise OSError("no such host")
+
+    reporter = next(c for c in trainer.callback_handler.callbacks if isinstance(c, WandbCallback))
+    if what == "tables":
+        monkeypatch.setattr(wandb, "log", fail)
+    else:
+        monkeypatch.setattr(reporter, "_wandb", SimpleNamespace(log=fail, run=wandb.run))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stats, _ = report_twice(trainer)
+    where = "log_media" if what == "tables" else "on_log"
+    assert failures(caught) == [f"wandb failed in {where}, and the run goes on without it: OSError: no such host"]
+    # The other tracker and the log have it all.
+    assert trainer.state.log_history[-1]["objective/kl"] == stats["objective/kl"]
+    (path,) = (wandb_offline / "runs").glob("*/events*")
+    assert len(EventAccumulator(str(path)).Reload().Scalars("train/objective/kl")) == 4
 
 
 # ---- the trackers ----

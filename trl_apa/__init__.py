@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PolicyAndValue,
         ValueModel,
     )
+    from .offline import OfflineAPATrainer, OfflineConfig
     from .ppo import PPOConfig, PPOTrainer
     from .trainer import APATrainer
 
@@ -37,6 +38,8 @@ _MODULE_OF = {
     "AutoModelForSeq2SeqLMWithValueHead": "models",
     "FixedKLController": "classic",
     "LengthSampler": "classic",
+    "OfflineAPATrainer": "offline",
+    "OfflineConfig": "offline",
     "PPOConfig": "ppo",
     "PPOTrainer": "ppo",
     "PolicyAndValue": "models",
@@ -54,6 +57,8 @@ __all__ = [
     "AutoModelForSeq2SeqLMWithValueHead",
     "FixedKLController",
     "LengthSampler",
+    "OfflineAPATrainer",
+    "OfflineConfig",
     "PPOConfig",
     "PPOTrainer",
     "PolicyAndValue",

@@ -1,6 +1,9 @@
 """The only importer of what TRL does not document as public, so that a TRL release breaks one file at most."""
 
+from typing import Any
+
 from accelerate.utils import is_peft_model
+from trl.import_utils import is_vllm_available
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -17,8 +20,17 @@ __all__ = [
     "_BaseTrainer",
     "entropy_from_logits",
     "is_peft_model",
+    "is_vllm_available",
     "print_prompt_completions_sample",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "unwrap_model_for_generation",
+    "vllm_generation_class",
 ]
+
+
+def vllm_generation_class() -> Any:
+    """TRL's class that talks to vLLM; importing it imports vLLM where that is installed."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration

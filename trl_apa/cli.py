@@ -17,6 +17,8 @@ COMMANDS = {
     "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
+    "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
+    "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
     "merge": ("trl_apa.commands.merge", "an adapter put into its base, as a plain checkpoint"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
     "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),

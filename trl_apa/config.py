@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,13 +11,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 from trl_apa.core import flatten_dict
+from trl_apa.redaction import RedactedOptions, without_secrets
 from trl_apa.reporting import check_trackers
+from trl_apa.vllm_options import VLLMOptions
 
 
 LOSS_TYPES = ("apa", "awr", "ppo")
 Json = dict | str | None
-# The last part of a name under which a dict holds what nobody else should read.
-SECRET = re.compile(r"/(.*_)?(key|token|password|secret)$", re.IGNORECASE)
 # Options that only the named losses read, with the defaults they get there.
 ONLY_WITH: dict[str, tuple[str, Any]] = {
     "cliprange": ("ppo", 0.2),
@@ -89,11 +88,12 @@ def _switch(help: str) -> Any:
     return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
-@dataclass
-class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
+@dataclass(repr=False)  # a generated one would show keys
+class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
-    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here.
+    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
+    those of vLLM in [`VLLMOptions`](trl_apa/vllm_options.py).
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
@@ -306,6 +306,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
         self._fill_by_loss_type()
         self._check_ranges()
         self._check_hub_options()
+        self._check_vllm()
         self._fill_batch_sizes()
         self._fill_aliases()
         if self.optimize_device_cache and self.torch_empty_cache_steps is None:
@@ -330,10 +331,9 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def to_dict(self) -> dict[str, Any]:
         """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say.
 
-        Trackers and checkpoints get this, so keys and tokens are left out of it.
+        Trackers get this: keys and tokens are left out of it.
         """
-        flat = flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
-        return {name: "<secret>" if SECRET.search(name) and value else value for name, value in flat.items()}
+        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
 
     def _translate_classic_only(self) -> None:
         """What only classic configs have: renamed with a warning, read, or without effect and told so."""
@@ -350,7 +350,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             self._parse_json(name)
             value = getattr(self, name)
             if value:
-                warnings.warn(f"{name}={value!r} has no effect: {reason}", UserWarning, stacklevel=4)
+                text = f"{name}={without_secrets(value)!r} has no effect: {reason}"
+                warnings.warn(text, UserWarning, stacklevel=4)
 
     def _parse_json(self, name: str) -> None:
         value = getattr(self, name)
@@ -358,7 +359,7 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
             try:
                 setattr(self, name, json.loads(value))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+                raise ValueError(f"{name} is not JSON: {error}") from error
 
     def _check_trackers(self) -> None:
         self._parse_json("tracker_kwargs")
@@ -431,7 +432,8 @@ class APAConfig(second_generation.SecondGenerationOptions, _BaseConfig):
     def _check_hub_options(self) -> None:
         self._parse_json("push_to_hub_if_best_kwargs")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
-            raise ValueError(f"push_to_hub_if_best_kwargs={self.push_to_hub_if_best_kwargs}: it should have a repo_id")
+            given = ", ".join(self.push_to_hub_if_best_kwargs)
+            raise ValueError(f"push_to_hub_if_best_kwargs has {given}: it should have a repo_id")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""

@@ -42,9 +42,7 @@ def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[
     numbers = [process + k * count for k in range(per_process)]
     own = [rows[number % len(rows)] for number in numbers]
     with random_numbers_of_its_own(trainer.args.seed, trainer.accelerator.process_index):
-        size = trainer.args.per_device_eval_batch_size
-        starts = range(0, len(own), size)
-        parts = trainer._on_all_processes(lambda: [_measure(trainer, own[i : i + size]) for i in starts])
+        parts = _measured_in_parts(trainer, own, trainer.args.per_device_eval_batch_size)
     table = [part for part, _ in parts]
     columns = {name: torch.cat([part[name] for part in table]) for name in table[0]}
     names = sorted(columns)
@@ -78,13 +76,31 @@ def distinct_ngrams(texts: Sequence[str], n: int) -> float:
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
-def _measure(trainer: "APATrainer", rows: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
-    """One value a row, and the policy's responses as text."""
-    queries = [trainer._query(row) for row in rows]
-    responses, ref_responses = trainer._respond(queries, generate_ref_response=True)
-    scores = trainer._scores(rows, queries, responses)
+def _measured_in_parts(
+    trainer: "APATrainer", rows: list[dict[str, Any]], size: int
+) -> list[tuple[dict[str, Tensor], list[str]]]:
+    """What `_measure` says of every `size` rows. All are sampled before one is scored: vLLM samples for all processes
+    together, and a reward function that fails in one of them must not leave the others waiting for it."""
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    queries = trainer._on_all_processes(lambda: [[trainer._query(row) for row in part] for part in parts])
+    responses = [trainer._respond_on_all_processes(part, generate_ref_response=True) for part in queries]
+    together = list(zip(parts, queries, responses, strict=True))
+    return trainer._on_all_processes(lambda: [_measure(trainer, *part) for part in together])
+
+
+def _measure(
+    trainer: "APATrainer", rows: list[dict[str, Any]], queries: list[Tensor], both: tuple[list[Tensor], list[Tensor]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """One value a row, and the policy's responses as text.
+
+    Args:
+        both: responses of the policy, and of pi_init.
+    """
+    responses, ref_responses = both
+    texts = trainer._texts(rows, queries, responses)
+    scores = trainer._scores(texts, rows, queries, responses)
     reward_B = scores.total_B
-    ref_scores = trainer._scores(rows, queries, ref_responses)
+    ref_scores = trainer._scores(trainer._texts(rows, queries, ref_responses), rows, queries, ref_responses)
     ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
     kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)

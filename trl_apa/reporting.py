@@ -17,9 +17,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, integrations
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
+from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_apa._trl import print_prompt_completions_sample
+from trl_apa.lost_trackers import is_lost, may_fail, tracker_of
 from trl_apa.statistics import spread
 
 
@@ -63,7 +64,7 @@ def check_trackers(report_to: Sequence[str], tracker_kwargs: Mapping[str, Any], 
         if not _is_installed(tracker):
             raise ImportError(f"report_to (or log_with) names {tracker!r}, which is not installed")
     if not isinstance(tracker_kwargs, Mapping) or not all(isinstance(v, Mapping) for v in tracker_kwargs.values()):
-        raise ValueError(f"tracker_kwargs={tracker_kwargs!r}: it should hold a dict for each tracker")
+        raise ValueError("tracker_kwargs should be a dict that holds a dict for each tracker")
     for tracker in tracker_kwargs:
         if tracker not in report_to:
             _warn(f"tracker_kwargs[{tracker!r}] has no effect: report_to does not name that tracker")
@@ -103,14 +104,10 @@ def start_reporters(
     that is open already stays as it is; a warning says so where it should have had options.
     """
     for callback in callbacks:
-        tracker = _tracker_of(callback)
-        if tracker in trackers:
+        tracker = tracker_of(callback)
+        if tracker in trackers and not is_lost(callback):
             with _run_options(tracker, callback, args, state.is_world_process_zero):
                 callback.on_train_begin(args, state, control, model=model)
-
-
-def _tracker_of(callback: TrainerCallback) -> str | None:
-    return next((name for name, reporter in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, reporter)), None)
 
 
 @contextmanager
@@ -255,22 +252,28 @@ def log_media(
     """
     histograms = {f"train/{name}": vector for name, vector in vectors.items()}
     for callback in callbacks:
-        tracker = _tracker_of(callback)
-        if tracker == "wandb":
-            wandb = import_module(tracker)
-            if wandb.run is not None:
-                # Not a row of its own: the reporter's call with the numbers completes it.
-                wandb.log(_objects(wandb, histograms, table), commit=False)
-        elif tracker == "trackio":
-            trackio = import_module(tracker)
-            if trackio.context_vars.current_run.get() is not None:
-                trackio.log({**_objects(trackio, histograms, table), "train/global_step": step})
-        elif tracker == "tensorboard" and callback.tb_writer is not None:
-            _log_to_tensorboard(callback.tb_writer, step, histograms, table)
-        elif tracker == "comet_ml":
-            experiment = import_module(tracker).get_running_experiment()
-            if experiment is not None:
-                _log_to_comet(experiment, step, histograms, table)
+        if not is_lost(callback):
+            with may_fail(callback, "log_media"):
+                _log_media_to(callback, step, histograms, table)
+
+
+def _log_media_to(callback: TrainerCallback, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
+    tracker = tracker_of(callback)
+    if tracker == "wandb":
+        wandb = import_module(tracker)
+        if wandb.run is not None:
+            # Not a row of its own: the reporter's call with the numbers completes it.
+            wandb.log(_objects(wandb, histograms, table), commit=False)
+    elif tracker == "trackio":
+        trackio = import_module(tracker)
+        if trackio.context_vars.current_run.get() is not None:
+            trackio.log({**_objects(trackio, histograms, table), "train/global_step": step})
+    elif tracker == "tensorboard" and callback.tb_writer is not None:
+        _log_to_tensorboard(callback.tb_writer, step, histograms, table)
+    elif tracker == "comet_ml":
+        experiment = import_module(tracker).get_running_experiment()
+        if experiment is not None:
+            _log_to_comet(experiment, step, histograms, table)
 
 
 def _objects(library: ModuleType, histograms: Mapping[str, Any], table: Table | None) -> dict[str, Any]:

@@ -57,6 +57,7 @@ from trl_apa.validation import (
     check_type,
     one_of,
 )
+from trl_apa.vllm_generation import VLLMSampler
 
 
 class APATrainer(Experience, Update, Saving, TrainingLoop):
@@ -242,6 +243,10 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             if args.loss_type == "ppo" and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
+        self.vllm: VLLMSampler | None = None
+        if args.use_vllm:
+            policy = self.model.policy
+            self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self._on_all_processes)
         self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
@@ -332,12 +337,13 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         """Sample responses from the policy.
 
         The model's own generation config is not consulted: what is not given here comes from `args` (`temperature`,
-        `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled.
+        `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled. With
+        `args.use_vllm` vLLM samples, all queries at once, and every process has to call this.
 
         Args:
             query_tensor: one query, 1-D token ids, or a list of them.
             length_sampler: draws `max_new_tokens` for each batch.
-            batch_size: queries a call of the model's `generate`, when a list is given.
+            batch_size: queries a call of the model's `generate`, when a list is given; vLLM makes its own batches.
             return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
                 start token instead, whatever this says.
             generate_ref_response: also sample from the reference.
@@ -359,19 +365,26 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         for row, query in enumerate(queries):
             check_tokens(f"query_tensor[{row}]", query, policy)
         options = self._generation_options(generation_kwargs)
-        options |= {"batch_size": batch_size, "length_sampler": length_sampler, "remove_padding": remove_padding}
-        options |= {"tokenizer": self.processing_class, "pad_to_multiple_of": pad_to_multiple_of}
+        options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
+        batching = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
 
-        def sample(model: nn.Module) -> Any:
-            responses = generate_responses(model, queries, **options)
+        def shaped(responses: list[Tensor]) -> Any:
             if self.is_encoder_decoder:
                 responses = [nn.functional.pad(r, (1, 0), value=self._decoder_start_token_id) for r in responses]
             elif return_prompt:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
+        def sample(model: nn.Module) -> Any:
+            return shaped(generate_responses(model, queries, tokenizer=self.processing_class, **options, **batching))
+
+        if self.vllm is not None:
+            responses = shaped(self.vllm.responses(queries, step=self.state.global_step, **options))
+            if not generate_ref_response:
+                return responses
         with self._policy_for_generation() as policy, self.accelerator.autocast():
-            responses = sample(policy)
+            if self.vllm is None:
+                responses = sample(policy)
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:

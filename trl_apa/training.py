@@ -13,12 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import is_conversational
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
+from trl_apa.lost_trackers import go_on_without
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, prompt_of, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
@@ -36,6 +38,8 @@ from trl_apa.validation import check_step_inputs
 
 
 logger = logging.getLogger(__name__)
+# Prompts and completions: texts, or lists of chat messages.
+Texts = tuple[list[Any], list[Any]]
 
 
 class EndOfIteration(TrainerCallback):
@@ -74,6 +78,21 @@ class TrainingLoop(_BaseTrainer):
     _reporters_started = False
     _first_iteration = 0
     _last_saved_step: int | None = None
+
+    @property
+    def callback_handler(self) -> CallbackHandler:
+        return self._callback_handler
+
+    @callback_handler.setter
+    def callback_handler(self, handler: CallbackHandler) -> None:
+        """Set by the Trainer, which at once tells all callbacks that it is made."""
+        go_on_without(handler.callbacks)
+        self._callback_handler = handler
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """As in [`~transformers.Trainer.add_callback`]."""
+        super().add_callback(callback)
+        go_on_without(self.callback_handler.callbacks)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
@@ -173,26 +192,21 @@ class TrainingLoop(_BaseTrainer):
         self._timer = timer = StageTimer()
         try:
             with random_state_restored_on_error():
-                inputs = self._on_all_processes(lambda: self._scored_responses(timer))
+                queries, responses, texts, scores = self._scored_responses(timer)
         except Exception:
             self._save_what_was_learned()
             raise
-        rows, queries, responses, scores = inputs
-        if not self._sum_over_processes(scores.kept_B.sum().float().to(self.accelerator.device)):
-            raise ValueError("no response of this iteration was scored: every one had a None or NaN")
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
         rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
         if scores.per_token is not None:
             rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
         self._prepare_iteration(rollouts, ended_B, timer)
         if self.args.log_completions:
-            self._log_completions(rows, queries, responses, scores)
+            self._log_completions(texts, scores)
 
-    def _log_completions(
-        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor], scores: Scores
-    ) -> None:
+    def _log_completions(self, texts: Texts, scores: Scores) -> None:
         """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables."""
-        prompts, completions = self._texts(rows, queries, responses)
+        prompts, completions = texts
         columns = scores.by_function_BF.T.tolist()
         by_function = {f"rewards/{name}": column for name, column in zip(self.scorer.names, columns, strict=True)}
         batch = {"prompt": prompts, "completion": completions, **by_function}
@@ -224,26 +238,41 @@ class TrainingLoop(_BaseTrainer):
         # As many on every process; those at the end may be asked twice.
         rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
 
-        def answered() -> tuple[list[Tensor], list[Tensor], Scores]:
-            queries = [self._query(row) for row in rows]
-            responses = self._respond(queries, do_sample=False)
-            return queries, responses, self._scores(rows, queries, responses)
-
         self._start_reporters()
-        self._log_completions(rows, *self._on_all_processes(answered))
+        queries = self._on_all_processes(lambda: [self._query(row) for row in rows])
+        responses = self._respond_on_all_processes(queries, do_sample=False)
+        texts = self._texts(rows, queries, responses)
+        scores = self._on_all_processes(lambda: self._scores(texts, rows, queries, responses))
+        self._log_completions(texts, scores)
 
-    def _scored_responses(self, timer: StageTimer) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor], Scores]:
-        """Rows, queries, responses and scores of the next iteration."""
+    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Texts, Scores]:
+        """Queries, responses, both as texts, and scores of the next iteration.
+
+        Raises:
+            ValueError: if not one response of all processes was scored.
+        """
+        rows, queries = self._on_all_processes(self._next_queries)
+        with timer("generate"):
+            responses = self._respond_on_all_processes(queries)
+
+        def scored() -> tuple[Texts, Scores]:
+            texts = self._texts(rows, queries, responses)
+            with timer("score"):
+                scores = self._scores(texts, rows, queries, responses)
+            policy = self.accelerator.unwrap_model(self.model).policy
+            check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
+            return texts, scores
+
+        texts, scores = self._on_all_processes(scored)
+        if not self._sum_over_processes(scores.kept_B.sum().float().to(self.accelerator.device)):
+            raise ValueError("no response of this iteration was scored: every one had a None or NaN")
+        return queries, responses, texts, scores
+
+    def _next_queries(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """This process's rows of the next iteration, each `num_generations` times, and their token ids."""
         rows = self._source.rows(self.num_iterations_done)
         rows = [row for row in rows for _ in range(self.args.num_generations)]
-        queries = [self._query(row) for row in rows]
-        with timer("generate"):
-            responses = self._respond(queries)
-        with timer("score"):
-            scores = self._scores(rows, queries, responses)
-        policy = self.accelerator.unwrap_model(self.model).policy
-        check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
-        return rows, queries, responses, scores
+        return rows, [self._query(row) for row in rows]
 
     def _save_what_was_learned(self) -> None:
         """A checkpoint between two optimizer steps, unless this run has saved one of this step already."""
@@ -276,9 +305,13 @@ class TrainingLoop(_BaseTrainer):
         pair = tuple([response[1:] for response in part] for part in pair)
         return pair if isinstance(responses, tuple) else pair[0]
 
-    def _texts(
-        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
-    ) -> tuple[list[Any], list[Any]]:
+    def _respond_on_all_processes(self, queries: list[Tensor], **options: Any) -> Any:
+        """`_respond`, failing everywhere if it fails in one process; with vLLM that sees to it by itself."""
+        if self.vllm is not None:
+            return self._respond(queries, **options)
+        return self._on_all_processes(lambda: self._respond(queries, **options))
+
+    def _texts(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Texts:
         """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
         prompts = [prompt_of(row) for row in rows]
         if any(prompt is None for prompt in prompts):
@@ -291,8 +324,10 @@ class TrainingLoop(_BaseTrainer):
         prompts = [prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt for prompt in prompts]
         return prompts, [[{"role": "assistant", "content": a + b}] for a, b in zip(begun, texts, strict=True)]
 
-    def _scores(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
-        prompts, completions = self._texts(rows, queries, responses)
+    def _scores(
+        self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
+    ) -> Scores:
+        prompts, completions = texts
         names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
         columns = {name: [row[name] for row in rows] for name in names}
         return self.scorer(prompts, completions, queries, responses, columns)
@@ -322,7 +357,7 @@ class TrainingLoop(_BaseTrainer):
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
         if self.is_encoder_decoder:
             responses, _ = without_start_tokens(responses, None, self._decoder_start_token_id)
-        scores = self._scores(rows, queries, responses)
+        scores = self._scores(self._texts(rows, queries, responses), rows, queries, responses)
         if not scores.kept_B.all():
             left_out = torch.nonzero(~scores.kept_B).flatten().tolist()
             raise ValueError(f"rows {left_out} were not scored, and step cannot leave a response out")

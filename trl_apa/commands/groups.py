@@ -9,6 +9,7 @@ from trl import ModelConfig
 from trl_apa.commands.options import Part
 from trl_apa.config import ALIASES, NOT_READ_BACK, WITHOUT_EFFECT, APAConfig
 from trl_apa.second_generation import SecondGenerationOptions
+from trl_apa.vllm_options import VLLMOptions
 
 
 # The first pattern that a name begins with decides.
@@ -48,6 +49,8 @@ def apa_title(name: str) -> str:
         return OLDER_NAMES
     if name in SAMPLING:
         return "sampling"
+    if name in VLLMOptions.__dataclass_fields__:
+        return "sampling with vLLM"
     if name in PLACES:
         return PLACES[name]
     if name in TrainingArguments.__dataclass_fields__:

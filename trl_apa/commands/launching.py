@@ -1,11 +1,12 @@
 """`--accelerate_config`: the same command again under `accelerate launch`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from trl_apa.commands.options import Part
 
@@ -22,49 +23,61 @@ class LaunchArguments:
         default=None,
         metadata={
             "help": "Start this command with `accelerate launch` and this configuration: a file, or the name of one "
-            "that TRL ships (single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3)."
+            "that comes with this package (single_gpu, ddp_8bit, two_nodes, fsdp2, zero2, zero3) or with TRL."
         },
     )
     num_processes: int | None = field(
         default=None, metadata={"help": "With accelerate_config: processes, in place of the number that it says."}
+    )
+    machine_rank: int | None = field(
+        default=None, metadata={"help": "With accelerate_config of several machines: which of them this is, from 0."}
+    )
+    main_process_ip: str | None = field(
+        default=None, metadata={"help": "With accelerate_config of several machines: the address of machine 0."}
     )
 
 
 LAUNCH_PART = Part(LaunchArguments, lambda name: "launching")
 
 
-def launch(command: str, argv: Sequence[str], accelerate_config: str | None, num_processes: int | None) -> bool:
+def launch(command: str, argv: Sequence[str], values: Mapping[str, Any]) -> bool:
     """Run the command in processes of their own if a configuration is given and this is none of them.
 
     Args:
         command: its name.
         argv: its arguments.
-        accelerate_config: a file or the name of a shipped configuration.
-        num_processes: in place of the number that the configuration says.
+        values: its options by name, those of `LaunchArguments` among them.
 
     Returns:
         Whether it was run.
 
     Raises:
-        ValueError: if there is no such configuration, or a number of processes without one.
+        ValueError: if there is no such configuration, or an option of one without it.
     """
     if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return False
-    if accelerate_config is None:
-        if num_processes is not None:
-            raise ValueError(f"num_processes={num_processes}: it is read only with accelerate_config")
+    given = {name: values[name] for name in LaunchArguments.__dataclass_fields__ if values[name] is not None}
+    if "accelerate_config" not in given:
+        for name, value in given.items():
+            raise ValueError(f"{name}={value}: it is read only with accelerate_config")
         return False
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    options = ["--config_file", str(config_file(accelerate_config))]
-    if num_processes is not None:
-        options += ["--num_processes", str(num_processes)]
+    options = ["--config_file", str(config_file(given.pop("accelerate_config")))]
+    for name, value in given.items():
+        options += [f"--{name}", str(value)]
     os.environ[LAUNCHED] = "1"
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "trl_apa.cli", command, *argv]))
     finally:
         del os.environ[LAUNCHED]
     return True
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configurations of accelerate by name: this package's, and those of TRL's whose names it does not use."""
+    folders = [Path(str(files(package))) / "accelerate_configs" for package in ("trl", "trl_apa")]
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def config_file(name: str) -> Path:
@@ -75,7 +88,7 @@ def config_file(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    shipped = {path.stem: path for path in Path(str(files("trl"))).joinpath("accelerate_configs").glob("*.yaml")}
+    shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
     close = get_close_matches(name, shipped, n=1)

@@ -4,26 +4,26 @@ from collections.abc import Sequence
 
 from trl import RewardConfig, RewardTrainer, get_peft_config
 
-from trl_apa.commands.groups import model_part, trl_title
-from trl_apa.commands.launching import LAUNCH_PART, launch
+from trl_apa.commands.launching import launch
 from trl_apa.commands.models import load_tokenizer, loading_options
-from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
-from trl_apa.commands.rows import DataArguments, load_rows, preference
-from trl_apa.commands.supervised import finish, needs_model
+from trl_apa.commands.rows import load_rows, preference
+from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.redaction import RedactedOptions
+
+
+class RewardOptions(RedactedOptions, RewardConfig):
+    """TRL's options, of which the Trainer writes none that is secret."""
 
 
 def make_parser() -> CommandParser:
     """The options of the command."""
-    return CommandParser(
+    return supervised_parser(
         "reward",
         "A reward model from preference pairs, with TRL's RewardTrainer.",
-        Part(
-            DataArguments, lambda name: "data", DataArguments.__dataclass_fields__.keys() - {"dataset_prompt_column"}
-        ),
-        model_part(),
-        Part(RewardConfig, trl_title("reward model")),
-        LAUNCH_PART,
+        RewardOptions,
+        "reward model",
     )
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
-        if launch("reward", argv, values["accelerate_config"], values["num_processes"]):
+        if launch("reward", argv, values):
             return 0
         data, model, config, _ = parser.build(values)
         needs_model(model)

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from trl_apa.data import BadRow, Preference, preference_rows, sft_rows, split_by_prompt
 from trl_apa.data.hh import parse_row, split_dialogue
+from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import Row, iter_rows
 
 
@@ -26,6 +27,9 @@ class DataArguments:
     dataset_name: str | None = _option(None, "A file (json, jsonl, both also .gz, csv, parquet) or a hub data set.")
     dataset_config: str | None = _option(None, "Configuration of a hub data set.")
     dataset_data_dir: str | None = _option(None, "Folder inside a hub data set.")
+    dataset_layout: str | None = _option(
+        None, f"Columns of a data set that are not called prompt, chosen, ...: {', '.join(LAYOUTS)}."
+    )
     dataset_train_split: str = _option("train", "Split of a hub data set that is trained on.")
     dataset_test_split: str | None = _option(None, "Split of a hub data set that is evaluated on.")
     eval_dataset_name: str | None = _option(None, "Held-out rows that are not in dataset_name: a file or a data set.")
@@ -39,6 +43,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if self.dataset_layout not in (None, *LAYOUTS):
+            raise ValueError(f"dataset_layout={self.dataset_layout!r}: it should be one of {', '.join(LAYOUTS)}")
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share}: it should be between 0 and 1")
         for name in ("max_train_rows", "max_eval_rows"):
@@ -52,8 +58,8 @@ class DataArguments:
 
 
 # What the commands that do not train read.
-PROMPT_NAMES = {"dataset_name", "dataset_config", "dataset_data_dir", "dataset_test_split", "eval_share"}
-PROMPT_NAMES |= {"max_eval_rows", "dataset_prompt_column"}
+PROMPT_NAMES = {"dataset_name", "dataset_config", "dataset_data_dir", "dataset_layout", "dataset_test_split"}
+PROMPT_NAMES |= {"eval_share", "max_eval_rows", "dataset_prompt_column"}
 
 
 class _Keyed(NamedTuple):
@@ -103,7 +109,10 @@ def load_prompts(arguments: DataArguments) -> Dataset:
 
 
 def _read(arguments: DataArguments, source: str, split: str) -> list[Row]:
-    return list(iter_rows(source, name=arguments.dataset_config, data_dir=arguments.dataset_data_dir, split=split))
+    rows = iter_rows(source, name=arguments.dataset_config, data_dir=arguments.dataset_data_dir, split=split)
+    if arguments.dataset_layout is None:
+        return list(rows)
+    return [found for row in rows for found in rows_in_layout(row, arguments.dataset_layout)]
 
 
 def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -124,7 +133,7 @@ def _opening_text(fields: Fields) -> str:
 def _converted(source: str, rows: Sequence[Row], convert: Callable[[Row], Fields], limit: int | None) -> Dataset:
     good: dict[str, Fields] = {}
     bad: list[BadRow] = []
-    for row in rows:
+    for place, row in enumerate(rows):
         if limit is not None and len(good) == limit:
             break
         try:
@@ -136,7 +145,7 @@ def _converted(source: str, rows: Sequence[Row], convert: Callable[[Row], Fields
         else:
             # Several preferences have the same prompt, or the same preferred response.
             shortened = "rejected" in row.fields and "rejected" not in fields
-            good.setdefault(repr(fields) if shortened else str(row.number), fields)
+            good.setdefault(repr(fields) if shortened else str(place), fields)
     if not good:
         reason = f"row {bad[0].row}: {bad[0].reason}" if bad else "it is empty"
         raise ValueError(f"{source} has no usable row: {reason}")

@@ -4,26 +4,26 @@ from collections.abc import Sequence
 
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
-from trl_apa.commands.groups import model_part, trl_title
-from trl_apa.commands.launching import LAUNCH_PART, launch
+from trl_apa.commands.launching import launch
 from trl_apa.commands.models import load_policy, load_tokenizer
-from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
-from trl_apa.commands.rows import DataArguments, demonstration, load_rows
-from trl_apa.commands.supervised import finish, needs_model
+from trl_apa.commands.rows import demonstration, load_rows
+from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.redaction import RedactedOptions
+
+
+class SFTOptions(RedactedOptions, SFTConfig):
+    """TRL's options, of which the Trainer writes none that is secret."""
 
 
 def make_parser() -> CommandParser:
     """The options of the command."""
-    return CommandParser(
+    return supervised_parser(
         "sft",
         "Supervised fine-tuning with TRL's SFTTrainer. Of preferences, the preferred responses are learned.",
-        Part(
-            DataArguments, lambda name: "data", DataArguments.__dataclass_fields__.keys() - {"dataset_prompt_column"}
-        ),
-        model_part(),
-        Part(SFTConfig, trl_title("SFT")),
-        LAUNCH_PART,
+        SFTOptions,
+        "SFT",
     )
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
-        if launch("sft", argv, values["accelerate_config"], values["num_processes"]):
+        if launch("sft", argv, values):
             return 0
         data, model, config, _ = parser.build(values)
         needs_model(model)

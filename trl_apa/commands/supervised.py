@@ -5,7 +5,25 @@ from collections.abc import Sequence
 from transformers import Trainer
 from trl import ModelConfig
 
+from trl_apa.commands.groups import model_part, trl_title
+from trl_apa.commands.launching import LAUNCH_PART
+from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lines
+from trl_apa.commands.rows import DataArguments
+
+
+def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:
+    """The options of such a command.
+
+    Args:
+        command: its name.
+        description: what it does, for `--help`.
+        config: TRL's config.
+        trained: heading of the config's own options.
+    """
+    names = DataArguments.__dataclass_fields__.keys() - {"dataset_prompt_column"}
+    data = Part(DataArguments, lambda name: "data", names)
+    return CommandParser(command, description, data, model_part(), Part(config, trl_title(trained)), LAUNCH_PART)
 
 
 def needs_model(model: ModelConfig) -> None:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     with parser.errors_end_the_command():
         values = parser.parse(argv)
-        if launch("train", argv, values["accelerate_config"], values["num_processes"]):
+        if launch("train", argv, values):
             return 0
         data, rewards, model, others, config, _ = parser.build(values)
         model.model_name_or_path = model.model_name_or_path or config.sft_model_path

@@ -1,14 +1,12 @@
 """Human preferences in the Anthropic HH or the prompt/chosen/rejected layout, as prompts and pairs of responses."""
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from trl_apa.data.sources import Row, iter_rows
+from trl_apa.data.pairs import Preference, Preferences, checked_pair, read_pairs
+from trl_apa.data.sources import Row, text_of
 
 
 if TYPE_CHECKING:
@@ -19,54 +17,6 @@ ASSISTANT_TURN = "\n\nAssistant:"
 STOP_STRINGS = (HUMAN_TURN, ASSISTANT_TURN)
 
 _TURNS = {"user": HUMAN_TURN, "assistant": ASSISTANT_TURN, "system": "\n\nSystem:"}
-
-
-class Preference(NamedTuple):
-    """A prompt and two responses to it, as text: `prompt + chosen` is the whole dialogue.
-
-    Args:
-        prompt: everything before the last assistant turn; in the HH layout it ends with the `Assistant:` marker.
-        chosen: the response that people preferred, with the space that followed the marker.
-        rejected: the other one.
-        row: number of the row it came from, from 1.
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    row: int
-
-
-class BadRow(NamedTuple):
-    """A row that is no preference pair: its number, from 1, and why."""
-
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """What was read from one source.
-
-    Args:
-        source: the file or the data set.
-        pairs: the rows that are preference pairs, in their order.
-        bad_rows: all the others.
-    """
-
-    source: str
-    pairs: list[Preference]
-    bad_rows: list[BadRow]
-
-    def report(self, examples: int = 3) -> str:
-        """How many rows were read and, for each kind of bad row, how many there are and where the first ones stand."""
-        lines = [f"{self.source}: {len(self.pairs)} preference pairs, {len(self.bad_rows)} bad rows"]
-        kinds = Counter(bad.reason for bad in self.bad_rows)
-        for reason, count in kinds.most_common():
-            rows = [str(bad.row) for bad in self.bad_rows if bad.reason == reason][:examples]
-            more = ", ..." if count > examples else ""
-            lines.append(f"  {count} x {reason} (row {', '.join(rows)}{more})")
-        return "\n".join(lines)
 
 
 def read_preferences(
@@ -81,8 +31,9 @@ def read_preferences(
 ) -> Preferences:
     """Read a local file or a hub data set of human preferences.
 
-    Understood, row by row: `chosen` and `rejected` as whole dialogues in the Anthropic HH layout; `prompt`, `chosen`
-    and `rejected` as strings; TRL's chat messages, with the prompt in its own column or in front of both responses.
+    Understood, row by row: `chosen` and `rejected` as whole dialogues (`Anthropic/hh-rlhf`); `prompt`, `chosen` and
+    `rejected` as strings (`Dahoas/static-hh`, `Dahoas/rm-static`); TRL's chat messages, with the prompt in its own
+    column or in front of both responses.
 
     Args:
         source (`str` or `Path`): see [`~trl_apa.data.sources.iter_rows`], as for `name`, `data_dir` and `split`.
@@ -98,22 +49,11 @@ def read_preferences(
         FileNotFoundError: no such file.
         ValueError: no row is a preference pair or, with `strict`, some row is not.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: expected at least 1 row, or None for all of them")
-    pairs: list[Preference] = []
-    bad_rows: list[BadRow] = []
-    rows = iter_rows(source, name=name, data_dir=data_dir, split=split)
-    for row in islice(rows, limit):
-        try:
-            pairs.append(parse_row(row, chat_tokenizer))
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"{source}, row {row.number}: {error}") from error
-            bad_rows.append(BadRow(row.number, str(error)))
-    preferences = Preferences(str(source), pairs, bad_rows)
-    if not pairs:
-        raise ValueError(f"no preference pair found\n{preferences.report()}")
-    return preferences
+
+    def parse(row: Row) -> list[Preference]:
+        return [parse_row(row, chat_tokenizer)]
+
+    return read_pairs(source, parse, name=name, data_dir=data_dir, split=split, limit=limit, strict=strict)
 
 
 def parse_row(row: Row, chat_tokenizer: "PreTrainedTokenizerBase | None" = None) -> Preference:
@@ -133,15 +73,8 @@ def parse_row(row: Row, chat_tokenizer: "PreTrainedTokenizerBase | None" = None)
     elif columns["prompt"] is None:
         prompt, chosen, rejected = _from_dialogues(columns)
     else:
-        prompt, chosen, rejected = (_text(column, value) for column, value in columns.items())
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    for column, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response.strip():
-            raise ValueError(f"the {column} response is empty")
-    if chosen == rejected:
-        raise ValueError("the two responses are the same")
-    return Preference(prompt, chosen, rejected, row.number)
+        prompt, chosen, rejected = (text_of(column, value) for column, value in columns.items())
+    return checked_pair(prompt, chosen, rejected, row.number)
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
@@ -159,7 +92,7 @@ def _from_dialogues(columns: Mapping[str, Any]) -> tuple[str, str, str]:
     halves = []
     for column in ("chosen", "rejected"):
         try:
-            halves.append(split_dialogue(_text(column, columns[column])))
+            halves.append(split_dialogue(text_of(column, columns[column])))
         except ValueError as error:
             raise ValueError(f"{column}: {error}") from error
     (prompt, chosen), (other_prompt, rejected) = halves
@@ -219,12 +152,6 @@ def _has_template(tokenizer: "PreTrainedTokenizerBase | None") -> bool:
     return tokenizer is not None and tokenizer.chat_template is not None
 
 
-def _text(column: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{column} is a {type(value).__name__}, expected a text")
-    return value
-
-
 def opening(prompt: str) -> str:
     """What a dialogue begins with: its text before the first assistant turn, the whole prompt in other layouts."""
     return prompt.split(ASSISTANT_TURN, 1)[0]
@@ -264,19 +191,3 @@ def split_by_prompt(
     if empty:
         raise ValueError(f"{len(pairs)} pairs with {len(groups)} openings are too few: nothing for {', '.join(empty)}")
     return parts
-
-
-def prompts(pairs: Iterable[Preference]) -> list[str]:
-    """The different prompts, in order of first appearance."""
-    return list(dict.fromkeys(pair.prompt for pair in pairs))
-
-
-def sft_rows(pairs: Iterable[Preference]) -> list[dict[str, str]]:
-    """TRL's prompt-completion layout, with the preferred responses, each (prompt, chosen) once."""
-    distinct = dict.fromkeys((pair.prompt, pair.chosen) for pair in pairs)
-    return [{"prompt": prompt, "completion": chosen} for prompt, chosen in distinct]
-
-
-def preference_rows(pairs: Iterable[Preference]) -> list[dict[str, str]]:
-    """TRL's preference layout with an explicit prompt."""
-    return [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]

@@ -2,15 +2,18 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+T = TypeVar("T")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
 # Suffix -> what `datasets` calls the reader of such files.
@@ -33,6 +36,13 @@ class Row(NamedTuple):
     number: int
     fields: dict[str, Any] | None
     problem: str | None = None
+
+
+class BadRow(NamedTuple):
+    """A row that is not what was looked for: its number, from 1, and why."""
+
+    row: int
+    reason: str
 
 
 def is_local(source: str | Path) -> bool:
@@ -162,3 +172,68 @@ def _table_rows(path: str, **options: Any) -> Iterator[Row]:
 
     for number, fields in enumerate(load_dataset(path, **options), start=1):
         yield Row(number, fields)
+
+
+def parse_rows(
+    rows: Iterable[Row],
+    parse: Callable[[Row], Iterable[T]],
+    source: str,
+    limit: int | None = None,
+    strict: bool = False,
+) -> tuple[list[T], list[BadRow]]:
+    """What the rows hold, in their order, and the rows that hold nothing.
+
+    Args:
+        rows: see `iter_rows`.
+        parse: one row to what it holds; a ValueError is why it holds nothing. It is not called for a row that could
+            not be read.
+        source: where the rows come from, for messages.
+        limit: stop after this many rows.
+        strict: raise at the first bad row instead of listing it.
+
+    Raises:
+        ValueError: if `limit` is below 1 or, with `strict`, some row is bad.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1 row, or None for all of them")
+    found: list[T] = []
+    bad_rows: list[BadRow] = []
+    for row in islice(rows, limit):
+        try:
+            if row.fields is None:
+                raise ValueError(row.problem)
+            found.extend(parse(row))
+        except ValueError as error:
+            if strict:
+                raise ValueError(f"{source}, row {row.number}: {error}") from error
+            bad_rows.append(BadRow(row.number, str(error)))
+    return found, bad_rows
+
+
+def text_column(row: Row, column: str) -> str:
+    """The text in a column.
+
+    Raises:
+        ValueError: if there is no such column, or no text in it.
+    """
+    value = None if row.fields is None else row.fields.get(column)
+    if value is None:
+        raise ValueError(f"has no {column!r} column")
+    return text_of(column, value)
+
+
+def text_of(column: str, value: Any) -> str:
+    """`value`, which should be a text; ValueError, naming the column, if it is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is a {type(value).__name__}, expected a text")
+    return value
+
+
+def report(source: str, count: int, things: str, bad_rows: Sequence[BadRow], examples: int = 3) -> str:
+    """How much was read and, for each kind of bad row, how many there are and where the first ones stand."""
+    lines = [f"{source}: {count} {things}, {len(bad_rows)} bad rows"]
+    for reason, number in Counter(bad.reason for bad in bad_rows).most_common():
+        rows = [str(bad.row) for bad in bad_rows if bad.reason == reason][:examples]
+        more = ", ..." if number > examples else ""
+        lines.append(f"  {number} x {reason} (row {', '.join(rows)}{more})")
+    return "\n".join(lines)

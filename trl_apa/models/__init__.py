@@ -2,6 +2,7 @@
 
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.critic import resolve_value_model
+from trl_apa.models.dense import merged_parameters
 from trl_apa.models.loaders import load_policy, load_reward_model, load_value_model
 from trl_apa.models.loading import load_language_model
 from trl_apa.models.merging import merge_and_save
@@ -45,6 +46,7 @@ __all__ = [
     "load_reward_model",
     "load_value_model",
     "merge_and_save",
+    "merged_parameters",
     "reference_policy",
     "resolve_value_model",
     "reward_adapter_of",

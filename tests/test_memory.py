@@ -1,0 +1,281 @@
+"""Predicted memory against what the real trainer needs, against arithmetic by hand, and what the command makes of it."""
+
+import json
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+
+from benchmarks import gpu_7b
+from benchmarks.memory import CASES, compare
+from trl_apa.cli import COMMANDS
+from trl_apa.commands import memory
+from trl_apa.memory import Setup, advice, predict
+from trl_apa.memory.networks import build_networks
+from trl_apa.memory.optimizers import state_bytes, step_bytes
+from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes
+from trl_apa.memory.setup import SHARDINGS
+from trl_apa.memory.shapes import KNOWN, config_of
+from trl_apa.memory.sharding import BUFFERS, MASTER, Counts, per_process
+
+
+# Numbers of parameters that the models' own pages give.
+PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "meta-llama-3-8b": 8_030_261_248,
+    "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "pythia-12b": 11_846_072_320,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+}
+SMALL = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=1000,
+    eos_token_id=None,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices are slower on several threads, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_prediction_is_what_the_trainer_needs(name):
+    predicted, measured = compare(CASES[name])
+    assert sum(predicted.update.values()) == pytest.approx(measured.update, rel=0.08)
+    assert sum(predicted.generation.values()) == pytest.approx(measured.generation, rel=0.08)
+
+
+def run(*argv):
+    return import_module(COMMANDS["memory"][0]).main([str(argument) for argument in argv])
+
+
+def test_llama_7b_on_one_8_bit_base_stays_below_24_gib_with_micro_batches_of_4(capsys):
+    assert run("--model", "huggyllama/llama-7b", "--quantization", "8bit", "--value", "adapter", "--batch", 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    parts = {
+        line[:22].strip(): [float(size) for size in line[22:].split()] for line in lines[1:] if line[22:28].isspace()
+    }
+    # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 bytes, as many float32 scales as rows; embedding and head of
+    # 32000 * 4096 in bfloat16; norms: 6,476,005,376 + 5,242,880 + 524,288,000 + 532,480 = 6.527 GiB.
+    assert parts["weights: policy"] == [6.53, 6.53]
+    # Rank 16 on seven layers: 16 * (4 * 8192 + 3 * 15104) * 32 = 39,976,960 float32, for policy and value model each
+    # (but the value head's 4096 * 8192 + 3 * 8192 + 1): 2 * 152.5 + 128.1 MiB.
+    assert parts["adapters and heads"] == [0.42, 0.42]
+    # Keys and values, 32 layers of 4096, bfloat16, 8 rows of 896 prompt tokens: 3.5 GiB.
+    assert parts["KV cache"] == [3.5, 0.0]
+    assert parts["sum"][1] < 24 and "24 GB (22 GiB usable): fits" in "\n".join(lines)
+
+
+def test_a_part_is_the_sum_of_what_is_alive_at_the_peak():
+    live = LiveBytes(lambda tensor: "wide" if tensor.shape[-1] == 100 else None)
+    with FakeTensorMode(), live:
+        kept = torch.empty(10)  # 40 bytes
+        view = kept.view(2, 5)  # none
+        gone = torch.empty(100)  # 400 bytes
+        del gone
+        torch.empty(50)  # 200 bytes, for a moment
+    assert live.peak == {ACTIVATIONS: 40, "wide": 400}
+    assert {name: size for name, size in live.live.items() if size} == {ACTIVATIONS: 40}
+    del kept
+    assert live.live[ACTIVATIONS] == 40  # the view holds it
+    del view
+    assert live.live[ACTIVATIONS] == 0
+
+
+def test_gradients_that_meet_are_added_in_place():
+    live = LiveBytes()
+    with FakeTensorMode():
+        weight = torch.empty(1000, requires_grad=True)
+        live.count("weights", [weight])
+        with live:
+            doubled = weight * 2
+            ((doubled * 3).sum() + (doubled * 5).sum()).backward()
+    # In the backward pass: doubled (freed with its graph, 4000 bytes) and two gradients of it; never a third.
+    assert live.peak[ACTIVATIONS] < 3.1 * 4000
+
+
+def test_optimizers_keep_what_their_authors_say():
+    large, small = torch.empty(128, 64, device="meta"), torch.empty(100, device="meta")
+    assert state_bytes("adamw", [large, small]) == 8 * (8192 + 100)
+    # 8192 elements: two moments of a byte each, and two times 32 scales of 256 elements; 100 are below 4096.
+    assert state_bytes("adamw_8bit", [large, small]) == 2 * 8192 + 2 * 32 * 4 + 8 * 100
+    assert state_bytes("adafactor", [large, small]) == 4 * (128 + 64) + 4 * 100
+    assert state_bytes("sgd", [large]) == state_bytes("paged_adamw_8bit", [large]) == 0
+    assert (step_bytes("adamw_torch", [large]), step_bytes("adamw", [large])) == (4 * 8192, 0)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "expected"),
+    [
+        ("ddp", {"gradients": 800, BUFFERS: 800}),
+        ("zero2", {"gradients": 200, "optimizer": 400, BUFFERS: 2 * 200 * 2, MASTER: 200}),
+        ("zero3", {"gradients": 200, "optimizer": 400, BUFFERS: 2 * 200 * 2 + 2 * 30 * 2, MASTER: 200}),
+        ("fsdp2", {"gradients": 200, "optimizer": 400, BUFFERS: (2 * 30 + 50) * 2}),
+    ],
+)
+def test_processes_share_what_their_engine_divides(sharding, expected):
+    parts = {"weights: policy": 400, "weights: reward": 40, "optimizer": 1600, "gradients": 800, ACTIVATIONS: 7}
+    counts = Counts(trained=200, layer=30, outside=50)
+    setup = Setup(SMALL, lora_r=0, world_size=4, sharding=sharding)
+    shared = per_process(parts, counts, setup)
+    divided = sharding in ("zero3", "fsdp2")
+    assert shared == {**parts, **expected, "weights: policy": 100 if divided else 400}
+    assert per_process(parts, counts, replace(setup, world_size=1)) == parts
+
+
+def test_known_shapes_have_the_published_numbers_of_parameters():
+    for name, number in PUBLISHED.items():
+        setup = Setup(config_of(f"somebody/{name}"), lora_r=0, value="head")
+        policy = build_networks(setup)[0].policy
+        assert sum(parameter.numel() for parameter in policy.parameters()) == number, name
+    assert KNOWN.keys() - PUBLISHED.keys() == {"llama-30b", "llama-65b", "llama-2-7b", "llama-2-13b"}
+
+
+def test_networks_are_counted_where_they_are():
+    setup = Setup(SMALL, lora_r=8, dtype=torch.float32, max_length=32, max_new_tokens=8)
+    separate = predict(setup).update
+    assert separate["weights: value"] == separate["weights: policy"]
+    reward = predict(replace(setup, value="adapter", reward="separate", reference="copy")).update
+    assert "weights: value" not in reward
+    assert reward["weights: reference"] >= reward["weights: policy"]
+    # A classifier has a score layer of 128 weights in place of the head's 1000 * 128.
+    assert reward["weights: policy"] - reward["weights: reward"] == 4 * 999 * 128
+    small = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=1000
+    )
+    other = predict(replace(setup, value=small)).update
+    assert 0 < other["weights: value"] < separate["weights: value"]
+
+
+def test_what_to_change_is_sorted_by_what_it_saves_and_each_line_holds():
+    setup = Setup(SMALL, lora_r=8, micro_batch_size=4, max_length=64, max_new_tokens=8, gradient_checkpointing=False)
+    peak = predict(setup).peak
+    found = advice.changes(setup, peak)
+    savings = [change.saved for change in found]
+    assert savings == sorted(savings, reverse=True) and min(savings) > 0.01 * peak
+    by_text = {change.text: change for change in found}
+    checkpointing = by_text["gradient checkpointing"]
+    assert (
+        checkpointing.peak == predict(replace(setup, gradient_checkpointing=True)).peak == peak - checkpointing.saved
+    )
+    assert {"micro-batches of 2, with 2 accumulation steps", "value model: an adapter on the policy's base"} < set(
+        by_text
+    )
+
+
+def test_sharding_divides_full_fine_tuning():
+    setup = Setup(SMALL, lora_r=0, dtype=torch.float32, max_length=32, max_new_tokens=8)
+    alone = predict(setup)
+    four = {kind: predict(replace(setup, world_size=4, sharding=kind)) for kind in SHARDINGS}
+    assert four["ddp"].peak > alone.peak
+    assert four["fsdp2"].update["optimizer"] == alone.update["optimizer"] // 4
+    assert four["fsdp2"].update["weights: policy"] == alone.update["weights: policy"] // 4
+    # In bfloat16, all but the buffer of rotary frequencies.
+    assert four["zero2"].update["weights: policy"] == pytest.approx(alone.update["weights: policy"] / 2, rel=1e-3)
+    assert four["zero3"].peak < four["zero2"].peak < alone.peak
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        run(*argv)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_predicted_is_refused_by_name(capsys, monkeypatch):
+    def not_reachable(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("trl_apa.memory.shapes.AutoConfig.from_pretrained", not_reachable)
+    shape = "family=llama,hidden_size=32,num_hidden_layers=1"
+    for options, problem in {
+        (): "model is not set",
+        ("--model", "someone/something"): "is no folder, its config cannot be had from the hub (no network)",
+        ("--model", "hidden_size=3"): "family=None",
+        ("--model", f"{shape},hiden_size=3"): "hiden_size: LlamaConfig has no such entry",
+        ("--model", f"{shape},vocab_size=many"): "vocab_size='many' in a shape should be a whole number",
+        ("--model", shape, "--new-tokens", "2000"): "max_new_tokens=2000 should be less than max_length=1024",
+        ("--model", shape, "--lora-r", "0", "--value", "adapter"): "value='adapter' needs adapters",
+        ("--model", shape, "--num-unfrozen-layers", "1"): "num_unfrozen_layers has no effect with adapters",
+        ("--model", "gpt2", "--lora-target-modules", "q_proj"): "q_proj",
+        ("--model", shape, "--quantization", "8bit", "--world-size", "2", "--sharding", "fsdp2"): "are not sharded",
+        ("--model", shape, "--batch", "0"): "micro_batch_size=0: it should be at least 1",
+    }.items():
+        assert problem in refused(capsys, *options)
+
+
+def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, capsys, monkeypatch):
+    SMALL.save_pretrained(tmp_path)
+    options = ("--model", tmp_path, "--batch", 4, "--seq", 64, "--new-tokens", 8, "--lora-r", 8)
+    monkeypatch.setattr("trl_apa.commands.memory.CARDS", {"24 GB": 0.7, "80 GB": 1.0})
+    assert run(*options, "--no_gradient_checkpointing") == 0
+    head, _, tail = capsys.readouterr().out.partition("what to change, each change alone:\n")
+    # 0.75 GiB are assumed whatever the model.
+    assert "24 GB (1 GiB usable): does not fit, 0.1 GiB too much" in head and "80 GB (1 GiB usable): fits" in head
+    assert tail.splitlines() == ["  nothing that this command knows of"]
+    assert run(*options, "--no_gradient_checkpointing", "--overhead", 0) == 0
+    assert "what to change" not in capsys.readouterr().out
+    change = advice.Change("sell it", peak=2**29, saved=3 * 2**28)
+    assert memory.advice([change]) == ["  -   0.8 GiB  sell it (0.5 GiB, fits 24 GB)"]
+
+
+def test_the_gpu_benchmark_runs_at_a_small_scale(tmp_path, capsys):
+    gpu_7b.main(
+        [
+            "--scale",
+            "tiny",
+            "--micro-batches",
+            "2",
+            "--rollouts",
+            "2",
+            "--repeats",
+            "1",
+            "--output",
+            f"{tmp_path}/o.json",
+        ]
+    )
+    results = {row["layout"]: row for row in json.loads((tmp_path / "o.json").read_text())}
+    assert list(results) == list(gpu_7b.LAYOUTS)
+    for row in results.values():
+        assert row["step_peak"] > row["loaded"] > 0 and row["step_seconds"] > 0 and row["generate_seconds"] > 0
+    assert results["one-base"]["loaded"] < results["separate-8bit"]["loaded"] < results["separate-bf16"]["loaded"]
+    assert capsys.readouterr().out.count("| separate-8bit | 2 |") == 1
+
+
+def test_flops_of_a_row_by_hand():
+    config = LlamaConfig(
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=10,
+    )
+    # A layer: q and o 16 weights each, k and v 8 each, the MLP 3 * 24: 120. Ten tokens, four of them responses:
+    # 2 * 3 * 120 * 10 + 2 * 4 * 10 * 4 + 2 * 3 * 4 * 10^2.
+    assert gpu_7b.row_flops(config, prompt=6, response=4) == 7200 + 320 + 2400

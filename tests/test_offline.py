@@ -1,0 +1,430 @@
+"""`OfflineAPATrainer` on data where the optimum is known, and what it promises of splits, resuming, stopping, rows."""
+
+import json
+import math
+import tempfile
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests._two_processes import run_in_two_processes
+from tests.test_two_processes import announce_rank
+from tests.tiny import EOS, VOCABULARY, lora_config, tiny_model, tiny_tokenizer
+from trl_apa.advantages import gae
+from trl_apa.data import Preference
+from trl_apa.logprobs import response_logits, response_logprobs
+from trl_apa.masking import masked_whiten
+from trl_apa.offline import OfflineAPATrainer, OfflineConfig, QValueModel, advantage_shifted, label_pairs
+from trl_apa.rollouts import pad_tokens
+
+
+PROMPT = [5, 6, 7]
+
+
+def config(folder, **options):
+    defaults = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    defaults |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1000}
+    return OfflineConfig(str(folder), **{**defaults, **options})
+
+
+def trainer_of(folder, rows, model=None, trainer_kwargs=None, **options):
+    model = tiny_model() if model is None else model
+    return OfflineAPATrainer(
+        config(folder, **options),
+        model,
+        processing_class=tiny_tokenizer(),
+        train_dataset=rows,
+        **(trainer_kwargs or {}),
+    )
+
+
+def ragged_rows(count=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+    rewards = torch.randn(count, generator=generator).tolist()
+    return [{"input_ids": ids(1, 6), "completion_ids": [*ids(1, 5), EOS], "reward": r} for r in rewards]
+
+
+def probabilities(trainer, prompt=PROMPT):
+    """The policy's next token after the prompt."""
+    tokens = pad_tokens([torch.tensor(prompt)], [torch.tensor([0])], pad_token_id=0)
+    with torch.no_grad(), trainer.learned_policy() as policy:
+        return response_logits(policy, tokens, 1)[0][0, 0].softmax(-1)
+
+
+# ---- optima that are known ----
+
+
+@pytest.fixture(scope="module")
+def bandit():
+    """One state, every token an action, each as often in the data as `counts` says; the reward is the token's own."""
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.randn(VOCABULARY, generator=generator)
+    counts = 1 + torch.arange(VOCABULARY) % 2
+    rows = [
+        {"input_ids": PROMPT, "completion_ids": [token], "reward": rewards[token].item()}
+        for token in range(VOCABULARY)
+        for _ in range(int(counts[token]))
+    ]
+    return rows, rewards, counts / counts.sum()
+
+
+def learn(folder, bandit, **options):
+    rows = bandit[0]
+    options = {"per_device_train_batch_size": len(rows), "per_device_eval_batch_size": len(rows), **options}
+    trainer = trainer_of(folder, rows, lr_scheduler_type="linear", **options)
+    initial = probabilities(trainer) if options["loss_type"] != "ilql" else None
+    trainer.train()
+    return trainer, initial
+
+
+def advantage_of_each_token(trainer):
+    actions = torch.cat(trainer.rollouts.responses)
+    return torch.zeros(VOCABULARY).index_put((actions,), trainer.rollouts.advantages_BR[:, 0])
+
+
+def test_awr_ends_at_the_data_s_policy_weighted_by_the_advantages(tmp_path, bandit):
+    trainer, _ = learn(tmp_path, bandit, loss_type="awr", kl_coef=0.5, num_train_epochs=90, value_epochs=60)
+    rows, rewards, share = bandit
+    # V of the one state is the mean reward of the data, and the advantages are whitened
+    assert trainer.rollouts.values_BR[:, 0].mean().item() == pytest.approx((share * rewards).sum().item(), abs=0.02)
+    taken = torch.tensor([row["reward"] for row in rows])
+    expected = (rewards - taken.mean()) / taken.std()
+    torch.testing.assert_close(advantage_of_each_token(trainer), expected, rtol=0, atol=0.02)
+    optimum = share * (advantage_of_each_token(trainer) / 0.5).exp()
+    torch.testing.assert_close(probabilities(trainer), optimum / optimum.sum(), rtol=0, atol=5e-3)
+
+
+def test_apa_with_a_learned_normaliser_ends_at_the_optimum_of_the_objective(tmp_path, bandit):
+    options = {"loss_type": "apa", "kl_coef": 1.0, "num_train_epochs": 90, "value_epochs": 0}
+    trainer, initial = learn(tmp_path, bandit, **options, learn_state_normaliser=True)
+    excess = advantage_of_each_token(trainer).exp()
+    normalizer = (initial * excess).sum()
+    torch.testing.assert_close(probabilities(trainer), initial * excess / normalizer, rtol=0, atol=5e-3)
+    tokens = pad_tokens([torch.tensor(PROMPT)], [torch.tensor([0])], pad_token_id=0)
+    with torch.no_grad():
+        h = trainer.networks.normaliser(tokens, 1).item()
+    assert h == pytest.approx(normalizer.log().item(), abs=0.05)
+
+
+def test_ilql_learns_q_and_v_and_decodes_with_their_difference(tmp_path, bandit):
+    trainer, _ = learn(
+        tmp_path,
+        bandit,
+        loss_type="ilql",
+        num_train_epochs=150,
+        cql_coef=0.0,
+        expectile=0.5,
+        polyak=0.5,
+        ilql_beta=2.0,
+    )
+    _, rewards, share = bandit
+    tokens = pad_tokens([torch.tensor(PROMPT)], [torch.tensor([0])], pad_token_id=0)
+    with torch.no_grad():
+        values = trainer.networks.value_model.at_responses(tokens, 1)
+    torch.testing.assert_close(values["target_q"][0, 0], rewards, rtol=0, atol=0.05)
+    assert values["values"].item() == pytest.approx((share * rewards).sum().item(), abs=0.05)
+    # pi_beta imitates the data, and decoding moves it by beta (Q - V)
+    expected = share * (2.0 * rewards).exp()
+    torch.testing.assert_close(probabilities(trainer), expected / expected.sum(), rtol=0, atol=0.02)
+
+
+# ---- the update ----
+
+
+def parameters_after_one_step(folder, rows, size, accumulation, **options):
+    split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    trainer = trainer_of(folder, rows, value_epochs=0, optim="sgd", **split, **options)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.networks.named_parameters()}
+
+
+LOSSES = [{"loss_type": "awr", "freeze_value": False}, {"loss_type": "apa", "learn_state_normaliser": True}]
+LOSSES += [{"loss_type": "ilql"}]
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=lambda options: options["loss_type"])
+def test_the_split_into_micro_batches_does_not_matter(tmp_path, options):
+    rows = ragged_rows()
+    whole = parameters_after_one_step(tmp_path / "a", rows, 8, 1, **options)
+    split = parameters_after_one_step(tmp_path / "b", rows, 2, 4, **options)
+    initial = trainer_of(tmp_path / "c", rows, **options).networks.state_dict()
+    moved = 0
+    for name, parameter in whole.items():
+        torch.testing.assert_close(split[name], parameter, rtol=0, atol=1e-6, msg=name)
+        moved += not torch.equal(parameter, initial[name])
+    assert moved > 10
+
+
+def step_on_half(rank, options):
+    announce_rank(rank)
+    with tempfile.TemporaryDirectory() as folder:
+        after = parameters_after_one_step(folder, ragged_rows(), 4, 1, **options)
+        return {name: p.numpy() for name, p in after.items()}
+
+
+def test_two_ranks_equal_one_process_on_all_rows(tmp_path):
+    options = {"loss_type": "awr", "freeze_value": False}
+    single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **options)
+    for parameters in run_in_two_processes(step_on_half, options):
+        for name, expected in single.items():
+            torch.testing.assert_close(torch.from_numpy(parameters[name]), expected, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_loss_is_the_plain_formula(tmp_path):
+    rows = ragged_rows()
+    trainer = trainer_of(tmp_path, rows, loss_type="apa", kl_coef=0.4, value_epochs=0, max_steps=1, logging_steps=1)
+    trainer.train()
+    # Without a fitted V, the advantage of every token is lambda_GAE ^ (tokens to come) times the reward, whitened.
+    plain = [
+        0.95 ** (len(row["completion_ids"]) - 1 - t) * row["reward"]
+        for row in rows
+        for t in range(len(row["completion_ids"]))
+    ]
+    whitened = (torch.tensor(plain) - torch.tensor(plain).mean()) / torch.tensor(plain).std()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((whitened / 0.4).square().mean().item(), rel=1e-4)
+    # at the first step pi is pi_init
+    assert trainer.state.log_history[0]["policy/log_ratio"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_value_model_is_fitted_to_the_returns_and_then_frozen(tmp_path):
+    rows = ragged_rows()
+    trainer = trainer_of(tmp_path, rows, value_epochs=40, num_train_epochs=1, gamma=0.9)
+    trainer.train()
+    rollouts, mask = trainer.rollouts, trainer.rollouts.response_mask_BR
+    for row, returns, counted in zip(rows, rollouts.returns_BR, mask, strict=True):
+        length = len(row["completion_ids"])
+        expected = [row["reward"] * 0.9 ** (length - 1 - t) for t in range(length)]
+        assert returns[counted].tolist() == pytest.approx(expected, rel=1e-5)
+    error = (rollouts.values_BR - rollouts.returns_BR)[mask].square().mean()
+    assert error < 0.2 * rollouts.returns_BR[mask].square().mean()
+    advantages, _ = gae(rollouts.rewards_BR, rollouts.values_BR, mask, 0.9, 0.95)
+    torch.testing.assert_close(rollouts.advantages_BR, masked_whiten(advantages, mask))
+    assert not any(p.requires_grad for p in trainer.networks.value_model.parameters())
+    before = rollouts.values_BR.clone()
+    trainer.estimate_advantages()
+    torch.testing.assert_close(rollouts.values_BR, before, rtol=0, atol=1e-6)
+
+
+def test_a_value_model_that_goes_on_learning_gives_new_advantages_in_every_epoch(tmp_path):
+    trainer = trainer_of(tmp_path, ragged_rows(), value_epochs=0, num_train_epochs=2, freeze_value=False)
+    seen = []
+    estimate = trainer.estimate_advantages
+    trainer.estimate_advantages = lambda: (estimate(), seen.append(trainer.rollouts.advantages_BR.clone()))
+    trainer.train()
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("options", [LOSSES[1], LOSSES[2]], ids=lambda options: options["loss_type"])
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, options):
+    options = {**options, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    options |= {"value_epochs": 2, "num_train_epochs": 2, "logging_steps": 1}
+    whole = trainer_of(tmp_path / "whole", ragged_rows(), **options)
+    whole.train()
+    resumed = trainer_of(tmp_path / "resumed", ragged_rows(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, expected), parameter in zip(
+        whole.networks.named_parameters(), resumed.networks.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6, msg=name)
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0])
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        trainer_of(tmp_path / "empty", ragged_rows(), **options).train(resume_from_checkpoint=True)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    trainer = trainer_of(tmp_path, ragged_rows(), loss_type="ilql", max_steps=1)
+    trainer.train()
+    trainer.save_pretrained(tmp_path / "saved")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    loaded = QValueModel.from_pretrained(tmp_path / "saved" / "value_model")
+    for network, expected in ((policy, trainer.networks.policy), (loaded, trainer.networks.value_model)):
+        state = expected.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    again = trainer_of(tmp_path, ragged_rows(), loss_type="ilql", trainer_kwargs={"value_model": loaded})
+    assert again.networks.value_model is loaded
+
+
+# ---- decoding ----
+
+
+def shifted_by_hand(policy, q_model, beta, query, length):
+    """The greedy response, one token at a time, without cache or padding."""
+    ids = list(query)
+    with torch.no_grad():
+        for _ in range(length):
+            tokens = pad_tokens([torch.tensor(ids)], [torch.tensor([0])], pad_token_id=0)
+            values = q_model.at_responses(tokens, 1)
+            advantages = values["target_q"][0, 0] - values["values"][0, 0]
+            logits = response_logits(policy, tokens, 1)[0][0, 0].log_softmax(-1) + beta * advantages
+            ids.append(int(logits.argmax()))
+    return ids[len(query) :], logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "lora"])
+def test_sampling_and_log_probs_see_the_shifted_policy_whatever_the_padding(tmp_path, family):
+    model = tiny_model("llama" if family == "lora" else family)
+    if family == "lora":
+        model = get_peft_model(model, lora_config(init_lora_weights=False))
+    trainer = trainer_of(tmp_path, ragged_rows(), model, loss_type="ilql")
+    policy, q_model = trainer.networks.policy.eval(), trainer.networks.value_model
+    for parameter in q_model.parameters():  # heads that say something
+        torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(parameter.numel()))
+    queries = [torch.tensor([3, 4, 5, 6, 9]), torch.tensor([7])]
+    with advantage_shifted(policy, q_model, beta=2.0):
+        inputs = {"input_ids": torch.tensor([[3, 4, 5, 6, 9], [0, 0, 0, 0, 7]]), "do_sample": False}
+        inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+        generated = policy.generate(**inputs, max_new_tokens=6, eos_token_id=None, pad_token_id=0)[:, 5:]
+        tokens = pad_tokens(queries, list(generated), pad_token_id=0)
+        logprobs, _ = response_logprobs(policy, tokens, 6)
+    unshifted, _ = response_logprobs(policy, tokens, 6)
+    for row, query in enumerate(queries):
+        expected, last = shifted_by_hand(policy, q_model, 2.0, query.tolist(), 6)
+        assert generated[row].tolist() == expected
+        assert logprobs[row, -1].item() == pytest.approx(last[expected[-1]].item(), abs=1e-4)
+    assert (logprobs - unshifted).abs().max() > 0.1
+
+
+# ---- held-out rewards ----
+
+
+def test_training_stops_when_the_held_out_reward_no_longer_rises_and_the_best_policy_comes_back(tmp_path):
+    rewards = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    current = []
+
+    def reward(completions, **columns):
+        current.append(next(rewards))
+        return [current[-1]] * len(completions)
+
+    given = {"eval_dataset": [{"prompt": "w5 w6"}], "reward_funcs": reward}
+    options = {"eval_strategy": "epoch", "early_stopping_patience": 2, "num_train_epochs": 9, "value_epochs": 0}
+    trainer = trainer_of(tmp_path, ragged_rows(), trainer_kwargs=given, max_completion_length=4, **options)
+    trainer.train()
+    evaluated = [row["eval_reward"] for row in trainer.state.log_history if "eval_reward" in row]
+    assert evaluated == [1.0, 3.0, 2.0, 2.5]
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    assert all(torch.equal(p, best[name]) for name, p in trainer.networks.policy.state_dict().items())
+
+
+def test_the_held_out_numbers_are_those_of_the_samples(tmp_path):
+    seen = []
+
+    def reward(prompts, completions, completion_ids, target, **columns):
+        seen.append((prompts, completions, completion_ids))
+        return [float(value) for value in target]
+
+    prompts = [{"prompt": f"w{number} w9", "target": number} for number in range(3, 6)]
+    given = {"eval_dataset": prompts, "reward_funcs": reward}
+    trainer = trainer_of(
+        tmp_path, ragged_rows(), trainer_kwargs=given, max_completion_length=4, per_device_eval_batch_size=2
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] == 4.0 and metrics["eval_reward_std"] == pytest.approx(math.sqrt(2 / 3))
+    assert metrics["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+    ids = [ids for _, _, batch in seen for ids in batch]
+    assert [prompt for batch, _, _ in seen for prompt in batch] == ["w3 w9", "w4 w9", "w5 w9"]
+    assert metrics["eval_response_length"] == pytest.approx(sum(map(len, ids)) / 3)
+    assert metrics["eval_eos_share"] == sum(row[-1] == EOS for row in ids) / 3
+    # the same luck every time
+    trainer.evaluate()
+    assert [ids for _, _, batch in seen[2:] for ids in batch] == ids
+    with pytest.raises(ValueError, match="needs eval_dataset"):
+        trainer_of(tmp_path, ragged_rows()).evaluate()
+
+
+# ---- rows and options ----
+
+
+def test_both_responses_of_a_pair_are_labelled_once():
+    pairs = [Preference("w3", " w5 w5", " w6", 1), Preference("w3", " w6", " w7", 2)]
+
+    def reward(prompts, completions, completion_ids, **columns):
+        assert all(ids[-1] == EOS for ids in completion_ids)
+        return [float(len(text.split())) for text in completions]
+
+    rows = label_pairs(pairs, reward, tiny_tokenizer(), batch_size=2)
+    assert rows == [
+        {"prompt": "w3", "completion": text, "reward": value}
+        for text, value in ((" w5 w5", 2), (" w6", 1), (" w7", 1))
+    ]
+
+
+def test_texts_end_with_eos_and_long_rows_are_cut(tmp_path):
+    rows = [
+        {"prompt": "w3 w4 w5", "completion": "w6 w7", "reward": 1},
+        {"query": "w3", "completion": [{"role": "assistant", "content": "w6 w7 w8 w9"}], "reward": 2.0},
+        {"input_ids": [4], "completion_ids": [7, 8], "reward": 0},
+    ]
+    rollouts = trainer_of(tmp_path, rows, max_prompt_length=2, max_completion_length=4).rollouts
+    assert [query.tolist() for query in rollouts.queries] == [[4, 5], [3], [4]]
+    assert [response.tolist() for response in rollouts.responses] == [[6, 7, EOS], [6, 7, 8, 9], [7, 8]]
+    assert rollouts.rewards_BR.tolist() == [[0, 0, 1, 0], [0, 0, 0, 2], [0, 0, 0, 0]]
+    assert len(trainer_of(tmp_path, rows, add_eos=False).rollouts.responses[0]) == 2
+
+
+def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
+    good = {"prompt": "w3", "completion": "w4", "reward": 1.0}
+    bad = [
+        {**good, "reward": math.nan},
+        {**good, "reward": "1"},
+        {**good, "completion": None},
+        {**good, "completion": "", "completion_ids": []},
+        {**good, "completion_ids": [VOCABULARY]},
+        {**good, "completion_ids": [2] * 64},
+        {"completion": "w4", "reward": 1.0},
+    ]
+    with pytest.raises(ValueError, match="1 rows to learn from, 7 bad rows") as raised:
+        trainer_of(tmp_path, [good, *bad])
+    said = str(raised.value)
+    assert "reward is nan, it should be a finite number (row 2)" in said and "reward is '1'" in said
+    assert "it should have completion" in said and "the response has no token (row 5)" in said
+    assert "holds token ids from 32 to 32" in said and "the model has 64 positions" in said and "(row 8)" in said
+    with pytest.raises(ValueError, match="train_dataset: 0 rows"):
+        trainer_of(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"loss_type": "ppo"}, "loss_type='ppo': it should be one of apa, awr, ilql"),
+        ({"loss_type": "ilql", "kl_coef": 0.1}, "kl_coef=0.1: ILQL has none"),
+        ({"loss_type": "awr", "learn_state_normaliser": True}, "only APA leaves out log Z"),
+        ({"kl_coef": 0.0}, "kl_coef=0.0: it should be greater than 0"),
+        ({"gae_lambda": 1.5}, "gae_lambda=1.5: it should be between 0 and 1"),
+        ({"expectile": 1.0}, "expectile=1.0"),
+        ({"polyak": 0.0}, "polyak=0.0"),
+        ({"value_epochs": -1}, "value_epochs=-1: it should not be negative"),
+        ({"early_stopping_patience": 2}, "needs eval_strategy"),
+        ({"early_stopping_patience": 0, "eval_strategy": "epoch"}, "early_stopping_patience=0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        config(tmp_path, **options)
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset is None"):
+        OfflineAPATrainer(config(tmp_path), tiny_model(), processing_class=tiny_tokenizer())
+    with pytest.raises(ValueError, match="args is a dict; it should be a OfflineConfig"):
+        OfflineAPATrainer({}, tiny_model(), processing_class=tiny_tokenizer(), train_dataset=ragged_rows())
+    with pytest.raises(ValueError, match="value_model is a PolicyValueHead"):
+        trainer_of(tmp_path, ragged_rows(), trainer_kwargs={"value_model": "head"})
+    with pytest.raises(ValueError, match="model is an encoder-decoder"):
+        trainer_of(tmp_path, ragged_rows(), tiny_model("t5"))
+    with pytest.raises(ValueError, match="early_stopping_patience needs eval_dataset"):
+        trainer_of(tmp_path, ragged_rows(), early_stopping_patience=1, eval_strategy="epoch")
+
+
+def test_the_defaults_are_those_that_worked_offline(tmp_path):
+    assert config(tmp_path).loss_type == "awr" and config(tmp_path).kl_coef == 0.25
+    apa = config(tmp_path, loss_type="apa")
+    assert apa.kl_coef == 0.3 and apa.freeze_value and apa.value_epochs > 0 and not apa.learn_state_normaliser
+    assert json.loads(apa.to_json_string())["loss_type"] == "apa"

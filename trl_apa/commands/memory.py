@@ -1,0 +1,173 @@
+"""`trl-apa memory`: the peak memory of a training run on each GPU, by part, from the model's config alone."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PretrainedConfig
+
+from trl_apa.commands.options import CommandParser, Part
+from trl_apa.memory import Prediction, Setup, predict
+from trl_apa.memory.advice import Change, changes
+from trl_apa.memory.optimizers import STATES
+from trl_apa.memory.prediction import OVERHEAD, PARTS
+from trl_apa.memory.setup import REFERENCES, SHARDINGS
+from trl_apa.memory.shapes import config_of
+
+
+GIB = 2**30
+# What torch can use of cards that are sold by these sizes, GiB.
+CARDS = {"24 GB": 22.0, "40 GB": 39.0, "80 GB": 79.0}
+
+
+def _option(default: object, help: str, **metadata: object) -> object:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class MemoryArguments:
+    """What the run is like."""
+
+    model: str | None = _option(
+        None,
+        "The policy: a folder with a config.json, a hub name (common ones need no hub), or a shape: "
+        "family=llama,hidden_size=4096,...",
+    )
+    quantization: str | None = _option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
+    dtype: str | None = _option(
+        None,
+        "Of weights that are not quantised; bfloat16 with quantization and float32 without by default.",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    bf16: bool = _option(True, "Compute in bfloat16 (autocast), as the trainer does where it can.")
+    lora_r: int = _option(16, "Rank of the adapters; 0: no adapters, all weights are trained.")
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers with adapters; 'default' is peft's choice."}
+    )
+    num_unfrozen_layers: int | None = _option(None, "Without adapters: train only so many of the highest layers.")
+    value: str = _option("separate", "The value model: separate, adapter, head, or a model as for --model.")
+    reference: str = _option(
+        "auto",
+        "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.",
+        choices=list(REFERENCES),
+    )
+    reward: str = _option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
+    batch: int = _option(1, "Rows of a micro-batch (mini_batch_size).")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches of an optimizer step.")
+    seq: int = _option(1024, "Longest prompt and response together, tokens.")
+    new_tokens: int = _option(128, "Longest response, tokens (max_completion_length).")
+    generation_batch: int = _option(8, "Rows that are sampled together (generation_batch_size).")
+    gradient_checkpointing: bool = _option(True, "Keep each layer's input only and compute the rest twice.")
+    optim: str = _option("adamw", "The optimizer.", choices=list(STATES))
+    world_size: int = _option(1, "Processes, one GPU each.")
+    sharding: str = _option("ddp", "How several processes share the work.", choices=list(SHARDINGS))
+    attn_implementation: str = _option("sdpa", "Attention.", choices=["eager", "sdpa", "flash"])
+    overhead: float = _option(
+        0.75, "GiB assumed for the CUDA context, libraries' workspaces and what the allocator cannot use."
+    )
+
+    def setup(self) -> Setup:
+        """The same in the terms of the prediction.
+
+        Raises:
+            ValueError: if a model cannot be found, or an option does not go with another.
+        """
+        if self.model is None:
+            raise ValueError("model is not set: name a folder, a hub name or a shape")
+        dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
+        targets = self.lora_target_modules or ["all-linear"]
+        alone = {"all-linear": "all-linear", "default": None}
+        return Setup(
+            config=config_of(self.model),
+            quantization=self.quantization,
+            dtype=getattr(torch, dtype),
+            autocast=torch.bfloat16 if self.bf16 else None,
+            lora_r=self.lora_r,
+            lora_target_modules=alone.get(targets[0], targets) if len(targets) == 1 else targets,
+            num_unfrozen_layers=self.num_unfrozen_layers,
+            value=_network(self.value, ("separate", "adapter", "head")),
+            reference=self.reference,
+            reward=None if self.reward == "none" else _network(self.reward, ("separate", "adapter")),
+            micro_batch_size=self.batch,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            max_length=self.seq,
+            max_new_tokens=self.new_tokens,
+            generation_batch_size=self.generation_batch,
+            gradient_checkpointing=self.gradient_checkpointing,
+            optimizer=self.optim,
+            world_size=self.world_size,
+            sharding=self.sharding,
+            attention=self.attn_implementation,
+            overhead=int(self.overhead * GIB),
+        )
+
+
+def _network(name: str, kinds: Sequence[str]) -> str | PretrainedConfig:
+    return name if name in kinds else config_of(name)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = CommandParser(
+        "memory",
+        "Predict the peak memory of each GPU, by part, from the config alone: no weights, no GPU.",
+        Part(MemoryArguments, lambda name: "training"),
+    )
+    with parser.errors_end_the_command():
+        (arguments,) = parser.build(parser.parse(argv))
+        setup = arguments.setup()
+        with _quietly():
+            prediction = predict(setup)
+            print("\n".join(table(prediction)), flush=True)
+            too_small = [card for card, size in CARDS.items() if prediction.peak > size * GIB]
+            if too_small:
+                print("\nwhat to change, each change alone:", flush=True)
+                print("\n".join(advice(changes(setup, prediction.peak))) or "  nothing that this command knows of")
+    return 0
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What libraries have to say about passes that compute nothing is of no use here."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def table(prediction: Prediction) -> list[str]:
+    """Lines of a table of both phases, GiB, and which cards hold the larger one."""
+    lines = [f"{'GiB at the peak':<22}{'generation':>12}{'update':>12}"]
+    for name in PARTS:
+        sizes = [phase.get(name, 0) for phase in (prediction.generation, prediction.update)]
+        if any(sizes):
+            lines.append(_line(name if name != OVERHEAD else f"{name} (assumed)", sizes))
+    lines.append(_line("sum", [sum(prediction.generation.values()), sum(prediction.update.values())]))
+    lines.append("")
+    for card, size in CARDS.items():
+        left = size - prediction.peak / GIB
+        verdict = f"fits, {left:.1f} GiB left" if left >= 0 else f"does not fit, {-left:.1f} GiB too much"
+        lines.append(f"{card} ({size:.0f} GiB usable): {verdict}")
+    return lines
+
+
+def _line(name: str, sizes: Sequence[int]) -> str:
+    return f"{name:<22}" + "".join(f"{size / GIB:>12.2f}" for size in sizes)
+
+
+def advice(found: Sequence[Change]) -> list[str]:
+    """A line a change: what it saves, and the smallest card that holds the rest."""
+    lines = []
+    for change in found:
+        fits = next((card for card, size in CARDS.items() if change.peak <= size * GIB), None)
+        then = f"{change.peak / GIB:.1f} GiB" + (f", fits {fits}" if fits else "")
+        lines.append(f"  -{change.saved / GIB:>6.1f} GiB  {change.text} ({then})")
+    return lines

@@ -1,0 +1,256 @@
+"""`trl-apa winrate A B`: how often a judge prefers the answers of one model to those of another."""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from trl_apa.commands.rows import demonstration
+from trl_apa.data.layouts import LAYOUTS, rows_in_layout
+from trl_apa.data.sources import iter_rows
+from trl_apa.models import load_language_model, load_reward_model
+from trl_apa.winrate import (
+    Judge,
+    JudgeError,
+    Judgement,
+    LanguageModelJudge,
+    OpenAIJudge,
+    Pair,
+    RewardModelJudge,
+    VerdictCache,
+    compare,
+    win_rate,
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="trl-apa winrate",
+        description="How often a judge prefers the answers in A to those in B. Every pair is judged in both orders.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("ours", metavar="A", help="answers of one model, as `trl-apa generate` writes them")
+    parser.add_argument("theirs", metavar="B", help="answers of the other model to the same prompts")
+    add = parser.add_argument
+    add("--judge", choices=("openai", "local"), required=True, help="an OpenAI-compatible endpoint, or a model here")
+    add(
+        "--judge_model",
+        required=True,
+        help="name at the endpoint; or folder or hub name of a reward or language model",
+    )
+    add(
+        "--references", metavar="ROWS", help="preferences or demonstrations with the same prompts, as `sft` reads them"
+    )
+    add("--references_layout", choices=tuple(LAYOUTS), help="as dataset_layout of the other commands")
+    add("--references_split", default="train", help="split of a hub data set (default: %(default)s)")
+    add("--cut_at", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
+    add("--output", metavar="FILE", help="file for the result and every verdict, as JSON")
+    add("--cache", metavar="FILE", help="file of the verdicts given (default: winrate_cache.jsonl beside A)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    add("--confidence", type=float, default=0.95, help="of the interval (default: %(default)s)")
+    openai = parser.add_argument_group("--judge openai")
+    openai.add_argument("--base_url", help="of the endpoint (default: OpenAI's)")
+    openai.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with the key (default: %(default)s)")
+    openai.add_argument("--request", type=_json_object, default={}, help="JSON: more fields of the request")
+    openai.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
+    openai.add_argument("--retries", type=int, default=6, help="of a request (default: %(default)s)")
+    openai.add_argument("--timeout", type=float, default=120.0, help="of a request, seconds (default: %(default)s)")
+    local = parser.add_argument_group("--judge local")
+    local.add_argument(
+        "--tie_margin", type=float, default=0.0, help="scores so close are a tie (default: %(default)s)"
+    )
+    local.add_argument("--batch_size", type=int, default=8, help="of a forward pass (default: %(default)s)")
+    local.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
+    local.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
+    local.add_argument("--trust_remote_code", action="store_true", help="let code that comes with the model run")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status: 1 if the endpoint failed, after which the run can be repeated."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        references = read_references(options)
+        pairs = make_pairs(read_answers(options.ours), read_answers(options.theirs), references, options.cut_at)
+        judge = make_judge(options)
+        cache = VerdictCache(options.cache or Path(options.ours).parent / "winrate_cache.jsonl")
+        judgements = compare(pairs, judge, cache)
+        result = win_rate(judgements, options.seed, confidence=options.confidence)
+    except JudgeError as error:
+        print(f"{parser.prog}: {error}\nthe verdicts so far are in {cache.path}: run it again", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(describe(options, result))
+    if options.output is not None:
+        write(options.output, options, result, judgements)
+    return 0
+
+
+def read_answers(path: str) -> list[tuple[Any, str]]:
+    """Prompt and completion of each line, as `trl-apa generate` writes them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no row, or one without them.
+    """
+    answers = []
+    for row in iter_rows(path):
+        fields = row.fields or {}
+        if row.problem or fields.get("prompt") is None or not isinstance(fields.get("completion"), str):
+            raise ValueError(f"{path}, row {row.number}: {row.problem or 'it should have prompt and completion'}")
+        answers.append((fields["prompt"], fields["completion"]))
+    if not answers:
+        raise ValueError(f"{path} has no row")
+    return answers
+
+
+def read_references(options: argparse.Namespace) -> dict[str, str] | None:
+    """Prompt, as JSON, to the answer that people chose; None if no references are asked for.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if no row has a prompt and an answer.
+    """
+    if options.references is None:
+        return None
+    rows = iter_rows(options.references, split=options.references_split)
+    if options.references_layout is not None:
+        rows = (found for row in rows for found in rows_in_layout(row, options.references_layout))
+    references: dict[str, str] = {}
+    for row in rows:
+        try:
+            fields = demonstration(row) if row.fields is not None else {}
+        except ValueError:
+            continue
+        answer = fields.get("completion")
+        answer = answer[-1]["content"] if isinstance(answer, list) else answer
+        if fields.get("prompt") is not None and answer is not None:
+            references.setdefault(json.dumps(fields["prompt"]), answer)
+    if not references:
+        raise ValueError(f"references={options.references!r} has no row with a prompt and a chosen answer")
+    return references
+
+
+def make_pairs(
+    ours: Sequence[tuple[Any, str]],
+    theirs: Sequence[tuple[Any, str]],
+    references: dict[str, str] | None,
+    cut_at: Sequence[str],
+) -> list[Pair]:
+    """The k-th answers of both to each prompt; a prompt that only one of them answered is left out.
+
+    Raises:
+        ValueError: if they have no prompt in common.
+    """
+    waiting: dict[str, list[str]] = defaultdict(list)
+    for prompt, answer in reversed(theirs):
+        waiting[json.dumps(prompt)].append(answer)
+    pairs = []
+    for prompt, answer in ours:
+        key = json.dumps(prompt)
+        if waiting[key]:
+            reference = None if references is None else references.get(key)
+            pairs.append(Pair(prompt, _cut(answer, cut_at), _cut(waiting[key].pop(), cut_at), reference))
+    if not pairs:
+        raise ValueError("A and B have no prompt in common: generate both from the same data")
+    left_out = len(ours) + len(theirs) - 2 * len(pairs)
+    if left_out:
+        print(f"{left_out} answers are left out: the other model has none to their prompts")
+    without = sum(pair.reference is None for pair in pairs)
+    if references is not None and without:
+        print(f"{without} of {len(pairs)} prompts have no reference answer")
+    return pairs
+
+
+def _cut(answer: str, cut_at: Sequence[str]) -> str:
+    return answer[: min((answer.find(text) for text in cut_at if text in answer), default=len(answer))]
+
+
+def make_judge(options: argparse.Namespace) -> Judge:
+    """The judge that the options name.
+
+    Raises:
+        ValueError, OSError, ImportError: if it cannot be made.
+    """
+    name = options.judge_model
+    if options.judge == "openai":
+        return OpenAIJudge(
+            name,
+            options.base_url,
+            options.api_key_env,
+            options.request,
+            max_retries=options.retries,
+            timeout=options.timeout,
+            workers=options.workers,
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
+    dtype = getattr(torch, options.dtype)
+    if _is_classifier(name, options.trust_remote_code):
+        model = load_reward_model(name, trust_remote_code=options.trust_remote_code).to(device, dtype)
+        return RewardModelJudge(model, tokenizer, _fingerprint(name, model), options.tie_margin, options.batch_size)
+    model = load_language_model(name, is_trainable=False, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    return LanguageModelJudge(model.to(device), tokenizer, _fingerprint(name, model), options.batch_size)
+
+
+def _fingerprint(name: str, model: torch.nn.Module) -> str:
+    """Tells a checkpoint from one that was trained into the same folder later, whose verdicts are others."""
+    files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return " ".join([name, str(model.dtype), getattr(model.config, "_commit_hash", None) or "", *stamps])
+
+
+def _is_classifier(name: str, trust_remote_code: bool) -> bool:
+    if find_adapter_config_file(name) is not None:
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(name).task_type == "SEQ_CLS"
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+
+
+def describe(options: argparse.Namespace, result: dict[str, float]) -> str:
+    """The result in words."""
+    lines = [
+        f"{options.ours} against {options.theirs}, judged by {options.judge_model}",
+        f"win rate {result['win_rate']:.3f}, {options.confidence:.0%} interval {result['low']:.3f} to "
+        f"{result['high']:.3f} (ties count half)",
+        f"{result['wins']} wins, {result['ties']} ties, {result['losses']} losses in {result['pairs']} pairs"
+        + (f"; {result['unreadable']} without a verdict" if result["unreadable"] else ""),
+    ]
+    if "agreement" in result:
+        lines.append(
+            f"both orders agree on {result['agreement']:.0%} of the pairs; the answer that came first got "
+            f"{result['first_place']:.0%} of the decided verdicts"
+        )
+    return "\n".join(lines)
+
+
+def write(path: str, options: argparse.Namespace, result: dict[str, float], judgements: Sequence[Judgement]) -> None:
+    """The result, and every pair with its verdicts, as JSON."""
+    rows = [{**judgement.pair._asdict(), "verdicts": judgement.verdicts} for judgement in judgements]
+    about = {name: getattr(options, name) for name in ("ours", "theirs", "judge", "judge_model", "references", "seed")}
+    text = json.dumps({**about, **result, "judgements": rows}, indent=2, ensure_ascii=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+# What argparse calls the type in its message.
+_json_object.__name__ = "JSON object"  # type: ignore[attr-defined]

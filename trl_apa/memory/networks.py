@@ -1,0 +1,134 @@
+"""The networks of a `Setup`, built on the "meta" device by the functions that build the real ones."""
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from trl_apa.memory.pretending import BLOCK_4BIT
+from trl_apa.memory.setup import Setup
+from trl_apa.models import (
+    PolicyAndValue,
+    ValueModel,
+    build_policy,
+    create_reference_model,
+    disable_dropout,
+    freeze_all_but,
+    resolve_value_model,
+)
+
+
+def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
+    """Policy and value model as `assembly.assemble` makes them, without contents, and the reference if it is a copy.
+
+    Raises:
+        ValueError: if the networks cannot be built: bitsandbytes is missing, a layer that is named is not there.
+    """
+    with torch.device("meta"):
+        policy = build_policy(language_model(setup.config, setup), _lora_config(setup))
+        value_model = _value_model(setup, policy)
+        num_shared = None
+        if setup.num_unfrozen_layers is not None:
+            num_shared = freeze_all_but(setup.num_unfrozen_layers, policy)
+            if isinstance(value_model, ValueModel):
+                freeze_all_but(setup.num_unfrozen_layers, value_model.network)
+        module = PolicyAndValue(policy, value_model)
+        disable_dropout(module)
+        reference = create_reference_model(policy, num_shared) if setup.reference_kind == "copy" else None
+    return module.train(), reference
+
+
+def _lora_config(setup: Setup) -> LoraConfig | None:
+    if setup.lora_r == 0:
+        return None
+    targets = setup.lora_target_modules
+    targets = targets if targets is None or isinstance(targets, str) else list(targets)
+    return LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def language_model(config: PretrainedConfig, setup: Setup) -> nn.Module:
+    """The policy without adapters, quantised if the setup says so."""
+    attention = {"flash": "sdpa"}.get(setup.attention, setup.attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype, attn_implementation=attention)
+    return model if setup.quantization is None else quantised(model, setup.quantization)
+
+
+def _value_model(setup: Setup, policy: nn.Module) -> nn.Module:
+    if isinstance(setup.value, PretrainedConfig):
+        # As from a name: in float32, and all of it trained.
+        return ValueModel.on_trunk(AutoModel.from_config(setup.value, dtype=torch.float32))
+    return resolve_value_model(setup.value, policy)
+
+
+def quantised(model: nn.Module, quantization: str) -> nn.Module:
+    """`model` with bitsandbytes' layers in place of its linear ones, but for the vocabulary head.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed.
+    """
+    options: dict[str, Any] = {f"load_in_{quantization}": True}
+    if quantization == "4bit":
+        options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": model.dtype}
+    try:
+        config = BitsAndBytesConfig(**options)
+        model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    except ImportError as error:
+        raise ValueError(f"quantization={quantization!r} needs bitsandbytes: {error}") from error
+    for layer in model.modules():
+        if hasattr(layer, "source_cls"):
+            _pack_weight(layer, quantization)
+    setattr(model, f"is_loaded_in_{quantization}", True)
+    model.is_quantized = True
+    return model.requires_grad_(False)
+
+
+def _pack_weight(layer: nn.Module, quantization: str) -> None:
+    """The shape and type that the weight has once it is quantised."""
+    rows, columns = layer.out_features, layer.in_features
+    shape, dtype = (
+        ((rows, columns), torch.int8) if quantization == "8bit" else ((-(-rows * columns // 2), 1), torch.uint8)
+    )
+    weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    if quantization == "4bit":
+        weight.compress_statistics, weight.quant_type = False, "nf4"
+    layer.weight = weight
+
+
+def classifier_bytes(config: PretrainedConfig, setup: Setup) -> int:
+    """Weights of a reward model of its own, in float32 as `trl-apa train` loads it, or quantised with the policy."""
+    config = copy.deepcopy(config)
+    config.num_labels, config.pad_token_id = 1, 0
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=setup.dtype)
+        if setup.quantization is not None:
+            model = quantised(model, setup.quantization)
+    return weight_bytes(model)
+
+
+def weight_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
+    """Bytes of parameters and buffers, shared ones once, with the scales of quantised ones.
+
+    Args:
+        model: any network.
+        beside: another one, whose parameters do not count where `model` shares them.
+    """
+    known = set() if beside is None else {id(parameter) for parameter in beside.parameters()}
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known}
+    scales = 0
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            scales += 4 * layer.out_features
+        elif type(layer).__name__ == "Linear4bit":
+            scales += 4 * -(-layer.in_features * layer.out_features // BLOCK_4BIT)
+    return scales + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,195 @@
+"""Peak memory of sampling and of learning, by part, from the config alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from trl_apa.memory.networks import build_networks, classifier_bytes, weight_bytes
+from trl_apa.memory.optimizers import state_bytes, step_bytes
+from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales_of
+from trl_apa.memory.setup import Setup
+from trl_apa.memory.sharding import count_elements, per_process
+from trl_apa.models import PolicyAndValue
+
+
+LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"
+PASSING = (GRADIENTS, ACTIVATIONS, LOGITS, CACHE)
+ADAPTERS = "adapters and heads"
+# The parts in the order in which they are shown.
+PARTS = ("weights: policy", "weights: value", "weights: reference", "weights: reward", ADAPTERS, "float32 weights")
+PARTS += ("optimizer", *PASSING, "engine's buffers", OVERHEAD)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak bytes of one GPU by part, in each phase.
+
+    Args:
+        generation: while responses are sampled.
+        update: while the policy and the value model learn from them.
+    """
+
+    generation: dict[str, int]
+    update: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The larger phase's sum, bytes."""
+        return max(sum(self.generation.values()), sum(self.update.values()))
+
+
+def predict(setup: Setup) -> Prediction:
+    """Build the networks without contents, pretend a pass of each phase, and add up what was alive at the peaks.
+
+    Nothing is allocated: neither memory nor time depend on the batch, and a 7B model takes seconds.
+
+    Raises:
+        ValueError: if the networks cannot be built.
+    """
+    # Engines that divide the weights cast them before use. Autocast does it otherwise, and keeps the copies.
+    cast = replace(setup, dtype=setup.autocast or setup.dtype) if setup.is_sharded else setup
+    stored = cast if setup.sharding.startswith("zero") else setup
+    module, reference = build_networks(stored)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    lasting = _lasting(module, reference, stored)
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    counts = count_elements(module)
+    passing_module = module if stored == cast else build_networks(cast)[0]
+    with pretending(passing_module), _autocast(cast):
+        generation = _pretend_generation(passing_module, cast)
+        update = _pretend_update(passing_module, cast)
+    if setup.is_sharded:
+        update[GRADIENTS] = gradients
+    step = {GRADIENTS: gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
+    update = max(update, step, key=lambda parts: sum(parts.values()))
+    phases = []
+    for passing in (generation, update):
+        parts = {**per_process({**lasting, **passing}, counts, setup), OVERHEAD: setup.overhead}
+        phases.append({name: parts[name] for name in PARTS if parts.get(name)})
+    return Prediction(*phases)
+
+
+def _lasting(module: PolicyAndValue, reference: nn.Module | None, setup: Setup) -> dict[str, int]:
+    """What is there in every phase."""
+    parts = _weights(module)
+    if reference is not None:
+        parts["weights: reference"] = weight_bytes(reference, beside=module.policy)
+    trained = module.trainable_parameters()
+    adapter = sum(p.numel() * p.element_size() for p in trained["policy"])
+    if setup.reference_kind == "adapter":
+        parts[ADAPTERS] += adapter
+    if setup.reward == "adapter":
+        parts[ADAPTERS] += adapter + 4 * module.policy.get_output_embeddings().weight.shape[1]
+    elif setup.reward is not None:
+        parts["weights: reward"] = classifier_bytes(
+            setup.config if setup.reward == "separate" else setup.reward, setup
+        )
+    parts["optimizer"] = state_bytes(setup.optimizer, (p for network in trained.values() for p in network))
+    return parts
+
+
+def _weights(module: PolicyAndValue) -> dict[str, int]:
+    policy, value = weight_bytes(module.policy), weight_bytes(module.value_model, beside=module.policy)
+    small = {"policy": 0, "value_model": 0}
+    for name, parameter in module.named_parameters():
+        owner, _, inside = name.partition(".")
+        if "lora_" in name or (owner == "value_model" and not inside.startswith("network.")):
+            small[owner] += parameter.numel() * parameter.element_size()
+    return {
+        "weights: policy": policy - small["policy"],
+        "weights: value": value - small["value_model"],
+        ADAPTERS: sum(small.values()),
+    }
+
+
+@contextmanager
+def _autocast(setup: Setup) -> Iterator[None]:
+    with torch.autocast("cpu", dtype=setup.autocast, enabled=setup.autocast is not None):
+        yield
+
+
+def _counted(module: nn.Module, label_of: Callable[[Tensor], str | None]) -> LiveBytes:
+    """A counter that starts when the weights are there already; they are no part of what it counts."""
+    live = LiveBytes(label_of)
+    live.count("weights", (*module.parameters(), *module.buffers(), *scales_of(module)))
+    return live
+
+
+def _peak(live: LiveBytes) -> dict[str, int]:
+    return {name: live.peak.get(name, 0) for name in PASSING}
+
+
+def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
+    """Forward and backward pass of a micro-batch, twice if gradients of one are there while the next is computed."""
+    rows, width, vocabulary = setup.micro_batch_size, setup.max_new_tokens, module.config.get_text_config().vocab_size
+
+    def label_of(tensor: Tensor) -> str | None:
+        of_logits = tensor.dim() > 1 and tensor.shape[-1] == vocabulary and tensor.shape[-2] in (width, width + 1)
+        return LOGITS if of_logits else None
+
+    if setup.gradient_checkpointing:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    live = _counted(module, label_of)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: live.count(GRADIENTS, [p.grad]))
+    with live:
+        tokens = torch.ones(rows, setup.max_length, dtype=torch.long)
+        for _ in range(min(setup.gradient_accumulation_steps, 2)):
+            for networks in module.passes:
+                with module.adapter_for(**networks):
+                    _forward_and_backward(module, tokens, width, networks)
+    if setup.gradient_checkpointing:
+        module.gradient_checkpointing_disable()
+    return _peak(live)
+
+
+def _forward_and_backward(module: PolicyAndValue, tokens: Tensor, width: int, networks: dict[str, bool]) -> None:
+    with_entropy = networks.get("with_policy", True)
+    outputs = module(tokens, tokens, tokens, width, **networks, with_entropy=with_entropy)
+    terms = [outputs[name].mean() for name in ("logprobs", "values") if name in outputs]
+    del outputs
+    torch.stack(terms).sum().backward()
+
+
+@torch.no_grad()
+def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
+    """The pass over the prompts and that for the last token, whichever needs more."""
+    policy, rows = module.policy.eval(), setup.generation_batch_size
+    vocabulary, prompt = module.config.get_text_config().vocab_size, setup.max_length - setup.max_new_tokens
+    live = _counted(module, lambda tensor: LOGITS if tensor.shape[-1:] == (vocabulary,) else None)
+    cache = DynamicCache(config=policy.config)
+    with live:
+        tokens = torch.ones(rows, prompt, dtype=torch.long)
+        _sample_next(policy, tokens, tokens, cache)
+        first = _peak(live)
+        first[CACHE] = sum(_bytes(layer.keys) + _bytes(layer.values) for layer in cache.layers)
+        first[ACTIVATIONS] = max(first[ACTIVATIONS] - first[CACHE], 0)
+        for layer in cache.layers:
+            layer.keys, layer.values = (_longer(states, setup.max_length - 1) for states in (layer.keys, layer.values))
+            live.count(CACHE, (layer.keys, layer.values))
+        live.restart()
+        _sample_next(policy, tokens[:, :1], torch.ones(rows, setup.max_length, dtype=torch.long), cache)
+        last = _peak(live)
+    module.train()
+    return max(first, last, key=lambda parts: sum(parts.values()))
+
+
+def _sample_next(policy: nn.Module, tokens: Tensor, attention_mask: Tensor, cache: DynamicCache) -> None:
+    output = policy(
+        input_ids=tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    output.logits[:, -1].float().softmax(-1)
+
+
+def _longer(states: Tensor, length: int) -> Tensor:
+    rows, heads, _, width = states.shape
+    return states.new_empty(rows, heads, length, width)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()

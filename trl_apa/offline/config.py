@@ -1,0 +1,157 @@
+"""Options of `OfflineAPATrainer`: defaults and their validation."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_apa._trl import _BaseConfig
+
+
+LOSS_TYPES = ("apa", "awr", "ilql")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class OfflineConfig(_BaseConfig):
+    """
+    Configuration of [`OfflineAPATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the
+    options that are new or have another default are listed here.
+
+    Parameters:
+        loss_type (`str`, *optional*, defaults to `"awr"`):
+            `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ilql"`, implicit language Q-learning.
+        kl_coef (`float`, *optional*):
+            lambda of objective (2) for APA and AWR, in units of the advantage. Defaults to `0.3` for APA, `0.25` for
+            AWR. ILQL reads `ilql_beta` instead.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount a token.
+        gae_lambda (`float`, *optional*, defaults to `0.95`):
+            Of generalised advantage estimation.
+        whiten_advantages (`bool`, *optional*, defaults to `True`):
+            Give the advantages of the whole data set mean 0 and variance 1.
+        value_epochs (`int`, *optional*, defaults to `3`):
+            APA and AWR: passes over the data in which the value model is fitted to the returns before the policy is
+            trained.
+        value_learning_rate (`float`, *optional*):
+            Learning rate of these passes. Defaults to `learning_rate`.
+        freeze_value (`bool`, *optional*, defaults to `True`):
+            APA and AWR: leave the value model as it is after them. Otherwise it goes on learning beside the policy,
+            with the weight `vf_coef`, and the advantages are estimated anew before every epoch.
+        vf_coef (`float`, *optional*, defaults to `1.0`):
+            With `freeze_value=False`, the weight of the value loss.
+        learn_state_normaliser (`bool`, *optional*, defaults to `False`):
+            APA only: learn the log Z(s) that equation (9) leaves out, by a third network; see
+            [`~trl_apa.offline.losses.state_normaliser_loss`].
+        expectile (`float`, *optional*, defaults to `0.7`), cql_coef (`float`, *optional*, defaults to `0.1`):
+            ILQL only: tau of the value loss, and weight of the CQL term.
+        polyak (`float`, *optional*, defaults to `0.005`):
+            ILQL only: how far the target heads move towards the Q heads after each optimizer step.
+        bc_coef (`float`, *optional*, defaults to `1.0`):
+            ILQL only: weight of the policy's negative log-likelihood of the data. With 0 the policy stays as it is.
+        ilql_beta (`float`, *optional*, defaults to `1.0`):
+            ILQL only: nats by which a reward unit of advantage moves a token's log-prob in decoding.
+        max_prompt_length (`int`, *optional*):
+            Only the last tokens of a longer prompt are kept. Defaults to all.
+        max_completion_length (`int`, *optional*, defaults to `128`):
+            Only the first tokens of a longer response are learned from; also the limit of sampled responses.
+        add_eos (`bool`, *optional*, defaults to `True`):
+            Let a response that is given as text end with EOS.
+        early_stopping_patience (`int`, *optional*):
+            Stop when the held-out reward has not risen for so many evaluations, and go back to the best checkpoint.
+            Needs `eval_dataset`, reward functions, and an `eval_strategy`, with which checkpoints are saved too.
+        temperature (`float`, *optional*, defaults to `1.0`), top_p (`float`, *optional*, defaults to `1.0`),
+            top_k (`int`, *optional*, defaults to `0`), stop_strings (`list[str]`, *optional*):
+            Of sampling in `evaluate`; the log-probs in the update are taken at `temperature` too.
+        reward_weights (`list[float]`, *optional*):
+            Of the reward functions, whose weighted sum is the reward. Defaults to 1 each.
+        num_unfrozen_layers (`int`, *optional*), model_adapter_name (`str`, *optional*), ref_adapter_name (`str`,
+            *optional*), chat_template_kwargs (`dict`, *optional*):
+            As in [`APAConfig`].
+        learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
+            `"constant"`), gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
+
+    Raises:
+        ValueError: naming the option, when one is out of range or does not fit another.
+    """
+
+    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
+
+    loss_type: str = _option("awr", "'apa', 'awr' or 'ilql'.")
+    kl_coef: float | None = _option(None, "APA and AWR: lambda of the paper's objective (2).")
+    gamma: float = _option(1.0, "Discount a token.")
+    gae_lambda: float = _option(0.95, "lambda of generalised advantage estimation.")
+    whiten_advantages: bool = _option(True, "Give the advantages of the data mean 0 and variance 1.")
+    value_epochs: int = _option(3, "APA and AWR: passes that fit the value model before the policy is trained.")
+    value_learning_rate: float | None = _option(None, "Learning rate of these passes.")
+    freeze_value: bool = _option(True, "APA and AWR: leave the value model as it is after them.")
+    vf_coef: float = _option(1.0, "With freeze_value=False, the weight of the value loss.")
+    learn_state_normaliser: bool = _option(False, "APA only: learn log Z(s) by a third network.")
+    expectile: float = _option(0.7, "ILQL only: tau of the value loss.")
+    cql_coef: float = _option(0.1, "ILQL only: weight of the CQL term.")
+    polyak: float = _option(0.005, "ILQL only: rate of the target heads.")
+    bc_coef: float = _option(1.0, "ILQL only: weight of the policy's negative log-likelihood.")
+    ilql_beta: float = _option(1.0, "ILQL only: nats per reward unit of advantage in decoding.")
+    max_prompt_length: int | None = _option(None, "Keep the last tokens of a prompt; all by default.")
+    max_completion_length: int = _option(128, "Keep the first tokens of a response; the limit of sampled ones.")
+    add_eos: bool = _option(True, "Let a response that is given as text end with EOS.")
+    early_stopping_patience: int | None = _option(None, "Evaluations without a better held-out reward before the end.")
+    temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
+    top_p: float = _option(1.0, "Of sampling.")
+    top_k: int = _option(0, "Of sampling; 0 is off.")
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a sampled response."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Of the reward functions."})
+    num_unfrozen_layers: int | None = _option(None, "Train the highest layers only; all by default.")
+    model_adapter_name: str | None = _option(None, "Adapter of a PEFT model that is trained.")
+    ref_adapter_name: str | None = _option(None, "Adapter of a PEFT model that pi_init is.")
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "More for the chat template."})
+
+    learning_rate: float = _option(1.41e-5, "Initial learning rate.")
+    lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
+    gradient_checkpointing: bool = _option(False, "Trade compute for memory.")
+
+    def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+        if self.kl_coef is None:
+            self.kl_coef = self._default_kl_coef.get(self.loss_type)
+        elif self.loss_type == "ilql":
+            raise ValueError(f"kl_coef={self.kl_coef}: ILQL has none; ilql_beta says how far it moves the policy")
+        if self.learn_state_normaliser and self.loss_type != "apa":
+            raise ValueError(
+                f"learn_state_normaliser=True with loss_type={self.loss_type!r}: only APA leaves out log Z"
+            )
+        self._check_ranges()
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+        if self.early_stopping_patience is not None:
+            self._stop_on_the_held_out_reward()
+        super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        positive = ("kl_coef", "value_learning_rate", "max_prompt_length", "max_completion_length", "temperature")
+        for name in (*positive, "early_stopping_patience", "num_unfrozen_layers"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: it should be greater than 0")
+        for name in ("value_epochs", "vf_coef", "cql_coef", "bc_coef", "ilql_beta", "top_k"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")
+        for name in ("gamma", "gae_lambda", "top_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
+        if not 0 < self.expectile < 1:
+            raise ValueError(f"expectile={self.expectile}: it should be between 0 and 1, and neither")
+        if not 0 < self.polyak <= 1:
+            raise ValueError(f"polyak={self.polyak}: it should be greater than 0 and at most 1")
+
+    def _stop_on_the_held_out_reward(self) -> None:
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch': the held-out reward")
+        self.metric_for_best_model, self.greater_is_better = "eval_reward", True
+        self.load_best_model_at_end = True
+        self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps

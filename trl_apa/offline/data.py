@@ -1,0 +1,136 @@
+"""Fixed prompts, responses and rewards, as rows and as rollouts."""
+
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trl_apa.data.pairs import Demonstration, Preference
+from trl_apa.data.sources import BadRow, report
+from trl_apa.offline.config import OfflineConfig
+from trl_apa.prompts import as_rows, prompt_of, query_of
+from trl_apa.rollouts import Rollouts, response_mask
+from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.validation import check_positions, check_tokens
+
+
+def label_pairs(
+    pairs: Iterable[Preference | Demonstration],
+    reward_funcs: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_weights: list[float] | None = None,
+    batch_size: int = 64,
+) -> list[dict[str, Any]]:
+    """Every response in preference pairs (both of a pair) or demonstrations, once, with its reward.
+
+    Args:
+        pairs: from `trl_apa.data`.
+        reward_funcs, reward_weights: as in `APATrainer`.
+        tokenizer: the policy's.
+        batch_size: responses a call of the reward functions.
+
+    Returns:
+        Rows with `prompt`, `completion` and `reward`: a `train_dataset` of `OfflineAPATrainer`. See `label_rows`.
+    """
+    texts = dict.fromkeys(
+        (pair.prompt, text)
+        for pair in pairs
+        for text in ((pair.chosen, pair.rejected) if isinstance(pair, Preference) else (pair.completion,))
+    )
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    return label_rows(rows, reward_funcs, tokenizer, reward_weights, batch_size)
+
+
+def label_rows(
+    rows: Iterable[dict[str, Any]],
+    reward_funcs: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_weights: list[float] | None = None,
+    batch_size: int = 64,
+) -> list[dict[str, Any]]:
+    """The same rows with a `reward`, which the reward functions give to prompt and completion.
+
+    Args:
+        rows: with `prompt` and `completion`, texts or chat messages. What else they hold goes to the functions.
+
+    Raises:
+        ValueError, RuntimeError: as the scorer does for a function that fails.
+    """
+    rows = list(rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(reward_functions(reward_funcs, None, tokenizer, device, None), reward_weights)
+    labelled = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        queries = [query_of(row, tokenizer) for row in batch]
+        responses = [completion_ids(row, tokenizer, add_eos=True) for row in batch]
+        names = [name for name in batch[0] if name not in ("prompt", "completion", "query", "input_ids")]
+        columns = {name: [row[name] for row in batch] for name in names}
+        completions = [row["completion"] for row in batch]
+        scores = scorer([prompt_of(row) for row in batch], completions, queries, responses, columns)
+        labelled += [{**row, "reward": score} for row, score in zip(batch, scores.total_B.tolist(), strict=True)]
+    return labelled
+
+
+def completion_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, add_eos: bool) -> Tensor:
+    """A row's response as 1-D token ids: `completion_ids` as they are, or `completion` as text or assistant's message.
+
+    Raises:
+        ValueError: if the row has neither, or no token.
+    """
+    if row.get("completion_ids") is not None:
+        ids = list(row["completion_ids"])
+    else:
+        completion = row.get("completion")
+        if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+            completion = completion[0].get("content")
+        if not isinstance(completion, str):
+            raise ValueError("it should have completion, a text or one assistant's message, or completion_ids")
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        end = tokenizer.eos_token_id
+        if add_eos and end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+    if len(ids) == 0:
+        raise ValueError("the response has no token")
+    return torch.as_tensor(ids, dtype=torch.long)
+
+
+def rollouts_of(
+    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, policy: nn.Module, args: OfflineConfig
+) -> Rollouts:
+    """The data set as one batch on the CPU.
+
+    Args:
+        rows: each with a prompt (`prompt`, `query` or `input_ids`), a response (`completion` or `completion_ids`) and
+            a `reward`.
+        tokenizer: the policy's.
+        policy: knows how long a sequence and which tokens it can read.
+        args: lengths, EOS, chat template.
+
+    Raises:
+        ValueError: if a row cannot be learned from, with the numbers of all such rows, from 1, and why.
+    """
+    queries, responses, rewards, bad_rows = [], [], [], []
+    for number, row in enumerate(as_rows(rows), start=1):
+        try:
+            reward = row.get("reward")
+            if not isinstance(reward, Real) or not math.isfinite(reward):
+                raise ValueError(f"reward is {reward!r}, it should be a finite number")
+            query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
+            response = completion_ids(row, tokenizer, args.add_eos)[: args.max_completion_length]
+            check_tokens("the prompt", query, policy)
+            check_tokens("the response", response, policy)
+            check_positions([query], [len(response)], policy, "prompt + response")
+        except ValueError as error:
+            bad_rows.append(BadRow(number, str(error)))
+            continue
+        queries.append(query)
+        responses.append(response)
+        rewards.append(float(reward))
+    if bad_rows or not queries:
+        raise ValueError(report("train_dataset", len(queries), "rows to learn from", bad_rows))
+    return Rollouts(queries, responses, response_mask(responses), torch.tensor(rewards))

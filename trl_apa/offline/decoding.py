@@ -1,0 +1,71 @@
+"""ILQL's policy: the language model with every token's logit moved by its advantage."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from trl_apa._trl import is_peft_model
+from trl_apa.logprobs import forward_parameters, last_hidden_states
+from trl_apa.offline.networks import QValueModel
+
+
+@contextmanager
+def advantage_shifted(policy: nn.Module, q_model: QValueModel, beta: float) -> Iterator[nn.Module]:
+    """
+    Inside, `policy` is ILQL's (Snell et al. 2022, arXiv 2206.11871, section 5.3):
+
+        log pi(a|s) = log pi_beta(a|s) + beta (Q^(s,a) - V(s)) + a constant
+
+    Its logits are moved in every forward pass, so that `generate` and log-probs see the same policy.
+
+    Args:
+        policy: pi_beta, a decoder that was fine-tuned on the data. Used as it is, with its cache and its padding.
+        q_model: the values, on a trunk that reads the same tokens.
+        beta: nats per reward unit; 0 leaves the policy as it is.
+    """
+    # `generate` and forward of a PEFT model both come to the model inside.
+    network = policy.get_base_model() if is_peft_model(policy) else policy
+    had_its_own, forward = "forward" in vars(network), network.forward
+    network.forward = _Shifted(forward, q_model, beta)
+    try:
+        yield policy
+    finally:
+        if had_its_own:
+            network.forward = forward
+        else:
+            del network.forward
+
+
+class _Shifted:
+    """A forward whose logits are moved; it keeps a cache of the values' trunk beside the policy's."""
+
+    def __init__(self, forward: Callable[..., Any], q_model: QValueModel, beta: float):
+        self.forward, self.q_model, self.beta = forward, q_model, beta
+        self.cache: DynamicCache | None = None
+        update_wrapper(self, forward)  # `generate` looks for the names of its arguments
+
+    def __call__(self, **kwargs: Any) -> Any:
+        output = self.forward(**kwargs)
+        with torch.no_grad():
+            hidden_BTH = self._hidden_states(kwargs, output)
+            kept = output.logits.shape[1]
+            advantages_BKV = self.q_model.advantages(hidden_BTH[:, -kept:])
+        output.logits = output.logits + self.beta * advantages_BKV.to(output.logits.dtype)
+        return output
+
+    def _hidden_states(self, kwargs: dict[str, Any], output: Any) -> Tensor:
+        trunk = self.q_model.trunk
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        inputs = {name: value for name, value in inputs.items() if name in forward_parameters(trunk)}
+        policy_cache = getattr(output, "past_key_values", None) if kwargs.get("use_cache") else None
+        if policy_cache is None:
+            return last_hidden_states(trunk(**inputs, use_cache=False))
+        if policy_cache.get_seq_length() == inputs["input_ids"].shape[1]:
+            self.cache = DynamicCache(config=trunk.config)  # the first pass of a new batch
+        return last_hidden_states(trunk(**inputs, past_key_values=self.cache, use_cache=True))

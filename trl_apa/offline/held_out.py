@@ -1,0 +1,101 @@
+"""The held-out reward of a policy that was learned offline."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl import is_conversational
+
+from trl_apa.evaluation import distinct_ngrams, random_numbers_of_its_own
+from trl_apa.generation import generate_responses, generation_options
+from trl_apa.logprobs import response_logprobs
+from trl_apa.masking import keep_counted
+from trl_apa.models import reference_policy
+from trl_apa.prompts import PROMPT_COLUMNS, prompt_of, query_of
+from trl_apa.rollouts import pad_tokens, response_mask
+
+
+if TYPE_CHECKING:
+    from trl_apa.offline.trainer import OfflineAPATrainer
+
+
+def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Sample one response to each prompt, from the same seed every time, and score it.
+
+    Args:
+        trainer: with reward functions. Every process takes its part of the prompts.
+        rows: prompts, with the columns that the reward functions read.
+
+    Returns:
+        `reward` and `reward_std`, reward units; `kl`, nats a response, the mean of log pi - log pi_init over the
+        responses; `response_length`, tokens; `eos_share`; `distinct_1` and `distinct_2`, see
+        `evaluation.distinct_ngrams`.
+
+    Raises:
+        ValueError: if there is no prompt.
+    """
+    if not rows:
+        raise ValueError("eval_dataset has no rows")
+    process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    numbers = list(range(process, len(rows), count))
+    size = trainer.args.per_device_eval_batch_size
+    measured = []
+    with random_numbers_of_its_own(trainer.args.seed, process):
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            measured += zip(part, *_measure(trainer, [rows[number] for number in part]), strict=True)
+    everything = sorted(gather_object(measured))
+    _, rewards, kls, lengths, ended, texts = zip(*everything, strict=True)
+    rewards_B = torch.tensor(rewards, dtype=torch.float64)
+    return {
+        "reward": float(rewards_B.mean()),
+        "reward_std": float(rewards_B.std(unbiased=False)),
+        "kl": sum(kls) / len(kls),
+        "response_length": sum(lengths) / len(lengths),
+        "eos_share": sum(ended) / len(ended),
+        **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)},
+    }
+
+
+def _measure(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+    """Reward, KL, length, whether it ended and text of a response to each row's prompt."""
+    args, tokenizer = trainer.args, trainer.processing_class
+    queries = [query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs) for row in rows]
+    with trainer.learned_policy() as policy, trainer.accelerator.autocast():
+        options = generation_options(_sampling(trainer), {"stop_strings": args.stop_strings})
+        responses = generate_responses(policy, queries, tokenizer=tokenizer, batch_size=len(queries), **options)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    prompts = [prompt_of(row) for row in rows]
+    if any(prompt is None for prompt in prompts):
+        prompts = tokenizer.batch_decode(queries, skip_special_tokens=True)
+    completions: list[Any] = texts
+    if is_conversational({"prompt": prompts[0]}):
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in PROMPT_COLUMNS}
+    scores = trainer.scorer(prompts, completions, queries, responses, columns)
+    ended = [float(int(response[-1]) in trainer._end_token_ids) for response in responses]
+    lengths = [len(response) for response in responses]
+    return scores.total_B.tolist(), _kl(trainer, queries, responses).tolist(), lengths, ended, texts
+
+
+def _sampling(trainer: "OfflineAPATrainer") -> dict[str, Any]:
+    args = trainer.args
+    options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+    options |= {"max_new_tokens": args.max_completion_length, "pad_token_id": trainer._pad_token_id}
+    return {**options, "eos_token_id": trainer._end_token_ids or None}
+
+
+@torch.no_grad()
+def _kl(trainer: "OfflineAPATrainer", queries: list[Tensor], responses: list[Tensor]) -> Tensor:
+    """log pi - log pi_init summed over each response, nats, `(B,)`."""
+    device = trainer.accelerator.device
+    mask_BR = response_mask(responses, device=device)
+    tokens = {name: x.to(device) for name, x in pad_tokens(queries, responses, trainer._pad_token_id).items()}
+    arguments = (tokens, mask_BR.shape[1], trainer.args.temperature)
+    with trainer.accelerator.autocast():
+        with trainer.learned_policy() as policy:
+            logprobs_BR, _ = response_logprobs(policy, *arguments)
+        with reference_policy(trainer.networks.policy, trainer.ref_model) as reference:
+            ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
+    return keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1).cpu()

@@ -1,0 +1,385 @@
+"""`OfflineAPATrainer`: APA, AWR and ILQL on a fixed data set, in the Hugging Face Trainer's own loop."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from trl_apa._trl import is_peft_model
+from trl_apa.advantages import gae
+from trl_apa.assembly import assemble
+from trl_apa.generation import end_token_ids
+from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
+from trl_apa.losses import apa_loss, awr_loss, value_loss
+from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference_policy
+from trl_apa.offline.config import OfflineConfig
+from trl_apa.offline.data import rollouts_of
+from trl_apa.offline.decoding import advantage_shifted
+from trl_apa.offline.held_out import held_out_reward
+from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
+from trl_apa.offline.networks import OfflineNetworks, QValueModel
+from trl_apa.offline.value_fitting import fit_value_model
+from trl_apa.prompts import as_rows
+from trl_apa.rewards import token_rewards
+from trl_apa.saving import Saving
+from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.validation import check_type
+
+
+class BetweenSteps(TrainerCallback):
+    """What happens beside the gradient: ILQL's targets follow, advantages follow a value model that still learns."""
+
+    def __init__(self, trainer: "OfflineAPATrainer"):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.loss_type != "ilql" and not args.freeze_value:
+            self.trainer.estimate_advantages()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.loss_type == "ilql":
+            self.trainer.networks.value_model.move_targets(args.polyak)
+
+
+class OfflineAPATrainer(Saving):
+    """
+    Learns from fixed prompts, responses and rewards, without sampling: the setting of figure 9 of the paper.
+
+    ```python
+    rows = label_pairs(read_preferences("preferences.jsonl.gz").pairs, reward_model, tokenizer)
+    trainer = OfflineAPATrainer(OfflineConfig("runs/awr", loss_type="awr"), model, train_dataset=rows)
+    trainer.train()
+    ```
+
+    APA and AWR: the value model is fitted to the returns first and then frozen, the advantages of the whole data set
+    are estimated once, and the policy is trained on them. ILQL: two Q heads and V are learned by temporal differences,
+    the policy by imitation, and `generate` and `evaluate` sample from the policy that the values shift.
+
+    Args:
+        args (`OfflineConfig`): options.
+        model (`str`, `PreTrainedModel` or `PeftModel`): the policy, or where to load it from.
+        ref_model (*optional*): pi_init, by default the policy as it is; see [`APATrainer`].
+        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; loaded with `model` if that is a name.
+        train_dataset: rows with a prompt (`prompt`, `query` or `input_ids`), a response (`completion` or
+            `completion_ids`) and a `reward`.
+        eval_dataset (*optional*): held-out prompts, with the columns that the reward functions read.
+        reward_funcs, reward_processing_classes (*optional*): what `evaluate` scores with; see [`APATrainer`].
+        value_model (*optional*): "separate" (a copy of the policy's trunk with a new head, the default), a reward
+            model, a `ValueModel`, or a path of one of these.
+        peft_config (`PeftConfig`, *optional*): adapters to put on `model`.
+        callbacks (*optional*): as in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: naming the argument that does not fit, or the rows that cannot be learned from.
+    """
+
+    # The loss is divided by the tokens of the whole optimizer step, so the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        args: OfflineConfig,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        *,
+        eval_dataset: Iterable[Any] | None = None,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        value_model: str | ValueModel | PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        check_type("args", args, OfflineConfig)
+        if train_dataset is None:
+            raise ValueError("train_dataset is None; it should hold prompts, responses and rewards")
+        if args.early_stopping_patience is not None and (eval_dataset is None or reward_funcs is None):
+            raise ValueError("early_stopping_patience needs eval_dataset and reward_funcs: the held-out reward")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
+        set_seed(args.seed)
+        module, self.ref_model, tokenizer = assemble(
+            args, model, ref_model, processing_class, value_model, peft_config, None, None
+        )
+        networks = _networks(args, module)
+        self._end_token_ids = end_token_ids(networks.policy, tokenizer)
+        self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if self._pad_token_id is None:
+            raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
+        self.rollouts = rollouts_of(train_dataset, tokenizer, networks.policy, args)
+        use_cache = networks.config.use_cache
+        super().__init__(
+            model=networks,
+            args=args,
+            data_collator=self._micro_batch,
+            train_dataset=list(range(len(self.rollouts))),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self._fill_in_returns()
+        networks.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        self.scorer: Scorer | None = None
+        if reward_funcs is not None:
+            device = self.accelerator.device
+            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks)
+            self.scorer = Scorer(functions, args.reward_weights)
+        self._value_is_fitted = False
+        # Frozen layers and a quantised base stay as they are when the value model is thawed.
+        self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        self._last_logged_step = 0
+        self.add_callback(BetweenSteps(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def _fill_in_returns(self) -> None:
+        """Rewards of tokens, and Monte Carlo returns: of fixed data the whole of each response is known."""
+        rollouts, mask_BR = self.rollouts, self.rollouts.response_mask_BR
+        rollouts.rewards_BR = token_rewards(rollouts.scores_B, mask_BR)
+        blank_BR = torch.zeros_like(rollouts.rewards_BR)
+        _, rollouts.returns_BR = gae(rollouts.rewards_BR, blank_BR, mask_BR, self.args.gamma, gae_lambda=1.0)
+
+    @property
+    def networks(self) -> OfflineNetworks:
+        """Policy, value model and normaliser, out of any distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- before the policy is trained ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Fit the value model and estimate the advantages, unless the loss is ILQL's; then train.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the last one in
+                `args.output_dir`. Its value model is taken as it is.
+            kwargs: as in [`~transformers.Trainer.train`].
+
+        Returns:
+            As in [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if there is no checkpoint to resume from.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True, but there is no checkpoint in {self.args.output_dir}")
+        if self.args.loss_type != "ilql":
+            self._prepare_value_model(checkpoint)
+            self.estimate_advantages()
+            if self.args.loss_type == "apa" and self.rollouts.ref_logprobs_BR is None:
+                self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
+        self._sums.clear()
+        self._last_logged_step = 0
+        return super().train(checkpoint, **kwargs)
+
+    def _prepare_value_model(self, checkpoint: str | None) -> None:
+        args = self.args
+        if checkpoint is not None:
+            self._load_from_checkpoint(checkpoint)
+        elif not self._value_is_fitted and args.value_epochs:
+            fit_value_model(self.networks.value_model, self.rollouts, self._micro_batch, args)
+        self._value_is_fitted = True
+        for parameter in self._value_parameters:
+            parameter.requires_grad_(not args.freeze_value)
+
+    @torch.no_grad()
+    def estimate_advantages(self) -> None:
+        """Fill in V and advantages of every row, from the value model as it is now."""
+        args, rollouts = self.args, self.rollouts
+        mask_BR = rollouts.response_mask_BR
+        rollouts.values_BR = self._over_the_data(lambda batch: self.networks.value_model(batch, _width(batch)))
+        advantages_BR, _ = gae(rollouts.rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
+        rollouts.advantages_BR = masked_whiten(advantages_BR, mask_BR) if args.whiten_advantages else advantages_BR
+
+    def _ref_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
+        with reference_policy(self.networks.policy, self.ref_model) as reference:
+            return response_logprobs(reference, batch, _width(batch), self.args.temperature)[0]
+
+    @torch.no_grad()
+    def _over_the_data(self, measure: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """`measure`, which gives `(B, R)` of a micro-batch, of all rows; every process does its part."""
+        self.model.train()  # as in the update; dropout is off
+        size, count = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        starts = range(0, len(self.rollouts), size)[self.accelerator.process_index :: count]
+        parts = []
+        for start in starts:
+            rows = list(range(start, min(start + size, len(self.rollouts))))
+            batch = {name: x.to(self.accelerator.device) for name, x in self._micro_batch(rows).items()}
+            with self.accelerator.autocast():
+                parts.append((rows, measure(batch).float().cpu()))
+        measured_BR = torch.zeros(self.rollouts.response_mask_BR.shape)
+        for rows, values in gather_object(parts):
+            measured_BR[rows, : values.shape[1]] = values
+        return measured_BR
+
+    def _micro_batch(self, rows: list[int]) -> dict[str, Tensor]:
+        batch = self.rollouts.micro_batch(rows, self._pad_token_id)
+        batch["rewards"] = self.rollouts.rewards_BR[batch["rows"], : _width(batch)]
+        return batch
+
+    # ---- the update ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of an optimizer step, and its counted tokens on all processes: the losses' denominator."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["response_mask"].sum() for batch in batches), torch.zeros((), dtype=torch.long))
+        return batches, self.accelerator.reduce(count.to(device).float(), reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, as its share of the optimizer step's mean.
+
+        Multiplied by the number of processes, because distributed engines average gradients over them.
+        """
+        losses = self._ilql_terms if self.args.loss_type == "ilql" else self._advantage_terms
+        loss, stats = losses(model, inputs, num_items_in_batch)
+        for name, value in {**stats, "loss/total": loss.detach()}.items():
+            self._sums[name] = self._sums[name] + value
+        loss = loss * self.accelerator.num_processes
+        return (loss, stats) if return_outputs else loss
+
+    def _advantage_terms(
+        self, model: nn.Module, batch: dict[str, Tensor], num_tokens: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """APA or AWR; with the value loss if V is not frozen, and that of the normaliser if there is one."""
+        args, mask, advantages = self.args, batch["response_mask"], batch["advantages"]
+        outputs = model(**self._inputs(batch), with_value=not args.freeze_value, with_normaliser=True)
+        stats: dict[str, Tensor] = {}
+        if args.loss_type == "awr":
+            loss, policy_stats = awr_loss(outputs["logprobs"], advantages, mask, args.kl_coef, num_tokens)
+        else:
+            ref_logprobs, normaliser = batch["ref_logprobs"], outputs.get("normaliser")
+            shifted = advantages if normaliser is None else advantages - normaliser.detach()
+            loss, policy_stats = apa_loss(outputs["logprobs"], ref_logprobs, shifted, mask, args.kl_coef, num_tokens)
+            if normaliser is not None:
+                tensors = (normaliser, outputs["logprobs"], ref_logprobs, advantages, mask)
+                h_loss, h_stats = state_normaliser_loss(*tensors, args.kl_coef, num_tokens)
+                loss = loss + h_loss
+                stats |= {f"normaliser/{name}": value for name, value in h_stats.items()}
+        stats |= {f"policy/{name}": value for name, value in policy_stats.items()}
+        if not args.freeze_value:
+            v_loss, v_stats = value_loss(outputs["values"], batch["returns"], mask, num_tokens=num_tokens)
+            loss = loss + args.vf_coef * v_loss
+            stats["value/error"] = v_stats["error"]
+        return loss, stats
+
+    def _ilql_terms(
+        self, model: nn.Module, batch: dict[str, Tensor], num_tokens: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ILQL's value losses, and imitation of the data by the policy."""
+        args, mask = self.args, batch["response_mask"]
+        imitates = args.bc_coef > 0
+        outputs = model(**self._inputs(batch), with_policy=imitates, with_value=False, with_q=True)
+        actions = batch["input_ids"][:, -_width(batch) :]
+        target_q = outputs["target_q"].gather(-1, actions[..., None])[..., 0]
+        loss, stats = ilql_loss(
+            (outputs["q1"], outputs["q2"]),
+            target_q,
+            outputs["values"],
+            actions,
+            batch["rewards"],
+            mask,
+            args.gamma,
+            args.expectile,
+            args.cql_coef,
+            num_tokens,
+        )
+        stats = {f"ilql/{name}": value for name, value in stats.items()}
+        if imitates:
+            nll = -masked_mean(outputs["logprobs"], mask, num_tokens)
+            loss = loss + args.bc_coef * nll
+            stats["policy/nll"] = nll.detach()
+        return loss, stats
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        tokens = {name: batch[name] for name in TOKEN_FIELDS if name in batch}
+        return {**tokens, "response_width": _width(batch), "temperature": self.args.temperature}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's logs, with the means over the optimizer steps since the last ones."""
+        steps = self.state.global_step - self._last_logged_step
+        if "loss" in logs and steps:
+            names = sorted(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
+            logs = {**logs, **{name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}}
+            self._sums.clear()
+            self._last_logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- the policy that was learned ----
+
+    @contextmanager
+    def learned_policy(self) -> Iterator[nn.Module]:
+        """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift."""
+        policy = self.networks.policy
+        if self.args.loss_type != "ilql":
+            yield policy
+            return
+        with advantage_shifted(policy, self.networks.value_model, self.args.ilql_beta):
+            yield policy
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Reward of responses that are sampled to held-out prompts, and their KL to pi_init: see `held_out_reward`.
+
+        Raises:
+            ValueError: without prompts or reward functions.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or self.scorer is None:
+            raise ValueError("evaluate() needs eval_dataset, held-out prompts, and reward_funcs")
+        measured = held_out_reward(self, as_rows(dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.networks.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _width(batch: dict[str, Tensor]) -> int:
+    return batch["response_mask"].shape[1]
+
+
+def _networks(args: OfflineConfig, module: PolicyAndValue) -> OfflineNetworks:
+    """The networks that the loss needs, made of policy and value model."""
+    policy, value_model = module.policy, module.value_model
+    if not isinstance(value_model, ValueModel):
+        raise ValueError(f"value_model is a {type(value_model).__name__}; offline it should be a network of its own")
+    if module.config.is_encoder_decoder:
+        raise ValueError("model is an encoder-decoder; offline learning is for decoders")
+    if args.loss_type == "ilql" and not isinstance(value_model, QValueModel):
+        vocabulary = policy.get_output_embeddings().weight.shape[0]
+        value_model = QValueModel(value_model.network, value_model.head, vocabulary)
+        if args.bc_coef == 0:
+            policy.requires_grad_(False)
+    normaliser = ValueModel.from_policy(policy) if args.learn_state_normaliser else None
+    if normaliser is not None and args.num_unfrozen_layers is not None and not is_peft_model(normaliser.network):
+        freeze_all_but(args.num_unfrozen_layers, normaliser.network)
+    return OfflineNetworks(policy, value_model, normaliser)

@@ -1,0 +1,75 @@
+"""The value model fitted to the returns of fixed data, before the policy is trained."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.losses import value_loss
+from trl_apa.models import ValueModel
+from trl_apa.models.checkpointing import either_method
+from trl_apa.offline.config import OfflineConfig
+from trl_apa.rollouts import Rollouts
+
+
+class _ValueFitting(_BaseTrainer):
+    """The Trainer's loop over the value model alone."""
+
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["response_mask"].sum() for batch in batches), torch.zeros((), dtype=torch.long))
+        return batches, self.accelerator.reduce(count.to(device).float(), reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        mask_BR = inputs["response_mask"]
+        values_BR = model(inputs, mask_BR.shape[1])
+        loss, stats = value_loss(values_BR, inputs["returns"], mask_BR, num_tokens=num_items_in_batch)
+        loss = loss * self.accelerator.num_processes
+        return (loss, stats) if return_outputs else loss
+
+    def _send_telemetry(self) -> None:
+        """This package sends none."""
+
+
+def fit_value_model(
+    value_model: ValueModel,
+    rollouts: Rollouts,
+    micro_batch: Callable[[list[int]], dict[str, Tensor]],
+    args: OfflineConfig,
+) -> None:
+    """Fit V to `rollouts.returns_BR` in `args.value_epochs` passes, in place; nothing is saved.
+
+    Args:
+        value_model: a network of its own.
+        rollouts: with returns.
+        micro_batch: rows to tokens, mask and returns.
+        args: the options of the whole run, of which those about batches, precision and optimizer count.
+    """
+    own = copy.copy(args)
+    own.num_train_epochs, own.max_steps = args.value_epochs, -1
+    own.learning_rate = args.value_learning_rate or args.learning_rate
+    own.report_to, own.push_to_hub, own.load_best_model_at_end = [], False, False
+    own.eval_strategy, own.save_strategy = type(args.eval_strategy)("no"), type(args.save_strategy)("no")
+    if args.gradient_checkpointing:
+        network = value_model.network
+        enable = either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    # Switched on here, because the Trainer looks for it on the value model itself.
+    own.gradient_checkpointing = False
+    if hasattr(own, "activation_checkpointing"):
+        own.activation_checkpointing = False
+    trainer = _ValueFitting(
+        model=value_model, args=own, data_collator=micro_batch, train_dataset=list(range(len(rollouts)))
+    )
+    trainer.train()

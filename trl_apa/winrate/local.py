@@ -1,0 +1,128 @@
+"""Judges on this machine: a reward model, and a language model that says which answer it would call better."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_apa.logprobs import response_logprobs
+from trl_apa.masking import keep_counted
+from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.scoring import RewardModel
+from trl_apa.validation import check_positions
+from trl_apa.winrate.comparing import FIRST, SECOND, TIE, Question
+from trl_apa.winrate.prompting import IN_ONE_LETTER, VERDICTS, judging_text
+
+
+class RewardModelJudge:
+    """The answer with the higher score wins. The reference answer is not read.
+
+    Args:
+        model: a classifier with one label.
+        tokenizer: its tokenizer. Prompt, answer and EOS are read together, as TRL's RewardTrainer trains it.
+        name: where the model came from.
+        tie_margin: a difference in scores that counts as none, reward units.
+        batch_size: answers a forward pass.
+
+    Raises:
+        ValueError: if the classifier has several labels, or the margin is negative.
+    """
+
+    sees_order = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        tie_margin: float = 0.0,
+        batch_size: int = 8,
+    ):
+        if tie_margin < 0:
+            raise ValueError(f"tie_margin={tie_margin}: it should not be negative")
+        self.tokenizer, self.tie_margin = tokenizer, tie_margin
+        self.score = RewardModel(model, tokenizer, batch_size=batch_size)
+        self.identity = {"judge": "reward model", "model": name, "tie_margin": tie_margin}
+
+    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
+        size = self.score.batch_size
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
+            firsts = self._scores([(question.prompt, question.first) for question in batch])
+            seconds = self._scores([(question.prompt, question.second) for question in batch])
+            for number, (first, second) in enumerate(zip(firsts, seconds, strict=True), start=start):
+                difference = first - second
+                tie = abs(difference) <= self.tie_margin
+                yield number, TIE if tie else (FIRST if difference > 0 else SECOND)
+
+    def _scores(self, answers: list[tuple[Any, str]]) -> list[float]:
+        ids = [self._ids(prompt, answer) for prompt, answer in answers]
+        prompts, completions = zip(*answers, strict=True)
+        return self.score(list(prompts), list(completions), prompt_ids=ids, completion_ids=[[]] * len(ids))
+
+    def _ids(self, prompt: Any, answer: str) -> list[int]:
+        if not isinstance(prompt, str):
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        return self.tokenizer(prompt + answer + (self.tokenizer.eos_token or ""))["input_ids"]
+
+
+class LanguageModelJudge:
+    """Reads both answers and the reference; the verdict is the letter that it holds most probable.
+
+    No text is sampled: the log-probs of the three letters are compared, so that every question has a verdict.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer; its chat template is used if it has one.
+        name: where the model came from.
+        batch_size: questions a forward pass.
+    """
+
+    sees_order = True
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int = 8):
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        text = judging_text(Question("", "", "", ""), IN_ONE_LETTER)
+        self.identity = {"judge": "language model", "model": name, "text": text}
+        # After a chat template's header the letter stands alone; after text a space goes before it.
+        space = "" if tokenizer.chat_template else " "
+        letters = [tokenizer(space + letter, add_special_tokens=False)["input_ids"] for letter in VERDICTS]
+        self._letters = [torch.tensor(ids, dtype=torch.long) for ids in letters]
+
+    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
+        """Raises ValueError, naming the row, if a question is longer than the model's positions."""
+        names = list(VERDICTS.values())
+        queries = [self._query(question) for question in questions]
+        longest = max(len(letter) for letter in self._letters)
+        check_positions(queries, [longest] * len(queries), self.model, "the judge's questions")
+        for start in range(0, len(questions), self.batch_size):
+            best_B = self._logprobs(queries[start : start + self.batch_size]).argmax(dim=1)
+            for number, best in enumerate(best_B.tolist(), start=start):
+                yield number, names[best]
+
+    def _query(self, question: Question) -> Tensor:
+        text = judging_text(question, IN_ONE_LETTER)
+        if self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": text}]
+            ids = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=False, add_generation_prompt=True
+            )
+        else:
+            ids = self.tokenizer(f"{text}\n\nVerdict:")["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    @torch.no_grad()
+    def _logprobs(self, queries: list[Tensor]) -> Tensor:
+        """log p of each letter, nats, `(B, 3)`."""
+        device = next(self.model.parameters()).device
+        columns = []
+        for letter in self._letters:
+            responses = [letter] * len(queries)
+            tokens = {name: x.to(device) for name, x in pad_tokens(queries, responses, pad_token_id=0).items()}
+            logprobs_BR, _ = response_logprobs(self.model, tokens, len(letter))
+            columns.append(keep_counted(logprobs_BR, response_mask(responses, device=device)).sum(dim=1))
+        return torch.stack(columns, dim=1)
