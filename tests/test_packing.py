@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -72,6 +73,39 @@ def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path
     assert windowed.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="padding_free=True does not go with FSDP, DeepSpeed or torch_compile"):
         tiny_trainer(tmp_path, padding_free=True, torch_compile=True, torch_compile_backend="eager")
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose results the host must wait for, were they on a GPU."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masked = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if name in self.OPERATIONS or masked:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_update_waits_for_the_device_once_an_optimizer_step(tmp_path):
+    """2 epochs of two steps of two micro-batches: four gradient norms."""
+    trainer = tiny_trainer(tmp_path, mini_batch_size=1, gradient_accumulation_steps=2, ppo_epochs=2)
+    trainer.step(*tiny_rollouts())
+    update = trainer._update
+    waits = Waits()
+
+    def watched():
+        with waits:
+            update()
+
+    trainer._update = watched
+    trainer.step(*tiny_rollouts())
+    assert waits.seen == ["_local_scalar_dense"] * 4
 
 
 def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -273,6 +274,8 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     if trunk is base or head is None:
         return None
     if base not in _IS_HEAD_OF_TRUNK:
+        if isinstance(head.weight, FakeTensor):
+            return trunk, head  # without contents there is nothing to try; `trl-apa memory` counts sizes alone
         _IS_HEAD_OF_TRUNK[base] = _is_head_of_trunk(base, trunk, head)
     return (trunk, head) if _IS_HEAD_OF_TRUNK[base] else None
 

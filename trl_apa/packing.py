@@ -65,14 +65,19 @@ def pack_if_exact(networks: Iterable[nn.Module], padding_free: bool | None) -> b
             if padding_free:
                 raise ValueError(f"padding_free=True, but {type(_base(network)).__name__} {reason}")
             return False
-    for network in networks:
-        if _base(network).config._attn_implementation == "sdpa":
-            _base(network).set_attn_implementation(PER_SEQUENCE)
+    attend_to_sequences(networks)
     return True
 
 
-def why_not_packed(network: nn.Module) -> str | None:
-    """Why a packed row would not give what its sequences give alone; None if it does, which is tried out."""
+def attend_to_sequences(networks: Iterable[nn.Module]) -> None:
+    """Let networks that attend with SDPA read packed rows too; padded batches and generation stay as they are."""
+    for network in networks:
+        if _base(network).config._attn_implementation == "sdpa":
+            _base(network).set_attn_implementation(PER_SEQUENCE)
+
+
+def why_unsuitable(network: nn.Module) -> str | None:
+    """What in a network's kind keeps it from computing the same from a packed row; None if there is nothing."""
     base = _base(network)
     config = base.config
     if config.is_encoder_decoder:
@@ -86,6 +91,15 @@ def why_not_packed(network: nn.Module) -> str | None:
     implementation = config._attn_implementation
     if implementation not in ("sdpa", PER_SEQUENCE) and not implementation.startswith("flash_attention"):
         return f"attends with {implementation}, which knows no sequences within a row"
+    return None
+
+
+def why_not_packed(network: nn.Module) -> str | None:
+    """Why a packed row would not give what its sequences give alone; None if it does, which is tried out."""
+    if (reason := why_unsuitable(network)) is not None:
+        return reason
+    base = _base(network)
+    implementation = base.config._attn_implementation
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
         return "has its weights spread over processes, so that it cannot be tried out"
     if implementation == "sdpa":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales
 from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
+from trl_apa.packing import attend_to_sequences, why_unsuitable
+from trl_apa.rollouts import pack_tokens, pad_tokens
 
 
 LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"
@@ -126,9 +129,12 @@ def _peak(live: LiveBytes) -> dict[str, int]:
 def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """Forward and backward pass of a micro-batch, twice if gradients of one are there while the next is computed."""
     rows, width, vocabulary = setup.micro_batch_size, setup.max_new_tokens, module.config.get_text_config().vocab_size
+    packed = not setup.is_sharded and all(why_unsuitable(network) is None for network in module.networks())
+    if packed:
+        attend_to_sequences(module.networks())
 
     def label_of(tensor: Tensor) -> str | None:
-        of_logits = tensor.dim() > 1 and tensor.shape[-1] == vocabulary and tensor.shape[-2] in (width, width + 1)
+        of_logits = tensor.dim() > 1 and tensor.shape[-1] == vocabulary and tensor.shape[-2] <= rows * (width + 1)
         return LOGITS if of_logits else None
 
     if setup.gradient_checkpointing:
@@ -138,7 +144,9 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: live.count(GRADIENTS, [p.grad]))
     with live:
-        tokens = torch.ones(rows, setup.max_length, dtype=torch.long)
+        prompt = [torch.ones(setup.max_length - width, dtype=torch.long)] * rows
+        responses = [torch.ones(width, dtype=torch.long)] * rows
+        tokens = pack_tokens(prompt, responses) if packed else pad_tokens(prompt, responses, pad_token_id=0)
         for _ in range(min(setup.gradient_accumulation_steps, 2)):
             for networks in module.passes:
                 with module.adapter_for(**networks):
@@ -148,9 +156,11 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     return _peak(live)
 
 
-def _forward_and_backward(module: PolicyAndValue, tokens: Tensor, width: int, networks: dict[str, bool]) -> None:
+def _forward_and_backward(
+    module: PolicyAndValue, tokens: dict[str, Any], width: int, networks: dict[str, bool]
+) -> None:
     with_entropy = networks.get("with_policy", True)
-    outputs = module(tokens, tokens, tokens, width, **networks, with_entropy=with_entropy)
+    outputs = module(**tokens, response_width=width, **networks, with_entropy=with_entropy)
     terms = [outputs[name].mean() for name in ("logprobs", "values") if name in outputs]
     del outputs
     torch.stack(terms).sum().backward()
