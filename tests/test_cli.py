@@ -23,16 +23,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
-from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
+from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.data.sources import Row
 from trl_apa.models import load_reward_model
+from trl_apa.offline import OfflineConfig
 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 OUR_CONFIGS = ROOT / "trl_apa" / "accelerate_configs"
-WITH_YAML = {"sft": sft, "reward": reward, "train": train, "evaluate": evaluate, "generate": generate}
+WITH_YAML = {"sft": sft, "reward": reward, "train": train, "offline": offline}
+WITH_YAML |= {"evaluate": evaluate, "generate": generate}
 
 
 def run(command, *argv):
@@ -94,9 +97,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_before_anything_is_load
     assert refused(capsys, command, "--xyzzy=1") == f"trl-apa {command}: unknown option '--xyzzy'"
 
 
-@pytest.mark.parametrize("command", ["plot", "env", "winrate"])
+@pytest.mark.parametrize("command", ["plot", "env", "winrate", "paper"])
 def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
-    arguments = {"plot": ["somewhere"], "winrate": "a b --judge local --judge_model c".split()}.get(command, [])
+    arguments = {
+        "plot": ["somewhere"],
+        "winrate": "a b --judge local --judge_model c".split(),
+        "paper": ["fig3", "--scale", "mini"],
+    }.get(command, [])
     assert "unrecognized arguments: --xyzzy" in refused(capsys, command, *arguments, "--xyzzy", "1")
 
 
@@ -418,9 +425,11 @@ IN_SMALL = {
     "reward": f"{SHORT} --bf16 no",
     "train": f"{SHORT} {SAMPLING} --batch_size 8 --num_epochs_per_batch 1 --eval_steps 2 --save_steps 2 "
     "--max_eval_rows 4",
+    "offline": f"{SHORT} {SAMPLING} --eval_steps 2 --value_epochs 1 --max_train_rows 12 --max_eval_rows 4",
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
     "winrate": "--use_cpu",
+    "paper": "--iterations 2 --batch_size 8 --sft_steps 3 --num_pairs 16 --reward_steps 2",
 }
 
 
@@ -510,6 +519,34 @@ def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
     assert (pipeline / "apa" / "checkpoint-4").is_dir()
 
 
+def test_the_pipeline_learns_offline_from_labelled_responses(pipeline):
+    history = json.loads((pipeline / "offline" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "policy/weight" in row] == [1, 2, 3]
+    assert [row["step"] for row in history if "eval_reward" in row] == [2, 3]
+    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in ("sft", "offline")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_rows_with_rewards_are_taken_and_preferences_are_labelled():
+    given = {"prompt": "a", "completion": "b", "reward": 2.0, "n": 1}
+    assert offline.response_with_reward(Row(1, given)) == given
+    pair = offline.response_with_reward(Row(2, hh_rows(1)[0]))
+    rows = offline.labelled(
+        [given, pair], [lambda completions, **_: [1.0] * 2], byte_tokenizer(), OfflineConfig(use_cpu=True)
+    )
+    assert [(row["completion"], row["reward"]) for row in rows] == [
+        ("b", 2.0),
+        (" It is 0.", 1.0),
+        (" I do not know.", 1.0),
+    ]
+    assert offline.prompts_of([given, {**given, "n": 2}, pair]) == [
+        {"prompt": "a", "n": 1},
+        {"prompt": pair["prompt"]},
+    ]
+    with pytest.raises(ValueError, match="has chat messages"):
+        offline.response_with_reward(Row(3, {"chosen": MESSAGES, "rejected": MESSAGES}))
+
+
 def test_the_pipeline_compares_checkpoints(pipeline):
     before, after = json.loads((pipeline / "evaluation.json").read_text()).values()
     assert before["kl"] == pytest.approx(0.0, abs=1e-4) and after["kl"] != before["kl"]
@@ -526,6 +563,15 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
     assert len({sample["prompt"] for sample in samples}) == len(samples)
     for name in plot.FIGURES:
         assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
+    curves = json.loads((pipeline / "paper" / "fig8-mini" / "fig8.json").read_text())["in small"]
+    assert (
+        set(curves) == {"adaptive KL", "no KL control"} and (pipeline / "paper" / "fig8-mini" / "fig8.png").is_file()
+    )
+    assert all(curve["kl"]["mean"][0] == pytest.approx(0.0, abs=1e-5) for curve in curves.values())
+    assert curves["adaptive KL"]["reward"]["steps"] == [0, 2]
 
 
 def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):
