@@ -1,17 +1,23 @@
 """`step` and `train` with DDP on two ranks against one process that sees both ranks' rollouts."""
 
+import os
+import signal
+
 import datasets
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
 from tests._engines import ACCUMULATED, alone, announce_rank, assert_equal_outcome, on_one_base, rows_of
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
+from tests.fake_vllm import Server, install
 from tests.test_training import PROMPTS, StopAt, few_nines
 from tests.test_update import assert_same, learner
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
 from trl_apa.models.value_adapter import VALUE_ADAPTER
+from trl_apa.resuming import is_complete
 
 
 OPTIONS = {"ppo_epochs": 2, "gamma": 0.9, "scale_rewards": True, "score_clip": 1.5}
@@ -46,7 +52,18 @@ def live_a_little(rank, folder):
     return str(refused.value), parameters, [r.tolist() for r in sampled], seen, dist.get_rank()
 
 
-def train_here(folder, batch_size, stop=None, resume=None, **config):
+class TerminateOneProcess(TrainerCallback):
+    """Sends SIGTERM to this process, if it is the one, while it takes an optimizer step."""
+
+    def __init__(self, step, rank):
+        self.step, self.rank = step, rank
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step and args.process_index == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_here(folder, batch_size, callback=None, resume=None, **config):
     """Greedy sampling, so that how many processes draw random numbers does not matter."""
     options = {"optim": "sgd", "learning_rate": 0.1, "top_k": 1, "max_completion_length": 5, "max_steps": 4, "seed": 3}
     options |= {"batch_size": batch_size, "mini_batch_size": batch_size, "ppo_epochs": 2, "logging_steps": 1, **config}
@@ -56,17 +73,40 @@ def train_here(folder, batch_size, stop=None, resume=None, **config):
         tokenizer=tiny_tokenizer(),
         train_dataset=PROMPTS,
         reward_funcs=few_nines,
-        callbacks=[] if stop is None else [StopAt(stop)],
+        callbacks=[] if callback is None else [callback],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except SystemExit as ended:
+        return ended.code, trainer.state.global_step
     rows = [row for row in trainer.state.log_history if "apa/mean_scores" in row]
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, rows
 
 
-def train_on_two_ranks(folder):
+def train_on_two_ranks(rank, folder):
     whole = train_here(f"{folder}/whole", 2)
-    train_here(f"{folder}/cut", 2, stop=3)
-    return whole, train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
+    train_here(f"{folder}/cut", 2, StopAt(3))
+    resumed = train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
+    terminated = train_here(f"{folder}/terminated", 2, TerminateOneProcess(3, rank=1))
+    resumed_again = train_here(f"{folder}/terminated", 2, resume=True)
+    return whole, resumed, terminated, resumed_again, train_with_one_server(rank, folder)
+
+
+def train_with_one_server(rank, folder):
+    """The first rank asks for both; the server is a thread of it."""
+    if rank == 0:
+        tiny_model().save_pretrained(f"{folder}/model")
+    server = Server(f"{folder}/model") if rank == 0 else None
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url if server else None}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch, server)
+        trained, _ = train_here(f"{folder}/served", 2, **options)
+        requests = [] if server is None else [len(b["prompt"]) for path, b in server.requests if "completions" in path]
+        if rank == 0:
+            server.failing = True
+        with pytest.raises((RuntimeError, ValueError)) as failed:
+            train_here(f"{folder}/unserved", 2, **options)
+    return trained, requests, str(failed.value)
 
 
 def everything(rank, folder):
@@ -77,13 +117,18 @@ def everything(rank, folder):
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
     results["life"] = live_a_little(rank, f"{own}/life")
-    results["train"] = train_on_two_ranks(folder)
+    results["train"] = train_on_two_ranks(rank, folder)
     return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return run_in_two_processes(everything, str(tmp_path_factory.mktemp("ranks")))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return run_in_two_processes(everything, str(folder))
 
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
@@ -124,11 +169,31 @@ def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things
 
 
 def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path, ranks):
-    alone, alone_rows = train_here(tmp_path / "alone", 4)
-    for (whole, rows), (resumed, _) in (rank["train"] for rank in ranks):
-        assert_same(whole, alone, tolerance=1e-5)
+    single, alone_rows = train_here(tmp_path / "alone", 4)
+    for (whole, rows), (resumed, _), *_ in (rank["train"] for rank in ranks):
+        assert_same(whole, single, tolerance=1e-5)
         assert_same(resumed, whole, tolerance=1e-30)
         assert len(rows) == len(alone_rows) == 2
         for row, alone_row in zip(rows, alone_rows, strict=True):
             for name in ("apa/mean_scores", "objective/kl", "apa/loss/total", "tokens/responses_len_mean"):
                 assert row[name] == pytest.approx(alone_row[name], rel=1e-4, abs=1e-5), name
+
+
+def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step_with_a_whole_checkpoint(ranks, folder):
+    checkpoint = folder / "terminated" / "checkpoint-3"
+    assert is_complete(str(checkpoint)) and {f"apa_state_{rank}.pt" for rank in range(2)} <= set(
+        os.listdir(checkpoint)
+    )
+    for (whole, _), _, terminated, (resumed, _), _ in (rank["train"] for rank in ranks):
+        assert terminated == (128 + signal.SIGTERM, 3)
+        assert_same(resumed, whole, tolerance=1e-30)
+
+
+def test_two_ranks_share_a_vllm_server_and_fail_together_if_it_fails(ranks):
+    messages = []
+    for (whole, _), *_, (served, requests, failure) in (rank["train"] for rank in ranks):
+        assert_same(served, whole, tolerance=1e-6)
+        messages.append((requests, failure))
+    (asked, first), (not_asked, second) = messages
+    assert (asked, not_asked) == ([4, 4], [])
+    assert "the vLLM server failed" in first and "1 other process(es) failed at the same point" in second
