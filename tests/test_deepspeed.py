@@ -41,9 +41,9 @@ def zero(stage, **config):
     return {"zero_optimization": sharding, **dict.fromkeys(AUTO, "auto"), **config}
 
 
-def with_zero(stage):
+def with_zero(stage, **options):
     def make_config(folder, **config):
-        return tiny_config(folder, deepspeed=zero(stage), **config)
+        return tiny_config(folder, deepspeed=zero(stage, **options), **config)
 
     return make_config
 
@@ -104,6 +104,7 @@ def everything(rank, stage, folder, base, judge):
         "held": held,
         "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
+        "bf16": stepped(with_zero(stage, bf16={"enabled": True}), f"{folder}/bf16", rows, base, {"bf16": True})[1],
         "overflow": overflow(make_config, f"{folder}/overflow", rank),
         "refused": refused_options(stage, folder),
     }
@@ -156,6 +157,13 @@ def test_two_processes_train_as_one_and_go_on_where_they_stopped(ranks, folder, 
     base, judge = models
     expected = trained(alone, folder / "train-alone", base, reward_funcs=[few_nines, judge], batch_size=4)
     assert_equal_runs([rank["train"] for rank in ranks], expected, MISSING)
+
+
+def test_half_precision_comes_near(ranks, folder):
+    """Also where a policy is cut up in bfloat16 as it is loaded, and the new value head is not."""
+    expected = stepped(alone, folder / "float32")[1]["stats"]
+    for name in ("apa/loss/policy", "apa/loss/value", "apa/grad_norm/total", "objective/entropy"):
+        assert ranks[0]["bf16"]["stats"][name] == pytest.approx(expected[name], rel=0.05), name
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):

@@ -40,3 +40,12 @@ def partition(module: nn.Module) -> None:
     from transformers.integrations.deepspeed import deepspeed_config
 
     deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
+
+
+def use_one_precision(module: nn.Module) -> None:
+    """Give what is trained the precision of what ZeRO-3 has cut up of it while it was loaded: it takes no mixture."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for dtype in {parameter.dtype for parameter in trained if is_partitioned(parameter)}:
+        for parameter in trained:
+            if not is_partitioned(parameter):
+                parameter.data = parameter.data.to(dtype)
