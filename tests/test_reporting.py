@@ -28,9 +28,9 @@ from transformers.integrations import (
     integration_utils,
 )
 
+from tests._engines import announce_rank
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.test_training import logged, parameters, trainer_for
-from tests.test_two_processes import announce_rank
 from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
