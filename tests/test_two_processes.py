@@ -1,7 +1,5 @@
 """`step` and `train` with DDP on two ranks against one process that sees both ranks' rollouts."""
 
-"""`step` and `train` on two ranks against one process that sees both ranks' rollouts."""
-
 import os
 import signal
 
@@ -85,13 +83,30 @@ def train_here(folder, batch_size, callback=None, resume=None, **config):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, rows
 
 
-def train_on_two_ranks(folder):
+def train_on_two_ranks(rank, folder):
     whole = train_here(f"{folder}/whole", 2)
     train_here(f"{folder}/cut", 2, StopAt(3))
     resumed = train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
     terminated = train_here(f"{folder}/terminated", 2, TerminateOneProcess(3, rank=1))
     resumed_again = train_here(f"{folder}/terminated", 2, resume=True)
     return whole, resumed, terminated, resumed_again, train_with_one_server(rank, folder)
+
+
+def train_with_one_server(rank, folder):
+    """The first rank asks for both; the server is a thread of it."""
+    if rank == 0:
+        tiny_model().save_pretrained(f"{folder}/model")
+    server = Server(f"{folder}/model") if rank == 0 else None
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url if server else None}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch, server)
+        trained, _ = train_here(f"{folder}/served", 2, **options)
+        requests = [] if server is None else [len(b["prompt"]) for path, b in server.requests if "completions" in path]
+        if rank == 0:
+            server.failing = True
+        with pytest.raises((RuntimeError, ValueError)) as failed:
+            train_here(f"{folder}/unserved", 2, **options)
+    return trained, requests, str(failed.value)
 
 
 def everything(rank, folder):
@@ -102,13 +117,18 @@ def everything(rank, folder):
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
     results["life"] = live_a_little(rank, f"{own}/life")
-    results["train"] = train_on_two_ranks(folder)
+    results["train"] = train_on_two_ranks(rank, folder)
     return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return run_in_two_processes(everything, str(tmp_path_factory.mktemp("ranks")))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return run_in_two_processes(everything, str(folder))
 
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
@@ -149,66 +169,30 @@ def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things
 
 
 def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path, ranks):
-    alone, alone_rows = train_here(tmp_path / "alone", 4)
-    for (whole, rows), (resumed, _) in (rank["train"] for rank in ranks):
-        assert_same(whole, alone, tolerance=1e-5)
+    single, alone_rows = train_here(tmp_path / "alone", 4)
+    for (whole, rows), (resumed, _), *_ in (rank["train"] for rank in ranks):
+        assert_same(whole, single, tolerance=1e-5)
         assert_same(resumed, whole, tolerance=1e-30)
-
-
-def train_with_one_server(rank, folder):
-    """The first rank asks for both; the server is a thread of it."""
-    if rank == 0:
-        tiny_model().save_pretrained(f"{folder}/model")
-    server = Server(f"{folder}/model") if rank == 0 else None
-    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url if server else None}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        install(monkeypatch, server)
-        trained, _ = train_here(f"{folder}/served", 2, **options)
-        requests = [] if server is None else [len(b["prompt"]) for path, b in server.requests if "completions" in path]
-        if rank == 0:
-            server.failing = True
-        with pytest.raises((RuntimeError, ValueError)) as failed:
-            train_here(f"{folder}/unserved", 2, **options)
-    return trained, requests, str(failed.value)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What `train_on_two_ranks` gives on each rank, and where it wrote."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    return run_in_two_processes(train_on_two_ranks, str(folder)), folder
-
-
-def as_tensors(named):
-    return {name: torch.from_numpy(p) for name, p in named.items()}
-
-
-def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path, two_ranks):
-    alone, alone_rows = train_here(tmp_path / "alone", 4)
-    for (whole, rows), (resumed, _), *_ in two_ranks[0]:
-        assert_same(as_tensors(whole), as_tensors(alone), tolerance=1e-5)
-        assert_same(as_tensors(resumed), as_tensors(whole), tolerance=1e-30)
         assert len(rows) == len(alone_rows) == 2
         for row, alone_row in zip(rows, alone_rows, strict=True):
             for name in ("apa/mean_scores", "objective/kl", "apa/loss/total", "tokens/responses_len_mean"):
                 assert row[name] == pytest.approx(alone_row[name], rel=1e-4, abs=1e-5), name
 
 
-def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step_with_a_whole_checkpoint(two_ranks):
-    results, folder = two_ranks
+def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step_with_a_whole_checkpoint(ranks, folder):
     checkpoint = folder / "terminated" / "checkpoint-3"
     assert is_complete(str(checkpoint)) and {f"apa_state_{rank}.pt" for rank in range(2)} <= set(
         os.listdir(checkpoint)
     )
-    for (whole, _), _, terminated, (resumed, _), _ in results:
+    for (whole, _), _, terminated, (resumed, _), _ in (rank["train"] for rank in ranks):
         assert terminated == (128 + signal.SIGTERM, 3)
-        assert_same(as_tensors(resumed), as_tensors(whole), tolerance=1e-30)
+        assert_same(resumed, whole, tolerance=1e-30)
 
 
-def test_two_ranks_share_a_vllm_server_and_fail_together_if_it_fails(two_ranks):
+def test_two_ranks_share_a_vllm_server_and_fail_together_if_it_fails(ranks):
     messages = []
-    for (whole, _), *_, (served, requests, failure) in two_ranks[0]:
-        assert_same(as_tensors(served), as_tensors(whole), tolerance=1e-6)
+    for (whole, _), *_, (served, requests, failure) in (rank["train"] for rank in ranks):
+        assert_same(served, whole, tolerance=1e-6)
         messages.append((requests, failure))
     (asked, first), (not_asked, second) = messages
     assert (asked, not_asked) == ([4, 4], [])

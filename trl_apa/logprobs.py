@@ -31,7 +31,7 @@ TOKEN_FIELDS = (
     "encoder_attention_mask",
 )
 # Entries of logits in memory at a time; more are computed in chunks of tokens, and once more in the backward pass.
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**25
 
 
 class PolicyOutputs(NamedTuple):

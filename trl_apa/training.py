@@ -27,6 +27,7 @@ from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, prompt_of, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.resuming import (
+    described,
     is_complete,
     last_complete_checkpoint,
     load_state,
@@ -79,6 +80,7 @@ class TrainingLoop(_BaseTrainer):
     _timer: StageTimer | None = None
     _reporters_started = False
     _first_iteration = 0
+    _networks = ""
     _last_saved_step: int | None = None
     _engine_is_made = False
     _kept_engine: Any = None
@@ -140,6 +142,8 @@ class TrainingLoop(_BaseTrainer):
             )
         self._iteration, self._unlogged, self._last_saved_step = None, [], None
         self._first_iteration = self.num_iterations_done
+        # Before a distributed engine takes them apart.
+        self._networks = self._networks or described(self.accelerator.unwrap_model(self.model))
         checkpoint = self._on_all_processes(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
@@ -199,7 +203,7 @@ class TrainingLoop(_BaseTrainer):
             checkpoint = os.fspath(resume_from_checkpoint)
             if not is_complete(checkpoint):
                 raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no checkpoint that was written to its end")
-        self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args)
+        self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args, self._networks)
         return checkpoint
 
     def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
@@ -457,7 +461,7 @@ class TrainingLoop(_BaseTrainer):
             "kl_ctl": self.kl_ctl.state_dict(),
             "unlogged": self._unlogged,
         }
-        save_state(output_dir, self.accelerator.process_index, self.args, state)
+        save_state(output_dir, self.accelerator.process_index, self.args, self._networks, state)
         # What makes the checkpoint complete is written next, by one process.
         self.accelerator.wait_for_everyone()
 

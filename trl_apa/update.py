@@ -156,6 +156,8 @@ class Update(_BaseTrainer):
         # With fp16 an overflow is expected now and then, and whoever scales the gradient skips that update.
         if self.accelerator.mixed_precision != "fp16" and not math.isfinite(total):
             kept = self._keep_for_inspection()
+            self._iteration.take_back_step()
+            self._save_what_was_learned()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
                 f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
