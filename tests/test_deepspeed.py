@@ -22,7 +22,7 @@ from tests._two_processes import run_in_two_processes
 from tests.test_models import reward_model
 from tests.test_training import few_nines
 from tests.test_update import assert_same
-from tests.tiny import tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
+from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
 
 
@@ -55,15 +55,25 @@ def refusal(make_trainer):
 
 
 def refused_options(stage, folder):
-    def refused(deepspeed=None, optimizer=None, **config):
+    def refused(deepspeed=None, optimizer=None, adapters=None, **config):
         model = tiny_model()
         optimizer = optimizer and optimizer(model.parameters(), lr=0.1)
         args = tiny_config(folder, deepspeed=deepspeed or zero(stage), **config)
-        return refusal(lambda: APATrainer(args, model, tokenizer=tiny_tokenizer(), optimizer=optimizer))
+        return refusal(
+            lambda: APATrainer(args, model, tokenizer=tiny_tokenizer(), optimizer=optimizer, **(adapters or {}))
+        )
 
     unsaved = zero(3)
     del unsaved["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
-    return [refused(optimizer=torch.optim.SGD), refused(loss_type="ppo"), refused(deepspeed=unsaved)]
+    offloaded = zero(stage)
+    offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    on_one_base = {"peft_config": lora_config(), "value_model": "adapter"}
+    return [
+        refused(optimizer=torch.optim.SGD),
+        refused(loss_type="ppo"),
+        refused(deepspeed=unsaved),
+        refused(deepspeed=offloaded, adapters=on_one_base),
+    ]
 
 
 def overflow(make_config, folder, rank):
@@ -133,9 +143,9 @@ def test_two_processes_step_as_one_and_save_whole_networks(ranks, folder, stage)
     assert_reloads(folder / "full" / "saved", expected["weights"])
 
 
-def test_so_they_do_with_all_networks_on_one_base(ranks, folder):
+def test_so_they_do_with_all_networks_on_one_base(ranks, folder, models):
     """Recomputing each layer in the backward pass, over several micro-batches, with pi_init inside the policy."""
-    expected = on_one_base(alone, folder / "one-base-alone")
+    expected = on_one_base(alone, folder / "one-base-alone", model=models[0])
     for rank in ranks:
         assert_equal_outcome(rank["one base"], expected, MISSING)
     assert_reloads(folder / "one-base" / "saved", expected["weights"], with_adapters=True)
@@ -156,7 +166,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):
 
 
 def test_what_deepspeed_would_do_otherwise_is_refused(ranks):
-    for optimizer, ratio, unsaved in (rank["refused"] for rank in ranks):
+    for optimizer, ratio, unsaved, offloaded in (rank["refused"] for rank in ranks):
         assert optimizer.startswith("optimizer: DeepSpeed would drop it")
         assert ratio.startswith("ratio_threshold=10.0: DeepSpeed updates the weights inside the backward pass")
         assert unsaved.startswith("deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true")
+        assert "offload_optimizer would add up the value model's gradients" in offloaded

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trl_apa._trl import add_hooks, prepare_deepspeed, remove_hooks
+from trl_apa.models import PolicyAndValue
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.partitioned import gathered, is_partitioned
 
@@ -26,12 +28,15 @@ def cuts_up_weights(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or zero_stage(accelerator) == 3
 
 
-def check_engine(accelerator: Accelerator, args: Any, optimizer: Any, lr_scheduler: Any) -> None:
+def check_engine(
+    accelerator: Accelerator, args: Any, module: PolicyAndValue, optimizer: Any, lr_scheduler: Any
+) -> None:
     """Refuse, before any GPU time is spent, what the engine of this run would do otherwise than asked, or not at all.
 
     Args:
         accelerator: of the run.
         args: the trainer's options.
+        module: policy and value model.
         optimizer, lr_scheduler: the caller's own, or None.
 
     Raises:
@@ -57,6 +62,11 @@ def check_engine(accelerator: Accelerator, args: Any, optimizer: Any, lr_schedul
             "a mini-batch cannot be left out after it; set ratio_threshold=float('inf')"
         )
     zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if module.base_is_shared and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise ValueError(
+            "deepspeed: with value_model='adapter' offload_optimizer would add up the value model's gradients of all "
+            "updates; leave it out, or give value_model='separate'"
+        )
     if zero_stage(accelerator) == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise ValueError(
             "deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true; "
@@ -113,6 +123,19 @@ def policy_gathered(wrapped: nn.Module) -> Iterator[None]:
             yield
         finally:
             add_hooks(wrapped)
+
+
+def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Set to zero what ZeRO-3 still has of the last update's gradients; nothing happens to other parameters.
+
+    It replaces them in the first backward pass of an update, and in later ones adds to what it has. So it would to the
+    old gradient of what the first pass does not reach, the value adapter.
+    """
+    for parameter in parameters:
+        if is_partitioned(parameter):
+            from deepspeed.utils import safe_set_local_grad
+
+            safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
 def whole(tensor: Any) -> Any:

@@ -69,6 +69,11 @@ class Iteration:
         return self.position // self.micro_batches_per_step
 
     @property
+    def starts_step(self) -> bool:
+        """Whether the micro-batch that was handed out last was the first of its optimizer step."""
+        return (self.position - 1) % self.micro_batches_per_step == 0
+
+    @property
     def ends_step(self) -> bool:
         """Whether the micro-batch that was handed out last was the last of its optimizer step."""
         return self.position % self.micro_batches_per_step == 0

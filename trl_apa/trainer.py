@@ -200,7 +200,7 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             optimizers=(optimizer, lr_scheduler),
         )
         module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
-        check_engine(self.accelerator, args, optimizer, lr_scheduler)
+        check_engine(self.accelerator, args, module, optimizer, lr_scheduler)
         keep_outputs_precise(self.accelerator)
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
-from trl_apa.engines import gradient_norm, whole
+from trl_apa.engines import forget_gradients, gradient_norm, whole
 from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
 from trl_apa.masking import masked_mean
 
@@ -48,6 +48,8 @@ class Update(_BaseTrainer):
         batch = iteration.next_micro_batch(self._pad_token_id, self._packed)
         module, losses = self.accelerator.unwrap_model(model), []
         ends_step = self.accelerator.sync_gradients
+        if module.base_is_shared and iteration.starts_step:
+            forget_gradients([p for parameters in module.trainable_parameters().values() for p in parameters])
         for number, networks in enumerate(module.passes, 1):
             if self.is_deepspeed_enabled:  # which updates the weights in the backward pass that it takes for the last
                 is_last = number == len(module.passes)
