@@ -45,9 +45,11 @@ class Side:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._answer()
+        self.ready = False
 
     def __call__(self, action: str) -> dict[str, float]:
+        if not self.ready:
+            self.ready = bool(self._answer())
         self.process.stdin.write(f"{action}\n")
         self.process.stdin.flush()
         return self._answer()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -12,7 +13,7 @@ from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa import logprobs
 from trl_apa.logprobs import head_logprobs, response_logprobs, trunk_and_head
-from trl_apa.packing import PER_SEQUENCE, pack_if_exact, why_not_packed
+from trl_apa.packing import PER_SEQUENCE, attend_per_sequence, pack_if_exact, why_not_packed
 from trl_apa.rollouts import pack_tokens, pad_tokens
 
 
@@ -74,6 +75,39 @@ def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path
         tiny_trainer(tmp_path, padding_free=True, torch_compile=True, torch_compile_backend="eager")
 
 
+class Waits(TorchDispatchMode):
+    """Counts operations whose results the host must wait for, were they on a GPU."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masked = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if name in self.OPERATIONS or masked:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_update_waits_for_the_device_once_an_optimizer_step(tmp_path):
+    """2 epochs of two steps of two micro-batches: four gradient norms."""
+    trainer = tiny_trainer(tmp_path, mini_batch_size=1, gradient_accumulation_steps=2, ppo_epochs=2)
+    trainer.step(*tiny_rollouts())
+    update = trainer._update
+    waits = Waits()
+
+    def watched():
+        with waits:
+            update()
+
+    trainer._update = watched
+    trainer.step(*tiny_rollouts())
+    assert waits.seen == ["_local_scalar_dense"] * 4
+
+
 def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
     def leaking(module, *args, sequence_lengths=None, **kwargs):
         return sdpa_attention_forward(module, *args[:3], None, **kwargs)
@@ -84,6 +118,29 @@ def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
         assert why_not_packed(model) == "computes something else from a packed row"
         assert not pack_if_exact([model], None)
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_flash_attention_gets_the_bounds_of_the_sequences(monkeypatch):
+    """Its kernels need a GPU: here SDPA stands in for them, cut where the bounds say."""
+
+    def flash(module, query, key, value, attention_mask, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs):
+        if cu_seq_lens_q is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        assert cu_seq_lens_q.dtype == torch.int32
+        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        lengths = cu_seq_lens_q.diff()
+        assert kwargs.pop("max_length_q") == kwargs.pop("max_length_k") == int(lengths.max())
+        kwargs.pop("position_ids", None)
+        return attend_per_sequence(module, query, key, value, None, sequence_lengths=tuple(lengths.tolist()), **kwargs)
+
+    name = "flash_attention_of_this_test"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash)
+    model = tiny_model()
+    model.config._attn_implementation_internal = name
+    assert pack_if_exact([model], True)
+    assert model.config._attn_implementation == name
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, None)
+    assert why_not_packed(model).startswith("could not be tried out")
 
 
 def test_a_network_ready_for_packing_reads_padded_batches_and_generates_as_before():

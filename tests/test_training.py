@@ -475,11 +475,14 @@ def test_the_best_checkpoint_by_reward_is_loaded_at_the_end(tmp_path):
         metric_for_best_model="eval_reward",
         greater_is_better=True,
         learning_rate=0.05,
+        save_total_limit=2,
         **options,
     )
     trainer.train()
     best = max((row for row in trainer.state.log_history if "eval_reward" in row), key=lambda row: row["eval_reward"])
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert len(kept) == 2 and {f"checkpoint-{best['step']}", "checkpoint-8"} <= kept
     assert trainer.evaluate()["eval_reward"] == pytest.approx(best["eval_reward"])
 
 

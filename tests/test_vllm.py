@@ -235,10 +235,12 @@ def test_policies_that_vllm_cannot_hold_are_refused(tmp_path, folder, vllm):
 
 
 def test_sampling_options_are_translated_or_refused():
-    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=5.0, top_p=0.9, min_length=-1, eos_token_id=1)
-    sampling = vllm_sampling(config, "w3", {})
+    config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=5.0, top_p=0.9, min_length=-1, eos_token_id=[1, 99]
+    )
+    sampling = vllm_sampling(config, "w3", {}, vocabulary=32)
     assert (sampling["temperature"], sampling["top_k"], sampling["top_p"]) == (0.7, 5, 0.9)
     assert sampling["generation_kwargs"]["stop_token_ids"] == [1] and sampling["generation_kwargs"]["stop"] == ["w3"]
     with pytest.raises(ValueError, match="cannot honour logits_processor, no_repeat_ngram_size of generate") as error:
-        vllm_sampling(GenerationConfig(no_repeat_ngram_size=2), None, {"logits_processor": []})
+        vllm_sampling(GenerationConfig(no_repeat_ngram_size=2), None, {"logits_processor": []}, vocabulary=32)
     assert "use_vllm=True" in str(error.value)

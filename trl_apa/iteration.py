@@ -97,6 +97,12 @@ class Iteration:
         self.position += 1
         return {**self.rollouts.micro_batch(rows, pad_token_id, packed), "num_tokens": self.num_tokens[step]}
 
+    def take_back_step(self) -> None:
+        """The optimizer step whose micro-batches were all handed out last counts as not begun."""
+        self.position -= self.micro_batches_per_step
+        self.record.optimizer_steps.pop()
+        self.record.grad_norms.pop()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and containers of these."""
         shallow = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -31,7 +31,7 @@ TOKEN_FIELDS = (
     "encoder_attention_mask",
 )
 # Entries of logits in memory at a time; more are computed in chunks of tokens, and once more in the backward pass.
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**25
 
 
 class PolicyOutputs(NamedTuple):
@@ -69,6 +69,7 @@ def policy_outputs(
     with_entropy: bool = False,
     with_hidden: bool = False,
     with_logits: bool = False,
+    own_forward: bool = False,
 ) -> PolicyOutputs:
     """log pi(a|s) of the response tokens of each row, at the temperature that they were sampled at.
 
@@ -82,11 +83,12 @@ def policy_outputs(
         response_width: `R`, tokens.
         temperature: logits are divided by it.
         with_entropy, with_hidden, with_logits: what else to return; logits only of a padded layout.
+        own_forward: call the model as a whole, which an engine that has cut it up waits for.
 
     Raises:
         RuntimeError: for a packed layout where the model computes its logits itself.
     """
-    parts = None if with_logits else trunk_and_head(model)
+    parts = None if with_logits or own_forward else trunk_and_head(model)
     if parts is None:
         if "sequence_lengths" in tokens:
             raise RuntimeError(f"a packed row was given to {type(model).__name__}, which needs a padded batch")

@@ -1,8 +1,9 @@
 """Peak memory of sampling and of learning, by part, from the config alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales
 from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
+from trl_apa.packing import pack_if_exact
+from trl_apa.rollouts import pack_tokens, pad_tokens
 
 
 LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"
@@ -56,15 +59,14 @@ def predict(setup: Setup) -> Prediction:
     module, reference = build_networks(stored)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     lasting = _lasting(module, reference, stored)
-    gradients = sum(p.numel() * p.element_size() for p in trained)
     counts = count_elements(module)
     passing_module = module if stored == cast else build_networks(cast)[0]
     with pretending(passing_module), _autocast(cast):
         generation = _pretend_generation(passing_module, cast)
         update = _pretend_update(passing_module, cast)
     if setup.is_sharded:
-        update[GRADIENTS] = gradients
-    step = {GRADIENTS: gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
+        update[GRADIENTS] = counts.gradients
+    step = {GRADIENTS: counts.gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
     update = max(update, step, key=lambda parts: sum(parts.values()))
     phases = []
     for passing in (generation, update):
@@ -112,9 +114,10 @@ def _autocast(setup: Setup) -> Iterator[None]:
         yield
 
 
-def _counted(module: nn.Module, label_of: Callable[[Tensor], str | None]) -> LiveBytes:
+def _counted(module: PolicyAndValue) -> LiveBytes:
     """A counter that starts when the weights are there already; they are no part of what it counts."""
-    live = LiveBytes(label_of)
+    vocabulary = module.config.get_text_config().vocab_size
+    live = LiveBytes(lambda tensor: LOGITS if tensor.dim() > 1 and tensor.shape[-1] == vocabulary else None)
     live.count("weights", (*module.parameters(), *module.buffers(), *scales_of(module)))
     return live
 
@@ -125,32 +128,36 @@ def _peak(live: LiveBytes) -> dict[str, int]:
 
 def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """Forward and backward pass of a micro-batch, twice if gradients of one are there while the next is computed."""
-    rows, width, vocabulary = setup.micro_batch_size, setup.max_new_tokens, module.config.get_text_config().vocab_size
-
-    def label_of(tensor: Tensor) -> str | None:
-        of_logits = tensor.dim() > 1 and tensor.shape[-1] == vocabulary and tensor.shape[-2] in (width, width + 1)
-        return LOGITS if of_logits else None
-
+    packed = not setup.is_sharded and pack_if_exact(module.networks(), None)
+    tokens = _longest_rows(setup, packed)
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    live = _counted(module, label_of)
+    live = _counted(module)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: live.count(GRADIENTS, [p.grad]))
     with live:
-        tokens = torch.ones(rows, setup.max_length, dtype=torch.long)
         for _ in range(min(setup.gradient_accumulation_steps, 2)):
             for networks in module.passes:
                 with module.adapter_for(**networks):
-                    _forward_and_backward(module, tokens, width, networks)
+                    _forward_and_backward(module, tokens, setup.max_new_tokens, networks)
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_disable()
     return _peak(live)
 
 
-def _forward_and_backward(module: PolicyAndValue, tokens: Tensor, width: int, networks: dict[str, bool]) -> None:
+def _longest_rows(setup: Setup, packed: bool) -> dict[str, Any]:
+    """A micro-batch of rows of which each is as long as a row can be."""
+    queries = [torch.ones(setup.max_length - setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
+    responses = [torch.ones(setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
+    return pack_tokens(queries, responses) if packed else pad_tokens(queries, responses, pad_token_id=0)
+
+
+def _forward_and_backward(
+    module: PolicyAndValue, tokens: dict[str, Any], width: int, networks: dict[str, bool]
+) -> None:
     with_entropy = networks.get("with_policy", True)
-    outputs = module(tokens, tokens, tokens, width, **networks, with_entropy=with_entropy)
+    outputs = module(**tokens, response_width=width, **networks, with_entropy=with_entropy)
     terms = [outputs[name].mean() for name in ("logprobs", "values") if name in outputs]
     del outputs
     torch.stack(terms).sum().backward()
@@ -160,8 +167,7 @@ def _forward_and_backward(module: PolicyAndValue, tokens: Tensor, width: int, ne
 def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """The pass over the prompts and that for the last token, whichever needs more."""
     policy, rows = module.policy.eval(), setup.generation_batch_size
-    vocabulary, prompt = module.config.get_text_config().vocab_size, setup.max_length - setup.max_new_tokens
-    live = _counted(module, lambda tensor: LOGITS if tensor.shape[-1:] == (vocabulary,) else None)
+    live, prompt = _counted(module), setup.max_length - setup.max_new_tokens
     cache = DynamicCache(config=policy.config)
     with live:
         tokens = torch.ones(rows, prompt, dtype=torch.long)

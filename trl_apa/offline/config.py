@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
+from trl_apa.redaction import RedactedOptions
 
 
 LOSS_TYPES = ("apa", "awr", "ilql")
@@ -15,8 +16,8 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
-class OfflineConfig(_BaseConfig):
+@dataclass(repr=False)  # a generated one would show keys
+class OfflineConfig(RedactedOptions, _BaseConfig):
     """
     Configuration of [`OfflineAPATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the
     options that are new or have another default are listed here.
