@@ -277,6 +277,33 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     assert "2 rows are left out, the first of them row 4: has no" in capsys.readouterr().out
 
 
+def test_of_a_large_data_set_only_the_rows_that_are_asked_for_are_read(monkeypatch):
+    read = []
+
+    def endless(source, name, data_dir, split):
+        for number in range(1, 10**9):
+            read.append((source, data_dir, number))
+            yield Row(number, hh_rows(number)[-1])
+
+    monkeypatch.setattr("trl_apa.commands.rows.iter_rows", endless)
+    arguments = DataArguments(
+        "many",
+        dataset_data_dir="data/rl",
+        eval_dataset_name="others",
+        eval_dataset_data_dir="data/evaluation",
+        max_train_rows=5,
+        max_eval_rows=2,
+    )
+    train_rows, held_out = load_rows(arguments, preference)
+    assert (len(train_rows), len(held_out)) == (5, 2)
+    # one more row of each, which is not looked at
+    assert read == [("many", "data/rl", n) for n in range(1, 7)] + [
+        ("others", "data/evaluation", n) for n in (1, 2, 3)
+    ]
+    with pytest.raises(ValueError, match="eval_dataset_data_dir='x' is read only with eval_dataset_name"):
+        DataArguments("many", eval_dataset_data_dir="x")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_are_read(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
