@@ -93,7 +93,7 @@ def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> tup
     if arguments.eval_share is not None:
         rows, held_out = _split(rows, arguments.eval_share)
     elif arguments.eval_dataset_name is not None:
-        folder = arguments.eval_dataset_data_dir or arguments.dataset_data_dir
+        folder = arguments.eval_dataset_data_dir
         held_out = _read(arguments, arguments.eval_dataset_name, test_split or "train", folder)
     elif test_split is not None:
         held_out = _read(arguments, name, test_split)
