@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -276,6 +277,33 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     assert "2 rows are left out, the first of them row 4: has no" in capsys.readouterr().out
 
 
+def test_of_a_large_data_set_only_the_rows_that_are_asked_for_are_read(monkeypatch):
+    read = []
+
+    def endless(source, name, data_dir, split):
+        for number in range(1, 10**9):
+            read.append((source, data_dir, number))
+            yield Row(number, hh_rows(number)[-1])
+
+    monkeypatch.setattr("trl_apa.commands.rows.iter_rows", endless)
+    arguments = DataArguments(
+        "many",
+        dataset_data_dir="data/rl",
+        eval_dataset_name="others",
+        eval_dataset_data_dir="data/evaluation",
+        max_train_rows=5,
+        max_eval_rows=2,
+    )
+    train_rows, held_out = load_rows(arguments, preference)
+    assert (len(train_rows), len(held_out)) == (5, 2)
+    # one more row of each, which is not looked at
+    assert read == [("many", "data/rl", n) for n in range(1, 7)] + [
+        ("others", "data/evaluation", n) for n in (1, 2, 3)
+    ]
+    with pytest.raises(ValueError, match="eval_dataset_data_dir='x' is read only with eval_dataset_name"):
+        DataArguments("many", eval_dataset_data_dir="x")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_are_read(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
@@ -465,6 +493,24 @@ def test_every_command_is_documented_and_run():
     for line in "".join(documented("text")).splitlines():
         command, config, path = line.partition("-m trl_apa.cli ")[2].split()
         assert command in WITH_YAML and config == "--config" and (ROOT / path).is_file()
+
+
+def test_the_launchers_of_the_page_start_the_command_in_two_processes(pipeline):
+    """torchrun for real; of accelerate, which runs one process on a CPU, what it makes of its line."""
+    started_by = {line.split()[0]: shlex.split(line) for line in "".join(documented("text")).splitlines()}
+    options = [*IN_SMALL["train"].split(), "--dataset_name", "preferences.jsonl.gz", "--output_dir", "runs/two"]
+    options += ["--max_steps", "2", "--eval_strategy", "no", "--report_to", "none"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", *started_by["torchrun"][1:], *options]
+    done = subprocess.run(command, cwd=pipeline.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (pipeline / "two" / "checkpoint-2").iterdir()}
+    assert {"apa_state_0.pt", "apa_state_1.pt"} <= written
+    # One process told of it.
+    assert done.stdout.count("rollouts an iteration") == 1 and "16 rollouts an iteration" in done.stdout
+    launched = launch_command_parser().parse_args(started_by["accelerate"][2:])
+    assert (launched.num_processes, launched.module) == (2, True)
+    assert launched.training_script == "trl_apa.cli" and launched.training_script_args[0] == "train"
 
 
 @pytest.mark.parametrize(

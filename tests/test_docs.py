@@ -31,7 +31,16 @@ from trl_apa.reporting import reward_statistics
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path
-    for folder in (".", "docs", "examples", "examples/hh", "examples/paper", "benchmarks", "parity")
+    for folder in (
+        ".",
+        "docs",
+        "examples",
+        "examples/hh",
+        "examples/paper",
+        "examples/stack_llama",
+        "benchmarks",
+        "parity",
+    )
     for path in ROOT.glob(f"{folder}/*.md")
 )
 OURS = [page for page in PAGES if page.parent.name != "hh"]

@@ -51,12 +51,13 @@ def held_by(trainer):
     return dict(engine.llm.network.named_parameters())
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_training_in_one_process_with_vllm_is_training_with_generate(tmp_path, folder, vllm, adapted):
+@pytest.mark.parametrize(("adapted", "value_model"), [(False, "separate"), (True, "separate"), (True, "adapter")])
+def test_training_in_one_process_with_vllm_is_training_with_generate(tmp_path, folder, vllm, adapted, value_model):
     """With one answer to choose from the two must agree: every iteration's samples are those of the current policy."""
-    plain = trainer_for(tmp_path, model=policy_from(folder, adapted), **GREEDY | {"use_vllm": False})
+    options = {**GREEDY, "value_model": value_model}
+    plain = trainer_for(tmp_path, model=policy_from(folder, adapted), **options | {"use_vllm": False})
     plain.train()
-    trainer = trainer_for(tmp_path, model=policy_from(folder, adapted), **GREEDY)
+    trainer = trainer_for(tmp_path, model=policy_from(folder, adapted), **options)
     base = {name: p.clone() for name, p in trainer.model.policy.named_parameters() if "base_layer" in name}
     trainer.train()
     assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)

@@ -45,7 +45,6 @@ POSITIVE = (
     "num_generations",
     "num_mini_batches",
     "num_unfrozen_layers",
-    "num_unfrozen_layers",
     "per_device_train_batch_size",
     "ratio_threshold",
     "reward_timeout",
