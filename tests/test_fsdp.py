@@ -4,9 +4,11 @@ accelerate takes up FSDP for GPUs and their like only, and trains with DDP elsew
 is to tell accelerate that its processes are such; everything behind that runs on CPU with gloo.
 """
 
+import accelerate
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +28,11 @@ from tests._engines import (
 from tests._two_processes import run_in_two_processes
 from tests.test_update import assert_same
 from tests.tiny import tiny_config, tiny_model, tiny_trainer
+
+
+pytestmark = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.15"), reason="FSDP2 is tested with the versions of constraints/ci.txt"
+)
 
 
 def with_fsdp(folder, state_dict_type="FULL_STATE_DICT", **config):

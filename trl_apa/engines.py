@@ -61,7 +61,7 @@ def check_engine(
             f"ratio_threshold={args.ratio_threshold}: DeepSpeed updates the weights inside the backward pass, so that "
             "a mini-batch cannot be left out after it; set ratio_threshold=float('inf')"
         )
-    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
     if module.base_is_shared and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise ValueError(
             "deepspeed: with value_model='adapter' offload_optimizer would add up the value model's gradients of all "
