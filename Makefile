@@ -6,12 +6,13 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 ARGS ?=
 
 SHELL := /bin/bash
+comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-lowest bench soak parity demo build clean
+.PHONY: help install check format test test-distributed test-lowest bench soak parity demo build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: .venv/.installed ## make .venv: the package, editable, and its development tools at pinned versions
 
@@ -26,6 +27,9 @@ format: install ## format and sort imports
 
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
+
+test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in an environment of its own
+	HF_HUB_OFFLINE=1 .venv-distributed/bin/python -m pytest -q tests/test_deepspeed.py $(ARGS)
 
 test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions that pyproject.toml admits
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
@@ -46,10 +50,10 @@ build: install ## make the source distribution and the wheel in dist/
 	.venv/bin/python -m build --no-isolation
 
 clean: ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-lowest .venv-parity .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-distributed .venv-lowest .venv-parity .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-lowest/bin/python .venv-parity/bin/python:
+.venv/bin/python .venv-distributed/bin/python .venv-lowest/bin/python .venv-parity/bin/python:
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec "$$python" -m venv $(@D)/..; \
@@ -57,14 +61,20 @@ clean: ## remove the environments, caches and builds; runs/ stays
 	done; \
 	echo "no Python 3.11 or later among: $(PYTHON); name one with PYTHON=/path/to/python" >&2; exit 1
 
+# $(1): the versions; $(2): more extras beside dev, each after a comma.
 define install-with
 	@echo "installing into $(@D) with $(1), which takes a few minutes the first time"
-	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' --constraint $(1)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev$(2)]' --constraint $(1)
 	@touch $@
 endef
 
 .venv/.installed: pyproject.toml constraints/ci.txt | .venv/bin/python
 	$(call install-with,constraints/ci.txt)
+
+# DeepSpeed compiles nothing while it is installed; on CPU it builds one small C++ file when it is first used.
+.venv-distributed/.installed: export DS_BUILD_OPS := 0
+.venv-distributed/.installed: pyproject.toml constraints/ci.txt | .venv-distributed/bin/python
+	$(call install-with,constraints/ci.txt,$(comma)distributed)
 
 # These versions of torch bring CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.
 .venv-lowest/.installed: pyproject.toml constraints/lowest.txt | .venv-lowest/bin/python

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_7b [--layouts separate-bf16 separate-8bit one-base] [--micro-batches 1 2 4] [--output F]
 
 Random weights, LoRA of rank 16, prompts of 896 tokens, responses of 128, gradient checkpointing, bfloat16. One
-iteration warms up; the next ones are measured: `generate`, `score` and `step` on `--rollouts` rows. The checkpoints are
-made in a folder that needs 27 GB. `--scale tiny` runs the same code with a small shape, on a CPU too.
+iteration warms up; the next ones are measured: `generate`, `score` and `step` on `--rollouts` rows. The checkpoints
+are made in a folder that needs 27 GB. `--scale tiny` runs the same code with a small shape, on a CPU too.
 
 Model FLOPs of a network with N weights outside the embedding, L layers of width H, for a row of T tokens:
 `F = 2 N T + 2 L H T^2`, the second term for causal attention; the vocabulary's weights count only where they are used.

@@ -25,29 +25,31 @@ from trl_apa.models import load_language_model
 
 
 MIB = 2**20
-SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 352}
+SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 352}
 SIZES |= {"vocab_size": 1000, "max_position_embeddings": 512, "eos_token_id": None}
 LLAMA, NEOX = LlamaConfig(**SIZES), GPTNeoXConfig(**SIZES)
-GPT2 = GPT2Config(vocab_size=1000, n_embd=128, n_layer=3, n_head=4, eos_token_id=None, bos_token_id=None)
+GPT2 = GPT2Config(vocab_size=1000, n_embd=128, n_layer=2, n_head=4, eos_token_id=None, bos_token_id=None)
 LARGE_VOCABULARY = LlamaConfig(**{**SIZES, "vocab_size": 32000, "hidden_size": 64})
-WIDE = LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 704, "num_key_value_heads": 2})
+WIDE = LlamaConfig(**{**SIZES, "hidden_size": 192, "intermediate_size": 512, "num_key_value_heads": 2})
 IN_FLOAT32 = {"dtype": torch.float32, "autocast": None, "max_length": 256, "max_new_tokens": 24}
 IN_FLOAT32 |= {"micro_batch_size": 4, "generation_batch_size": 4, "lora_r": 8}
 FULL, QUANTISED = {**IN_FLOAT32, "lora_r": 0}, {**IN_FLOAT32, "dtype": torch.bfloat16, "autocast": torch.bfloat16}
 SHORT = {"max_length": 96, "gradient_checkpointing": False}
 CASES = {
     "LoRA, a separate value model": Setup(LLAMA, **IN_FLOAT32),
-    "LoRA, no checkpointing": Setup(NEOX, **IN_FLOAT32, gradient_checkpointing=False),
-    "value adapter": Setup(LLAMA, **IN_FLOAT32, value="adapter", gradient_checkpointing=False),
-    "value adapter, accumulation": Setup(WIDE, **IN_FLOAT32, value="adapter", gradient_accumulation_steps=2),
+    "LoRA, eager attention": Setup(NEOX, **{**IN_FLOAT32, **SHORT}, attention="eager"),
+    "value adapter, accumulation": Setup(
+        WIDE, **IN_FLOAT32, value="adapter", gradient_accumulation_steps=2, gradient_checkpointing=False
+    ),
     "8-bit base, value adapter": Setup(LLAMA, **QUANTISED, quantization="8bit", value="adapter"),
     "4-bit base, value adapter": Setup(LLAMA, **QUANTISED, quantization="4bit", value="adapter"),
     "full": Setup(WIDE, **FULL, gradient_checkpointing=False),
     "full, autocast": Setup(WIDE, **{**FULL, "autocast": torch.bfloat16}),
-    "full, large vocabulary": Setup(LARGE_VOCABULARY, **{**FULL, **SHORT}),
+    "full, logits in chunks": Setup(
+        LARGE_VOCABULARY, **{**FULL, **SHORT, "micro_batch_size": 8, "max_new_tokens": 70}
+    ),
     "full, a head for values": Setup(GPT2, **FULL, value="head", gradient_checkpointing=False),
-    "two unfrozen layers": Setup(LLAMA, **FULL, num_unfrozen_layers=2, gradient_checkpointing=False),
-    "eager attention": Setup(LLAMA, **{**IN_FLOAT32, **SHORT}, attention="eager"),
+    "one unfrozen layer": Setup(LLAMA, **FULL, num_unfrozen_layers=1, gradient_checkpointing=False),
 }
 
 

@@ -4,6 +4,7 @@ The engine runs on behind the ends of responses, as vLLM may behind a stop strin
 keeps until it has all of it, as vLLM does.
 """
 
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,5 +150,11 @@ def install(monkeypatch, server=None):
     monkeypatch.setattr("trl_apa.vllm_options.is_vllm_available", available)
     for name in [name for name in sys.modules if name.startswith("trl.generation.vllm")]:
         monkeypatch.delitem(sys.modules, name)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        # TRL sets these for vLLM; processes that later tests start should not see them.
+        before = os.environ.get(name)
+        monkeypatch.setenv(name, before or "")
+        if before is None:
+            monkeypatch.delenv(name)
     client = import_module("trl.generation.vllm_client").VLLMClient
     monkeypatch.setattr(client, "init_communicator", lambda self, device: None)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,16 +24,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
-from trl_apa.commands import env, evaluate, generate, launching, plot, reward, sft, train
+from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.data.sources import Row
 from trl_apa.models import load_reward_model
+from trl_apa.offline import OfflineConfig
 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 OUR_CONFIGS = ROOT / "trl_apa" / "accelerate_configs"
-WITH_YAML = {"sft": sft, "reward": reward, "train": train, "evaluate": evaluate, "generate": generate}
+WITH_YAML = {"sft": sft, "reward": reward, "train": train, "offline": offline}
+WITH_YAML |= {"evaluate": evaluate, "generate": generate}
 
 
 def run(command, *argv):
@@ -94,9 +98,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_before_anything_is_load
     assert refused(capsys, command, "--xyzzy=1") == f"trl-apa {command}: unknown option '--xyzzy'"
 
 
-@pytest.mark.parametrize("command", ["plot", "env", "winrate"])
+@pytest.mark.parametrize("command", ["plot", "env", "winrate", "paper"])
 def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
-    arguments = {"plot": ["somewhere"], "winrate": "a b --judge local --judge_model c".split()}.get(command, [])
+    arguments = {
+        "plot": ["somewhere"],
+        "winrate": "a b --judge local --judge_model c".split(),
+        "paper": ["fig3", "--scale", "mini"],
+    }.get(command, [])
     assert "unrecognized arguments: --xyzzy" in refused(capsys, command, *arguments, "--xyzzy", "1")
 
 
@@ -269,6 +277,33 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     assert "2 rows are left out, the first of them row 4: has no" in capsys.readouterr().out
 
 
+def test_of_a_large_data_set_only_the_rows_that_are_asked_for_are_read(monkeypatch):
+    read = []
+
+    def endless(source, name, data_dir, split):
+        for number in range(1, 10**9):
+            read.append((source, data_dir, number))
+            yield Row(number, hh_rows(number)[-1])
+
+    monkeypatch.setattr("trl_apa.commands.rows.iter_rows", endless)
+    arguments = DataArguments(
+        "many",
+        dataset_data_dir="data/rl",
+        eval_dataset_name="others",
+        eval_dataset_data_dir="data/evaluation",
+        max_train_rows=5,
+        max_eval_rows=2,
+    )
+    train_rows, held_out = load_rows(arguments, preference)
+    assert (len(train_rows), len(held_out)) == (5, 2)
+    # one more row of each, which is not looked at
+    assert read == [("many", "data/rl", n) for n in range(1, 7)] + [
+        ("others", "data/evaluation", n) for n in (1, 2, 3)
+    ]
+    with pytest.raises(ValueError, match="eval_dataset_data_dir='x' is read only with eval_dataset_name"):
+        DataArguments("many", eval_dataset_data_dir="x")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_are_read(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
@@ -418,9 +453,11 @@ IN_SMALL = {
     "reward": f"{SHORT} --bf16 no",
     "train": f"{SHORT} {SAMPLING} --batch_size 8 --num_epochs_per_batch 1 --eval_steps 2 --save_steps 2 "
     "--max_eval_rows 4",
+    "offline": f"{SHORT} {SAMPLING} --eval_steps 2 --value_epochs 1 --max_train_rows 12 --max_eval_rows 4",
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
     "winrate": "--use_cpu",
+    "paper": "--iterations 2 --batch_size 8 --sft_steps 3 --num_pairs 16 --reward_steps 2",
 }
 
 
@@ -456,6 +493,24 @@ def test_every_command_is_documented_and_run():
     for line in "".join(documented("text")).splitlines():
         command, config, path = line.partition("-m trl_apa.cli ")[2].split()
         assert command in WITH_YAML and config == "--config" and (ROOT / path).is_file()
+
+
+def test_the_launchers_of_the_page_start_the_command_in_two_processes(pipeline):
+    """torchrun for real; of accelerate, which runs one process on a CPU, what it makes of its line."""
+    started_by = {line.split()[0]: shlex.split(line) for line in "".join(documented("text")).splitlines()}
+    options = [*IN_SMALL["train"].split(), "--dataset_name", "preferences.jsonl.gz", "--output_dir", "runs/two"]
+    options += ["--max_steps", "2", "--eval_strategy", "no", "--report_to", "none"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", *started_by["torchrun"][1:], *options]
+    done = subprocess.run(command, cwd=pipeline.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (pipeline / "two" / "checkpoint-2").iterdir()}
+    assert {"apa_state_0.pt", "apa_state_1.pt"} <= written
+    # One process told of it.
+    assert done.stdout.count("rollouts an iteration") == 1 and "16 rollouts an iteration" in done.stdout
+    launched = launch_command_parser().parse_args(started_by["accelerate"][2:])
+    assert (launched.num_processes, launched.module) == (2, True)
+    assert launched.training_script == "trl_apa.cli" and launched.training_script_args[0] == "train"
 
 
 @pytest.mark.parametrize(
@@ -510,6 +565,34 @@ def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
     assert (pipeline / "apa" / "checkpoint-4").is_dir()
 
 
+def test_the_pipeline_learns_offline_from_labelled_responses(pipeline):
+    history = json.loads((pipeline / "offline" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "policy/weight" in row] == [1, 2, 3]
+    assert [row["step"] for row in history if "eval_reward" in row] == [2, 3]
+    weights = [AutoModelForCausalLM.from_pretrained(pipeline / name).state_dict() for name in ("sft", "offline")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_rows_with_rewards_are_taken_and_preferences_are_labelled():
+    given = {"prompt": "a", "completion": "b", "reward": 2.0, "n": 1}
+    assert offline.response_with_reward(Row(1, given)) == given
+    pair = offline.response_with_reward(Row(2, hh_rows(1)[0]))
+    rows = offline.labelled(
+        [given, pair], [lambda completions, **_: [1.0] * 2], byte_tokenizer(), OfflineConfig(use_cpu=True)
+    )
+    assert [(row["completion"], row["reward"]) for row in rows] == [
+        ("b", 2.0),
+        (" It is 0.", 1.0),
+        (" I do not know.", 1.0),
+    ]
+    assert offline.prompts_of([given, {**given, "n": 2}, pair]) == [
+        {"prompt": "a", "n": 1},
+        {"prompt": pair["prompt"]},
+    ]
+    with pytest.raises(ValueError, match="has chat messages"):
+        offline.response_with_reward(Row(3, {"chosen": MESSAGES, "rejected": MESSAGES}))
+
+
 def test_the_pipeline_compares_checkpoints(pipeline):
     before, after = json.loads((pipeline / "evaluation.json").read_text()).values()
     assert before["kl"] == pytest.approx(0.0, abs=1e-4) and after["kl"] != before["kl"]
@@ -526,6 +609,15 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
     assert len({sample["prompt"] for sample in samples}) == len(samples)
     for name in plot.FIGURES:
         assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
+    curves = json.loads((pipeline / "paper" / "fig8-mini" / "fig8.json").read_text())["in small"]
+    assert (
+        set(curves) == {"adaptive KL", "no KL control"} and (pipeline / "paper" / "fig8-mini" / "fig8.png").is_file()
+    )
+    assert all(curve["kl"]["mean"][0] == pytest.approx(0.0, abs=1e-5) for curve in curves.values())
+    assert curves["adaptive KL"]["reward"]["steps"] == [0, 2]
 
 
 def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):

@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import byte_tokenizer
+from trl_apa.commands.generate import answer_text
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference
 from trl_apa.data import (
     Demonstration,
@@ -128,10 +133,34 @@ def test_votes_are_whole_numbers(upvotes):
 def test_paired_answers_become_prompts_demonstrations_and_pairs(tmp_path):
     row = {"question": "How?", "response_j": "So.", "response_k": "Not so.", "qid": 7}
     pairs = read_stack_exchange(jsonl(tmp_path, row, {**row, "response_k": "Or so."})).pairs
-    assert pairs[0] == Preference("Question: How?\n\nAnswer: ", "So.", "Not so.", 1)
+    assert pairs[0] == Preference("Question: How?\n\nAnswer:", " So.", " Not so.", 1)
     assert prompts(pairs) == [stack_exchange_prompt("How?")]
-    assert sft_rows(pairs) == [{"prompt": "Question: How?\n\nAnswer: ", "completion": "So."}]
-    assert preference_rows(pairs)[1]["rejected"] == "Or so."
+    assert sft_rows(pairs) == [{"prompt": "Question: How?\n\nAnswer:", "completion": " So."}]
+    assert preference_rows(pairs)[1]["rejected"] == " Or so."
+
+
+def test_the_tokens_of_prompt_and_answer_are_those_of_the_whole_text(tmp_path):
+    """With a token a word and its space before it, as Llama's tokenizers have them; the answer keeps that space."""
+    tokenizer = tokenizer_of_words("Question:", "How?\n\nAnswer:", "So", "it", "is.")
+    (row,) = sft_rows(
+        read_stack_exchange(
+            jsonl(tmp_path, {"question": "How?", "response_j": "So it is.", "response_k": "No."})
+        ).pairs
+    )
+    prompt, whole = (torch.tensor(tokenizer(text)["input_ids"]) for text in (row["prompt"], "".join(row.values())))
+    assert whole[: len(prompt)].equal(prompt) and len(whole) == len(prompt) + 3
+    ends_in_a_space = tokenizer(f"{row['prompt']} ")["input_ids"]
+    assert whole[: len(ends_in_a_space)].tolist() != ends_in_a_space
+    assert tokenizer.decode(whole[len(prompt) :]) == "So it is."
+    assert answer_text(tokenizer, prompt, whole[len(prompt) :]) == " So it is."
+
+
+def tokenizer_of_words(*words):
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "▁", *(f"▁{word}" for word in words)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def test_voted_answers_become_pairs_of_different_scores(tmp_path):
@@ -143,7 +172,7 @@ def test_voted_answers_become_pairs_of_different_scores(tmp_path):
     ]
     # Scores -1, 2, 1 + 1 = 2 and 5: of six pairs one is a tie.
     path = jsonl(tmp_path, {"question": "How?", "answers": answers})
-    pairs = [(pair.chosen, pair.rejected) for pair in read_stack_exchange(path).pairs]
+    pairs = [(pair.chosen.strip(), pair.rejected.strip()) for pair in read_stack_exchange(path).pairs]
     better = [("liked", "unloved"), ("accepted", "unloved"), ("best", "unloved"), ("best", "liked")]
     assert pairs == [*better, ("best", "accepted")]
     assert len(read_stack_exchange(path, max_pairs=2).pairs) == 2
@@ -156,7 +185,7 @@ def test_scores_that_the_source_gives_are_taken(tmp_path):
     answers = [{"text": "a", "pm_score": 1, "selected": False}, {"text": "b", "pm_score": 4, "selected": True}]
     path = tmp_path / "rows.parquet"
     Dataset.from_list([{"question": "How?", "answers": answers}]).to_parquet(path)
-    assert read_stack_exchange(path).pairs == [Preference("Question: How?\n\nAnswer: ", "b", "a", 1)]
+    assert read_stack_exchange(path).pairs == [Preference("Question: How?\n\nAnswer:", " b", " a", 1)]
 
 
 @pytest.mark.parametrize(
@@ -191,14 +220,14 @@ def test_commands_read_both_layouts(tmp_path):
         {"question": "When?"},
     ]
     arguments = DataArguments(str(jsonl(tmp_path, *questions)), dataset_layout="stack_exchange")
-    asked = [f"Question: {word}?\n\nAnswer: " for word in ("How", "Why", "When")]
+    asked = [f"Question: {word}?\n\nAnswer:" for word in ("How", "Why", "When")]
     assert load_prompts(arguments)["prompt"] == asked
     pairs = load_rows(arguments, preference)[0]
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [
-        ("So.", "Not so."),
-        ("b", "a"),
-        ("c", "a"),
-        ("c", "b"),
+        (" So.", " Not so."),
+        (" b", " a"),
+        (" c", " a"),
+        (" c", " b"),
     ]
     posts = [{"prompt": POST, "label": "Milk."}, {"prompt": POST, "label": ""}]
     arguments = DataArguments(str(jsonl(tmp_path, *posts)), dataset_layout="tldr")

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import trl_apa
+from tests.fake_vllm import install
 from tests.tiny import byte_tokenizer, lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.cli import COMMANDS
 from trl_apa.reporting import reward_statistics
@@ -30,7 +31,16 @@ from trl_apa.reporting import reward_statistics
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path
-    for folder in (".", "docs", "examples", "examples/hh", "benchmarks", "parity")
+    for folder in (
+        ".",
+        "docs",
+        "examples",
+        "examples/hh",
+        "examples/paper",
+        "examples/stack_llama",
+        "benchmarks",
+        "parity",
+    )
     for path in ROOT.glob(f"{folder}/*.md")
 )
 OURS = [page for page in PAGES if page.parent.name != "hh"]
@@ -235,9 +245,10 @@ def test_the_readme_script_runs(tmp_path, checkpoints):
     assert (tmp_path / "ten-words" / "value_model" / "value_head.safetensors").is_file()
 
 
-def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoints, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script, resume = fenced(ROOT / "docs" / "training.md", "python")
+@pytest.fixture(scope="module")
+def training_page(tmp_path_factory, checkpoints):
+    """What the script of the page on training leaves behind, and the folder that it ran in."""
+    (script,) = fenced(ROOT / "docs" / "training.md", "python")
     # Fewer and shorter rollouts will do here.
     for option, value in {
         "batch_size=64": 16,
@@ -246,15 +257,54 @@ def test_the_script_of_the_page_on_training_runs_and_goes_on(tmp_path, checkpoin
         "_steps=16": 4,
     }.items():
         script = script.replace(option, f"{option.partition('=')[0]}={value}")
-    script = script.replace("APAConfig(\n", "APAConfig(\n    use_cpu=True,\n")
-    namespace = {}
-    exec(compile(with_paths(script, checkpoints), "training.md", "exec"), namespace)
+    folder, namespace = tmp_path_factory.mktemp("training"), {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        run_block(script, namespace, checkpoints)
+    return namespace, folder
+
+
+def run_block(block, namespace, checkpoints):
+    block = with_paths(block, checkpoints).replace("APAConfig(", "APAConfig(use_cpu=True, ")
+    exec(compile(block, "a page", "exec"), namespace)
+
+
+def test_the_script_of_the_page_on_training_runs_and_that_on_resuming_goes_on(training_page, checkpoints, monkeypatch):
+    namespace, folder = training_page
+    monkeypatch.chdir(folder)
     trainer = namespace["trainer"]
     assert [row["step"] for row in trainer.state.log_history if "eval_kl" in row] == [4, 8]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
+    AutoModelForCausalLM.from_pretrained(folder / "ten-words")
     trainer.args.max_steps = 12
-    exec(compile(resume, "training.md", "exec"), namespace)
+    (resume,) = fenced(ROOT / "docs" / "resuming.md", "python")
+    run_block(resume, dict(namespace), checkpoints)
     assert trainer.state.global_step == 12
+
+
+def test_the_snippets_on_rewards_run(training_page, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = dict(training_page[0])
+    for block in fenced(ROOT / "docs" / "rewards.md", "python"):
+        run_block(block, namespace, checkpoints)
+    assert namespace["trainer"].scorer.names == ["reward-model", "ten_words", "no_shouting", "each_token_costs"]
+    assert namespace["stats"]["apa/mean_scores"] == pytest.approx(float(sum(namespace["scores"])) / 64, rel=1e-4)
+
+
+def test_the_snippets_on_generation_run(training_page, checkpoints, tmp_path, monkeypatch):
+    """Those on vLLM with a stand-in for it, up to its engine's options."""
+    monkeypatch.chdir(tmp_path)
+    namespace = dict(training_page[0])
+    sampled, colocated, served = fenced(ROOT / "docs" / "generation.md", "python")
+    run_block(sampled, namespace, checkpoints)
+    rollouts = namespace["trainer"]._iteration.rollouts
+    assert len(rollouts) == 16 and len({tuple(query.tolist()) for query in rollouts.queries[:4]}) == 1
+    assert list((tmp_path / "sentences" / "completions").iterdir())
+    install(monkeypatch)
+    run_block(colocated, namespace, checkpoints)
+    trainer = trl_apa.APATrainer(namespace["config"], namespace["model"], tokenizer=namespace["tokenizer"])
+    assert trainer.vllm.engine.llm.options["enable_sleep_mode"] and trainer.vllm.engine.max_model_length == 512
+    run_block(served, namespace, checkpoints)
+    assert (namespace["config"].vllm_mode, namespace["config"].use_vllm) == ("server", True)
 
 
 def test_the_script_of_the_page_on_offline_learning_runs(tmp_path, checkpoints, monkeypatch):

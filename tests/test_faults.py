@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.trainer
+from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 
 from tests.test_training import few_nines, parameters, trainer_for
 from tests.test_update import assert_same
-from tests.tiny import tiny_config, tiny_rollouts, tiny_trainer
+from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa.resuming import StopOnSigterm, is_complete, last_complete_checkpoint
 
 
@@ -190,6 +191,19 @@ def test_what_was_learned_before_an_evaluation_failed_is_kept(tmp_path, uninterr
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
 
 
+def test_what_was_learned_before_a_gradient_was_not_finite_is_kept(tmp_path, uninterrupted):
+    trainer = trainer_for(tmp_path, max_steps=12)
+
+    def spoil(gradient):
+        return gradient * (float("nan") if trainer.state.global_step == 6 else 1.0)
+
+    trainer.model.policy.lm_head.weight.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match="at optimizer step 6; this update was not made"):
+        trainer.train()
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-6")
+    assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
 def test_sigterm_after_the_last_step_is_passed_on():
     handled = []
     before = signal.signal(signal.SIGTERM, lambda *_: handled.append("mine"))
@@ -215,6 +229,22 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
         trainer_for(tmp_path).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         trainer_for(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_learned(tmp_path):
+    trainer_for(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    wider = LlamaConfig(**{**CONFIGS["llama"]().to_dict(), "intermediate_size": 48})
+    for model, kind in (
+        (tiny_model("gpt2"), "GPT2LMHeadModel"),
+        (get_peft_model(tiny_model(), lora_config()), "PeftModelForCausalLM"),
+        (AutoModelForCausalLM.from_config(wider), "LlamaForCausalLM"),
+    ):
+        trainer = trainer_for(tmp_path, model=model)
+        before = parameters(trainer)
+        message = rf"checkpoint-2' is of another run: networks was 'LlamaForCausalLM, .* trained', is '{kind}, "
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+        assert_same(parameters(trainer), before, tolerance=1e-30)
 
 
 def test_training_stops_above_max_kl(tmp_path, caplog):

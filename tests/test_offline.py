@@ -335,8 +335,34 @@ def test_the_held_out_numbers_are_those_of_the_samples(tmp_path):
     # the same luck every time
     trainer.evaluate()
     assert [ids for _, _, batch in seen[2:] for ids in batch] == ids
+    parts = trainer.evaluate({"odd": prompts[::2], "even": prompts[1:2]})
+    assert (parts["eval_odd_reward"], parts["eval_even_reward"]) == (4.0, 4.0)
     with pytest.raises(ValueError, match="needs eval_dataset"):
         trainer_of(tmp_path, ragged_rows()).evaluate()
+
+
+@pytest.mark.parametrize("loss_type", ["awr", "ilql"])
+def test_gradient_checkpointing_changes_neither_the_update_nor_the_samples(tmp_path, loss_type):
+    runs = {}
+    for checkpointing in (False, True):
+        sampled = []
+
+        def reward(completion_ids, sampled=sampled, **columns):
+            sampled.extend(completion_ids)
+            return [0.0] * len(completion_ids)
+
+        given = {"eval_dataset": [{"prompt": "w5 w6 w7"}, {"prompt": "w8"}], "reward_funcs": reward}
+        options = {"gradient_checkpointing": checkpointing, "max_completion_length": 8, "value_epochs": 1}
+        trainer = trainer_of(
+            tmp_path, ragged_rows(), trainer_kwargs=given, loss_type=loss_type, max_steps=2, **options
+        )
+        trainer.train()
+        trainer.evaluate()
+        assert trainer.networks.is_gradient_checkpointing == checkpointing
+        runs[checkpointing] = (sampled, list(trainer.networks.parameters()))
+    assert runs[True][0] == runs[False][0] and max(map(len, runs[True][0])) > 3
+    for with_it, without in zip(runs[True][1], runs[False][1], strict=True):
+        torch.testing.assert_close(with_it, without, rtol=0, atol=1e-6)
 
 
 # ---- rows and options ----
@@ -354,6 +380,8 @@ def test_both_responses_of_a_pair_are_labelled_once():
         {"prompt": "w3", "completion": text, "reward": value}
         for text, value in ((" w5 w5", 2), (" w6", 1), (" w7", 1))
     ]
+    with pytest.raises(ValueError, match="reward_funcs has 'adapter'"):
+        label_pairs(pairs, "adapter:some/path", tiny_tokenizer())
 
 
 def test_texts_end_with_eos_and_long_rows_are_cut(tmp_path):

@@ -28,9 +28,9 @@ from transformers.integrations import (
     integration_utils,
 )
 
+from tests._engines import announce_rank
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.test_training import logged, parameters, trainer_for
-from tests.test_two_processes import announce_rank
 from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
@@ -349,9 +349,10 @@ def wandb_offline(tmp_path, monkeypatch):
     wandb.finish()
 
 
-def table_of(run, folder):
-    """Columns and rows that W&B has last written as `game_log`."""
-    (path,) = folder.glob(f"wandb/offline-run-*-{run.id}/files/{run.summary['game_log']['path']}")
+def table_of(run):
+    """Columns and rows that W&B has last written as `game_log`; ends the run, which waits until all is written."""
+    path = Path(run.dir) / run.summary["game_log"]["path"]
+    run.finish()
     written = json.loads(path.read_text())
     return written["columns"], written["data"]
 
@@ -371,7 +372,7 @@ def test_wandb_gets_numbers_histograms_and_the_table(wandb_offline):
     assert sum(histogram["values"]) == 4
     assert (histogram["bins"][0], histogram["bins"][-1]) == pytest.approx((min(scores), max(scores)))
     assert sum(run.summary["train/apa/policy/advantages"]["values"]) == stats["tokens/counted"]
-    columns, rows = table_of(run, wandb_offline)
+    columns, rows = table_of(run)
     assert columns == ["query", "response", "reward"]
     batch = texts()
     assert rows == [list(row) for row in zip(batch["query"], batch["response"], scores, strict=True)]
@@ -387,10 +388,14 @@ def test_train_opens_the_run_with_the_same_options(wandb_offline):
     prompts = datasets.Dataset.from_list([{"prompt": f"w{i}"} for i in range(2, 10)])
     options = {"tracker_project_name": "alignment", "tracker_kwargs": {"wandb": {"name": "first"}}}
     options |= {"max_steps": 2, "logging_steps": 1, "max_completion_length": 4, "save_strategy": "no"}
+    options["log_completions"] = True
     arguments = {"dataset": prompts, "reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}
     tiny_trainer(wandb_offline, report_to="wandb", trainer_kwargs=arguments, **options).train()
     assert (wandb.run.project, wandb.run.name) == ("alignment", "first")
     assert wandb.run.summary["train/apa/mean_scores"] > 0
+    columns, rows = table_of(wandb.run)
+    assert columns == ["prompt", "completion", "rewards/<lambda>", "reward"]
+    assert [row[2] for row in rows] == [row[3] for row in rows] == [float(len(row[1])) for row in rows]
 
 
 def test_a_wandb_run_of_the_scripts_own_is_left_as_it_is_with_a_warning(wandb_offline):

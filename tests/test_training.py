@@ -28,9 +28,8 @@ def length(completion_ids, target, **kwargs):
 
 
 def trainer_for(tmp_path, model=None, dataset=None, reward_funcs=few_nines, **options):
-    of_trainer = {
-        n: options.pop(n) for n in ("eval_dataset", "callbacks", "reward_processing_classes") if n in options
-    }
+    names = ("eval_dataset", "callbacks", "reward_processing_classes", "value_model")
+    of_trainer = {name: options.pop(name) for name in names if name in options}
     config = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
     dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset
     return APATrainer(
@@ -475,11 +474,14 @@ def test_the_best_checkpoint_by_reward_is_loaded_at_the_end(tmp_path):
         metric_for_best_model="eval_reward",
         greater_is_better=True,
         learning_rate=0.05,
+        save_total_limit=2,
         **options,
     )
     trainer.train()
     best = max((row for row in trainer.state.log_history if "eval_reward" in row), key=lambda row: row["eval_reward"])
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert len(kept) == 2 and {f"checkpoint-{best['step']}", "checkpoint-8"} <= kept
     assert trainer.evaluate()["eval_reward"] == pytest.approx(best["eval_reward"])
 
 

@@ -1,82 +1,162 @@
-"""`step` and `train` on two ranks against one process that sees both ranks' rollouts."""
+"""`step` and `train` with DDP on two ranks against one process that sees both ranks' rollouts."""
 
 import os
-import tempfile
+import signal
 
 import datasets
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
+from tests._engines import ACCUMULATED, alone, announce_rank, assert_equal_outcome, on_one_base, rows_of
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
+from tests.fake_vllm import Server, install
 from tests.test_training import PROMPTS, StopAt, few_nines
 from tests.test_update import assert_same, learner
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
+from trl_apa.models.value_adapter import VALUE_ADAPTER
+from trl_apa.resuming import is_complete
 
 
 OPTIONS = {"ppo_epochs": 2, "gamma": 0.9, "scale_rewards": True, "score_clip": 1.5}
 
 
-def announce_rank(rank):
-    """What torchrun tells accelerate."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+def step_on_half(rank, folder, loss_type):
+    split = ACCUMULATED if loss_type == "apa" else {"mini_batch_size": 4}
+    trainer = learner(folder, batch_size=4, loss_type=loss_type, **split, **OPTIONS)
+    halves = [[column[row] for row in rows_of(rank)] for column in tiny_rollouts(8)]
+    stats = [trainer.step(*halves) for _ in range(2)][-1]
+    assert trainer.accelerator.num_processes == WORLD_SIZE
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, stats
 
 
-def step_on_half(rank, options, accumulate):
+def live_a_little(rank, folder):
+    rows = datasets.Dataset.from_list([{"input_ids": [2, 3], "query": f"q{i}"} for i in range(16)])
+    trainer = APATrainer(
+        tiny_config(folder),
+        tiny_model(),
+        tokenizer=tiny_tokenizer(),
+        dataset=rows,
+        peft_config=lora_config(),
+    )
+    queries, responses, scores = tiny_rollouts(4, seed=rank)
+    bad = [torch.tensor(float("nan")), *scores[1:]] if rank == 1 else scores
+    with pytest.raises(ValueError) as refused:
+        trainer.step(queries, responses, bad)
+    trainer.step(queries, responses, scores)
+    parameters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    sampled = trainer.generate([torch.tensor([2, 3])] * 4, return_prompt=False, max_new_tokens=8)
+    seen = [query for batch in trainer.dataloader for query in batch["query"]]
+    return str(refused.value), parameters, [r.tolist() for r in sampled], seen, dist.get_rank()
+
+
+class TerminateOneProcess(TrainerCallback):
+    """Sends SIGTERM to this process, if it is the one, while it takes an optimizer step."""
+
+    def __init__(self, step, rank):
+        self.step, self.rank = step, rank
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step and args.process_index == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_here(folder, batch_size, callback=None, resume=None, **config):
+    """Greedy sampling, so that how many processes draw random numbers does not matter."""
+    options = {"optim": "sgd", "learning_rate": 0.1, "top_k": 1, "max_completion_length": 5, "max_steps": 4, "seed": 3}
+    options |= {"batch_size": batch_size, "mini_batch_size": batch_size, "ppo_epochs": 2, "logging_steps": 1, **config}
+    trainer = APATrainer(
+        tiny_config(folder, **options),
+        tiny_model(),
+        tokenizer=tiny_tokenizer(),
+        train_dataset=PROMPTS,
+        reward_funcs=few_nines,
+        callbacks=[] if callback is None else [callback],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except SystemExit as ended:
+        return ended.code, trainer.state.global_step
+    rows = [row for row in trainer.state.log_history if "apa/mean_scores" in row]
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, rows
+
+
+def train_on_two_ranks(rank, folder):
+    whole = train_here(f"{folder}/whole", 2)
+    train_here(f"{folder}/cut", 2, StopAt(3))
+    resumed = train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
+    terminated = train_here(f"{folder}/terminated", 2, TerminateOneProcess(3, rank=1))
+    resumed_again = train_here(f"{folder}/terminated", 2, resume=True)
+    return whole, resumed, terminated, resumed_again, train_with_one_server(rank, folder)
+
+
+def train_with_one_server(rank, folder):
+    """The first rank asks for both; the server is a thread of it."""
+    if rank == 0:
+        tiny_model().save_pretrained(f"{folder}/model")
+    server = Server(f"{folder}/model") if rank == 0 else None
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url if server else None}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch, server)
+        trained, _ = train_here(f"{folder}/served", 2, **options)
+        requests = [] if server is None else [len(b["prompt"]) for path, b in server.requests if "completions" in path]
+        if rank == 0:
+            server.failing = True
+        with pytest.raises((RuntimeError, ValueError)) as failed:
+            train_here(f"{folder}/unserved", 2, **options)
+    return trained, requests, str(failed.value)
+
+
+def everything(rank, folder):
+    """All that the tests look at, so that two processes are started once."""
     announce_rank(rank)
-    split = {"mini_batch_size": 2, "gradient_accumulation_steps": 2} if accumulate else {"mini_batch_size": 4}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = learner(folder, batch_size=4, **split, **options)
-        halves = [column[4 * rank : 4 * rank + 4] for column in tiny_rollouts(8)]
-        stats = [trainer.step(*halves) for _ in range(2)][-1]
-        assert trainer.accelerator.num_processes == WORLD_SIZE
-        return {name: p.detach().numpy() for name, p in trainer.model.named_parameters()}, stats
+    rows, own = rows_of(rank), f"{folder}/{rank}"
+    results = {loss_type: step_on_half(rank, f"{own}/{loss_type}", loss_type) for loss_type in ("apa", "awr", "ppo")}
+    results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
+    results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
+    results["life"] = live_a_little(rank, f"{own}/life")
+    results["train"] = train_on_two_ranks(rank, folder)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return run_in_two_processes(everything, str(folder))
 
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
-def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, loss_type):
+def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks, loss_type):
     """Also the whitening, the running score scale and every statistic are those of the union."""
-    options = {**OPTIONS, "loss_type": loss_type}
-    single = learner(tmp_path, batch_size=8, mini_batch_size=8, **options)
+    single = learner(tmp_path, batch_size=8, mini_batch_size=8, loss_type=loss_type, **OPTIONS)
     stats = [single.step(*tiny_rollouts(8)) for _ in range(2)][-1]
-    ranks = run_in_two_processes(step_on_half, options, loss_type == "apa")
     expected = {name: p.detach() for name, p in single.model.named_parameters()}
-    for parameters, rank_stats in ranks:
-        assert_same({name: torch.from_numpy(p) for name, p in parameters.items()}, expected, tolerance=1e-5)
+    for parameters, rank_stats in (rank[loss_type] for rank in ranks):
+        assert_same(parameters, expected, tolerance=1e-5)
         assert rank_stats.keys() == stats.keys()
         for name, value in stats.items():
             if not name.startswith("time/"):
                 assert rank_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-def live_a_little(rank):
-    announce_rank(rank)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = datasets.Dataset.from_list([{"input_ids": [2, 3], "query": f"q{i}"} for i in range(16)])
-        trainer = APATrainer(
-            tiny_config(folder),
-            tiny_model(),
-            tokenizer=tiny_tokenizer(),
-            dataset=rows,
-            peft_config=lora_config(),
-        )
-        queries, responses, scores = tiny_rollouts(4, seed=rank)
-        bad = [torch.tensor(float("nan")), *scores[1:]] if rank == 1 else scores
-        with pytest.raises(ValueError) as refused:
-            trainer.step(queries, responses, bad)
-        trainer.step(queries, responses, scores)
-        parameters = {name: p.detach().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        sampled = trainer.generate([torch.tensor([2, 3])] * 4, return_prompt=False, max_new_tokens=8)
-        seen = [query for batch in trainer.dataloader for query in batch["query"]]
-        return str(refused.value), parameters, [r.tolist() for r in sampled], seen, dist.get_rank()
+def test_two_ranks_equal_one_process_with_all_networks_on_one_base(tmp_path, ranks):
+    """With gradient checkpointing; over one micro-batch a step and over two."""
+    expected = on_one_base(alone, tmp_path)
+    moved = [name for name, weight in expected["weights"].items() if "lora_B" in name and weight.any()]
+    assert any(VALUE_ADAPTER in name for name in moved) and any(".default." in name for name in moved)
+    for rank in ranks:
+        assert_equal_outcome(rank["on one base"], expected)
+        assert_equal_outcome(rank["on one base, accumulated"], expected)
 
 
-def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things():
-    (first, lora_0, sampled_0, seen_0, _), (second, lora_1, sampled_1, seen_1, rank) = run_in_two_processes(
-        live_a_little
-    )
+def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things(ranks):
+    (first, lora_0, sampled_0, seen_0, _), (second, lora_1, sampled_1, seen_1, rank) = (rank["life"] for rank in ranks)
     assert rank == 1
     assert "scores[0] is nan" in second
     assert "1 other process" in first
@@ -88,38 +168,32 @@ def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things
     assert sorted(seen_0 + seen_1) == sorted(f"q{i}" for i in range(16))
 
 
-def train_here(folder, batch_size, stop=None, resume=None, **config):
-    """Greedy sampling, so that how many processes draw random numbers does not matter."""
-    options = {"optim": "sgd", "learning_rate": 0.1, "top_k": 1, "max_completion_length": 5, "max_steps": 4, "seed": 3}
-    options |= {"batch_size": batch_size, "mini_batch_size": batch_size, "ppo_epochs": 2, "logging_steps": 1, **config}
-    trainer = APATrainer(
-        tiny_config(folder, **options),
-        tiny_model(),
-        tokenizer=tiny_tokenizer(),
-        train_dataset=PROMPTS,
-        reward_funcs=few_nines,
-        callbacks=[] if stop is None else [StopAt(stop)],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    rows = [row for row in trainer.state.log_history if "apa/mean_scores" in row]
-    return {name: p.detach().numpy() for name, p in trainer.model.named_parameters()}, rows
-
-
-def train_on_two_ranks(rank, folder):
-    announce_rank(rank)
-    whole = train_here(f"{folder}/whole", 2)
-    train_here(f"{folder}/cut", 2, stop=3)
-    return whole, train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
-
-
-def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path):
-    results = run_in_two_processes(train_on_two_ranks, str(tmp_path))
-    alone, alone_rows = train_here(tmp_path / "alone", 4)
-    for (whole, rows), (resumed, _) in results:
-        as_tensors = [{name: torch.from_numpy(p) for name, p in named.items()} for named in (whole, resumed, alone)]
-        assert_same(as_tensors[0], as_tensors[2], tolerance=1e-5)
-        assert_same(as_tensors[1], as_tensors[0], tolerance=1e-30)
+def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path, ranks):
+    single, alone_rows = train_here(tmp_path / "alone", 4)
+    for (whole, rows), (resumed, _), *_ in (rank["train"] for rank in ranks):
+        assert_same(whole, single, tolerance=1e-5)
+        assert_same(resumed, whole, tolerance=1e-30)
         assert len(rows) == len(alone_rows) == 2
         for row, alone_row in zip(rows, alone_rows, strict=True):
             for name in ("apa/mean_scores", "objective/kl", "apa/loss/total", "tokens/responses_len_mean"):
                 assert row[name] == pytest.approx(alone_row[name], rel=1e-4, abs=1e-5), name
+
+
+def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step_with_a_whole_checkpoint(ranks, folder):
+    checkpoint = folder / "terminated" / "checkpoint-3"
+    assert is_complete(str(checkpoint)) and {f"apa_state_{rank}.pt" for rank in range(2)} <= set(
+        os.listdir(checkpoint)
+    )
+    for (whole, _), _, terminated, (resumed, _), _ in (rank["train"] for rank in ranks):
+        assert terminated == (128 + signal.SIGTERM, 3)
+        assert_same(resumed, whole, tolerance=1e-30)
+
+
+def test_two_ranks_share_a_vllm_server_and_fail_together_if_it_fails(ranks):
+    messages = []
+    for (whole, _), *_, (served, requests, failure) in (rank["train"] for rank in ranks):
+        assert_same(served, whole, tolerance=1e-6)
+        messages.append((requests, failure))
+    (asked, first), (not_asked, second) = messages
+    assert (asked, not_asked) == ([4, 4], [])
+    assert "the vLLM server failed" in first and "1 other process(es) failed at the same point" in second

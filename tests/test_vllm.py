@@ -51,12 +51,13 @@ def held_by(trainer):
     return dict(engine.llm.network.named_parameters())
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_training_in_one_process_with_vllm_is_training_with_generate(tmp_path, folder, vllm, adapted):
+@pytest.mark.parametrize(("adapted", "value_model"), [(False, "separate"), (True, "separate"), (True, "adapter")])
+def test_training_in_one_process_with_vllm_is_training_with_generate(tmp_path, folder, vllm, adapted, value_model):
     """With one answer to choose from the two must agree: every iteration's samples are those of the current policy."""
-    plain = trainer_for(tmp_path, model=policy_from(folder, adapted), **GREEDY | {"use_vllm": False})
+    options = {**GREEDY, "value_model": value_model}
+    plain = trainer_for(tmp_path, model=policy_from(folder, adapted), **options | {"use_vllm": False})
     plain.train()
-    trainer = trainer_for(tmp_path, model=policy_from(folder, adapted), **GREEDY)
+    trainer = trainer_for(tmp_path, model=policy_from(folder, adapted), **options)
     base = {name: p.clone() for name, p in trainer.model.policy.named_parameters() if "base_layer" in name}
     trainer.train()
     assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)
@@ -235,10 +236,12 @@ def test_policies_that_vllm_cannot_hold_are_refused(tmp_path, folder, vllm):
 
 
 def test_sampling_options_are_translated_or_refused():
-    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=5.0, top_p=0.9, min_length=-1, eos_token_id=1)
-    sampling = vllm_sampling(config, "w3", {})
+    config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=5.0, top_p=0.9, min_length=-1, eos_token_id=[1, 99]
+    )
+    sampling = vllm_sampling(config, "w3", {}, vocabulary=32)
     assert (sampling["temperature"], sampling["top_k"], sampling["top_p"]) == (0.7, 5, 0.9)
     assert sampling["generation_kwargs"]["stop_token_ids"] == [1] and sampling["generation_kwargs"]["stop"] == ["w3"]
     with pytest.raises(ValueError, match="cannot honour logits_processor, no_repeat_ngram_size of generate") as error:
-        vllm_sampling(GenerationConfig(no_repeat_ngram_size=2), None, {"logits_processor": []})
+        vllm_sampling(GenerationConfig(no_repeat_ngram_size=2), None, {"logits_processor": []}, vocabulary=32)
     assert "use_vllm=True" in str(error.value)

@@ -17,6 +17,7 @@ from transformers import (
 
 from tests.tiny import byte_tokenizer
 from trl_apa.commands import winrate as command
+from trl_apa.data.sources import Row
 from trl_apa.winrate import (
     JudgeError,
     LanguageModelJudge,
@@ -488,9 +489,26 @@ def test_references_come_in_every_layout(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", rows)
     options = ["A", "B", "--judge", "local", "--judge_model", "m", "--references", path]
     parse = command.make_parser().parse_args
-    found = command.read_references(parse([*options, "--references_layout", "stack_exchange"]))
-    assert found == {json.dumps("Question: How?\n\nAnswer: "): "So."}
+    asked, greeting = json.dumps("Question: How?\n\nAnswer:"), json.dumps([{"role": "user", "content": "hi"}])
+    found = command.read_references(parse([*options, "--references_layout", "stack_exchange"]), {asked})
+    assert found == {asked: " So."}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     jsonl(tmp_path / "rows.jsonl", [{"chosen": messages, "rejected": messages}])
-    assert command.read_references(parse(options)) == {json.dumps(messages[:1]): "ho"}
-    assert command.read_references(parse(options[:6])) is None
+    assert command.read_references(parse(options), {greeting}) == {greeting: "ho"}
+    assert command.read_references(parse(options), {asked}) == {}
+    assert command.read_references(parse(options[:6]), {greeting}) is None
+
+
+def test_references_lie_in_a_folder_of_a_data_set_and_reading_ends_with_the_last_that_is_wanted(monkeypatch):
+    read = []
+
+    def endless(source, data_dir, split):
+        for number in range(1, 10**9):
+            read.append((source, data_dir, split, number))
+            yield Row(number, {"prompt": f"p{number % 4}", "completion": f"c{number}"})
+
+    monkeypatch.setattr(command, "iter_rows", endless)
+    argv = "A B --judge local --judge_model m --references hub/rows --references_data_dir data/evaluation".split()
+    found = command.read_references(command.make_parser().parse_args(argv), {'"p1"', '"p3"'})
+    assert found == {'"p1"': "c1", '"p3"': "c3"}
+    assert read == [("hub/rows", "data/evaluation", "train", number) for number in (1, 2, 3)]

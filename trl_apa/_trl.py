@@ -4,7 +4,8 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from trl.import_utils import is_vllm_available
-from trl.models.utils import unwrap_model_for_generation
+from trl.models import prepare_deepspeed
+from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import (
@@ -18,13 +19,15 @@ from trl.trainer.utils import (
 __all__ = [
     "_BaseConfig",
     "_BaseTrainer",
+    "add_hooks",
     "entropy_from_logits",
     "is_peft_model",
     "is_vllm_available",
+    "prepare_deepspeed",
     "print_prompt_completions_sample",
+    "remove_hooks",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
-    "unwrap_model_for_generation",
     "vllm_generation_class",
 ]
 

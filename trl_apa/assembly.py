@@ -24,6 +24,7 @@ from trl_apa.models import (
     value_head_of,
     without_value_head,
 )
+from trl_apa.models.partitioned import is_partitioned
 from trl_apa.optimization import add_value_parameters
 from trl_apa.validation import check_networks_are_apart, check_precision, check_type, check_value_model_reads
 
@@ -87,7 +88,8 @@ def assemble(
             freeze_all_but(args.num_unfrozen_layers, value_model.network)
     check_value_model_reads(tokenizer, value_model)
     module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
-    check_precision(module)
+    if not any(is_partitioned(parameter) for parameter in module.parameters()):
+        check_precision(module)  # DeepSpeed, which cut up the others, keeps a float32 copy of what it trains
     check_networks_are_apart(module, ref_model, optimizer)
     disable_dropout(module)
     reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)

@@ -15,11 +15,13 @@ COMMANDS = {
     "sft": ("trl_apa.commands.sft", "supervised fine-tuning with TRL's SFTTrainer"),
     "reward": ("trl_apa.commands.reward", "a reward model from preferences with TRL's RewardTrainer"),
     "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
+    "offline": ("trl_apa.commands.offline", "learn from fixed responses with APA, AWR or ILQL"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
     "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
     "merge": ("trl_apa.commands.merge", "an adapter put into its base, as a plain checkpoint"),
+    "paper": ("trl_apa.commands.paper", "the curves of one of the paper's figures, and their picture"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
     "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),
 }

@@ -9,9 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
+from trl_apa.logprobs import TOKEN_FIELDS
 from trl_apa.masking import keep_counted
-from trl_apa.models import reference_policy
 from trl_apa.rollouts import pad_tokens, response_mask
 
 
@@ -84,26 +83,33 @@ def _measured_in_parts(
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     queries = trainer._on_all_processes(lambda: [[trainer._query(row) for row in part] for part in parts])
     responses = [trainer._respond_on_all_processes(part, generate_ref_response=True) for part in queries]
-    together = list(zip(parts, queries, responses, strict=True))
+    # Where weights are cut up, the networks are run by all processes together, too.
+    nats = [_kl_and_entropy(trainer, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]
+    together = list(zip(parts, queries, responses, nats, strict=True))
     return trainer._on_all_processes(lambda: [_measure(trainer, *part) for part in together])
 
 
 def _measure(
-    trainer: "APATrainer", rows: list[dict[str, Any]], queries: list[Tensor], both: tuple[list[Tensor], list[Tensor]]
+    trainer: "APATrainer",
+    rows: list[dict[str, Any]],
+    queries: list[Tensor],
+    both: tuple[list[Tensor], list[Tensor]],
+    nats: tuple[Tensor, Tensor],
 ) -> tuple[dict[str, Tensor], list[str]]:
     """One value a row, and the policy's responses as text.
 
     Args:
         both: responses of the policy, and of pi_init.
+        nats: what `_kl_and_entropy` says of the policy's.
     """
     responses, ref_responses = both
+    kl_B, entropy_sum_B = nats
     texts = trainer._texts(rows, queries, responses)
     scores = trainer._scores(texts, rows, queries, responses)
     reward_B = scores.total_B
     ref_scores = trainer._scores(trainer._texts(rows, queries, ref_responses), rows, queries, ref_responses)
     ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
-    kl_B, entropy_sum_B = _kl_and_entropy(trainer, queries, responses)
     columns = {
         "kept": scores.kept_B & ref_scores.kept_B,
         "reward": reward_B,
@@ -125,14 +131,12 @@ def _kl_and_entropy(trainer: "APATrainer", queries: list[Tensor], responses: lis
     mask_BR = response_mask(responses, device=device)
     tokens = pad_tokens(queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
     tokens = {name: tokens[name].to(device) for name in TOKEN_FIELDS if name in tokens}
-    policy = trainer.accelerator.unwrap_model(trainer.model).policy
-    arguments = (tokens, mask_BR.shape[1], trainer.args.temperature)
+    batch = {**tokens, "response_mask": mask_BR}
     with trainer.accelerator.autocast():
-        logprobs_BR, entropy_BR = response_logprobs(policy, *arguments, with_entropy=True)
-        with reference_policy(policy, trainer.ref_model) as reference:
-            ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
-    kl_B = keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1)
-    return kl_B, keep_counted(entropy_BR, mask_BR).sum(dim=1)
+        outputs = trainer._module_to_call(**trainer._model_inputs(batch), with_value=False, with_entropy=True)
+    ref_logprobs_BR = trainer._reference_outputs(batch)["logprobs"]
+    kl_B = keep_counted(outputs["logprobs"] - ref_logprobs_BR, mask_BR).sum(dim=1)
+    return kl_B, keep_counted(outputs["entropy"], mask_BR).sum(dim=1)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.advantages import gae
@@ -42,7 +42,6 @@ class Experience(_BaseTrainer):
             rollouts.old_logprobs_BR = blank_BR.clone()
         if is_ppo:
             rollouts.kl_penalty_BR = blank_BR.clone()
-        policy = self.accelerator.unwrap_model(self.model).policy
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
@@ -53,19 +52,33 @@ class Experience(_BaseTrainer):
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
-            with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
-                reading = (reference, self._tokens(batch), width, self.args.temperature)
-                of_reference = policy_outputs(*reading, with_logits=full_kl)
-            rollouts.ref_logprobs_BR[index, :width] = of_reference.logprobs_BR.float()
+            ref_outputs = self._reference_outputs(batch, with_logits=full_kl)
+            rollouts.ref_logprobs_BR[index, :width] = ref_outputs["logprobs"].float()
             if needs_old:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
             if full_kl:
-                kl = kl_full(outputs["logits"].log_softmax(-1), of_reference.logits_BRV.log_softmax(-1))
+                kl = kl_full(outputs["logits"].log_softmax(-1), ref_outputs["logits"].log_softmax(-1))
                 rollouts.kl_penalty_BR[index, :width] = kl.float()
         if is_ppo and not full_kl:
             rollouts.kl_penalty_BR = kl_estimate(
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )
+
+    @torch.no_grad()
+    def _reference_outputs(self, batch: dict[str, Tensor], with_logits: bool = False) -> dict[str, Tensor]:
+        """`logprobs` under pi_init, and `logits` if asked for, as `PolicyAndValue.forward` gives them."""
+        policy, width = self.accelerator.unwrap_model(self.model).policy, batch["response_mask"].shape[1]
+        with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+            if reference is policy:
+                return self._module_to_call(**self._model_inputs(batch), with_value=False, with_logits=with_logits)
+            reading = (reference, self._tokens(batch), width, self.args.temperature)
+            outputs = policy_outputs(*reading, with_logits=with_logits, own_forward=self._is_sharded)
+        return {"logprobs": outputs.logprobs_BR, "logits": outputs.logits_BRV}
+
+    @property
+    def _module_to_call(self) -> nn.Module:
+        """For a pass without gradient: what has the weights, and waits for other processes only if it must."""
+        return self.model_wrapped if self._is_sharded else self.accelerator.unwrap_model(self.model)
 
     def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
         """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""

@@ -69,6 +69,11 @@ class Iteration:
         return self.position // self.micro_batches_per_step
 
     @property
+    def starts_step(self) -> bool:
+        """Whether the micro-batch that was handed out last was the first of its optimizer step."""
+        return (self.position - 1) % self.micro_batches_per_step == 0
+
+    @property
     def ends_step(self) -> bool:
         """Whether the micro-batch that was handed out last was the last of its optimizer step."""
         return self.position % self.micro_batches_per_step == 0
@@ -96,6 +101,12 @@ class Iteration:
         rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
         return {**self.rollouts.micro_batch(rows, pad_token_id, packed), "num_tokens": self.num_tokens[step]}
+
+    def take_back_step(self) -> None:
+        """The optimizer step whose micro-batches were all handed out last counts as not begun."""
+        self.position -= self.micro_batches_per_step
+        self.record.optimizer_steps.pop()
+        self.record.grad_norms.pop()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and containers of these."""

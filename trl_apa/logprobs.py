@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -70,6 +70,7 @@ def policy_outputs(
     with_entropy: bool = False,
     with_hidden: bool = False,
     with_logits: bool = False,
+    own_forward: bool = False,
 ) -> PolicyOutputs:
     """log pi(a|s) of the response tokens of each row, at the temperature that they were sampled at.
 
@@ -83,11 +84,12 @@ def policy_outputs(
         response_width: `R`, tokens.
         temperature: logits are divided by it.
         with_entropy, with_hidden, with_logits: what else to return; logits only of a padded layout.
+        own_forward: call the model as a whole, which an engine that has cut it up waits for.
 
     Raises:
         RuntimeError: for a packed layout where the model computes its logits itself.
     """
-    parts = None if with_logits else trunk_and_head(model)
+    parts = None if with_logits or own_forward else trunk_and_head(model)
     if parts is None:
         if "sequence_lengths" in tokens:
             raise RuntimeError(f"a packed row was given to {type(model).__name__}, which needs a padded batch")
@@ -265,7 +267,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """What turns tokens into hidden states and what turns these into logits, if a language model is just these two.
 
     Some families scale or cap their logits: each model is tried out on four tokens, once. None for these, for
-    encoder-decoders, and for a model in a distributed wrapper, whose own forward has to be called.
+    encoder-decoders, and for a model that an engine has sharded, whose own forward has to be called.
     """
     base = model.get_base_model() if is_peft_model(model) else model
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
@@ -274,18 +276,24 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     if trunk is base or head is None:
         return None
     if base not in _IS_HEAD_OF_TRUNK:
-        if isinstance(head.weight, FakeTensor):
-            return trunk, head  # without contents there is nothing to try; `trl-apa memory` counts sizes alone
         _IS_HEAD_OF_TRUNK[base] = _is_head_of_trunk(base, trunk, head)
     return (trunk, head) if _IS_HEAD_OF_TRUNK[base] else None
 
 
 @torch.no_grad()
 def _is_head_of_trunk(model: nn.Module, trunk: nn.Module, head: nn.Module) -> bool:
+    if is_sharded(model):
+        return False
     input_ids = torch.arange(4, device=trunk.get_input_embeddings().weight.device)[None] % model.config.vocab_size
     logits = model(input_ids=input_ids, use_cache=False).logits
     hidden = last_hidden_states(trunk(input_ids=input_ids, use_cache=False))
     return torch.allclose(logits, head(hidden.to(head_device(head))).to(logits), rtol=1e-4, atol=1e-5)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 has spread the weights over processes."""
+    wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return wrapped or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def head_device(head: nn.Module) -> torch.device:

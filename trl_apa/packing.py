@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import forward_parameters, last_hidden_states, network_inputs, trunk_and_head
+from trl_apa.logprobs import forward_parameters, is_sharded, last_hidden_states, network_inputs, trunk_and_head
 from trl_apa.rollouts import pack_tokens
 
 
@@ -65,18 +65,13 @@ def pack_if_exact(networks: Iterable[nn.Module], padding_free: bool | None) -> b
             if padding_free:
                 raise ValueError(f"padding_free=True, but {type(_base(network)).__name__} {reason}")
             return False
-    attend_to_sequences(networks)
-    return True
-
-
-def attend_to_sequences(networks: Iterable[nn.Module]) -> None:
-    """Let networks that attend with SDPA read packed rows too; padded batches and generation stay as they are."""
     for network in networks:
         if _base(network).config._attn_implementation == "sdpa":
             _base(network).set_attn_implementation(PER_SEQUENCE)
+    return True
 
 
-def why_unsuitable(network: nn.Module) -> str | None:
+def _why_unsuitable(network: nn.Module) -> str | None:
     """What in a network's kind keeps it from computing the same from a packed row; None if there is nothing."""
     base = _base(network)
     config = base.config
@@ -96,11 +91,11 @@ def why_unsuitable(network: nn.Module) -> str | None:
 
 def why_not_packed(network: nn.Module) -> str | None:
     """Why a packed row would not give what its sequences give alone; None if it does, which is tried out."""
-    if (reason := why_unsuitable(network)) is not None:
+    if (reason := _why_unsuitable(network)) is not None:
         return reason
     base = _base(network)
     implementation = base.config._attn_implementation
-    if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
+    if is_sharded(base):
         return "has its weights spread over processes, so that it cannot be tried out"
     if implementation == "sdpa":
         base.set_attn_implementation(PER_SEQUENCE)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
@@ -33,24 +34,34 @@ MUST_AGREE = (
 )
 
 
-def save_state(folder: str, process_index: int, args: Any, state: dict[str, Any]) -> None:
+def described(network: nn.Module) -> str:
+    """What tells the networks of one run from those of another: kinds, and numbers of weights and of trained ones."""
+    kinds = [type(part).__name__ for part in network.modules() if isinstance(part, PreTrainedModel | PeftModel)]
+    weights = [parameter.numel() for parameter in network.parameters()]
+    trained = [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
+    outermost = ", ".join(dict.fromkeys(kinds))
+    return f"{outermost} with {sum(weights):,} weights in {len(weights)} parts, {sum(trained):,} of them trained"
+
+
+def save_state(folder: str, process_index: int, args: Any, networks: str, state: dict[str, Any]) -> None:
     """Write one process's part of a checkpoint beside weights and optimizer.
 
     Args:
         folder: the checkpoint's.
         process_index: whose part it is.
         args: the options of the run, of which those in `MUST_AGREE` are kept.
+        networks: `described` before the run began.
         state: tensors, numbers, texts and containers of these.
     """
-    options = {name: getattr(args, name) for name in MUST_AGREE}
+    options = {name: getattr(args, name) for name in MUST_AGREE} | {"networks": networks}
     torch.save({"options": options, **state}, _state_file(folder, process_index))
 
 
-def load_state(folder: str, process_index: int, args: Any) -> dict[str, Any]:
+def load_state(folder: str, process_index: int, args: Any, networks: str) -> dict[str, Any]:
     """What `save_state` wrote.
 
     Raises:
-        ValueError: if there is none, or if it is of a run with other options, naming them.
+        ValueError: if there is none, or if it is of a run with other options or networks, naming them.
     """
     path = _state_file(folder, process_index)
     if not path.is_file():
@@ -59,9 +70,10 @@ def load_state(folder: str, process_index: int, args: Any) -> dict[str, Any]:
             "of fewer processes, or one written with save_only_model"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
-    differing = [name for name in MUST_AGREE if state["options"].get(name) != getattr(args, name)]
+    then, now = state["options"], {name: getattr(args, name) for name in MUST_AGREE} | {"networks": networks}
+    differing = [name for name in now if then.get(name) != now[name]]
     if differing:
-        was = ", ".join(f"{name} was {state['options'].get(name)!r}, is {getattr(args, name)!r}" for name in differing)
+        was = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differing)
         raise ValueError(f"resume_from_checkpoint={os.fspath(folder)!r} is of another run: {was}")
     return state
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
+from trl_apa.engines import cuts_up_weights
 from trl_apa.models import merge_and_save
 
 
@@ -41,7 +42,15 @@ class Saving(_BaseTrainer):
         """Write the policy as a plain checkpoint, its adapter merged into its base: see `models.merge_and_save`.
 
         To be called on every process; one of them writes.
+
+        Raises:
+            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3).
         """
+        if cuts_up_weights(self.accelerator):
+            raise ValueError(
+                "merge_and_save: no process holds the whole policy; save_pretrained gathers it, and "
+                "models.merge_and_save (trl-apa merge) merges what it wrote"
+            )
         if self.args.should_save:
             policy = self.accelerator.unwrap_model(self.model).policy
             merge_and_save(policy, save_directory, self.processing_class, **kwargs)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,18 +18,22 @@ from transformers import (
     TrainerCallback,
 )
 
-from trl_apa._trl import is_peft_model, unwrap_model_for_generation
+from trl_apa._trl import is_peft_model
 from trl_apa.assembly import assemble
 from trl_apa.config import APAConfig
+from trl_apa.engines import (
+    check_engine,
+    keep_outputs_precise,
+    policy_gathered,
+    prepare_frozen,
+    serve_cut_up_weights,
+)
 from trl_apa.experience import Experience
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.masking import keep_counted, masked_mean
-from trl_apa.models import (
-    ValueModel,
-    reference_policy,
-)
+from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
 from trl_apa.optimization import split_off_value_groups
 from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
@@ -39,7 +43,7 @@ from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
 from trl_apa.saving import Saving
-from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.statistics import (
     StageTimer,
     UpdateRecord,
@@ -196,15 +200,17 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             optimizers=(optimizer, lr_scheduler),
         )
         module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        check_engine(self.accelerator, args, module, optimizer, lr_scheduler)
+        keep_outputs_precise(self.accelerator)
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
         self._packed = self._can_pack()
         self._note_what_scripts_read()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+        if not self._is_sharded:
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
         if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin()
 
@@ -213,11 +219,10 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
 
         Not where a wrapper's forward has to be called, nor where each new set of lengths would be compiled anew.
         """
-        wrapped = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled
-        if (wrapped or self.args.torch_compile) and self.args.padding_free:
+        if (self._is_sharded or self.args.torch_compile) and self.args.padding_free:
             raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
         networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        return not (wrapped or self.args.torch_compile) and pack_if_exact(networks, self.args.padding_free)
+        return not (self._is_sharded or self.args.torch_compile) and pack_if_exact(networks, self.args.padding_free)
 
     def _note_what_scripts_read(self) -> None:
         args, module = self.args, self.model
@@ -233,6 +238,9 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         functions = reward_functions(
             reward_funcs, processing_classes, self.processing_class, self.accelerator.device, self.model
         )
+        for function in functions:
+            if isinstance(function, RewardModel):
+                serve_cut_up_weights(function.model, self.accelerator)
         return Scorer(functions, self.args.reward_weights, self.args.skip_unscored, self.args.reward_timeout)
 
     def _begin(self) -> None:
@@ -378,17 +386,22 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         def sample(model: nn.Module) -> Any:
             return shaped(generate_responses(model, queries, tokenizer=self.processing_class, **options, **batching))
 
-        if self.vllm is not None:
-            responses = shaped(self.vllm.responses(queries, step=self.state.global_step, **options))
-            if not generate_ref_response:
-                return responses
-        with self._policy_for_generation() as policy, self.accelerator.autocast():
-            if self.vllm is None:
-                responses = sample(policy)
+        def sample_all(policy: nn.Module) -> Any:
+            responses = sample(policy) if of_vllm is None else of_vllm
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:
                 return responses, sample(reference)
+
+        if self._is_sharded and not self.is_in_train:
+            self._prepare_for_updates()
+        of_vllm = None
+        if self.vllm is not None:
+            of_vllm = shaped(self.vllm.responses(queries, step=self.state.global_step, **options))
+            if not generate_ref_response:
+                return of_vllm
+        with self._module_for_generation() as module, self.accelerator.autocast():
+            return module.run_with_policy(sample_all)
 
     def _generation_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         args = self.args
@@ -398,21 +411,19 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
 
     @contextmanager
-    def _policy_for_generation(self) -> Iterator[nn.Module]:
-        """The policy out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
+    def _module_for_generation(self) -> Iterator[PolicyAndValue]:
+        """Out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
         module = self.accelerator.unwrap_model(self.model)
-        checkpointing, kwargs = module.is_gradient_checkpointing, self._checkpointing_kwargs()
+        checkpointing = module.is_gradient_checkpointing
+        if checkpointing:
+            module.gradient_checkpointing_disable()
+        gather = policy_gathered if self.args.ds3_gather_for_generation else nullcontext
         try:
-            with unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=kwargs,
-            ) as unwrapped:
-                yield unwrapped.policy
+            with gather(self.model_wrapped):
+                yield module
         finally:
-            if checkpointing and not module.is_gradient_checkpointing:
-                module.gradient_checkpointing_enable(kwargs)
+            if checkpointing:
+                module.gradient_checkpointing_enable(self._checkpointing_kwargs())
 
     def _checkpointing_kwargs(self) -> dict[str, Any]:
         return self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}

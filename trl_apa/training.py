@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import is_conversational
@@ -25,6 +27,7 @@ from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, prompt_of, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.resuming import (
+    described,
     is_complete,
     last_complete_checkpoint,
     load_state,
@@ -77,7 +80,10 @@ class TrainingLoop(_BaseTrainer):
     _timer: StageTimer | None = None
     _reporters_started = False
     _first_iteration = 0
+    _networks = ""
     _last_saved_step: int | None = None
+    _engine_is_made = False
+    _kept_engine: Any = None
 
     @property
     def callback_handler(self) -> CallbackHandler:
@@ -136,9 +142,17 @@ class TrainingLoop(_BaseTrainer):
             )
         self._iteration, self._unlogged, self._last_saved_step = None, [], None
         self._first_iteration = self.num_iterations_done
+        # Before a distributed engine takes them apart.
+        self._networks = self._networks or described(self.accelerator.unwrap_model(self.model))
         checkpoint = self._on_all_processes(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
+        if self._engine_is_made and self.is_deepspeed_enabled:
+            # A run begins with `Accelerator.free_memory`, which would destroy the engine.
+            self._kept_engine, self.accelerator.deepspeed_engine_wrapped = (
+                self.accelerator.deepspeed_engine_wrapped,
+                None,
+            )
         try:
             with self._stop_on_sigterm.listening():
                 result = super().train(checkpoint, **kwargs)
@@ -149,6 +163,34 @@ class TrainingLoop(_BaseTrainer):
             logger.warning("SIGTERM: a checkpoint of step %d is in %s", self.state.global_step, args.output_dir)
             raise SystemExit(128 + signal.SIGTERM)
         return result
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether weights, gradients or optimizer are in the hands of an engine that cuts them up."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As the Trainer does; but an engine that cuts up weights is made once, and the next run goes on with it."""
+        if not self._engine_is_made:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            for name in ("run_with_policy", "compute_reward_score"):
+                register_fsdp_forward_method(self.model, name)
+            self._engine_is_made = self._is_sharded
+            return prepared
+        if self._kept_engine is not None:
+            self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None
+        self.accelerator.prepare_optimizer(self.optimizer)  # which knows it again
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_scheduler(num_training_steps=max_steps)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint, self.model_wrapped)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model_wrapped, train_dataloader
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Refused here, before a model is loaded, if it cannot be gone on from."""
@@ -161,7 +203,7 @@ class TrainingLoop(_BaseTrainer):
             checkpoint = os.fspath(resume_from_checkpoint)
             if not is_complete(checkpoint):
                 raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no checkpoint that was written to its end")
-        self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args)
+        self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args, self._networks)
         return checkpoint
 
     def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
@@ -419,7 +461,7 @@ class TrainingLoop(_BaseTrainer):
             "kl_ctl": self.kl_ctl.state_dict(),
             "unlogged": self._unlogged,
         }
-        save_state(output_dir, self.accelerator.process_index, self.args, state)
+        save_state(output_dir, self.accelerator.process_index, self.args, self._networks, state)
         # What makes the checkpoint complete is written next, by one process.
         self.accelerator.wait_for_everyone()
 
@@ -435,8 +477,21 @@ class TrainingLoop(_BaseTrainer):
             self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
             self._timer = StageTimer()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole weights of policy and value model, whatever the engine; all processes call it."""
+        if self._is_sharded and not self.is_in_train:
+            self._prepare_for_updates()
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # the Trainer writes none
+        super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_policy_and_value(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint)
+        elif self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_policy_and_value(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
+from trl_apa.engines import forget_gradients, gradient_norm, whole
 from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
 from trl_apa.masking import masked_mean
 
@@ -47,7 +47,13 @@ class Update(_BaseTrainer):
         iteration = self._iteration
         batch = iteration.next_micro_batch(self._pad_token_id, self._packed)
         module, losses = self.accelerator.unwrap_model(model), []
-        for networks in module.passes:
+        ends_step = self.accelerator.sync_gradients
+        if module.base_is_shared and iteration.starts_step:
+            forget_gradients([p for parameters in module.trainable_parameters().values() for p in parameters])
+        for number, networks in enumerate(module.passes, 1):
+            if self.is_deepspeed_enabled:  # which updates the weights in the backward pass that it takes for the last
+                is_last = number == len(module.passes)
+                self.accelerator.gradient_state._set_sync_gradients(ends_step and is_last)
             with module.adapter_for(**networks):
                 losses.append(super().training_step(model, {**batch, **networks}, num_items_in_batch))
         loss = sum(losses)
@@ -147,11 +153,13 @@ class Update(_BaseTrainer):
         """The joint norm before clipping, noted; refuses a gradient that is not finite."""
         if grad_norm is None:
             self._note_gradient_norms()
-        total = super()._get_grad_norm(model, grad_norm=grad_norm)
+        total = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
-        # With a gradient scaler (fp16) an overflow is expected now and then, and the scaler skips that update.
-        if self.accelerator.scaler is None and not math.isfinite(total):
+        # With fp16 an overflow is expected now and then, and whoever scales the gradient skips that update.
+        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(total):
             kept = self._keep_for_inspection()
+            self._iteration.take_back_step()
+            self._save_what_was_learned()
             raise FloatingPointError(
                 f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
                 f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
@@ -168,12 +176,10 @@ class Update(_BaseTrainer):
         return path
 
     def _note_gradient_norms(self) -> None:
-        """Norms of each network's gradient before clipping, where one process holds it whole and unscaled."""
+        """Norms of each network's gradient before clipping, where they are there, and unscaled."""
         norms: dict[str, Tensor] = {}
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if self.accelerator.scaler is None and not sharded:
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             module = self.accelerator.unwrap_model(self.model)
             for name, parameters in module.trainable_parameters().items():
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                norms[f"apa/grad_norm/{name}"] = nn.utils.get_total_norm(gradients)
+                norms[f"apa/grad_norm/{name}"] = gradient_norm(parameters)
         self._iteration.record.grad_norms.append(norms)

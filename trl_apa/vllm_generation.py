@@ -171,10 +171,11 @@ class VLLMSampler:
             ValueError: for an option that vLLM cannot honour, or a query that is too long.
         """
         counts = gather_object([len(queries)]) if self.args.vllm_mode == "server" else [len(queries)]
+        vocabulary = self.policy.config.get_text_config().vocab_size
         limits, sampling = self.on_all_processes(
             lambda: (
                 self._limits(queries, counts, generation_config, max_length, length_sampler),
-                vllm_sampling(generation_config, stop_strings, model_inputs or {}),
+                vllm_sampling(generation_config, stop_strings, model_inputs or {}, vocabulary),
             )
         )
         self._bring_up_to_date(step)
@@ -244,9 +245,16 @@ class VLLMSampler:
 
 
 def vllm_sampling(
-    generation_config: GenerationConfig, stop_strings: list[str] | str | None, model_inputs: dict[str, Any]
+    generation_config: GenerationConfig,
+    stop_strings: list[str] | str | None,
+    model_inputs: dict[str, Any],
+    vocabulary: int,
 ) -> dict[str, Any]:
     """transformers' sampling options as attributes of TRL's `VLLMGeneration`.
+
+    Args:
+        generation_config, stop_strings, model_inputs: see `VLLMSampler.responses`.
+        vocabulary: ids that the model knows. An end that is none of them (scripts set one to never end) is left out.
 
     Raises:
         ValueError: naming what vLLM cannot honour.
@@ -270,7 +278,7 @@ def vllm_sampling(
         "generation_kwargs": {
             # The ends are ours, not those that vLLM finds in the model's folder.
             "ignore_eos": True,
-            "stop_token_ids": ends,
+            "stop_token_ids": [token for token in ends if token < vocabulary],
             "stop": stop,
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,

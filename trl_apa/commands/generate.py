@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
@@ -83,4 +83,13 @@ def _responses(
     responses = generate_responses(
         policy.eval(), queries, tokenizer=tokenizer, batch_size=config.generation_batch_size or 8, **options
     )
-    return tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [answer_text(tokenizer, query, response) for query, response in zip(queries, responses, strict=True)]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor) -> str:
+    """The text of a response. Decoded by itself it would lose the space before its first word with some tokenizers."""
+    prompt = tokenizer.decode(query, skip_special_tokens=True)
+    whole = tokenizer.decode([*query.tolist(), *response.tolist()], skip_special_tokens=True)
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    return tokenizer.decode(response, skip_special_tokens=True)

@@ -14,7 +14,7 @@ from trl_apa.memory import Prediction, Setup, predict
 from trl_apa.memory.advice import Change, changes
 from trl_apa.memory.optimizers import STATES
 from trl_apa.memory.prediction import OVERHEAD, PARTS
-from trl_apa.memory.setup import REFERENCES, SHARDINGS
+from trl_apa.memory.setup import ATTENTIONS, NETWORKS, REFERENCES, SHARDINGS
 from trl_apa.memory.shapes import config_of
 
 
@@ -64,7 +64,7 @@ class MemoryArguments:
     optim: str = _option("adamw", "The optimizer.", choices=list(STATES))
     world_size: int = _option(1, "Processes, one GPU each.")
     sharding: str = _option("ddp", "How several processes share the work.", choices=list(SHARDINGS))
-    attn_implementation: str = _option("sdpa", "Attention.", choices=["eager", "sdpa", "flash"])
+    attn_implementation: str = _option("sdpa", "Attention.", choices=list(ATTENTIONS))
     overhead: float = _option(
         0.75, "GiB assumed for the CUDA context, libraries' workspaces and what the allocator cannot use."
     )
@@ -88,9 +88,9 @@ class MemoryArguments:
             lora_r=self.lora_r,
             lora_target_modules=alone.get(targets[0], targets) if len(targets) == 1 else targets,
             num_unfrozen_layers=self.num_unfrozen_layers,
-            value=_network(self.value, ("separate", "adapter", "head")),
+            value=_network(self.value, NETWORKS["value"]),
             reference=self.reference,
-            reward=None if self.reward == "none" else _network(self.reward, ("separate", "adapter")),
+            reward=None if self.reward == "none" else _network(self.reward, NETWORKS["reward"]),
             micro_batch_size=self.batch,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             max_length=self.seq,

@@ -15,7 +15,15 @@ from trl import TrlParser
 
 # Groups of `--help` in their order; those that are not here come last.
 TITLES = ("checkpoints", "prompts", "data", "rewards", "model", "LoRA", "quantization", "the algorithm", "SFT")
-TITLES += ("reward model", "sampling", "training", "optimizer and schedule", "precision, memory and speed", "logging")
+TITLES += (
+    "reward model",
+    "sampling",
+    "sampling with vLLM",
+    "training",
+    "optimizer and schedule",
+    "precision, memory and speed",
+    "logging",
+)
 TITLES += ("evaluation", "saving and resuming", "data loading", "several devices", "launching", "Hugging Face hub")
 
 

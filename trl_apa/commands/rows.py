@@ -1,7 +1,7 @@
 """Rows of a file or a hub data set as a command needs them: prompts, demonstrations, or preference pairs."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ class DataArguments:
     dataset_train_split: str = _option("train", "Split of a hub data set that is trained on.")
     dataset_test_split: str | None = _option(None, "Split of a hub data set that is evaluated on.")
     eval_dataset_name: str | None = _option(None, "Held-out rows that are not in dataset_name: a file or a data set.")
+    eval_dataset_data_dir: str | None = _option(
+        None, "Folder inside the hub data set eval_dataset_name; dataset_data_dir by default."
+    )
     eval_share: float | None = _option(
         None, "Hold out this share of dataset_name's rows: the same in every command, a dialogue never in both parts."
     )
@@ -55,6 +58,10 @@ class DataArguments:
             given.append("dataset_test_split")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say what is held out: set one of them")
+        if self.eval_dataset_data_dir is not None and self.eval_dataset_name is None:
+            raise ValueError(
+                f"eval_dataset_data_dir={self.eval_dataset_data_dir!r} is read only with eval_dataset_name"
+            )
 
 
 # What the commands that do not train read.
@@ -81,11 +88,13 @@ def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> tup
     if arguments.dataset_name is None:
         raise ValueError("dataset_name is not set: name a file or a data set of the hub")
     name, test_split = arguments.dataset_name, arguments.dataset_test_split
-    rows, held_out = _read(arguments, name, arguments.dataset_train_split), None
+    rows: Iterable[Row] = _read(arguments, name, arguments.dataset_train_split)
+    held_out: Iterable[Row] | None = None
     if arguments.eval_share is not None:
         rows, held_out = _split(rows, arguments.eval_share)
     elif arguments.eval_dataset_name is not None:
-        held_out = _read(arguments, arguments.eval_dataset_name, test_split or "train")
+        folder = arguments.eval_dataset_data_dir or arguments.dataset_data_dir
+        held_out = _read(arguments, arguments.eval_dataset_name, test_split or "train", folder)
     elif test_split is not None:
         held_out = _read(arguments, name, test_split)
     train = _converted(name, rows, convert, arguments.max_train_rows)
@@ -102,24 +111,24 @@ def load_prompts(arguments: DataArguments) -> Dataset:
     """
     if arguments.dataset_name is None:
         raise ValueError("dataset_name is not set: name a file or a data set of the hub")
-    rows = _read(arguments, arguments.dataset_name, arguments.dataset_test_split or "train")
+    rows: Iterable[Row] = _read(arguments, arguments.dataset_name, arguments.dataset_test_split or "train")
     if arguments.eval_share is not None:
         _, rows = _split(rows, arguments.eval_share)
     return _converted(arguments.dataset_name, rows, prompts_by(arguments), arguments.max_eval_rows)
 
 
-def _read(arguments: DataArguments, source: str, split: str) -> list[Row]:
-    rows = iter_rows(source, name=arguments.dataset_config, data_dir=arguments.dataset_data_dir, split=split)
-    if arguments.dataset_layout is None:
-        return list(rows)
-    return [found for row in rows for found in rows_in_layout(row, arguments.dataset_layout)]
+def _read(arguments: DataArguments, source: str, split: str, data_dir: str | None = None) -> Iterator[Row]:
+    """One row after the other, so that of millions only those that are asked for are read."""
+    data_dir = data_dir or arguments.dataset_data_dir
+    for row in iter_rows(source, name=arguments.dataset_config, data_dir=data_dir, split=split):
+        yield from [row] if arguments.dataset_layout is None else rows_in_layout(row, arguments.dataset_layout)
 
 
-def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
+def _split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
     """A function of the rows alone, so that what one command holds out no other trains on."""
-    if not rows:
-        raise ValueError("dataset_name has no row")
     keyed = [_Keyed(_opening_text(row.fields), row) for row in rows if row.fields is not None]
+    if not keyed:
+        raise ValueError("dataset_name has no row")
     parts = split_by_prompt(keyed, {"held out": share, "train": 1 - share})
     return [pair.row for pair in parts["train"]], [pair.row for pair in parts["held out"]]
 
@@ -130,7 +139,7 @@ def _opening_text(fields: Fields) -> str:
     return str(value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value)
 
 
-def _converted(source: str, rows: Sequence[Row], convert: Callable[[Row], Fields], limit: int | None) -> Dataset:
+def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields], limit: int | None) -> Dataset:
     good: dict[str, Fields] = {}
     bad: list[BadRow] = []
     for place, row in enumerate(rows):

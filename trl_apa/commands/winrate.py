@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--references", metavar="ROWS", help="preferences or demonstrations with the same prompts, as `sft` reads them"
     )
     add("--references_layout", choices=tuple(LAYOUTS), help="as dataset_layout of the other commands")
+    add("--references_data_dir", help="folder inside a hub data set")
     add("--references_split", default="train", help="split of a hub data set (default: %(default)s)")
     add("--cut_at", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
     add("--output", metavar="FILE", help="file for the result and every verdict, as JSON")
@@ -79,8 +80,9 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
-        references = read_references(options)
-        pairs = make_pairs(read_answers(options.ours), read_answers(options.theirs), references, options.cut_at)
+        ours, theirs = read_answers(options.ours), read_answers(options.theirs)
+        references = read_references(options, {json.dumps(prompt) for prompt, _ in ours})
+        pairs = make_pairs(ours, theirs, references, options.cut_at)
         judge = make_judge(options)
         cache = VerdictCache(options.cache or Path(options.ours).parent / "winrate_cache.jsonl")
         judgements = compare(pairs, judge, cache)
@@ -114,8 +116,12 @@ def read_answers(path: str) -> list[tuple[Any, str]]:
     return answers
 
 
-def read_references(options: argparse.Namespace) -> dict[str, str] | None:
-    """Prompt, as JSON, to the answer that people chose; None if no references are asked for.
+def read_references(options: argparse.Namespace, prompts: Collection[str]) -> dict[str, str] | None:
+    """The first answer that people chose to each prompt; None if no references are asked for.
+
+    Args:
+        options: where they are.
+        prompts: those whose references are wanted, as JSON. Reading ends with the last of them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -123,10 +129,11 @@ def read_references(options: argparse.Namespace) -> dict[str, str] | None:
     """
     if options.references is None:
         return None
-    rows = iter_rows(options.references, split=options.references_split)
+    rows = iter_rows(options.references, data_dir=options.references_data_dir, split=options.references_split)
     if options.references_layout is not None:
         rows = (found for row in rows for found in rows_in_layout(row, options.references_layout))
     references: dict[str, str] = {}
+    found_any = False
     for row in rows:
         try:
             fields = demonstration(row) if row.fields is not None else {}
@@ -135,8 +142,12 @@ def read_references(options: argparse.Namespace) -> dict[str, str] | None:
         answer = fields.get("completion")
         answer = answer[-1]["content"] if isinstance(answer, list) else answer
         if fields.get("prompt") is not None and answer is not None:
-            references.setdefault(json.dumps(fields["prompt"]), answer)
-    if not references:
+            found_any = True
+            if (prompt := json.dumps(fields["prompt"])) in prompts:
+                references.setdefault(prompt, answer)
+            if len(references) == len(prompts):
+                break
+    if not found_any:
         raise ValueError(f"references={options.references!r} has no row with a prompt and a chosen answer")
     return references
 

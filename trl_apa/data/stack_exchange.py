@@ -14,8 +14,12 @@ MAX_PAIRS = 10
 
 
 def stack_exchange_prompt(question: str) -> str:
-    """The prompt that StackLLaMA's models were trained on."""
-    return f"Question: {question}\n\nAnswer: "
+    """What stands before an answer in the texts that StackLLaMA's models were trained on.
+
+    The space before the answer belongs to the answer, as in the HH layout: where a token begins with its space, as
+    Llama's do, a prompt that ends in one ends in a token that no text of an answer has.
+    """
+    return f"Question: {question}\n\nAnswer:"
 
 
 def answer_score(upvotes: int, accepted: bool = False) -> int:
@@ -77,7 +81,7 @@ def pairs_of_row(row: Row, max_pairs: int = MAX_PAIRS) -> list[Preference]:
     prompt = prompt_of_row(row)
     if row.fields.get("answers") is not None:
         return _pairs_of_answers(prompt, row, max_pairs)
-    return [checked_pair(prompt, text_column(row, "response_j"), text_column(row, "response_k"), row.number)]
+    return [_pair(prompt, text_column(row, "response_j"), text_column(row, "response_k"), row.number)]
 
 
 def prompt_of_row(row: Row) -> str:
@@ -97,10 +101,15 @@ def _pairs_of_answers(prompt: str, row: Row, max_pairs: int) -> list[Preference]
     for (first, first_score), (second, second_score) in combinations(scored, 2):
         if first_score != second_score and len(pairs) < max_pairs:
             better, worse = (first, second) if first_score > second_score else (second, first)
-            pairs.append(checked_pair(prompt, better, worse, row.number))
+            pairs.append(_pair(prompt, better, worse, row.number))
     if not pairs:
         raise ValueError("has no two answers of different scores")
     return pairs
+
+
+def _pair(prompt: str, better: str, worse: str, row: int) -> Preference:
+    pair = checked_pair(prompt, better, worse, row)
+    return pair._replace(chosen=f" {pair.chosen}", rejected=f" {pair.rejected}")
 
 
 def _scored_answer(number: int, answer: Any) -> tuple[str, int]:

@@ -96,17 +96,17 @@ def quantised(model: nn.Module, quantization: str) -> nn.Module:
 def _pack_weight(layer: nn.Module, quantization: str) -> None:
     """The shape and type that the weight has once it is quantised."""
     rows, columns = layer.out_features, layer.in_features
-    shape, dtype = (
-        ((rows, columns), torch.int8) if quantization == "8bit" else ((-(-rows * columns // 2), 1), torch.uint8)
-    )
-    weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-    if quantization == "4bit":
-        weight.compress_statistics, weight.quant_type = False, "nf4"
-    layer.weight = weight
+    if quantization == "8bit":
+        weight, scales = torch.empty(rows, columns, dtype=torch.int8), rows
+    else:
+        weight, scales = torch.empty(-(-rows * columns // 2), 1, dtype=torch.uint8), -(-rows * columns // BLOCK_4BIT)
+    layer.weight, layer.scale_bytes = nn.Parameter(weight, requires_grad=False), 4 * scales
+    # peft asks a 4-bit weight for these.
+    layer.weight.compress_statistics, layer.weight.quant_type = False, "nf4"
 
 
 def classifier_bytes(config: PretrainedConfig, setup: Setup) -> int:
-    """Weights of a reward model of its own, in float32 as `trl-apa train` loads it, or quantised with the policy."""
+    """Weights of a reward model of its own, in the precision of the policy's base."""
     config = copy.deepcopy(config)
     config.num_labels, config.pad_token_id = 1, 0
     with torch.device("meta"):
@@ -125,10 +125,6 @@ def weight_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
     """
     known = set() if beside is None else {id(parameter) for parameter in beside.parameters()}
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known}
-    scales = 0
-    for layer in model.modules():
-        if type(layer).__name__ == "Linear8bitLt":
-            scales += 4 * layer.out_features
-        elif type(layer).__name__ == "Linear4bit":
-            scales += 4 * -(-layer.in_features * layer.out_features // BLOCK_4BIT)
+    # peft's wrapper of such a layer has the name of its class, but not this entry.
+    scales = sum(vars(layer).get("scale_bytes", 0) for layer in model.modules())
     return scales + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 
-# bitsandbytes keeps the states of smaller tensors in float32, and one float32 scale for so many elements of the others.
+# bitsandbytes keeps the states of smaller tensors in float32, and of others one float32 scale for so many elements.
 SMALLEST_8BIT = 4096
 BLOCK_8BIT = 256
 

@@ -1,6 +1,6 @@
 """Peak memory of sampling and of learning, by part, from the config alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales
 from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
-from trl_apa.packing import attend_to_sequences, why_unsuitable
+from trl_apa.packing import pack_if_exact
 from trl_apa.rollouts import pack_tokens, pad_tokens
 
 
@@ -59,15 +59,14 @@ def predict(setup: Setup) -> Prediction:
     module, reference = build_networks(stored)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     lasting = _lasting(module, reference, stored)
-    gradients = sum(p.numel() * p.element_size() for p in trained)
     counts = count_elements(module)
     passing_module = module if stored == cast else build_networks(cast)[0]
     with pretending(passing_module), _autocast(cast):
         generation = _pretend_generation(passing_module, cast)
         update = _pretend_update(passing_module, cast)
     if setup.is_sharded:
-        update[GRADIENTS] = gradients
-    step = {GRADIENTS: gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
+        update[GRADIENTS] = counts.gradients
+    step = {GRADIENTS: counts.gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
     update = max(update, step, key=lambda parts: sum(parts.values()))
     phases = []
     for passing in (generation, update):
@@ -115,9 +114,10 @@ def _autocast(setup: Setup) -> Iterator[None]:
         yield
 
 
-def _counted(module: nn.Module, label_of: Callable[[Tensor], str | None]) -> LiveBytes:
+def _counted(module: PolicyAndValue) -> LiveBytes:
     """A counter that starts when the weights are there already; they are no part of what it counts."""
-    live = LiveBytes(label_of)
+    vocabulary = module.config.get_text_config().vocab_size
+    live = LiveBytes(lambda tensor: LOGITS if tensor.dim() > 1 and tensor.shape[-1] == vocabulary else None)
     live.count("weights", (*module.parameters(), *module.buffers(), *scales_of(module)))
     return live
 
@@ -128,32 +128,29 @@ def _peak(live: LiveBytes) -> dict[str, int]:
 
 def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """Forward and backward pass of a micro-batch, twice if gradients of one are there while the next is computed."""
-    rows, width, vocabulary = setup.micro_batch_size, setup.max_new_tokens, module.config.get_text_config().vocab_size
-    packed = not setup.is_sharded and all(why_unsuitable(network) is None for network in module.networks())
-    if packed:
-        attend_to_sequences(module.networks())
-
-    def label_of(tensor: Tensor) -> str | None:
-        of_logits = tensor.dim() > 1 and tensor.shape[-1] == vocabulary and tensor.shape[-2] <= rows * (width + 1)
-        return LOGITS if of_logits else None
-
+    packed = not setup.is_sharded and pack_if_exact(module.networks(), None)
+    tokens = _longest_rows(setup, packed)
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    live = _counted(module, label_of)
+    live = _counted(module)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: live.count(GRADIENTS, [p.grad]))
     with live:
-        prompt = [torch.ones(setup.max_length - width, dtype=torch.long)] * rows
-        responses = [torch.ones(width, dtype=torch.long)] * rows
-        tokens = pack_tokens(prompt, responses) if packed else pad_tokens(prompt, responses, pad_token_id=0)
         for _ in range(min(setup.gradient_accumulation_steps, 2)):
             for networks in module.passes:
                 with module.adapter_for(**networks):
-                    _forward_and_backward(module, tokens, width, networks)
+                    _forward_and_backward(module, tokens, setup.max_new_tokens, networks)
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_disable()
     return _peak(live)
+
+
+def _longest_rows(setup: Setup, packed: bool) -> dict[str, Any]:
+    """A micro-batch of rows of which each is as long as a row can be."""
+    queries = [torch.ones(setup.max_length - setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
+    responses = [torch.ones(setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
+    return pack_tokens(queries, responses) if packed else pad_tokens(queries, responses, pad_token_id=0)
 
 
 def _forward_and_backward(
@@ -170,8 +167,7 @@ def _forward_and_backward(
 def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """The pass over the prompts and that for the last token, whichever needs more."""
     policy, rows = module.policy.eval(), setup.generation_batch_size
-    vocabulary, prompt = module.config.get_text_config().vocab_size, setup.max_length - setup.max_new_tokens
-    live = _counted(module, lambda tensor: LOGITS if tensor.shape[-1:] == (vocabulary,) else None)
+    live, prompt = _counted(module), setup.max_length - setup.max_new_tokens
     cache = DynamicCache(config=policy.config)
     with live:
         tokens = torch.ones(rows, prompt, dtype=torch.long)

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from trl_apa.memory.optimizers import STATES
+
 
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
 REFERENCES = ("auto", "base", "adapter", "copy")
+ATTENTIONS = ("eager", "sdpa", "flash")
+# Of networks that are not given as a config.
+NETWORKS = {"value": ("separate", "adapter", "head"), "reward": (None, "adapter", "separate")}
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Setup:
             another architecture.
         reference: "base" (the policy's base, adapters off), "adapter" (a frozen copy of an SFT adapter), "copy" (a
             whole frozen copy); "auto" is "base" with adapters and "copy" without.
-        reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape), or
-            a config of another one.
+        reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape),
+            or a config of another one.
         num_unfrozen_layers: train only so many of the highest layers; without adapters.
         micro_batch_size: rows of one forward and backward pass.
         gradient_accumulation_steps: of those passes in one optimizer step.
@@ -74,8 +79,18 @@ class Setup:
                 f"max_new_tokens={self.max_new_tokens} should be less than max_length={self.max_length}, which counts "
                 "the prompt too"
             )
+        self._check_choices()
         self._check_networks()
         self._check_sharding()
+
+    def _check_choices(self) -> None:
+        choices = {"reference": REFERENCES, "sharding": SHARDINGS, "optimizer": STATES, "attention": ATTENTIONS}
+        choices |= {"quantization": (None, "8bit", "4bit")}
+        named = [name for name in NETWORKS if not isinstance(getattr(self, name), PretrainedConfig)]
+        choices |= {name: NETWORKS[name] for name in named}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it should be one of {', '.join(map(str, known))}")
 
     def _check_networks(self) -> None:
         if self.lora_r < 0:
@@ -86,16 +101,14 @@ class Setup:
                     raise ValueError(f"{name}={value!r} needs adapters: lora_r should be more than 0")
             if self.reference in ("base", "adapter"):
                 raise ValueError(f"reference={self.reference!r} needs adapters: lora_r should be more than 0")
+            if self.dtype == torch.float16:
+                raise ValueError("dtype=float16 overflows in weights that are trained: it should be float32")
         elif self.num_unfrozen_layers is not None:
             raise ValueError("num_unfrozen_layers has no effect with adapters: lora_r should be 0")
-        if self.reference not in REFERENCES:
-            raise ValueError(f"reference={self.reference!r}: it should be one of {', '.join(REFERENCES)}")
         if self.config.is_encoder_decoder:
             raise ValueError("an encoder-decoder: only decoders are predicted")
 
     def _check_sharding(self) -> None:
-        if self.sharding not in SHARDINGS:
-            raise ValueError(f"sharding={self.sharding!r}: it should be one of {', '.join(SHARDINGS)}")
         if self.quantization is not None and self.world_size > 1 and self.sharding in ("zero3", "fsdp2"):
             raise ValueError(
                 f"sharding={self.sharding!r} with quantization={self.quantization!r}: quantised weights are not "

@@ -77,8 +77,8 @@ def config_of(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {name!r} is no folder, its config cannot be had from the hub ({str(error).splitlines()[0]}), and it "
-            f"is none of {', '.join(KNOWN)}; give the folder of its config.json, or its shape: "
+            f"model {name!r} is no folder, its config cannot be had from the hub ({str(error).splitlines()[0]}), and "
+            f"it is none of {', '.join(KNOWN)}; give the folder of its config.json, or its shape: "
             "family=llama,hidden_size=4096,num_hidden_layers=32,num_attention_heads=32,intermediate_size=11008,"
             "vocab_size=32000"
         ) from error

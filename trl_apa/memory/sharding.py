@@ -16,15 +16,17 @@ MASTER = "float32 weights"
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of elements that the engines' buffers depend on.
+    """What the engines' buffers depend on.
 
     Args:
         trained: elements that learn.
+        gradients: bytes of all their gradients.
         layer: elements of the largest transformer layer.
         outside: elements of the policy outside its layers (embeddings, head).
     """
 
     trained: int
+    gradients: int
     layer: int
     outside: int
 
@@ -35,7 +37,9 @@ def count_elements(module: nn.Module) -> Counts:
     largest = max((_numel(layer) for layer in layers), default=0)
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
     outside = sum(p.numel() for p in module.policy.parameters() if id(p) not in in_layers)
-    return Counts(sum(p.numel() for p in module.parameters() if p.requires_grad), largest, outside)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return Counts(sum(parameter.numel() for parameter in trained), gradients, largest, outside)
 
 
 def _numel(module: nn.Module) -> int:
@@ -58,7 +62,7 @@ def per_process(parts: dict[str, int], counts: Counts, setup: Setup) -> dict[str
     if n == 1:
         return dict(parts)
     if setup.sharding == "ddp":
-        return {**parts, BUFFERS: parts.get("gradients", 0)}
+        return {**parts, BUFFERS: counts.gradients}
     itemsize = (setup.autocast or setup.dtype).itemsize
     divided = {"optimizer": parts["optimizer"] // n, "gradients": parts.get("gradients", 0) // n}
     if setup.sharding != "zero2":

@@ -1,7 +1,7 @@
 """Several adapters on one base: which one computes, and which ones learn."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -11,18 +11,23 @@ from torch import nn
 def only_adapter(policy: PeftModel, adapter_name: str | None) -> Iterator[None]:
     """Inside, `adapter_name` is the active adapter, or with None none is; afterwards all is as it was.
 
-    peft's own switches freeze every adapter but the one that they end on.
+    What is trainable stays so inside, although peft's own switches freeze every adapter but the one that they end on:
+    DeepSpeed drops the gradient of what is frozen when a backward pass ends, of an earlier pass, too.
     """
     active, active_in_layers = policy.active_adapter, list(policy.base_model.active_adapters)
-    with trainable_as_before(policy):
-        try:
-            if adapter_name is not None:
+    with ExitStack() as stack:
+        with trainable_as_before(policy):
+            if adapter_name is None:
+                stack.enter_context(policy.disable_adapter())
+            else:
                 policy.set_adapter(adapter_name)
-            with policy.disable_adapter() if adapter_name is None else nullcontext():
-                yield
+        try:
+            yield
         finally:
-            policy.active_adapter = active
-            policy.base_model.set_adapter(active_in_layers)
+            with trainable_as_before(policy):
+                stack.close()
+                policy.active_adapter = active
+                policy.base_model.set_adapter(active_in_layers)
 
 
 @contextmanager

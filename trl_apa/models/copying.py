@@ -6,6 +6,8 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from trl_apa.models.partitioned import gathered, is_partitioned, partition
+
 
 def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:
     """A deep copy of `model` that does not run on the original's weights.
@@ -13,7 +15,8 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
     A model that another trainer has had in its hands may carry a `forward` of its own, a function that remembers the
     original (TRL's fused LM head, accelerate's autocast): `deepcopy` keeps such a function as it is, and the copy
     would silently follow the original's training. It gets its class's forward back, and accelerate's device hook, if
-    it had one, around that.
+    it had one, around that. The copy of a model that ZeRO-3 has cut up is cut up, too; for a moment every process has
+    it whole.
 
     Args:
         model: any module.
@@ -21,13 +24,16 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
     """
     # deepcopy leaves alone what its memo already holds.
     memo: dict[int, Tensor] = {id(parameter): parameter for parameter in shared or []}
-    duplicate = copy.deepcopy(model, memo)
+    with gathered(model.parameters()):
+        duplicate = copy.deepcopy(model, memo)
     for module in duplicate.modules():
         if "forward" in vars(module):
             del module.forward
             vars(module).pop("_old_forward", None)
             if hasattr(module, "_hf_hook"):
                 add_hook_to_module(module, module._hf_hook)
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        partition(duplicate)
     return duplicate
 
 
@@ -39,7 +45,8 @@ def copy_of_trunk(language_model: nn.Module) -> nn.Module:
     if language_model.base_model is not language_model:
         return independent_copy(language_model.base_model)
     trunk = AutoModel.from_config(language_model.config, dtype=language_model.dtype)
-    missing = trunk.load_state_dict(language_model.state_dict(), strict=False).missing_keys
+    with gathered([*trunk.parameters(), *language_model.parameters()], modify=True):
+        missing = trunk.load_state_dict(language_model.state_dict(), strict=False).missing_keys
     if missing:
         raise ValueError(f"{type(language_model).__name__} has no {', '.join(missing)} to copy its trunk from")
     return trunk.to(language_model.device)

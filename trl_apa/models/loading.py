@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa.models.quantization import use_one_kernel
@@ -47,6 +48,8 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
         found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
         config = AutoConfig.from_pretrained(path, **found_by)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if is_deepspeed_zero3_enabled() and "quantization_config" not in kwargs:
+        kwargs = {"dtype": torch.float32, **kwargs}  # weights that are cut up as they are loaded cannot be cast later
     model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
         model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints

@@ -1,6 +1,6 @@
 """One module that holds policy and value model, so that one optimizer and one distributed engine serve both."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,27 @@ class PolicyAndValue(nn.Module):
         """`generate` of the policy."""
         return self.policy.generate(*args, **kwargs)
 
+    def run_with_policy(self, function: Callable[[nn.Module], Any]) -> Any:
+        """`function(policy)`, in which the policy may be called by itself, any number of times.
+
+        FSDP2 makes weights whole in the forward pass of what it wraps: this is a method that it takes for one.
+        """
+        return function(self.policy)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.policy.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.policy.get_output_embeddings()
+
+    def tie_weights(self) -> None:
+        """Again one weight where the policy's vocabulary has one, after an engine has replaced parameters."""
+        self.policy.tie_weights()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers of both networks, which FSDP2 cuts up one by one."""
+        return sorted({name for network in self.networks() for name in network._no_split_modules or ()})
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

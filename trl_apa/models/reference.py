@@ -9,8 +9,14 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.models.adapters import only_adapter, trainable_as_before, trains_its_adapter_only
+from trl_apa.models.adapters import (
+    adapter_parameters,
+    only_adapter,
+    trainable_as_before,
+    trains_its_adapter_only,
+)
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.partitioned import gathered
 from trl_apa.models.quantization import use_one_kernel
 
 
@@ -170,11 +176,13 @@ def _adapter_is_identity(policy: nn.Module) -> bool:
     config = policy.peft_config[active]
     if config.peft_type != "LORA" or config.modules_to_save:
         return False
-    return all(
-        not parameter.any()
+    matrices = [
+        parameter
         for name, parameter in policy.named_parameters()
         if f".lora_B.{active}." in f"{name}." or f".lora_embedding_B.{active}." in f"{name}."
-    )
+    ]
+    with gathered(matrices):
+        return not any(matrix.any() for matrix in matrices)
 
 
 def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
@@ -185,8 +193,9 @@ def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
         config.init_lora_weights = True
     with trainable_as_before(policy):
         policy.add_adapter(REFERENCE_ADAPTER, config)
-        state = get_peft_model_state_dict(policy, adapter_name=source)
-        set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
+        with gathered(adapter_parameters(policy, source).values()):
+            state = get_peft_model_state_dict(policy, adapter_name=source)
+            set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)
         policy.set_adapter(active)
 
 

@@ -18,6 +18,7 @@ from trl_apa.logprobs import response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.loading import load_language_model
+from trl_apa.models.partitioned import gathered, whole_shape
 
 
 HEAD_WEIGHTS = "value_head.safetensors"
@@ -48,7 +49,7 @@ class ValueHead(nn.Module):
     def like(cls, score: nn.Linear) -> "ValueHead":
         """A linear head that gives what the score layer of a reward model with one label gives."""
         head = cls(score.in_features, "linear")
-        with torch.no_grad():
+        with torch.no_grad(), gathered(score.parameters()):
             head.out.weight.copy_(score.weight)
             if score.bias is not None:
                 head.out.bias.copy_(score.bias)
@@ -274,7 +275,7 @@ def _device(network: nn.Module) -> torch.device:
 
 def output_width(language_model: nn.Module) -> int:
     """Width of the hidden states that the vocabulary head reads (not always `hidden_size`: OPT-350m projects)."""
-    return language_model.get_output_embeddings().weight.shape[-1]
+    return whole_shape(language_model.get_output_embeddings().weight)[-1]
 
 
 def trainable(trunk: nn.Module) -> nn.Module:

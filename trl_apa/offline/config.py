@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
+from trl_apa.redaction import RedactedOptions
 
 
 LOSS_TYPES = ("apa", "awr", "ilql")
@@ -15,8 +16,8 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
-class OfflineConfig(_BaseConfig):
+@dataclass(repr=False)  # a generated one would show keys
+class OfflineConfig(RedactedOptions, _BaseConfig):
     """
     Configuration of [`OfflineAPATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the
     options that are new or have another default are listed here.
@@ -154,4 +155,4 @@ class OfflineConfig(_BaseConfig):
             raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch': the held-out reward")
         self.metric_for_best_model, self.greater_is_better = "eval_reward", True
         self.load_best_model_at_end = True
-        self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
+        self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps

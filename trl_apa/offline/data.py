@@ -14,7 +14,7 @@ from trl_apa.data.sources import BadRow, report
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.prompts import as_rows, prompt_of, query_of
 from trl_apa.rollouts import Rollouts, response_mask
-from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.scoring import ADAPTER, Scorer, reward_functions
 from trl_apa.validation import check_positions, check_tokens
 
 
@@ -58,11 +58,16 @@ def label_rows(
         rows: with `prompt` and `completion`, texts or chat messages. What else they hold goes to the functions.
 
     Raises:
-        ValueError, RuntimeError: as the scorer does for a function that fails.
+        ValueError, RuntimeError: as the scorer does for a function that fails; for an adapter on a policy's base.
     """
     rows = list(rows)
+    functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if any(isinstance(function, str) and function.partition(":")[0] == ADAPTER for function in functions):
+        raise ValueError(
+            f"reward_funcs has {ADAPTER!r}: here is no policy with adapters; give the reward model itself"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = Scorer(reward_functions(reward_funcs, None, tokenizer, device, None), reward_weights)
+    scorer = Scorer(reward_functions(functions, None, tokenizer, device, None), reward_weights)
     labelled = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]

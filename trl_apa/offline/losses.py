@@ -95,9 +95,9 @@ def ilql_loss(
     totals = [keep_counted(q_BRV.logsumexp(-1), response_mask_BR) for q_BRV in q_logits]
     values, target_q = keep_counted(values_BR, response_mask_BR), keep_counted(target_q_BR.detach(), response_mask_BR)
     parts = {
-        "q_error": sum((q_targets_BR - q_BR).square() for q_BR in taken),
+        "q_error": torch.stack([(q_targets_BR - q_BR).square() for q_BR in taken]).sum(0),
         "value_error": expectile_loss(values, target_q, expectile),
-        "cql": sum(total_BR - q_BR for total_BR, q_BR in zip(totals, taken, strict=True)),
+        "cql": torch.stack([total_BR - q_BR for total_BR, q_BR in zip(totals, taken, strict=True)]).sum(0),
     }
     means = {name: masked_mean(part, response_mask_BR, num_tokens) for name, part in parts.items()}
     loss = means["q_error"] + means["value_error"] + cql_coef * means["cql"]

@@ -137,8 +137,8 @@ class OfflineNetworks(PolicyAndValue):
             outputs["normaliser"] = self.normaliser(tokens, inputs["response_width"])
         return outputs
 
-    def _networks(self) -> Iterator[nn.Module]:
-        yield from super()._networks()
+    def networks(self) -> Iterator[nn.Module]:
+        yield from super().networks()
         if self.normaliser is not None:
             yield self.normaliser.network
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -329,13 +329,23 @@ class OfflineAPATrainer(Saving):
 
     @contextmanager
     def learned_policy(self) -> Iterator[nn.Module]:
-        """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift."""
-        policy = self.networks.policy
-        if self.args.loss_type != "ilql":
-            yield policy
-            return
-        with advantage_shifted(policy, self.networks.value_model, self.args.ilql_beta):
-            yield policy
+        """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift.
+
+        Without gradient checkpointing meanwhile, under which layers keep no cache.
+        """
+        networks, args = self.networks, self.args
+        checkpointing = networks.is_gradient_checkpointing
+        shifted = nullcontext(networks.policy)
+        if args.loss_type == "ilql":
+            shifted = advantage_shifted(networks.policy, networks.value_model, args.ilql_beta)
+        if checkpointing:
+            networks.gradient_checkpointing_disable()
+        try:
+            with shifted as policy:
+                yield policy
+        finally:
+            if checkpointing:
+                networks.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -348,6 +358,9 @@ class OfflineAPATrainer(Saving):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.scorer is None:
             raise ValueError("evaluate() needs eval_dataset, held-out prompts, and reward_funcs")
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
         measured = held_out_reward(self, as_rows(dataset))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)

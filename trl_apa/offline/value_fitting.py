@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.losses import value_loss
@@ -72,4 +73,5 @@ def fit_value_model(
     trainer = _ValueFitting(
         model=value_model, args=own, data_collator=micro_batch, train_dataset=list(range(len(rollouts)))
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -1,0 +1,116 @@
+"""FSDP2 on two processes against one process: accelerate's own path, sharded weights and all, on CPU.
+
+accelerate takes up FSDP for GPUs and their like only, and trains with DDP elsewhere. All that these tests do about it
+is to tell accelerate that its processes are such; everything behind that runs on CPU with gloo.
+"""
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from tests._engines import (
+    ACCUMULATED,
+    alone,
+    announce_rank,
+    assert_equal_outcome,
+    assert_equal_runs,
+    assert_reloads,
+    on_one_base,
+    rows_of,
+    stepped,
+    trained,
+    trained_in_parts,
+)
+from tests._two_processes import run_in_two_processes
+from tests.test_update import assert_same
+from tests.tiny import tiny_config, tiny_model, tiny_trainer
+
+
+def with_fsdp(folder, state_dict_type="FULL_STATE_DICT", **config):
+    args = tiny_config(folder, fsdp=True, fsdp_config={"version": 2, "state_dict_type": state_dict_type}, **config)
+    args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return args
+
+
+def in_half_precision(folder, rows):
+    """What the update reads of the networks: bfloat16 inside, but not rounded on its way out."""
+    trainer, _ = stepped(with_fsdp, folder, rows, config={"bf16": True})
+    batch = trainer._iteration.rollouts.micro_batch(range(4), 0)
+    with torch.no_grad():
+        outputs = trainer.model_wrapped(**trainer._model_inputs(batch))
+    return {name: (output.dtype, output.float()) for name, output in outputs.items()}
+
+
+def everything(rank, folder, base):
+    announce_rank(rank)
+    rows = rows_of(rank)
+    trainer, full = stepped(with_fsdp, f"{folder}/full", rows, config=ACCUMULATED)
+    assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
+    module = trainer.model
+    for layers in (module.policy.model.layers, module.value_model.network.layers, trainer.ref_model.model.layers):
+        for parameter in layers.parameters():
+            assert isinstance(parameter, DTensor) and parameter.to_local().numel() == parameter.numel() // 2
+    return {
+        "full": full,
+        "tied": stepped(with_fsdp, f"{folder}/tied", rows, tiny_model("gpt2"), {"mini_batch_size": 4})[1],
+        "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
+        "train": trained_in_parts(with_fsdp, f"{folder}/train", base, state_dict_type="SHARDED_STATE_DICT"),
+        "bf16": in_half_precision(f"{folder}/bf16", rows),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    tiny_model().save_pretrained(folder / "base")
+    return run_in_two_processes(everything, str(folder), str(folder / "base"))
+
+
+def test_two_shards_step_as_one_process_and_save_whole_networks(ranks, folder):
+    """Also each network's gradient norm, and what policy and reference answer greedily."""
+    _, expected = stepped(alone, folder / "alone")
+    for rank in ranks:
+        assert_equal_outcome(rank["full"], expected)
+    assert_reloads(folder / "full" / "saved", expected["weights"])
+
+
+def test_so_they_do_with_one_weight_for_both_ends_of_the_policy(ranks, folder):
+    _, expected = stepped(alone, folder / "tied-alone", model=tiny_model("gpt2"))
+    for rank in ranks:
+        assert_equal_outcome(rank["tied"], expected)
+
+
+def test_so_they_do_with_all_networks_on_one_base(ranks, folder):
+    """Recomputing each layer in the backward pass, over several micro-batches, with pi_init inside the policy."""
+    expected = on_one_base(alone, folder / "one-base-alone")
+    for rank in ranks:
+        assert_equal_outcome(rank["one base"], expected)
+    assert_reloads(folder / "one-base" / "saved", expected["weights"], with_adapters=True)
+
+
+def test_two_shards_train_as_one_process_and_go_on_where_they_stopped(ranks, folder):
+    """Also after an evaluation before the first step; with checkpoints of shards, beside which the whole lies."""
+    expected = trained(alone, folder / "train-alone", str(folder / "base"), batch_size=4)
+    assert_equal_runs([rank["train"] for rank in ranks], expected)
+    policy = AutoModelForCausalLM.from_pretrained(folder / "train" / "whole" / "checkpoint-4")
+    weights = {name.removeprefix("policy."): w for name, w in expected["weights"].items() if "policy." in name}
+    assert_same(policy.state_dict(), weights, tolerance=1e-5)
+
+
+def test_half_precision_does_not_round_the_log_probs(ranks):
+    """accelerate asks FSDP2 to: bfloat16 keeps three digits, and APA squares the difference of two log-probs."""
+    dtype, logprobs_BR = ranks[0]["bf16"]["logprobs"]
+    assert dtype == torch.float32
+    assert not torch.equal(logprobs_BR, logprobs_BR.bfloat16().float())
+
+
+def test_fsdp_that_accelerate_would_leave_out_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"fsdp: .* it would train with NO"):
+        tiny_trainer(tmp_path)

@@ -1,0 +1,114 @@
+"""`trl-apa offline`: learn from fixed responses with APA, AWR or ILQL."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import get_peft_config
+
+from trl_apa.commands.groups import SAMPLING, model_part, training_title
+from trl_apa.commands.launching import LAUNCH_PART, launch
+from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
+from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lines
+from trl_apa.commands.rows import DataArguments, load_rows, preference
+from trl_apa.commands.train import OtherModelArguments, reward_part
+from trl_apa.data.pairs import Preference
+from trl_apa.data.sources import Row
+from trl_apa.offline import OfflineAPATrainer, OfflineConfig, label_pairs
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("loss", "loss", "{:.4f}"),
+    ("held-out reward", "eval_reward", "{:+.3f}"),
+    ("held-out KL", "eval_kl", "{:.3f}"),
+)
+
+
+def offline_title(name: str) -> str:
+    """The group of an option of `OfflineConfig`."""
+    if name in SAMPLING:
+        return "sampling"
+    if name == "reward_weights":
+        return "rewards"
+    return training_title(name) if name in TrainingArguments.__dataclass_fields__ else "the algorithm"
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
+        "offline",
+        "Learn from fixed responses with APA, AWR or ILQL. Of preferences, both responses get their rewards first.",
+        Part(DataArguments, lambda name: "data"),
+        reward_part(),
+        model_part(),
+        Part(OtherModelArguments, lambda name: "model"),
+        Part(OfflineConfig, offline_title),
+        LAUNCH_PART,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
+    with parser.errors_end_the_command():
+        values = parser.parse(argv)
+        if launch("offline", argv, values):
+            return 0
+        data, rewards, model, others, config, _ = parser.build(values)
+        name, trust = model.model_name_or_path, rewards.trust_remote_code
+        if name is None:
+            raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
+        functions = rewards.functions()
+        rows, held_out = load_rows(data, response_with_reward)
+        tokenizer = load_tokenizer(name, model, trust)
+        scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
+        ref_name = others.ref_model_name_or_path
+        trainer = OfflineAPATrainer(
+            config,
+            load_policy(name, model, trust),
+            None if ref_name is None else load_policy(ref_name, model, trust, is_trainable=False),
+            tokenizer,
+            labelled(rows, scorers, tokenizer, config),
+            eval_dataset=None if held_out is None else prompts_of(held_out),
+            reward_funcs=scorers,
+            value_model=others.value_model,
+            peft_config=get_peft_config(model),
+        )
+    print_lines(trainer, COLUMNS)
+    trainer.accelerator.print(f"{config.loss_type}: {len(trainer.rollouts)} responses, kl_coef {config.kl_coef}")
+    trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
+    trainer.save_pretrained(config.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"policy, tokenizer, value_model/ and trainer_state.json are in {config.output_dir}")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    return 0
+
+
+def response_with_reward(row: Row) -> dict[str, Any]:
+    """A row with a completion and its reward as it is, or a preference pair, whose responses are labelled later."""
+    if row.fields.get("completion") is not None and row.fields.get("reward") is not None:
+        return row.fields
+    if isinstance(row.fields.get("chosen"), list):
+        raise ValueError("has chat messages; give rows with prompt, completion and reward")
+    return preference(row)
+
+
+def labelled(rows: Sequence[dict[str, Any]], scorers: list[Any], tokenizer: Any, config: OfflineConfig) -> list[Any]:
+    """Every response with its reward: given, or from the reward functions."""
+    rows = list(rows)
+    pairs = [
+        Preference(row["prompt"], row["chosen"], row["rejected"], number)
+        for number, row in enumerate(rows, start=1)
+        if row.get("chosen") is not None
+    ]
+    given = [row for row in rows if row.get("chosen") is None]
+    return [*given, *(label_pairs(pairs, scorers, tokenizer, config.reward_weights) if pairs else ())]
+
+
+def prompts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The different prompts, with what else their first row holds for the reward functions."""
+    responses = ("chosen", "rejected", "completion", "reward")
+    first = {repr(row["prompt"]): row for row in reversed(list(rows))}
+    return [{name: value for name, value in row.items() if name not in responses} for row in reversed(first.values())]
