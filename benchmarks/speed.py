@@ -168,7 +168,7 @@ def main() -> None:
     workloads = [Workload(size=size, spread=spread) for size in options.sizes for spread in options.spreads]
     print_comparison(workloads, options.repeats, options.classic_python)
     if not options.no_growth:
-        print_growth(Workload(), GROWTHS)
+        print_growth(Workload(size=options.sizes[0]), GROWTHS)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -266,7 +267,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """What turns tokens into hidden states and what turns these into logits, if a language model is just these two.
 
     Some families scale or cap their logits: each model is tried out on four tokens, once. None for these, for
-    encoder-decoders, and for a model in a distributed wrapper, whose own forward has to be called.
+    encoder-decoders, and for a model that an engine has sharded, whose own forward has to be called.
     """
     base = model.get_base_model() if is_peft_model(model) else model
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
@@ -281,10 +282,18 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 @torch.no_grad()
 def _is_head_of_trunk(model: nn.Module, trunk: nn.Module, head: nn.Module) -> bool:
+    if is_sharded(model):
+        return False
     input_ids = torch.arange(4, device=trunk.get_input_embeddings().weight.device)[None] % model.config.vocab_size
     logits = model(input_ids=input_ids, use_cache=False).logits
     hidden = last_hidden_states(trunk(input_ids=input_ids, use_cache=False))
     return torch.allclose(logits, head(hidden.to(head_device(head))).to(logits), rtol=1e-4, atol=1e-5)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 has spread the weights over processes."""
+    wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return wrapped or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def head_device(head: nn.Module) -> torch.device:

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import forward_parameters, last_hidden_states, network_inputs, trunk_and_head
+from trl_apa.logprobs import forward_parameters, is_sharded, last_hidden_states, network_inputs, trunk_and_head
 from trl_apa.rollouts import pack_tokens
 
 
@@ -95,7 +95,7 @@ def why_not_packed(network: nn.Module) -> str | None:
         return reason
     base = _base(network)
     implementation = base.config._attn_implementation
-    if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
+    if is_sharded(base):
         return "has its weights spread over processes, so that it cannot be tried out"
     if implementation == "sdpa":
         base.set_attn_implementation(PER_SEQUENCE)
