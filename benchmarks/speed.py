@@ -161,7 +161,8 @@ def main() -> None:
     if options.quick:
         small = Workload(size="32 x 2", vocabulary=64, batch_size=8, mini_batch_size=4, epochs=1)
         print_comparison([small], 1, None, ours=("ours", "plain"))
-        print_growth(small, {"epochs": (2,)})
+        if not options.no_growth:
+            print_growth(small, {"epochs": (2,)})
         return
     if not options.classic_python.exists():
         sys.exit(f"--classic-python {options.classic_python} is not there; `make bench` makes it")

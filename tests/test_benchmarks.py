@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = Workload(size="32 x 2", vocabulary=64, batch_size=4, mini_batch_size=2, epochs=1)
 
 
-def test_make_bench_prints_both_tables():
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--quick"]
+def test_make_bench_measures_ours_and_the_plain_calls():
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--quick", "--no-growth"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in printed.splitlines()]
     assert [row[5] for row in rows if row[:3] == ["32", "x", "2"]] == ["step", "generate"]
-    assert [row[1] for row in rows if row[:1] == ["epochs"]] == ["2"]
+    assert all(float(row[9]) > 0 for row in rows if row[:3] == ["32", "x", "2"])
 
 
 def test_the_spreads_differ_in_padding_and_hardly_in_tokens():
