@@ -26,13 +26,13 @@ format: install ## format and sort imports
 	.venv/bin/ruff format .
 
 test: install ## run the tests
-	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-distributed/bin/python -m pytest -q tests/test_deepspeed.py $(ARGS)
 
 test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions that pyproject.toml admits
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 parity: install .venv-parity/.installed ## compare PPO with TRL 0.11.4's own, run in an environment of its own
 	HF_HUB_OFFLINE=1 .venv/bin/python -m parity.compare $(ARGS)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from trl_apa import APATrainer, ValueModel
+from trl_apa.models.quantization import use_one_kernel
 
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +102,9 @@ def quantised_layers(model, kinds=(bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn
 
 
 def quantised(base, config):
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": "cpu"})
+    model = use_one_kernel(
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": "cpu"})
+    )
     assert quantised_layers(model) == 14
     return model
 
@@ -340,7 +343,7 @@ def test_the_multi_adapter_example(run_example, tiny, tmp_path, quantise):
     classifier = AutoModelForSequenceClassification.from_pretrained(
         tiny / "llama", num_labels=2, quantization_config=NF4 if quantise else None
     )
-    classifier = PeftModel.from_pretrained(classifier, tiny / "reward_adapter")
+    classifier = PeftModel.from_pretrained(use_one_kernel(classifier), tiny / "reward_adapter")
     expected = logits_of(classifier, trainer.tokenizer, texts_of(trainer, queries, responses))[:, 1]
     torch.testing.assert_close(torch.stack(scores).cpu(), expected, atol=1e-3, rtol=1e-3)
     output_dir = tmp_path / "runs" / "multi_adapter"

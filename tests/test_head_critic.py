@@ -159,6 +159,13 @@ def test_a_classic_optimizer_over_the_wrapper_trains_the_head(tmp_path):
     assert len(held) == len({id(p) for p in held})
 
 
+def test_a_rate_for_values_that_the_callers_optimizer_holds_already_is_refused(tmp_path):
+    wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model())
+    kwargs = {"value_model": "head", "optimizer": torch.optim.SGD(wrapper.parameters(), lr=0.1)}
+    with pytest.raises(ValueError, match="optimizer holds the value model's parameters already"):
+        tiny_trainer(tmp_path, wrapper, kwargs, value_learning_rate=0.2)
+
+
 def test_the_full_kl_penalty_is_the_exact_sum_over_the_vocabulary(tmp_path):
     """Against a loop over the positions; the reference is another model, so that the KL is not zero."""
     options = {"loss_type": "ppo", "kl_penalty": "full", "init_kl_coef": 0.3, "temperature": 0.7}

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndByt
 from tests.test_adapter_value import learned, on_one_base
 from tests.test_models import batch, reward_model
 from tests.test_value_head import away_from_identity, save_reward_adapter
-from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
+from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
 from trl_apa.models import (
     ValueModel,
@@ -17,6 +17,7 @@ from trl_apa.models import (
     load_value_model,
     merge_and_save,
 )
+from trl_apa.vllm_generation import check_vllm_can_hold
 
 
 @pytest.fixture
@@ -138,6 +139,11 @@ def test_layers_are_frozen_with_a_reference_of_the_callers_too(tmp_path):
 def test_what_has_no_layers_to_leave_out_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_unfrozen_layers=3, but model has 2 layers"):
         tiny_trainer(tmp_path, num_unfrozen_layers=3)
+    with pytest.raises(ValueError, match="num_unfrozen_layers=2, but value_model has 1 layers"):
+        smaller = CONFIGS["gpt2"]()
+        smaller.n_layer = 1
+        options = {"value_model": AutoModelForCausalLM.from_config(smaller)}
+        tiny_trainer(tmp_path, trainer_kwargs=options, num_unfrozen_layers=2)
     with pytest.raises(ValueError, match="model has adapters"):
         tiny_trainer(tmp_path, get_peft_model(tiny_model(), lora_config()), num_unfrozen_layers=1)
     with pytest.raises(ValueError, match="model has two stacks of layers"):
@@ -197,10 +203,33 @@ def test_the_merged_policy_is_a_plain_model(tmp_path, base, quantization):
     assert (tmp_path / "again" / "tokenizer.json").is_file() and (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
+def test_an_adapter_on_a_tied_vocabulary_head_is_merged_into_the_head_alone(tmp_path):
+    """Both are one tensor in the base; merged in place, the adapter would change the embeddings too."""
+    config = CONFIGS["llama"]()
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    policy = get_peft_model(base, lora_config(target_modules=["q_proj", "lm_head"], ensure_weight_tying=False))
+    policy, tokens = away_from_identity(policy), torch.arange(2, 9)[None]
+    with pytest.raises(ValueError, match="are one weight in the base and in vLLM"):
+        check_vllm_can_hold(policy, "server")
+    expected = logits(policy)
+    assert float((expected - base.base_model.embed_tokens(tokens) @ base.lm_head.weight.T).abs().max()) > 1e-3
+    merge_and_save(policy, tmp_path / "merged")
+    policy.save_pretrained(tmp_path / "adapter")
+    merge_and_save(str(tmp_path / "adapter"), tmp_path / "again", tokenizer=tiny_tokenizer())
+    for name in ("merged", "again"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_policy_without_adapters_is_merged_already(tmp_path):
     trainer = tiny_trainer(tmp_path, tiny_model("t5"))
     trainer.merge_and_save(tmp_path / "merged")
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").num_parameters() > 0
+    with pytest.raises(ValueError, match="dtype: the policy has no adapters"):
+        trainer.merge_and_save(tmp_path / "merged", dtype=torch.bfloat16)
 
 
 def test_a_quantised_base_from_nowhere_cannot_be_merged(tmp_path, base):

@@ -425,6 +425,12 @@ def test_a_4bit_layer_computes_the_same_in_eval_mode_and_stays_trainable(tmp_pat
     assert x.grad.abs().sum() > 0
 
 
+def test_the_reference_adapter_has_no_dropout_either(tmp_path):
+    trainer = tiny_trainer(tmp_path, sft_policy(lora_dropout=0.5))
+    assert "trl_apa_reference" in trainer.model.policy.peft_config
+    assert trainer.step(*tiny_rollouts())["objective/kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_lora_trains_adapters_and_value_head_and_nothing_else(tmp_path):
     trainer = tiny_trainer(tmp_path, sft_policy())
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

@@ -221,6 +221,15 @@ def test_the_reported_penalty_is_the_kl_part_of_the_reward_whatever_shapes_the_s
     assert abs(stats["apa/mean_non_score_reward"]) > 1e-4
 
 
+def test_gradients_that_somebody_left_do_not_reach_the_next_step(tmp_path):
+    """As an interrupted train() may."""
+    clean, dirty = tiny_trainer(tmp_path), tiny_trainer(tmp_path)
+    for parameter in dirty.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    stats = [trainer.step(*tiny_rollouts())["apa/grad_norm/total"] for trainer in (clean, dirty)]
+    assert stats[0] == stats[1]
+
+
 def test_a_step_that_fails_halfway_leaves_nothing_in_the_next_one(tmp_path):
     """Out of memory in the second micro-batch, say: neither its gradients nor its scores stay."""
     options = {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "scale_rewards": True}

@@ -85,7 +85,7 @@ def assemble(
         num_frozen = freeze_all_but(args.num_unfrozen_layers, policy)
         num_shared_layers = num_frozen if ref_model is None else None
         if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
-            freeze_all_but(args.num_unfrozen_layers, value_model.network)
+            freeze_all_but(args.num_unfrozen_layers, value_model.network, "value_model")
     check_value_model_reads(tokenizer, value_model)
     module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
     if any(is_partitioned(parameter) for parameter in module.parameters()):
@@ -93,7 +93,7 @@ def assemble(
     else:
         check_precision(module)
     check_networks_are_apart(module, ref_model, optimizer)
-    disable_dropout(module)
     reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
+    disable_dropout(module)  # of pi_init's adapter too, if it lies on the policy
     add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)
     return Networks(module, reference, tokenizer)

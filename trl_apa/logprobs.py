@@ -277,6 +277,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         return None
     if base not in _IS_HEAD_OF_TRUNK:
         _IS_HEAD_OF_TRUNK[base] = _is_head_of_trunk(base, trunk, head)
+        torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
     return (trunk, head) if _IS_HEAD_OF_TRUNK[base] else None
 
 

@@ -222,7 +222,10 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         if (self._is_sharded or self.args.torch_compile) and self.args.padding_free:
             raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
         networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        return not (self._is_sharded or self.args.torch_compile) and pack_if_exact(networks, self.args.padding_free)
+        if self._is_sharded or self.args.torch_compile:
+            return False
+        with self.accelerator.autocast():  # flash attention reads half precision alone
+            return pack_if_exact(networks, self.args.padding_free)
 
     def _note_what_scripts_read(self) -> None:
         args, module = self.args, self.model

@@ -21,6 +21,7 @@ class Update(_BaseTrainer):
     def _update(self) -> None:
         """Work off the plan; under `train()` the Trainer's own loop does it."""
         iteration = self._iteration
+        self.model_wrapped.zero_grad()  # what an interrupted train() has left
         while not iteration.finished:
             for number in range(1, iteration.micro_batches_per_step + 1):
                 last = number == iteration.micro_batches_per_step

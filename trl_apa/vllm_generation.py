@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from trl_apa._trl import is_peft_model, vllm_generation_class
 from trl_apa.generation import ResponseLengths, response_limits, row_criteria
 from trl_apa.models import merged_parameters
+from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
 
@@ -38,6 +39,11 @@ def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
         raise ValueError("use_vllm=True, but model is 8-bit, which vLLM cannot be given; load it in 4-bit or bfloat16")
     if is_peft_model(policy) and getattr(policy.active_peft_config, "trainable_token_indices", None):
         raise ValueError("use_vllm=True, but the adapter has trainable_token_indices, which cannot be sent to vLLM")
+    if is_peft_model(policy) and adapts_tied_weights(policy):
+        raise ValueError(
+            "use_vllm=True, but the adapter lies on the embeddings or the vocabulary head, which are one weight in "
+            "the base and in vLLM; leave them out of target_modules"
+        )
     if mode == "colocate" and not policy.name_or_path:
         raise ValueError("vllm_mode='colocate' loads the model by its folder or hub name, and model has none")
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -79,3 +80,11 @@ def trains_its_adapter_only(policy: PeftModel) -> bool:
         for name, parameter in policy.named_parameters()
         if parameter.requires_grad
     )
+
+
+def adapts_tied_weights(policy: PeftModel) -> bool:
+    """Whether an adapter lies on the embeddings or the vocabulary head of a base in which both are one weight."""
+    base = policy.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    weights = [end.get_base_layer().weight if isinstance(end, BaseTunerLayer) else end.weight for end in ends]
+    return weights[0] is weights[1] and any(isinstance(end, BaseTunerLayer) for end in ends)

@@ -4,10 +4,13 @@ import os
 import tempfile
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
+from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.loading import load_language_model
 from trl_apa.models.value_model import save_network
@@ -33,7 +36,8 @@ def merge_and_save(
             `dtype` is float32. With any of them the base is loaded anew in any case.
 
     Raises:
-        ValueError: if a base is to be loaded anew and its adapter does not say where it came from.
+        ValueError: if a base is to be loaded anew and its adapter does not say where it came from; for `kwargs` where
+            no base is loaded.
         OSError: if there is no such checkpoint.
     """
     if isinstance(source, nn.Module):
@@ -47,10 +51,12 @@ def merge_and_save(
 
 def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
     if not is_peft_model(policy):
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: the policy has no adapters and is written as it is in memory")
         return policy
     active = policy.active_adapter
     if not kwargs and not getattr(policy, "is_quantized", False):
-        return independent_copy(policy).merge_and_unload(adapter_names=[active])
+        return _apart(independent_copy(policy)).merge_and_unload(adapter_names=[active])
     if not policy.peft_config[active].base_model_name_or_path:
         raise ValueError("the base of the policy has to be loaded anew, but its adapter does not say from where")
     with tempfile.TemporaryDirectory() as folder:
@@ -60,4 +66,14 @@ def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
 
 def _merged(path: str, kwargs: dict[str, Any]) -> nn.Module:
     model = load_language_model(path, **kwargs)
-    return model.merge_and_unload() if is_peft_model(model) else model
+    return _apart(model).merge_and_unload() if is_peft_model(model) else model
+
+
+def _apart(model: PeftModel) -> PeftModel:
+    """An adapter on one of two tied weights makes them two: merged in place it would change the other as well."""
+    if adapts_tied_weights(model):
+        head = model.get_base_model().get_output_embeddings()
+        head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.get_base_model().config.get_text_config().tie_word_embeddings = False
+    return model

@@ -48,12 +48,14 @@ def create_reference_model(
     return independent_copy(model, shared).requires_grad_(False).eval()
 
 
-def freeze_all_but(num_unfrozen_layers: int, network: nn.Module) -> int:
+def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str = "model") -> int:
     """Freeze all layers but the highest, and the embeddings below them, as the paper did in its HH experiments.
 
     Args:
-        num_unfrozen_layers: layers that stay as they are, with the final norm and what follows it.
+        num_unfrozen_layers: layers that stay as they are, with the final norm and what follows it. A vocabulary head
+            that is tied to the embeddings is frozen with them.
         network: a decoder without adapters, or its trunk.
+        argument: what the trainer's caller knows the network by.
 
     Returns:
         How many layers were frozen.
@@ -63,10 +65,12 @@ def freeze_all_but(num_unfrozen_layers: int, network: nn.Module) -> int:
     """
     if is_peft_model(network) or network.config.is_encoder_decoder:
         kind = "adapters" if is_peft_model(network) else "two stacks of layers"
-        raise ValueError(f"num_unfrozen_layers={num_unfrozen_layers} is for decoders trained whole; model has {kind}")
+        raise ValueError(
+            f"num_unfrozen_layers={num_unfrozen_layers} is for decoders trained whole; {argument} has {kind}"
+        )
     num_layers = network.config.get_text_config().num_hidden_layers
     if num_unfrozen_layers > num_layers:
-        raise ValueError(f"num_unfrozen_layers={num_unfrozen_layers}, but model has {num_layers} layers")
+        raise ValueError(f"num_unfrozen_layers={num_unfrozen_layers}, but {argument} has {num_layers} layers")
     num_frozen = num_layers - num_unfrozen_layers
     for parameter in _lowest_layers(network, num_frozen, None) if num_frozen else []:
         parameter.requires_grad_(False)
