@@ -157,14 +157,7 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
-        if isinstance(model, PreTrainedTokenizerBase):
-            raise ValueError(
-                "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
-                "give these arguments by keyword"
-            )
-        if training_data_collator is not None:
-            text = "training_data_collator has no effect: the update pads its micro-batches itself"
-            warnings.warn(text, UserWarning, stacklevel=2)
+        _check_places(model, training_data_collator)
         args = one_of("args", args, "config", config)
         model = one_of("model", model, "policy", policy)
         ref_model = one_of("ref_model", ref_model, "ref_policy", ref_policy)
@@ -610,6 +603,17 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         if self.is_world_process_zero():
             log_media(self.callback_handler.callbacks, self.state.global_step, vectors, table)
         self.log(numbers)
+
+
+def _check_places(model: Any, training_data_collator: Any) -> None:
+    if isinstance(model, PreTrainedTokenizerBase):
+        raise ValueError(
+            "model is a tokenizer: the order (args, processing_class, model, ...) is that of TRL 0.12 to 1.12; "
+            "give these arguments by keyword"
+        )
+    if training_data_collator is not None:
+        text = "training_data_collator has no effect: the update lays its micro-batches out itself"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _check_objects(args: APAConfig, optimizer: Any, dataset: Any, data_collator: Any, lr_scheduler: Any) -> None:
