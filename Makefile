@@ -41,7 +41,7 @@ bench: install .venv-parity/.installed ## compare CPU seconds of step and genera
 	.venv/bin/python -m benchmarks.speed $(ARGS)
 
 soak: install ## see that memory does not grow over a thousand optimizer steps
-	HF_HUB_OFFLINE=1 .venv/bin/python -W ignore -m benchmarks.soak $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.soak $(ARGS)
 
 demo: install ## align a small language model with APA, from nothing, on the CPU
 	.venv/bin/trl-apa demo --output-dir runs/demo $(ARGS)
