@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trl_apa._trl import _BaseTrainer
 from trl_apa.engines import cuts_up_weights
 from trl_apa.models import merge_and_save
+from trl_apa.processes import Processes
 
 
-class Saving(_BaseTrainer):
+class Saving(Processes):
     """The part of `APATrainer` that writes policy, value model, tokenizer and card."""
 
     _tag_names = ["trl", "apa", "rlhf"]
@@ -44,17 +44,20 @@ class Saving(_BaseTrainer):
         To be called on every process; one of them writes.
 
         Raises:
-            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3).
+            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3); if the process that writes failed.
         """
         if cuts_up_weights(self.accelerator):
             raise ValueError(
                 "merge_and_save: no process holds the whole policy; save_pretrained gathers it, and "
                 "models.merge_and_save (trl-apa merge) merges what it wrote"
             )
-        if self.args.should_save:
-            policy = self.accelerator.unwrap_model(self.model).policy
-            merge_and_save(policy, save_directory, self.processing_class, **kwargs)
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            if self.args.should_save:
+                policy = self.accelerator.unwrap_model(self.model).policy
+                merge_and_save(policy, save_directory, self.processing_class, **kwargs)
+
+        self._on_all_processes(write)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
