@@ -341,7 +341,7 @@ def test_set_ups_in_which_one_base_cannot_serve_are_refused(tmp_path, base):
         on_one_base(tmp_path, value_model=f"adapter:{tmp_path / 'two'}")
     with pytest.raises(ValueError, match="has 2 labels; it should have one"):
         on_one_base(tmp_path, trainer_kwargs={"reward_funcs": f"adapter:{tmp_path / 'two'}"})
-    with pytest.raises(ValueError, match="reward_funcs='adapter:.*' needs a PEFT policy"):
+    with pytest.raises(ValueError, match=r"reward_funcs='adapter:.*' needs a PEFT policy"):
         tiny_trainer(tmp_path, trainer_kwargs={"reward_funcs": f"adapter:{tmp_path / 'two'}"})
     with pytest.raises(ValueError, match=r"reward_funcs='adapter:.*first call its delete_adapter"):
         for _ in range(2):

@@ -6,7 +6,10 @@ from typing import Any
 
 
 # How the name ends under which a dict holds what nobody else should read.
-SECRET_NAME = "(?:key|api[-_]?keys|access[-_]?key[-_]?id|token|passwords?|passwd|pwd|passphrase|secrets?|credentials?|authorization)"
+SECRET_NAME = (
+    "(?:key|api[-_]?keys|access[-_]?key[-_]?id|token|passwords?|passwd|pwd|passphrase|secrets?|credentials?"
+    "|authorization)"
+)
 SECRET = re.compile(f"{SECRET_NAME}$", re.IGNORECASE)
 # What a tokenizer calls its tokens: texts that everybody may read.
 SPECIAL_TOKEN = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|start|stop|image)_token$")
