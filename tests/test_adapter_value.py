@@ -335,10 +335,17 @@ def test_set_ups_in_which_one_base_cannot_serve_are_refused(tmp_path, base):
     with pytest.raises(ValueError, match="belongs to another trainer"):
         on_one_base(tmp_path, policy)
     save_reward_adapter(tmp_path / "two", base, num_labels=2)
+    save_reward_adapter(tmp_path / "one", base, num_labels=1)
+    scored = lora_policy()
     with pytest.raises(ValueError, match="has 2 labels; it should have one"):
         on_one_base(tmp_path, value_model=f"adapter:{tmp_path / 'two'}")
     with pytest.raises(ValueError, match="has 2 labels; it should have one"):
         on_one_base(tmp_path, trainer_kwargs={"reward_funcs": f"adapter:{tmp_path / 'two'}"})
+    with pytest.raises(ValueError, match=r"reward_funcs='adapter:.*' needs a PEFT policy"):
+        tiny_trainer(tmp_path, trainer_kwargs={"reward_funcs": f"adapter:{tmp_path / 'two'}"})
+    with pytest.raises(ValueError, match=r"reward_funcs='adapter:.*first call its delete_adapter"):
+        for _ in range(2):
+            tiny_trainer(tmp_path, scored, trainer_kwargs={"reward_funcs": f"adapter:{tmp_path / 'one'}"})
     with pytest.raises(ValueError, match="the policy has no reward adapter"):
         on_one_base(tmp_path, trainer_kwargs={"reward_funcs": "adapter"})
     lora_policy("gpt2").save_pretrained(tmp_path / "gpt2")

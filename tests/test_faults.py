@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import Future
@@ -18,12 +19,14 @@ import transformers.trainer
 from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Trainer
 
 from tests.test_training import few_nines, parameters, trainer_for
 from tests.test_update import assert_same
-from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_trainer
+from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
+from trl_apa.redaction import without_secrets
 from trl_apa.resuming import StopOnSigterm, is_complete, last_complete_checkpoint
+from trl_apa.scoring import RewardModel, Scorer
 
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +179,41 @@ def test_a_reward_function_that_hangs_is_named_and_the_run_can_go_on(tmp_path, u
         trainer_for(tmp_path, reward_funcs=slow, max_steps=12, reward_timeout=0.5).train()
     assert time.monotonic() - start < 30
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
+def test_what_is_left_behind_after_a_timeout_begins_with_nothing_more_and_holds_up_no_reward_model():
+    """Networks run in the main thread, after the functions, whose time alone is limited."""
+    threads, begun, hang = [], [], threading.Event()
+
+    class Network(RewardModel):
+        def __call__(self, prompts, **_):
+            threads.append(threading.current_thread())
+            return [1.0] * len(prompts)
+
+    def slow(prompts, **_):
+        threads.append(threading.current_thread())
+        hang.wait(10)
+        return [2.0] * len(prompts)
+
+    def never(prompts, **_):
+        begun.append(prompts)
+        return [3.0] * len(prompts)
+
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    network = Network(AutoModelForSequenceClassification.from_config(config), tiny_tokenizer())
+    one = torch.tensor([5])
+    scorer = Scorer([network, slow, never], timeout=0.2)
+    with pytest.raises(TimeoutError, match="reward function slow gave no answer"):
+        scorer(["w5"], ["w5"], [one], [one], {})
+    (left_behind,) = threads
+    hang.set()
+    left_behind.join(10)
+    assert not left_behind.is_alive() and threads == [left_behind] and not begun
+    # In time: the answers are in the order of the functions.
+    scores = Scorer([network, slow, never], timeout=60)(["w5"], ["w5"], [one], [one], {})
+    assert scores.by_function_BF.tolist() == [[1.0, 2.0, 3.0]]
+    assert threads[-1] is threading.main_thread() and threads[-2] is not threading.main_thread()
 
 
 def test_what_was_learned_before_an_evaluation_failed_is_kept(tmp_path, uninterrupted):
@@ -334,6 +372,32 @@ def test_options_keep_their_keys_in_copies_and_not_in_a_pickle(tmp_path):
     assert pickled.tracker_kwargs["wandb"] == {"settings": {"api_key": "<secret>"}}
     assert pickled.push_to_hub_if_best_kwargs == {"repo_id": "me/best", "token": "<secret>"}
     assert pickled.vllm_server_base_url == "http://<secret>@localhost:8000"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"headers": {"Authorization": "Bearer x1"}}, {"headers": {"Authorization": "<secret>"}}),
+        (
+            {"passwd": "x", "db_pwd": "x", "passphrase": "x"},
+            dict.fromkeys(("passwd", "db_pwd", "passphrase"), "<secret>"),
+        ),
+        ({"api_keys": ["x"], "aws_access_key_id": "x"}, {"api_keys": "<secret>", "aws_access_key_id": "<secret>"}),
+        ("https://me:x@host/v1?api_key=x&run=7#a", "https://<secret>@host/v1?api_key=<secret>&run=7#a"),
+        ("https://host/?run=7&access_token=x", "https://host/?run=7&access_token=<secret>"),
+        *(
+            (same, same)
+            for same in (
+                {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+                {"keyword": "x", "max_tokens": 5, "keys_to_ignore": ["x"], "token": None},
+                "https://host/?page=2&q=key",
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_what_nobody_else_should_read_is_hidden_and_nothing_else(value, shown):
+    assert without_secrets(value) == shown
 
 
 @pytest.mark.parametrize(

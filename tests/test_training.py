@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from tests.test_update import assert_same
-from tests.tiny import CONFIGS, EOS, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
+from tests.test_value_head import away_from_identity
+from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
 from trl_apa import APATrainer
 from trl_apa.prompts import PromptSource, prompt_of, query_of
 
@@ -213,14 +215,14 @@ def test_reward_functions_are_weighted_and_see_the_columns(tmp_path):
         return [1.0] * len(completions)
 
     trainer = trainer_for(
-        tmp_path, dataset=dataset, reward_funcs=[few_nines, length, later], reward_weights=[1.0, 2.0, 0.5], max_steps=1
+        tmp_path, dataset=dataset, reward_funcs=[few_nines, length, later], reward_weights=[1, 2, 3], max_steps=1
     )
     trainer.train()
     rollouts = trainer._iteration.rollouts
     rows = PromptSource(dataset, 4, seed=3).rows(0)
     texts = tiny_tokenizer().batch_decode(rollouts.responses, skip_special_tokens=True)
     lengths = length([r.tolist() for r in rollouts.responses], [row["target"] for row in rows])
-    expected = [a + 2 * b + 0.5 for a, b in zip(few_nines(texts), lengths, strict=True)]
+    expected = [a + 2 * b + 3 for a, b in zip(few_nines(texts), lengths, strict=True)]
     assert rollouts.scores_B.tolist() == pytest.approx(expected)
     scores = trainer.score(rollouts.queries, rollouts.responses, target=[row["target"] for row in rows])
     assert [float(score) for score in scores] == pytest.approx(expected)
@@ -445,6 +447,37 @@ def test_a_reward_model_scores_the_last_token_even_if_pad_is_eos(tmp_path, pad_i
     named = trainer_for(tmp_path, reward_funcs=str(tmp_path / "rm"))
     assert named.scorer.names == ["rm"]
     assert [float(score) for score in named.score(queries, responses)] == pytest.approx(scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("pad", [EOS, None])
+def test_a_reward_model_with_adapters_scores_as_the_merged_one(tmp_path, pad):
+    """In memory and by name; the score layer was trained with the adapter."""
+    torch.manual_seed(5)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = away_from_identity(get_peft_model(base, lora_config(task_type="SEQ_CLS")), seed=7)
+    with torch.no_grad():
+        adapted.get_base_model().score.modules_to_save["default"].weight.mul_(2)
+    adapted.save_pretrained(tmp_path / "reward")
+    adapted.config.pad_token_id = pad
+    queries, responses = [torch.tensor([5, 6, 7]), torch.tensor([8])], [torch.tensor([9, EOS]), torch.tensor([10])]
+    named, given = (trainer_for(tmp_path, reward_funcs=reward) for reward in (str(tmp_path / "reward"), adapted))
+    expected = [float(score) for score in named.score(queries, responses)]
+    assert [float(score) for score in given.score(queries, responses)] == pytest.approx(expected, rel=1e-4)
+    assert not isinstance(named.scorer.functions[0].model, PeftModel)
+    merged = adapted.merge_and_unload()
+    ids = torch.cat([queries[0], responses[0]])[None]
+    with torch.no_grad():
+        by_hand = float(merged.score(merged.base_model(input_ids=ids).last_hidden_state[0, -1])[0])
+    assert expected[0] == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match=r"is no trained reward model: it has no weights for score\.weight"):
+        trainer_for(tmp_path, reward_funcs=str(tmp_path / "policy"))
 
 
 def test_evaluation_compares_with_the_reference_and_takes_no_random_number_from_training(tmp_path):

@@ -2,19 +2,20 @@
 
 import os
 import signal
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from tests._engines import ACCUMULATED, alone, announce_rank, assert_equal_outcome, on_one_base, rows_of
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.fake_vllm import Server, install
 from tests.test_training import PROMPTS, StopAt, few_nines
 from tests.test_update import assert_same, learner
-from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
+from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
 from trl_apa.models.value_adapter import VALUE_ADAPTER
 from trl_apa.resuming import is_complete
@@ -50,6 +51,38 @@ def live_a_little(rank, folder):
     sampled = trainer.generate([torch.tensor([2, 3])] * 4, return_prompt=False, max_new_tokens=8)
     seen = [query for batch in trainer.dataloader for query in batch["query"]]
     return str(refused.value), parameters, [r.tolist() for r in sampled], seen, dist.get_rank()
+
+
+def fail_in_one_process(rank, folder):
+    """What each process says of a function that fails in the second, beside a network that talks to both as ZeRO-3's
+    does, and of a policy that the first cannot write; then the number of passes of the network."""
+    config, passes = CONFIGS["llama"](), []
+    config.num_labels = 1
+    network = AutoModelForSequenceClassification.from_config(config)
+    network.base_model.register_forward_pre_hook(lambda *_: passes.append(dist.all_reduce(torch.ones(()))))
+
+    def one_side(prompts, **_):
+        return [1.0 if rank == 0 or fine else float("nan")] * len(prompts)
+
+    trainer = APATrainer(
+        tiny_config(folder, max_completion_length=3, max_steps=1),
+        tiny_model(),
+        tokenizer=tiny_tokenizer(),
+        peft_config=lora_config(),
+        train_dataset=PROMPTS,
+        reward_funcs=[network, one_side],
+    )
+    fine, messages = False, []
+    with pytest.raises(ValueError) as failed:
+        trainer.train()
+    messages.append(str(failed.value))
+    passes_then, fine = len(passes), True
+    trainer.train()
+    Path(folder, "file").touch()
+    with pytest.raises((OSError, ValueError)) as failed:
+        trainer.merge_and_save(Path(folder, "file", "merged"))
+    messages.append(f"{type(failed.value).__name__}: {failed.value}")
+    return messages, passes_then, len(passes)
 
 
 class TerminateOneProcess(TrainerCallback):
@@ -117,6 +150,7 @@ def everything(rank, folder):
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
     results["life"] = live_a_little(rank, f"{own}/life")
+    results["failures"] = fail_in_one_process(rank, f"{own}/failures")
     results["train"] = train_on_two_ranks(rank, folder)
     return results
 
@@ -166,6 +200,14 @@ def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things
     assert any("lora_B" in name and weight.any() for name, weight in lora_0.items())
     # Each process has its own half of one shuffled order.
     assert sorted(seen_0 + seen_1) == sorted(f"q{i}" for i in range(16))
+
+
+def test_a_failure_of_one_rank_leaves_the_other_neither_in_a_reward_model_nor_before_a_merge(ranks):
+    (scored_0, merged_0), *passes_0 = ranks[0]["failures"]
+    (scored_1, merged_1), *passes_1 = ranks[1]["failures"]
+    assert passes_0 == passes_1 == [0, 1]
+    assert "1 other process" in scored_0 and "reward function one_side gave nan for row 0" in scored_1
+    assert "NotADirectoryError" in merged_0 and "ValueError: 1 other process" in merged_1
 
 
 def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path, ranks):

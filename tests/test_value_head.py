@@ -478,6 +478,8 @@ def test_the_reward_adapter_scores_as_the_classifier_does(tmp_path, base, num_la
     assert scores.shape == (2, 9, num_labels) and scores.dtype == torch.float32 and not scores.requires_grad
     torch.testing.assert_close(scores[:, -1], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(wrapper.compute_reward_score(IDS)[:, -1], expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert wrapper.compute_reward_score(IDS).dtype == torch.float32
     assert torch.equal(outputs(wrapper)[0], logits)
     assert_same(get_peft_model_state_dict(policy, adapter_name="default").values(), trained.values())
     wrapper.save_pretrained(tmp_path / "policy")

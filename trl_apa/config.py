@@ -158,7 +158,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             In `train`, a response to which a reward function gives None or NaN is left out of the update. Otherwise it
             is an error.
         reward_timeout (`float`, *optional*):
-            Seconds that the reward functions may take for the responses of an iteration. No limit by default.
+            Seconds that the reward functions may take for the responses of an iteration, reward models not counted. No
+            limit by default.
         max_kl (`float`, *optional*):
             `train` stops after an iteration whose KL to pi_init was above it, nats a response.
         reward_weights (`list[float]`, *optional*):

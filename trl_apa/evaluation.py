@@ -86,7 +86,7 @@ def _measured_in_parts(
     # Where weights are cut up, the networks are run by all processes together, too.
     nats = [_kl_and_entropy(trainer, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]
     together = list(zip(parts, queries, responses, nats, strict=True))
-    return trainer._on_all_processes(lambda: [_measure(trainer, *part) for part in together])
+    return [_measure(trainer, *part) for part in together]
 
 
 def _measure(
@@ -104,10 +104,9 @@ def _measure(
     """
     responses, ref_responses = both
     kl_B, entropy_sum_B = nats
-    texts = trainer._texts(rows, queries, responses)
-    scores = trainer._scores(texts, rows, queries, responses)
+    _, scores = trainer._scores_on_all_processes(rows, queries, responses)
     reward_B = scores.total_B
-    ref_scores = trainer._scores(trainer._texts(rows, queries, ref_responses), rows, queries, ref_responses)
+    _, ref_scores = trainer._scores_on_all_processes(rows, queries, ref_responses)
     ref_reward_B = ref_scores.total_B
     end = trainer._end_token_ids
     columns = {

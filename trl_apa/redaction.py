@@ -6,23 +6,36 @@ from typing import Any
 
 
 # How the name ends under which a dict holds what nobody else should read.
-SECRET = re.compile(r"(key|token|password|secret|credentials)$", re.IGNORECASE)
+SECRET_NAME = (
+    "(?:key|api[-_]?keys|access[-_]?key[-_]?id|token|passwords?|passwd|pwd|passphrase|secrets?|credentials?"
+    "|authorization)"
+)
+SECRET = re.compile(f"{SECRET_NAME}$", re.IGNORECASE)
+# What a tokenizer calls its tokens: texts that everybody may read.
+SPECIAL_TOKEN = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|start|stop|image)_token$")
 # Options that are secrets themselves; others with such a name (`stop_token`) are not.
 SECRET_OPTIONS = ("hub_token", "push_to_hub_token")
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+SECRET_IN_URL = re.compile(rf"([?&][^?&=#\s]*{SECRET_NAME}=)[^&#\s]+", re.IGNORECASE)
 HIDDEN = "<secret>"
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of an option's value in which no dict holds a key or a token, and no address a user or a password."""
+    """A copy of an option's value in which no dict holds a key or a token, and no address user, password or key."""
     if isinstance(value, dict):
         return {
-            name: HIDDEN if SECRET.search(str(name)) and element else without_secrets(element)
+            name: HIDDEN if element and _is_secret(str(name)) else without_secrets(element)
             for name, element in value.items()
         }
     if type(value) in (list, tuple):
         return type(value)(without_secrets(element) for element in value)
-    return USER_IN_URL.sub(f"{HIDDEN}@", value) if type(value) is str else value
+    if type(value) is not str:
+        return value
+    return SECRET_IN_URL.sub(rf"\1{HIDDEN}", USER_IN_URL.sub(f"{HIDDEN}@", value))
+
+
+def _is_secret(name: str) -> bool:
+    return bool(SECRET.search(name)) and not SPECIAL_TOKEN.search(name)
 
 
 class RedactedOptions:

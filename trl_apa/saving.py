@@ -1,8 +1,10 @@
 """What is left of a run: the networks in a folder or on the hub, and a model card."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
@@ -44,17 +46,40 @@ class Saving(_BaseTrainer):
         To be called on every process; one of them writes.
 
         Raises:
-            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3).
+            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3); if the process that writes failed.
         """
         if cuts_up_weights(self.accelerator):
             raise ValueError(
                 "merge_and_save: no process holds the whole policy; save_pretrained gathers it, and "
                 "models.merge_and_save (trl-apa merge) merges what it wrote"
             )
-        if self.args.should_save:
-            policy = self.accelerator.unwrap_model(self.model).policy
-            merge_and_save(policy, save_directory, self.processing_class, **kwargs)
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            if self.args.should_save:
+                policy = self.accelerator.unwrap_model(self.model).policy
+                merge_and_save(policy, save_directory, self.processing_class, **kwargs)
+
+        self._on_all_processes(write)
+
+    def _on_all_processes(self, work: Callable[[], Any]) -> Any:
+        """Do `work`; if it fails in one process, all raise: none is left waiting.
+
+        Work that talks to other processes has to have talked to all of them before it fails.
+        """
+        error, result = None, None
+        try:
+            result = work()
+        except Exception as failed:
+            error = failed
+        failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
+        if error is not None:
+            raise error
+        if failures:
+            raise ValueError(f"{int(failures)} other process(es) failed at the same point; see their messages")
+        return result
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

@@ -14,17 +14,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
+from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import network_inputs
+from trl_apa.models.loaders import load_reward_model
+from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.rollouts import pad_queries
 
 
 # As a reward function: the reward model on the policy's own base.
 ADAPTER = "adapter"
+# Runs work, and sees to it that it fails in all processes if it fails in one.
+OnAllProcesses = Callable[[Callable[[], Any]], Any]
 
 
 class RewardModel:
@@ -38,7 +44,7 @@ class RewardModel:
         batch_size: sequences a forward pass.
 
     Raises:
-        ValueError: if the classifier has several labels.
+        ValueError: if the classifier has several labels, or adapters that work by prompt learning.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class RewardModel:
     ):
         if model.config.num_labels != 1:
             raise ValueError(f"reward model {type(model).__name__} has {model.config.num_labels} labels, not one")
+        if is_peft_model(model):
+            refuse_prompt_learning(model.active_peft_config)
         self.model = model.requires_grad_(False).eval()
         self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
         self.batch_size = batch_size
@@ -81,11 +89,12 @@ class RewardModel:
         """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
         tokens = pad_queries(sequences, self.model.config.pad_token_id or 0, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
-        head = getattr(self.model, "score", None)
-        if not isinstance(head, nn.Linear):
+        network = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        head = getattr(network, "score", None)
+        if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
             return self.model(**tokens).logits[:, 0].float().tolist()
         tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        trunk = self.model.base_model
+        trunk = network.base_model
         hidden_BTH = trunk(**network_inputs(trunk, tokens)).last_hidden_state
         rows = torch.arange(len(sequences), device=hidden_BTH.device)
         last_BH = hidden_BTH[rows, tokens["attention_mask"].sum(1) - 1]
@@ -131,6 +140,15 @@ class AdapterReward:
         return scores
 
 
+# What runs on the device, beside training: never in a thread, and on all processes together where weights are cut up.
+NETWORKS = (RewardModel, AdapterReward)
+
+
+def in_this_process(work: Callable[[], Any]) -> Any:
+    """Do `work`, whatever other processes do."""
+    return work()
+
+
 @dataclass
 class Scores:
     """What the reward functions say of `B` responses.
@@ -159,7 +177,7 @@ class Scorer:
             one value a response.
         weights: one a function; 1 each by default.
         skip_unscored: leave out a response to which a function gives None or NaN, instead of raising.
-        timeout: seconds that the functions may take together; no limit by default.
+        timeout: seconds that the functions in Python may take together; no limit by default.
 
     Raises:
         ValueError: if there are not as many weights as functions.
@@ -174,6 +192,7 @@ class Scorer:
     ):
         self.functions = list(functions)
         self.names = _different([getattr(function, "__name__", type(function).__name__) for function in functions])
+        self.networks = [number for number, function in enumerate(functions) if isinstance(function, NETWORKS)]
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         self.skip_unscored, self.timeout = skip_unscored, timeout
         if len(self.weights) != len(self.functions):
@@ -188,6 +207,7 @@ class Scorer:
         queries: Sequence[Tensor],
         responses: Sequence[Tensor],
         columns: dict[str, list[Any]],
+        on_all_processes: OnAllProcesses = in_this_process,
     ) -> Scores:
         """What each function says of each response.
 
@@ -196,6 +216,8 @@ class Scorer:
             completions: texts, or for chat messages the assistant's message in a list.
             queries, responses: their token ids, 1-D.
             columns: what else the data set holds, one value a response.
+            on_all_processes: runs first the functions in Python, then the networks, which may talk to other processes:
+                none begins with them where a function has failed in one process.
 
         Raises:
             ValueError: naming the function, if it gives another number of values than responses or tokens, or a value
@@ -206,34 +228,55 @@ class Scorer:
         # Columns of the same names give way: UltraFeedback has `completions`, say.
         arguments = {**columns, "prompts": prompts, "completions": completions}
         arguments["completion_ids"] = [response.tolist() for response in responses]
-        results = self._call(arguments, [query.tolist() for query in queries])
+        of_networks = {**arguments, "prompt_ids": [query.tolist() for query in queries]}
         lengths = [len(response) for response in responses]
-        values = [self._checked(name, result, lengths) for name, result in zip(self.names, results, strict=True)]
+        values_of = on_all_processes(lambda: self._checked(self._call_functions(arguments), lengths))
+        if self.networks:
+            values_of |= on_all_processes(lambda: self._checked(self._call_networks(of_networks), lengths))
+        values = [values_of[number] for number in range(len(self.functions))]
         by_function_BF = torch.tensor([[_sum(value) for value in column] for column in values]).float().T
         kept_B = by_function_BF.isfinite().all(dim=1)
-        total_B = torch.where(kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights), 0.0)
+        total_B = torch.where(
+            kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights, dtype=torch.float32), 0.0
+        )
         return Scores(by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
 
-    def _call(self, arguments: dict[str, Any], prompt_ids: list[list[int]]) -> list[Any]:
-        """Every function's answer; in a thread of its own if the time is limited, since Python cannot stop a call."""
-        at_work = ["?"]
+    def _call_functions(self, arguments: dict[str, Any]) -> dict[int, Any]:
+        """Every Python function's answer, under the function's number.
 
-        def call_all() -> list[Any]:
-            calls = []
-            for name, function in zip(self.names, self.functions, strict=True):
-                at_work[0] = name
-                extra = {"prompt_ids": prompt_ids} if isinstance(function, RewardModel | AdapterReward) else {}
-                with _named(name):
-                    calls.append(function(**{**arguments, **extra}))
-            if not any(inspect.isawaitable(call) for call in calls):
+        In a thread of its own if the time is limited, since Python cannot stop a call.
+        """
+        at_work, stopped = ["?"], threading.Event()
+        numbers = [number for number in range(len(self.functions)) if number not in self.networks]
+
+        def call_all() -> dict[int, Any]:
+            calls: dict[int, Any] = {}
+            for number in numbers:
+                if stopped.is_set():
+                    return calls
+                at_work[0] = self.names[number]
+                with _named(at_work[0]):
+                    calls[number] = self.functions[number](**arguments)
+            awaited = [self.names[number] for number, call in calls.items() if inspect.isawaitable(call)]
+            if stopped.is_set() or not awaited:
                 return calls
-            at_work[0] = ", ".join(n for n, call in zip(self.names, calls, strict=True) if inspect.isawaitable(call))
+            at_work[0] = ", ".join(awaited)
             with _named(at_work[0]):
-                return _run(_gather(calls))
+                return dict(zip(calls, _run(_gather(list(calls.values()))), strict=True))
 
-        return call_all() if self.timeout is None else _within(self.timeout, call_all, at_work)
+        return call_all() if self.timeout is None else _within(self.timeout, call_all, at_work, stopped)
 
-    def _checked(self, name: str, values: Any, lengths: list[int]) -> list[float | list[float]]:
+    def _call_networks(self, arguments: dict[str, Any]) -> dict[int, Any]:
+        answers = {}
+        for number in self.networks:
+            with _named(self.names[number]):
+                answers[number] = self.functions[number](**arguments)
+        return answers
+
+    def _checked(self, answers: dict[int, Any], lengths: list[int]) -> dict[int, list[float | list[float]]]:
+        return {number: self._values(self.names[number], answer, lengths) for number, answer in answers.items()}
+
+    def _values(self, name: str, values: Any, lengths: list[int]) -> list[float | list[float]]:
         if not hasattr(values, "__len__") or isinstance(values, str):
             raise ValueError(f"reward function {name} gave {values!r}; it should give a list of numbers")
         values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
@@ -302,8 +345,11 @@ def _named(name: str) -> Iterator[None]:
         raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
 
 
-def _within(seconds: float, work: Callable[[], Any], at_work: list[str]) -> Any:
-    """The result of `work` if it comes in time; a call that hangs is left behind and ends with the process."""
+def _within(seconds: float, work: Callable[[], Any], at_work: list[str], stopped: threading.Event) -> Any:
+    """The result of `work` if it comes in time; a call that hangs is left behind and ends with the process.
+
+    `stopped` tells what is left behind to begin with nothing more.
+    """
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
@@ -316,6 +362,7 @@ def _within(seconds: float, work: Callable[[], Any], at_work: list[str]) -> Any:
     thread.start()
     thread.join(seconds)
     if not outcome:
+        stopped.set()
         raise TimeoutError(f"reward function {at_work[0]} gave no answer within reward_timeout={seconds} seconds")
     result, error = outcome[0]
     if error is not None:
@@ -349,7 +396,8 @@ def reward_functions(
         module: holds the policy.
 
     Raises:
-        ValueError: naming what is of another type, or if the lists differ in length.
+        ValueError: naming what is of another type; if the lists differ in length; for a name without a trained
+            classifier.
     """
     functions = list(functions) if isinstance(functions, list | tuple) else [functions]
     if not isinstance(processing_classes, list | tuple):
@@ -363,7 +411,7 @@ def reward_functions(
         if function == ADAPTER or (isinstance(function, str) and function.startswith(f"{ADAPTER}:")):
             function = AdapterReward(module, function.removeprefix(ADAPTER).removeprefix(":") or None)
         elif isinstance(function, str | os.PathLike):
-            function = AutoModelForSequenceClassification.from_pretrained(os.fspath(function))
+            function = load_reward_model(os.fspath(function))
         if isinstance(function, PreTrainedModel | PeftModel):
             tokenizer = tokenizer or _tokenizer_of(function)
             same = tokenizer is None or _agree(tokenizer, policy_tokenizer)

@@ -497,20 +497,6 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             lambda: check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
         )
 
-    def _on_all_processes(self, work: Callable[[], Any]) -> Any:
-        """Do `work`, which talks to no other process; if it fails in one, all raise: none is left waiting."""
-        error, result = None, None
-        try:
-            result = work()
-        except Exception as failed:
-            error = failed
-        failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
-        if error is not None:
-            raise error
-        if failures:
-            raise ValueError(f"{int(failures)} other process(es) failed at the same point; see their messages")
-        return result
-
     def _prepare_for_updates(self) -> None:
         """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""
         if self._prepared:
@@ -574,9 +560,6 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats
-
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
 
     def log_stats(
         self,

@@ -37,7 +37,6 @@ from trl_apa.resuming import (
 from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
-from trl_apa.validation import check_step_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -283,8 +282,7 @@ class TrainingLoop(_BaseTrainer):
         self._start_reporters()
         queries = self._on_all_processes(lambda: [self._query(row) for row in rows])
         responses = self._respond_on_all_processes(queries, do_sample=False)
-        texts = self._texts(rows, queries, responses)
-        scores = self._on_all_processes(lambda: self._scores(texts, rows, queries, responses))
+        texts, scores = self._scores_on_all_processes(rows, queries, responses)
         self._log_completions(texts, scores)
 
     def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Texts, Scores]:
@@ -296,16 +294,9 @@ class TrainingLoop(_BaseTrainer):
         rows, queries = self._on_all_processes(self._next_queries)
         with timer("generate"):
             responses = self._respond_on_all_processes(queries)
-
-        def scored() -> tuple[Texts, Scores]:
-            texts = self._texts(rows, queries, responses)
-            with timer("score"):
-                scores = self._scores(texts, rows, queries, responses)
-            policy = self.accelerator.unwrap_model(self.model).policy
-            check_step_inputs(queries, responses, list(scores.total_B), None, self.args.batch_size, policy)
-            return texts, scores
-
-        texts, scores = self._on_all_processes(scored)
+        with timer("score"):
+            texts, scores = self._scores_on_all_processes(rows, queries, responses)
+        self._check_on_all_processes(queries, responses, list(scores.total_B), None)
         if not self._sum_over_processes(scores.kept_B.sum().float().to(self.accelerator.device)):
             raise ValueError("no response of this iteration was scored: every one had a None or NaN")
         return queries, responses, texts, scores
@@ -369,10 +360,14 @@ class TrainingLoop(_BaseTrainer):
     def _scores(
         self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
     ) -> Scores:
-        prompts, completions = texts
-        names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
-        columns = {name: [row[name] for row in rows] for name in names}
-        return self.scorer(prompts, completions, queries, responses, columns)
+        return self.scorer(*texts, queries, responses, _columns(rows))
+
+    def _scores_on_all_processes(
+        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
+    ) -> tuple[Texts, Scores]:
+        """Prompts and completions, and their scores, failing everywhere if one process fails."""
+        texts, columns = self._on_all_processes(lambda: (self._texts(rows, queries, responses), _columns(rows)))
+        return texts, self.scorer(*texts, queries, responses, columns, self._on_all_processes)
 
     def score(
         self, queries: list[Tensor], responses: list[Tensor], prompts: list[Any] | None = None, **columns: list[Any]
@@ -495,3 +490,9 @@ class TrainingLoop(_BaseTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What the data set holds beside the prompts, one value a row."""
+    names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
+    return {name: [row[name] for row in rows] for name in names}

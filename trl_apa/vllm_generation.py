@@ -120,7 +120,8 @@ class VLLMSampler:
         accelerator: knows the processes.
         tokenizer: the policy's.
         args: options, see `VLLMOptions`.
-        on_all_processes: does work that talks to no other process and raises on all if one fails.
+        on_all_processes: does work and raises on all processes if it fails in one; what talks to the others meanwhile
+            must have talked to all before it fails.
 
     Raises:
         ValueError: for a policy that vLLM cannot hold, or a way of sharding it that has not been made to work.

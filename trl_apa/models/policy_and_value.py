@@ -159,7 +159,14 @@ class PolicyAndValue(nn.Module):
         """
         if self.reward_adapter is not None:
             raise ValueError(f"the policy has a reward adapter already; {path!r} would be the second")
-        self.reward_adapter = RewardAdapter(load_reward_adapter(self.policy, path), DEFAULT_NAME)
+        argument = f"reward_funcs='adapter:{path}'"
+        if is_peft_model(self.policy) and DEFAULT_NAME in self.policy.peft_config:
+            raise ValueError(
+                f"{argument}: the policy has an adapter {DEFAULT_NAME!r} already, of another trainer, say; load the "
+                f"policy anew, or first call its delete_adapter({DEFAULT_NAME!r})"
+            )
+        score = load_reward_adapter(self.policy, path, DEFAULT_NAME, argument)
+        self.reward_adapter = RewardAdapter(score, DEFAULT_NAME)
 
     def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Scores of the reward adapter after every token, `(B, T, labels)`: see `reward_scores`.

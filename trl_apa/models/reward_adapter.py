@@ -18,13 +18,16 @@ CLASSIFIER_HEADS = ("score", "classifier")
 SCORE_KEY = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(weight|bias)$")
 
 
-def load_reward_adapter(policy: nn.Module, path: str, adapter_name: str = DEFAULT_NAME, **hub: Any) -> nn.Linear:
+def load_reward_adapter(
+    policy: nn.Module, path: str, adapter_name: str = DEFAULT_NAME, argument: str | None = None, **hub: Any
+) -> nn.Linear:
     """Put a reward model's adapter on `policy`, frozen and not active.
 
     Args:
         policy (`PeftModel`): a decoder language model with an adapter of its own, which stays as it is.
         path (`str`): folder or hub name of an adapter that was trained on the same base with `task_type="SEQ_CLS"`.
         adapter_name (`str`, *optional*, defaults to `"reward_adapter"`): what to call it on the policy.
+        argument (`str`, *optional*): how messages name it; by default `reward_adapter=` and the path.
         hub: `token`, `revision`, `cache_dir`, ... for a hub name.
 
     Returns:
@@ -34,22 +37,23 @@ def load_reward_adapter(policy: nn.Module, path: str, adapter_name: str = DEFAUL
         ValueError: if the policy is no PEFT model or an encoder-decoder, or the adapter works by prompt learning, has
             no `score` layer, does not fit the base, or is called like one that is there already.
     """
+    argument = argument or f"reward_adapter={path!r}"
     if not is_peft_model(policy):
         raise ValueError(
-            f"reward_adapter={path!r} needs a PEFT policy on the same base, but the policy is a "
+            f"{argument} needs a PEFT policy on the same base, but the policy is a "
             f"{type(policy).__name__}; give peft_config, or a model with adapters"
         )
     if policy.config.is_encoder_decoder:
-        raise ValueError(f"reward_adapter={path!r} needs a decoder policy; {policy.config.model_type} is none")
+        raise ValueError(f"{argument} needs a decoder policy; {policy.config.model_type} is none")
     config = PeftConfig.from_pretrained(path, **hub)
     if config.is_prompt_learning:
         kind = config.peft_type.value
-        raise ValueError(f"reward_adapter={path!r} is a {kind} adapter; it should be LoRA or another")
+        raise ValueError(f"{argument} is a {kind} adapter; it should be LoRA or another")
     weights = load_peft_weights(path, device="cpu", **hub)
-    score = score_layer(f"reward_adapter={path!r}", weights)
+    score = score_layer(argument, weights)
     whole = [name for name in getattr(config, "modules_to_save", None) or [] if name not in CLASSIFIER_HEADS]
     config.modules_to_save, config.inference_mode = whole or None, True
-    _add_frozen_adapter(policy, path, adapter_name, config, weights)
+    _add_frozen_adapter(policy, argument, adapter_name, config, weights)
     return score.to(next(policy.parameters()).device)
 
 
@@ -66,18 +70,18 @@ def score_layer(argument: str, weights: dict[str, Tensor]) -> nn.Linear:
 
 
 def _add_frozen_adapter(
-    policy: PeftModel, path: str, adapter_name: str, config: PeftConfig, weights: dict[str, Tensor]
+    policy: PeftModel, argument: str, adapter_name: str, config: PeftConfig, weights: dict[str, Tensor]
 ) -> None:
     if adapter_name in policy.peft_config:
         raise ValueError(f"reward_adapter_name={adapter_name!r} is taken: the policy has {list(policy.peft_config)}")
-    add_adapter(policy, adapter_name, config, f"reward_adapter={path!r}")
+    add_adapter(policy, adapter_name, config, argument)
     unexpected, missing = load_adapter_weights(policy, adapter_name, weights)
     for parameter in adapter_parameters(policy, adapter_name).values():
         parameter.requires_grad_(False)
     if unexpected or missing:
         policy.delete_adapter(adapter_name)
         raise ValueError(
-            f"reward_adapter={path!r} does not fit the policy's base: "
+            f"{argument} does not fit the policy's base: "
             + "; ".join(
                 f"{len(names)} weights {what}, {names[0]!r} first"
                 for what, names in (("without a place", unexpected), ("missing", missing))
@@ -125,7 +129,8 @@ def reward_scores(
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), in_eval_mode(policy), only_adapter(policy, adapter_name):
         hidden_BTH = trunk(**inputs).last_hidden_state
-        return score(hidden_BTH.to(score.weight))
+        with torch.autocast(hidden_BTH.device.type, enabled=False):
+            return score(hidden_BTH.to(score.weight))
 
 
 class RewardAdapter(nn.Module):
