@@ -133,16 +133,24 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, uninterrupt
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_what_was_learned_before_a_reward_function_failed_is_kept(tmp_path, uninterrupted):
+@pytest.mark.parametrize("fault", ["raises", "too few values", "None"])
+def test_what_was_learned_before_a_reward_function_failed_is_kept(tmp_path, uninterrupted, fault):
     calls = []
 
     def flaky(completions, **kwargs):
         calls.append(len(completions))
-        if len(calls) == 3:
+        if len(calls) < 3:
+            return few_nines(completions)
+        if fault == "raises":
             raise ConnectionError("the judge is away")
-        return few_nines(completions)
+        return few_nines(completions)[:-1] if fault == "too few values" else [None] * len(completions)
 
-    with pytest.raises(RuntimeError, match="reward function flaky failed: ConnectionError: the judge is away"):
+    error, message = {
+        "raises": (RuntimeError, "reward function flaky failed: ConnectionError: the judge is away"),
+        "too few values": (ValueError, "flaky"),
+        "None": (ValueError, "flaky"),
+    }[fault]
+    with pytest.raises(error, match=message):
         trainer_for(tmp_path, reward_funcs=flaky, max_steps=12).train()
     assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
     # Random numbers of the failed attempt do not count either.

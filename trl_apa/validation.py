@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.models.value_model import ValueModel
 
+# In the losses scores are squared, and squares are added up; float32 ends at 3.4e38.
+LARGEST_SCORE = 1e18
+
 
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
     """The argument that was given under either of two names; ValueError if both were and differ."""
@@ -100,6 +103,11 @@ def check_step_inputs(
             )
         if not torch.isfinite(score.float()).all():
             raise ValueError(f"scores[{row}] is {score.item()}; scores should be finite in float32")
+        if abs(score.item()) > LARGEST_SCORE:
+            raise ValueError(
+                f"scores[{row}] is {score.item()}; it should be at most {LARGEST_SCORE:g} in size: its square "
+                "overflows float32"
+            )
     for row, mask in enumerate(response_masks or []):
         if mask.shape != responses[row].shape:
             raise ValueError(
