@@ -505,7 +505,9 @@ def test_every_command_is_documented_and_run():
 def test_the_lines_that_are_not_run_have_options_that_exist(tmp_path, capsys, monkeypatch):
     """Those with files or services that there are not: what follows the program is read and nothing more."""
     page = (ROOT / "docs" / "cli.md").read_text()
-    lines = [shlex.split(line) for line in re.findall(r"^ {4}trl-apa (\w+ --.*|\w+ \S+ \S+ --.*)$", page, re.MULTILINE)]
+    lines = [
+        shlex.split(line) for line in re.findall(r"^ {4}trl-apa (\w+ --.*|\w+ \S+ \S+ --.*)$", page, re.MULTILINE)
+    ]
     assert {command for command, *_ in lines} == {"train", "winrate"} and len(lines) == 5
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("learning_rate: 1e-6\n")
@@ -527,6 +529,7 @@ def test_the_launchers_of_the_page_start_the_command_in_two_processes(pipeline):
     assert done.returncode == 0, done.stderr
     written = {path.name for path in (pipeline / "two" / "checkpoint-2").iterdir()}
     assert {"apa_state_0.pt", "apa_state_1.pt"} <= written
+    assert "gemm_4bit_forward" not in done.stderr
     # One process told of it.
     assert done.stdout.count("rollouts an iteration") == 1 and "16 rollouts an iteration" in done.stdout
     launched = launch_command_parser().parse_args(started_by["accelerate"][2:])

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.models.value_model import ValueModel
+
 
 # In the losses scores are squared, and squares are added up; float32 ends at 3.4e38.
 LARGEST_SCORE = 1e18
@@ -50,6 +53,12 @@ def check_precision(module: nn.Module) -> None:
     if torch.bfloat16 in dtypes:
         text = f"model has trainable weights in bfloat16: small updates will be lost to rounding; {advice}"
         warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def check_fp16(args: Any, accelerator: Accelerator) -> None:
+    """Raise ValueError where `fp16` is set and accelerate would compute in float32 without a word: on a CPU."""
+    if args.fp16 and accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError("fp16=True: on a CPU accelerate would compute in float32; leave it out, or set bf16=True")
 
 
 def check_networks_are_apart(
