@@ -12,7 +12,7 @@ from tests.test_training import PROMPTS, StopAt, few_nines
 from tests.test_update import assert_same
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
-from trl_apa.models import ValueModel
+from trl_apa.models import ValueModel, load_policy
 from trl_apa.models.value_adapter import VALUE_ADAPTER
 
 
@@ -65,7 +65,15 @@ def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwarg
 def on_one_base(make_config, folder, rows=range(8), model=None, **config):
     """Policy and value adapter on one base, the reference below them, recomputed in the backward pass."""
     config = {"gradient_checkpointing": True, **config}
-    return stepped(make_config, folder, rows, model, config, peft_config=lora_config(), value_model="adapter")[1]
+    peft_config = None if isinstance(model, PeftModel) else lora_config()
+    return stepped(make_config, folder, rows, model, config, peft_config=peft_config, value_model="adapter")[1]
+
+
+def on_one_8bit_base(make_config, folder, base, rows=range(8), **config):
+    """The same where bitsandbytes quantises the base, a folder."""
+    torch.manual_seed(2)
+    policy = load_policy(base, "8bit", lora=4)
+    return on_one_base(make_config, folder, rows, policy, **config)
 
 
 def trained(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import vocabulary
+from benchmarks import soak, vocabulary
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.speed import tokens_of
 from benchmarks.workload import SPREADS, Workload
@@ -45,3 +45,9 @@ def test_memory_by_vocabulary_prints_two_numbers(monkeypatch, capsys):
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 100)
     vocabulary.run(num_tokens=4, in_chunks=True)
     assert [float(number) >= 0 for number in capsys.readouterr().out.split()] == [True, True]
+
+
+def test_make_soak_reads_the_memory_of_every_step(tmp_path, capsys):
+    table = soak.run(6, str(tmp_path))
+    assert [step for step, _ in table] == [1, 2, 3, 4, 5, 6] and all(mib > 50 for _, mib in table)
+    assert capsys.readouterr().out.count(" MiB ") == 6

@@ -473,14 +473,21 @@ def pipeline(tmp_path_factory):
     make_model(folder / "base")
     before, path = os.getcwd(), list(sys.path)
     os.chdir(folder)
+
+    def sent(**telemetry):
+        raise AssertionError(f"telemetry: {telemetry}")
+
     try:
-        for line in "".join(documented("bash")).splitlines():
-            program, command, *options = shlex.split(line)
-            assert program == "trl-apa"
-            options += IN_SMALL.get(command, "").split()
-            if "--resume_from_checkpoint" in options:
-                options += ["--max_steps", "4"]
-            assert run(command, *options) == 0
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.delenv("CI", raising=False)
+            monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", sent)
+            for line in "".join(documented("bash")).splitlines():
+                program, command, *options = shlex.split(line)
+                assert program == "trl-apa"
+                options += IN_SMALL.get(command, "").split()
+                if "--resume_from_checkpoint" in options:
+                    options += ["--max_steps", "4"]
+                assert run(command, *options) == 0
     finally:
         os.chdir(before)
         sys.path[:] = path
@@ -495,6 +502,22 @@ def test_every_command_is_documented_and_run():
         assert command in WITH_YAML and config == "--config" and (ROOT / path).is_file()
 
 
+def test_the_lines_that_are_not_run_have_options_that_exist(tmp_path, capsys, monkeypatch):
+    """Those with files or services that there are not: what follows the program is read and nothing more."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    lines = [
+        shlex.split(line) for line in re.findall(r"^ {4}trl-apa (\w+ --.*|\w+ \S+ \S+ --.*)$", page, re.MULTILINE)
+    ]
+    assert {command for command, *_ in lines} == {"train", "winrate"} and len(lines) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-6\n")
+    for command, *options in lines:
+        parser = import_module(COMMANDS[command][0]).make_parser()
+        values = parser.parse(options) if command == "train" else vars(parser.parse_args(options))
+        given = [option.removeprefix("--").replace("-", "_") for option in options if option.startswith("--")]
+        assert given and all(name == "config" or values[name] is not None for name in given)
+
+
 def test_the_launchers_of_the_page_start_the_command_in_two_processes(pipeline):
     """torchrun for real; of accelerate, which runs one process on a CPU, what it makes of its line."""
     started_by = {line.split()[0]: shlex.split(line) for line in "".join(documented("text")).splitlines()}
@@ -506,6 +529,7 @@ def test_the_launchers_of_the_page_start_the_command_in_two_processes(pipeline):
     assert done.returncode == 0, done.stderr
     written = {path.name for path in (pipeline / "two" / "checkpoint-2").iterdir()}
     assert {"apa_state_0.pt", "apa_state_1.pt"} <= written
+    assert "gemm_4bit_forward" not in done.stderr
     # One process told of it.
     assert done.stdout.count("rollouts an iteration") == 1 and "16 rollouts an iteration" in done.stdout
     launched = launch_command_parser().parse_args(started_by["accelerate"][2:])

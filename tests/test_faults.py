@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ import pytest
 import torch
 import transformers.trainer
 from peft import get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Trainer
 
@@ -31,7 +31,7 @@ from trl_apa.scoring import RewardModel, Scorer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 import transformers.trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -43,8 +43,12 @@ options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3}
 class Slowly(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         print("step", state.global_step, flush=True)
-        time.sleep(0.3)
+        if fault == "no room" and state.global_step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        time.sleep(0.0 if fault == "no room" else 0.3)
 
+if fault == "no room":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 if fault == "killed while writing":
     whole = TrainerState.save_to_json
 
@@ -114,38 +118,69 @@ def test_a_checkpoint_that_sigkill_cut_short_is_told_from_a_whole_one(tmp_path, 
         trainer_for(tmp_path).train(resume_from_checkpoint=str(tmp_path / "torn"))
 
 
+def test_a_checkpoint_is_torn_while_it_is_written_over(tmp_path, uninterrupted, monkeypatch):
+    """The run is taken up before a checkpoint that is whole, and ends again while it writes that one anew."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer_for(tmp_path, max_steps=6, **saving).train()
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Trainer, "_save_optimizer_and_scheduler", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            trainer_for(tmp_path, max_steps=12, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert (tmp_path / "checkpoint-6" / "optimizer.pt").is_file() and not is_complete(str(tmp_path / "checkpoint-6"))
+    with pytest.warns(UserWarning, match="checkpoint-6 was not written to its end; going on from the one before"):
+        assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
+
+
+TOO_LITTLE_ROOM = (
+    r"checkpoint-\d+ could not be written: .*Checkpoints before it are whole: make room and go on with train"
+)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, uninterrupted):
-    """A file system of its own with room for two checkpoints and a half."""
+    """A file system of its own with room for two checkpoints and a half; where none may be mounted, small files."""
     probe = trainer_for(tmp_path / "probe", max_steps=1, save_strategy="steps", save_steps=1)
     probe.train()
     size = sum(file.stat().st_size for file in (tmp_path / "probe" / "checkpoint-1").rglob("*") if file.is_file())
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size) + 200_000}", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
+    mounted = not subprocess.run(mount, capture_output=True).returncode
     try:
-        with pytest.raises((OSError, RuntimeError, SafetensorError)):
-            trainer_for(disk, max_steps=12, save_strategy="steps", save_steps=1).train()
+        if mounted:
+            with pytest.raises(RuntimeError, match=TOO_LITTLE_ROOM):
+                trainer_for(disk, max_steps=12, save_strategy="steps", save_steps=1).train()
+        else:
+            process = start(disk, "no room")
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 1 and re.search(TOO_LITTLE_ROOM, errors.splitlines()[-1])
         checkpoint = last_complete_checkpoint(str(disk))
         assert int(checkpoint.rsplit("-", 1)[1]) >= 1
         trainer = trainer_for(tmp_path / "elsewhere", max_steps=12)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert_same(parameters(trainer), uninterrupted, tolerance=1e-30)
     finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_what_was_learned_before_a_reward_function_failed_is_kept(tmp_path, uninterrupted):
+@pytest.mark.parametrize("fault", ["raises", "too few values", "None"])
+def test_what_was_learned_before_a_reward_function_failed_is_kept(tmp_path, uninterrupted, fault):
     calls = []
 
     def flaky(completions, **kwargs):
         calls.append(len(completions))
-        if len(calls) == 3:
+        if len(calls) < 3:
+            return few_nines(completions)
+        if fault == "raises":
             raise ConnectionError("the judge is away")
-        return few_nines(completions)
+        return few_nines(completions)[:-1] if fault == "too few values" else [None] * len(completions)
 
-    with pytest.raises(RuntimeError, match="reward function flaky failed: ConnectionError: the judge is away"):
+    error, message = {
+        "raises": (RuntimeError, "reward function flaky failed: ConnectionError: the judge is away"),
+        "too few values": (ValueError, "reward function flaky gave 3 values for 4 responses"),
+        "None": (ValueError, "reward function flaky gave None for row 0; it should be a finite number"),
+    }[fault]
+    with pytest.raises(error, match=message):
         trainer_for(tmp_path, reward_funcs=flaky, max_steps=12).train()
     assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
     # Random numbers of the failed attempt do not count either.

@@ -180,7 +180,7 @@ def test_a_value_model_that_does_not_know_the_policys_tokens_is_refused(tmp_path
 # ---- merging ----
 
 
-@pytest.mark.parametrize("quantization", [None, "8bit"])
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
 def test_the_merged_policy_is_a_plain_model(tmp_path, base, quantization):
     """Equal to the adapter on the whole base, whatever other adapters lie on it."""
     save_reward_adapter(tmp_path / "reward", base, num_labels=1)

@@ -416,5 +416,5 @@ def test_no_telemetry_is_sent(tmp_path, monkeypatch):
         raise AssertionError("telemetry")
 
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", sent, raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", sent)
     tiny_trainer(tmp_path)

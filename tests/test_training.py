@@ -123,7 +123,8 @@ def test_a_run_goes_on_from_any_optimizer_step_as_if_it_had_not_stopped(tmp_path
     assert logged(again, "train_loss")[:-1] == logged(whole, "train_loss")[:-1]
     assert again.kl_ctl.value == whole.kl_ctl.value and again.running_scores.count == whole.running_scores.count
     for mine, theirs in zip(again.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
-        assert mine["exp_avg"].equal(theirs["exp_avg"])
+        assert mine.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(mine[name].equal(theirs[name]) for name in mine)
 
 
 def test_epochs_count_passes_over_the_prompts_and_episodes_rollouts(tmp_path):

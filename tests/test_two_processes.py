@@ -10,10 +10,18 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from tests._engines import ACCUMULATED, alone, announce_rank, assert_equal_outcome, on_one_base, rows_of
+from tests._engines import (
+    ACCUMULATED,
+    alone,
+    announce_rank,
+    assert_equal_outcome,
+    on_one_8bit_base,
+    on_one_base,
+    rows_of,
+)
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.fake_vllm import Server, install
-from tests.test_training import PROMPTS, StopAt, few_nines
+from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
@@ -90,13 +98,17 @@ class TerminateOneProcess(TrainerCallback):
 
     def __init__(self, step, rank):
         self.step, self.rank = step, rank
+        self.stopped_at = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopped_at = state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step and args.process_index == self.rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train_here(folder, batch_size, callback=None, resume=None, **config):
+def trained_here(folder, batch_size, callback=None, resume=None, **config):
     """Greedy sampling, so that how many processes draw random numbers does not matter."""
     options = {"optim": "sgd", "learning_rate": 0.1, "top_k": 1, "max_completion_length": 5, "max_steps": 4, "seed": 3}
     options |= {"batch_size": batch_size, "mini_batch_size": batch_size, "ppo_epochs": 2, "logging_steps": 1, **config}
@@ -108,27 +120,49 @@ def train_here(folder, batch_size, callback=None, resume=None, **config):
         reward_funcs=few_nines,
         callbacks=[] if callback is None else [callback],
     )
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except SystemExit as ended:
-        return ended.code, trainer.state.global_step
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def train_here(folder, batch_size, callback=None, resume=None, **config):
+    """Weights, and the rows of the log at the end of an iteration."""
+    trainer = trained_here(folder, batch_size, callback, resume, **config)
     rows = [row for row in trainer.state.log_history if "apa/mean_scores" in row]
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, rows
+    return parameters(trainer), rows
+
+
+def terminate_here(folder, callback):
+    """The exit status, and the step at which the run has stopped."""
+    with pytest.raises(SystemExit) as ended:
+        train_here(folder, 2, callback)
+    return ended.value.code, callback.stopped_at
+
+
+def sample_here(folder, stop=None, resume=None):
+    """All that has a state: random numbers, AdamW, a schedule, a running scale of the scores."""
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "top_k": 0, "scale_rewards": True}
+    callback = None if stop is None else StopAt(stop)
+    trainer = trained_here(folder, 2, callback, resume, lr_scheduler_type="linear", **options)
+    return parameters(trainer), trainer.optimizer.state_dict(), logged(trainer, "train_loss")[:-1]
 
 
 def train_on_two_ranks(rank, folder):
     whole = train_here(f"{folder}/whole", 2)
     train_here(f"{folder}/cut", 2, StopAt(3))
     resumed = train_here(f"{folder}/cut", 2, resume=f"{folder}/cut/checkpoint-3")
-    terminated = train_here(f"{folder}/terminated", 2, TerminateOneProcess(3, rank=1))
+    terminated = terminate_here(f"{folder}/terminated", TerminateOneProcess(3, rank=1))
     resumed_again = train_here(f"{folder}/terminated", 2, resume=True)
     return whole, resumed, terminated, resumed_again, train_with_one_server(rank, folder)
 
 
+def sample_on_two_ranks(folder):
+    whole = sample_here(f"{folder}/sampled")
+    sample_here(f"{folder}/sampled-cut", stop=3)
+    return whole, sample_here(f"{folder}/sampled-cut", resume=f"{folder}/sampled-cut/checkpoint-3")
+
+
 def train_with_one_server(rank, folder):
     """The first rank asks for both; the server is a thread of it."""
-    if rank == 0:
-        tiny_model().save_pretrained(f"{folder}/model")
     server = Server(f"{folder}/model") if rank == 0 else None
     options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url if server else None}
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -149,8 +183,12 @@ def everything(rank, folder):
     results = {loss_type: step_on_half(rank, f"{own}/{loss_type}", loss_type) for loss_type in ("apa", "awr", "ppo")}
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
+    results["on one 8-bit base"] = on_one_8bit_base(
+        tiny_config, f"{folder}/quantised", f"{folder}/model", rows, mini_batch_size=4
+    )
     results["life"] = live_a_little(rank, f"{own}/life")
     results["failures"] = fail_in_one_process(rank, f"{own}/failures")
+    results["sample"] = sample_on_two_ranks(folder)
     results["train"] = train_on_two_ranks(rank, folder)
     return results
 
@@ -162,6 +200,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
+    tiny_model().save_pretrained(folder / "model")
     return run_in_two_processes(everything, str(folder))
 
 
@@ -171,8 +210,8 @@ def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks, 
     single = learner(tmp_path, batch_size=8, mini_batch_size=8, loss_type=loss_type, **OPTIONS)
     stats = [single.step(*tiny_rollouts(8)) for _ in range(2)][-1]
     expected = {name: p.detach() for name, p in single.model.named_parameters()}
-    for parameters, rank_stats in (rank[loss_type] for rank in ranks):
-        assert_same(parameters, expected, tolerance=1e-5)
+    for weights, rank_stats in (rank[loss_type] for rank in ranks):
+        assert_same(weights, expected, tolerance=1e-5)
         assert rank_stats.keys() == stats.keys()
         for name, value in stats.items():
             if not name.startswith("time/"):
@@ -187,6 +226,13 @@ def test_two_ranks_equal_one_process_with_all_networks_on_one_base(tmp_path, ran
     for rank in ranks:
         assert_equal_outcome(rank["on one base"], expected)
         assert_equal_outcome(rank["on one base, accumulated"], expected)
+
+
+def test_two_ranks_equal_one_process_on_an_8bit_base(tmp_path, folder, ranks):
+    expected = on_one_8bit_base(alone, tmp_path, str(folder / "model"))
+    assert torch.int8 in {weight.dtype for weight in expected["weights"].values()}
+    for rank in ranks:
+        assert_equal_outcome(rank["on one 8-bit base"], expected)
 
 
 def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things(ranks):
@@ -219,6 +265,17 @@ def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_
         for row, alone_row in zip(rows, alone_rows, strict=True):
             for name in ("apa/mean_scores", "objective/kl", "apa/loss/total", "tokens/responses_len_mean"):
                 assert row[name] == pytest.approx(alone_row[name], rel=1e-4, abs=1e-5), name
+
+
+def test_two_ranks_that_sample_go_on_with_the_same_bits(ranks):
+    """In the middle of the second iteration: weights, the states of AdamW, and all that is logged but the clock's."""
+    for (weights, optimizer, log), (resumed_weights, resumed_optimizer, resumed_log) in (r["sample"] for r in ranks):
+        assert_same(resumed_weights, weights, tolerance=1e-30)
+        assert resumed_log == log and {row["step"] for row in log} == {1, 2, 3, 4}
+        assert resumed_optimizer["param_groups"] == optimizer["param_groups"]
+        assert len(resumed_optimizer["state"]) == len(optimizer["state"]) > 0
+        for index, state in optimizer["state"].items():
+            assert all(resumed_optimizer["state"][index][name].equal(value) for name, value in state.items())
 
 
 def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step_with_a_whole_checkpoint(ranks, folder):

@@ -34,6 +34,11 @@ CASES = {
     "negative token": (lambda r: replace(r, "queries", 1, torch.tensor([-1, 3])), r"queries\[1\] holds.*from -1"),
     "NaN score": (lambda r: replace(r, "scores", 1, torch.tensor(float("nan"))), r"scores\[1\] is nan"),
     "infinite score": (lambda r: replace(r, "scores", 1, torch.tensor(float("inf"))), r"scores\[1\] is inf"),
+    # 2e19 squared is 4e38, and float32 ends at 3.4e38; 1e18 squared is 1e36.
+    "score too large": (
+        lambda r: replace(r, "scores", 1, torch.tensor(-2e19)),
+        r"scores\[1\] is -1\.99.*e\+19; .*its square overflows float32",
+    ),
     "two scores": (lambda r: replace(r, "scores", 2, torch.ones(2)), r"scores\[2\] has shape \(2,\)"),
     "mask of another length": (
         lambda r: replace(r, "response_masks", 0, torch.ones(50)),
@@ -95,6 +100,19 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(tmp_
         assert torch.equal(parameter, before[name])
     hook.remove()
     assert all(np.isfinite(value).all() for value in trainer.step(*rollouts).values())
+
+
+def test_the_largest_scores_that_are_taken_leave_a_finite_loss(tmp_path):
+    trainer = tiny_trainer(tmp_path, optim="sgd", learning_rate=0.0)
+    queries, responses, _ = tiny_rollouts()
+    stats = trainer.step(queries, responses, [torch.tensor(9e17)] * 4)
+    # V is 0 and the return 9e17: half of its square, over the counted tokens, is below 4.1e35.
+    assert 0 < stats["apa/loss/value"] < 4.1e35
+
+
+def test_fp16_is_refused_where_float32_would_be_computed_in(tmp_path):
+    with pytest.raises(ValueError, match="fp16=True: on a CPU accelerate would compute in float32; leave it out, or"):
+        tiny_trainer(tmp_path, fp16=True)
 
 
 def test_one_token_responses_with_equal_scores_leave_finite_parameters(tmp_path):

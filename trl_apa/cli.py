@@ -4,6 +4,7 @@ A command is a module with `main(argv: list[str]) -> int`, imported only when it
 """
 
 import argparse
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl-apa` with `argv` (*optional*, defaults to the process's arguments); returns the exit status."""
     options = build_parser().parse_args(argv)
     module, _ = COMMANDS[options.command]
+    # Imported, it warns of a faster 4-bit kernel for CPUs, which has no gradient and is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return import_module(module).main(options.arguments)
 
 

@@ -55,6 +55,7 @@ from trl_apa.statistics import (
 from trl_apa.training import EndOfIteration, TrainingLoop
 from trl_apa.update import Update
 from trl_apa.validation import (
+    check_fp16,
     check_has,
     check_step_inputs,
     check_tokens,
@@ -193,6 +194,7 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             optimizers=(optimizer, lr_scheduler),
         )
         module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        check_fp16(args, self.accelerator)
         check_engine(self.accelerator, args, module, optimizer, lr_scheduler)
         keep_outputs_precise(self.accelerator)
         self.dataloader = self._prompt_dataloader()

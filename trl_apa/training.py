@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import is_conversational
@@ -443,6 +445,24 @@ class TrainingLoop(_BaseTrainer):
         return metrics
 
     # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer does; but one that is written over is torn until it is whole again.
+
+        Raises:
+            RuntimeError: if it cannot be written, the disk being full, say.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise RuntimeError(
+                f"{folder} could not be written: {error}. Checkpoints before it are whole: make room and go on with "
+                "train(resume_from_checkpoint=True)"
+            ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Called in the middle of writing a checkpoint: what a resumed run needs beside weights and optimizer."""

@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.models.value_model import ValueModel
+
+
+# In the losses scores are squared, and squares are added up; float32 ends at 3.4e38.
+LARGEST_SCORE = 1e18
 
 
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
@@ -47,6 +53,12 @@ def check_precision(module: nn.Module) -> None:
     if torch.bfloat16 in dtypes:
         text = f"model has trainable weights in bfloat16: small updates will be lost to rounding; {advice}"
         warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def check_fp16(args: Any, accelerator: Accelerator) -> None:
+    """Raise ValueError where `fp16` is set and accelerate would compute in float32 without a word: on a CPU."""
+    if args.fp16 and accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError("fp16=True: on a CPU accelerate would compute in float32; leave it out, or set bf16=True")
 
 
 def check_networks_are_apart(
@@ -100,6 +112,11 @@ def check_step_inputs(
             )
         if not torch.isfinite(score.float()).all():
             raise ValueError(f"scores[{row}] is {score.item()}; scores should be finite in float32")
+        if abs(score.item()) > LARGEST_SCORE:
+            raise ValueError(
+                f"scores[{row}] is {score.item()}; it should be at most {LARGEST_SCORE:g} in size: its square "
+                "overflows float32"
+            )
     for row, mask in enumerate(response_masks or []):
         if mask.shape != responses[row].shape:
             raise ValueError(

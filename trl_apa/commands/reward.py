@@ -9,12 +9,16 @@ from trl_apa.commands.models import load_tokenizer, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
-from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.commands.supervised import NoTelemetry, finish, needs_model, supervised_parser
 from trl_apa.redaction import RedactedOptions
 
 
 class RewardOptions(RedactedOptions, RewardConfig):
     """TRL's options, of which the Trainer writes none that is secret."""
+
+
+class QuietRewardTrainer(NoTelemetry, RewardTrainer):
+    """TRL's trainer, which sends nothing."""
 
 
 def make_parser() -> CommandParser:
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         rows, held_out = load_rows(data, preference)
         options = {**loading_options(model, config.trust_remote_code), "revision": model.model_revision}
         config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
-        trainer = RewardTrainer(
+        trainer = QuietRewardTrainer(
             model=model.model_name_or_path,
             args=config,
             train_dataset=rows,

@@ -9,12 +9,16 @@ from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
 from trl_apa.commands.rows import demonstration, load_rows
-from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.commands.supervised import NoTelemetry, finish, needs_model, supervised_parser
 from trl_apa.redaction import RedactedOptions
 
 
 class SFTOptions(RedactedOptions, SFTConfig):
     """TRL's options, of which the Trainer writes none that is secret."""
+
+
+class QuietSFTTrainer(NoTelemetry, SFTTrainer):
+    """TRL's trainer, which sends nothing."""
 
 
 def make_parser() -> CommandParser:
@@ -37,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         data, model, config, _ = parser.build(values)
         needs_model(model)
         rows, held_out = load_rows(data, demonstration)
-        trainer = SFTTrainer(
+        trainer = QuietSFTTrainer(
             model=load_policy(model.model_name_or_path, model, config.trust_remote_code),
             args=config,
             train_dataset=rows,

@@ -31,7 +31,7 @@ from trl_apa.prompts import as_rows
 from trl_apa.rewards import token_rewards
 from trl_apa.saving import Saving
 from trl_apa.scoring import Scorer, reward_functions
-from trl_apa.validation import check_type
+from trl_apa.validation import check_fp16, check_type
 
 
 class BetweenSteps(TrainerCallback):
@@ -126,6 +126,7 @@ class OfflineAPATrainer(Saving):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        check_fp16(args, self.accelerator)
         self._fill_in_returns()
         networks.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
         if self.ref_model is not None:
