@@ -17,9 +17,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import RewardConfig, RewardTrainer
 
 from trl_apa.data import Preference
+from trl_apa.telemetry import NoTelemetry
 
 
 SCALE_PROMPTS = 256
+
+
+class QuietRewardTrainer(NoTelemetry, RewardTrainer):
+    """TRL's trainer, which sends nothing."""
 
 
 class RewardModel:
@@ -93,7 +98,7 @@ def train(options: argparse.Namespace, pairs: Sequence[Preference], sft_dir: Pat
         for pair in pairs
     ]
     say("reward", f"training on {len(rows)} pairs")
-    trainer = RewardTrainer(
+    trainer = QuietRewardTrainer(
         model=model,
         args=RewardConfig(
             learning_rate=options.reward_learning_rate,

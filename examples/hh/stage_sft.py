@@ -15,6 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from trl_apa.data import Preference, sft_rows
+from trl_apa.telemetry import NoTelemetry
+
+
+class QuietSFTTrainer(NoTelemetry, SFTTrainer):
+    """TRL's trainer, which sends nothing."""
 
 
 def run(options: argparse.Namespace, pairs: Sequence[Preference], output_dir: Path) -> dict[str, Any]:
@@ -23,7 +28,7 @@ def run(options: argparse.Namespace, pairs: Sequence[Preference], output_dir: Pa
     check_positions(model, options)
     rows = [encode_row(tokenizer, row, options) for row in sft_rows(pairs)]
     say("sft", f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(rows)} dialogues")
-    trainer = SFTTrainer(
+    trainer = QuietSFTTrainer(
         model=model,
         args=SFTConfig(
             learning_rate=options.sft_learning_rate,

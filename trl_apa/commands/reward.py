@@ -9,8 +9,9 @@ from trl_apa.commands.models import load_tokenizer, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
-from trl_apa.commands.supervised import NoTelemetry, finish, needs_model, supervised_parser
+from trl_apa.commands.supervised import finish, needs_model, supervised_parser
 from trl_apa.redaction import RedactedOptions
+from trl_apa.telemetry import NoTelemetry
 
 
 class RewardOptions(RedactedOptions, RewardConfig):

@@ -12,13 +12,6 @@ from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lin
 from trl_apa.commands.rows import DataArguments
 
 
-class NoTelemetry:
-    """Before one of TRL's trainers: what it would send on being made is not sent."""
-
-    def _send_telemetry(self) -> None:
-        """Nothing."""
-
-
 def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:
     """The options of such a command.
 

@@ -12,9 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
+from trl_apa.telemetry import NoTelemetry
+
 from .corpus import gold_quality
 from .networks import decode, draw_prompts, sample
 from .supervised import Tick, TickCallback, run_trainer
+
+
+class QuietRewardTrainer(NoTelemetry, RewardTrainer):
+    """TRL's trainer, which sends nothing."""
 
 
 def gold_rewards(
@@ -150,7 +156,7 @@ def train_reward_model(
         "chosen_ids": joined_ids(tokenizer, pairs.prompts, pairs.chosen),
         "rejected_ids": joined_ids(tokenizer, pairs.prompts, pairs.rejected),
     }
-    trainer = RewardTrainer(
+    trainer = QuietRewardTrainer(
         model=network,
         args=RewardConfig(**options),
         train_dataset=Dataset.from_dict(rows),

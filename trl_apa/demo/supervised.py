@@ -7,8 +7,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from trl_apa.telemetry import NoTelemetry
+
 
 Tick = Callable[[int, float | None], None]
+
+
+class QuietSFTTrainer(NoTelemetry, SFTTrainer):
+    """TRL's trainer, which sends nothing."""
 
 
 class TickCallback(TrainerCallback):
@@ -77,7 +83,7 @@ def train_sft(
         }
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    trainer = SFTTrainer(
+    trainer = QuietSFTTrainer(
         model=model,
         args=SFTConfig(**options, completion_only_loss=True),
         train_dataset=Dataset.from_list(rows),
