@@ -243,7 +243,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     log_completions: bool = _option(False, "train(): show, save and track the completions of each iteration.")
     num_completions_to_print: int = _option(4, "With log_completions: rows on the terminal, chosen at random.")
     skip_unscored: bool = _option(False, "train(): leave out responses that a reward function gives None or NaN.")
-    reward_timeout: float | None = _option(None, "Seconds that the reward functions may take for one iteration.")
+    reward_timeout: float | None = _option(None, "Seconds that reward functions in Python may take for one iteration.")
     max_kl: float | None = _option(None, "train(): stop when an iteration's KL is above it, nats a response.")
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
