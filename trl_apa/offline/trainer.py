@@ -23,6 +23,7 @@ from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
+from trl_apa.offline.denominators import CountsTokens
 from trl_apa.offline.held_out import held_out_reward
 from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, QValueModel
@@ -49,7 +50,7 @@ class BetweenSteps(TrainerCallback):
             self.trainer.networks.value_model.move_targets(args.polyak)
 
 
-class OfflineAPATrainer(Saving):
+class OfflineAPATrainer(CountsTokens, Saving):
     """
     Learns from fixed prompts, responses and rewards, without sampling: the setting of figure 9 of the paper.
 
@@ -80,9 +81,6 @@ class OfflineAPATrainer(Saving):
     Raises:
         ValueError: naming the argument that does not fit, or the rows that cannot be learned from.
     """
-
-    # The loss is divided by the tokens of the whole optimizer step, so the Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -233,12 +231,6 @@ class OfflineAPATrainer(Saving):
         return batch
 
     # ---- the update ----
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of an optimizer step, and its counted tokens on all processes: the losses' denominator."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum((batch["response_mask"].sum() for batch in batches), torch.zeros((), dtype=torch.long))
-        return batches, self.accelerator.reduce(count.to(device).float(), reduction="sum")
 
     def compute_loss(
         self,

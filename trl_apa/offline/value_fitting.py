@@ -4,27 +4,20 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
-from trl_apa._trl import _BaseTrainer
 from trl_apa.losses import value_loss
 from trl_apa.models import ValueModel
 from trl_apa.models.checkpointing import either_method
 from trl_apa.offline.config import OfflineConfig
+from trl_apa.offline.denominators import CountsTokens
 from trl_apa.rollouts import Rollouts
+from trl_apa.telemetry import NoTelemetry
 
 
-class _ValueFitting(_BaseTrainer):
+class _ValueFitting(NoTelemetry, CountsTokens):
     """The Trainer's loop over the value model alone."""
-
-    loss_is_scaled_for_ga = True
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum((batch["response_mask"].sum() for batch in batches), torch.zeros((), dtype=torch.long))
-        return batches, self.accelerator.reduce(count.to(device).float(), reduction="sum")
 
     def compute_loss(
         self,
@@ -38,9 +31,6 @@ class _ValueFitting(_BaseTrainer):
         loss, stats = value_loss(values_BR, inputs["returns"], mask_BR, num_tokens=num_items_in_batch)
         loss = loss * self.accelerator.num_processes
         return (loss, stats) if return_outputs else loss
-
-    def _send_telemetry(self) -> None:
-        """This package sends none."""
 
 
 def fit_value_model(
