@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -267,6 +268,30 @@ def training_page(tmp_path_factory, checkpoints):
 def run_block(block, namespace, checkpoints):
     block = with_paths(block, checkpoints).replace("APAConfig(", "APAConfig(use_cpu=True, ")
     exec(compile(block, "a page", "exec"), namespace)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_readme_script_runs_under_the_launchers_of_the_quickstart(tmp_path, checkpoints, launcher):
+    """Literally, but for the device; without GPUs accelerate starts one process."""
+    (lines,) = [block for block in fenced(ROOT / "docs" / "quickstart.md", "bash") if "torchrun" in block]
+    (line,) = [line for line in lines.splitlines() if line.startswith(launcher)]
+    (readme,) = fenced(ROOT / "README.md", "python")
+    script = with_paths(readme, checkpoints).replace("] * 64", "] * 32").replace("batch_size=64", "batch_size=16")
+    (tmp_path / "script.py").write_text(script.replace("APAConfig(", "APAConfig(use_cpu=True, "))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    program = [
+        sys.executable,
+        "-m",
+        *{"torchrun": ["torch.distributed.run"]}.get(launcher, ["accelerate.commands.launch"]),
+    ]
+    arguments = shlex.split(line)[1:] if launcher == "torchrun" else shlex.split(line)[2:]
+    done = subprocess.run(
+        [*program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    reported = re.findall(r"score (-?\d+\.\d\d), KL (-?\d+\.\d\d) nats", done.stdout)
+    assert len(reported) >= (2 if launcher == "torchrun" else 1)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ten-words")
 
 
 def test_the_script_of_the_page_on_training_runs_and_that_on_resuming_goes_on(training_page, checkpoints, monkeypatch):
