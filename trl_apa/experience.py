@@ -46,8 +46,8 @@ class Experience(_BaseTrainer):
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         order = rollouts.by_length(range(len(rollouts)))
+        packed = self._packed and not full_kl
         for start in range(0, len(rollouts), size):
-            packed = self._packed and not full_kl
             batch = rollouts.micro_batch(order[start : start + size], self._pad_token_id, packed)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)

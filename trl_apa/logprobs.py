@@ -269,7 +269,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     Some families scale or cap their logits: each model is tried out on four tokens, once. None for these, for
     encoder-decoders, and for a model that an engine has sharded, whose own forward has to be called.
     """
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = inner_model(model)
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
         return None
     trunk, head = base.base_model, base.get_output_embeddings()
@@ -306,9 +306,14 @@ def head_width(head: nn.Module) -> int:
     return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
 
 
+def inner_model(model: nn.Module) -> Any:
+    """The network inside a PEFT wrapper, with the adapters in its layers; any other model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names that the forward of `model` (of the network inside, for a PEFT wrapper) takes."""
-    return _forward_parameters(type(model.get_base_model() if is_peft_model(model) else model))
+    return _forward_parameters(type(inner_model(model)))
 
 
 @lru_cache

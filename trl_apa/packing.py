@@ -9,8 +9,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import forward_parameters, is_sharded, last_hidden_states, network_inputs, trunk_and_head
+from trl_apa.logprobs import (
+    forward_parameters,
+    inner_model,
+    is_sharded,
+    last_hidden_states,
+    network_inputs,
+    trunk_and_head,
+)
 from trl_apa.rollouts import pack_tokens
 
 
@@ -63,17 +69,17 @@ def pack_if_exact(networks: Iterable[nn.Module], padding_free: bool | None) -> b
         reason = why_not_packed(network)
         if reason is not None:
             if padding_free:
-                raise ValueError(f"padding_free=True, but {type(_base(network)).__name__} {reason}")
+                raise ValueError(f"padding_free=True, but {type(inner_model(network)).__name__} {reason}")
             return False
     for network in networks:
-        if _base(network).config._attn_implementation == "sdpa":
-            _base(network).set_attn_implementation(PER_SEQUENCE)
+        if inner_model(network).config._attn_implementation == "sdpa":
+            inner_model(network).set_attn_implementation(PER_SEQUENCE)
     return True
 
 
 def _why_unsuitable(network: nn.Module) -> str | None:
     """What in a network's kind keeps it from computing the same from a packed row; None if there is nothing."""
-    base = _base(network)
+    base = inner_model(network)
     config = base.config
     if config.is_encoder_decoder:
         return "has an encoder, which reads a padded batch"
@@ -93,7 +99,7 @@ def why_not_packed(network: nn.Module) -> str | None:
     """Why a packed row would not give what its sequences give alone; None if it does, which is tried out."""
     if (reason := _why_unsuitable(network)) is not None:
         return reason
-    base = _base(network)
+    base = inner_model(network)
     implementation = base.config._attn_implementation
     if is_sharded(base):
         return "has its weights spread over processes, so that it cannot be tried out"
@@ -113,7 +119,7 @@ def why_not_packed(network: nn.Module) -> str | None:
 @torch.no_grad()
 def _packs_exactly(network: nn.Module) -> bool:
     """Whether two sequences in one row give the hidden states that they give alone, and know nothing of each other."""
-    base = _base(network)
+    base = inner_model(network)
     trunk = base.base_model
     device = trunk.get_input_embeddings().weight.device
     queries = [torch.tensor(tokens, device=device) % base.config.vocab_size for tokens in ([2, 3], [5, 6, 7])]
@@ -132,7 +138,3 @@ def _packs_exactly(network: nn.Module) -> bool:
     tolerance = 1e-4 if exact and packed.dtype in (torch.float32, torch.float64) else 3e-2
     allowed = tolerance * float(alone.abs().max())
     return torch.allclose(packed, alone, rtol=tolerance, atol=allowed) and float(leak) <= quantized * allowed
-
-
-def _base(network: nn.Module) -> Any:
-    return network.get_base_model() if is_peft_model(network) else network

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import network_inputs
+from trl_apa.logprobs import inner_model, network_inputs
 from trl_apa.models.loaders import load_reward_model
 from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.policy_and_value import PolicyAndValue
@@ -89,7 +89,7 @@ class RewardModel:
         """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
         tokens = pad_queries(sequences, self.model.config.pad_token_id or 0, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
-        network = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        network = inner_model(self.model)
         head = getattr(network, "score", None)
         if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
             return self.model(**tokens).logits[:, 0].float().tolist()

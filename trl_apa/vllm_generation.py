@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from trl_apa._trl import is_peft_model, vllm_generation_class
 from trl_apa.generation import ResponseLengths, response_limits, row_criteria
+from trl_apa.logprobs import inner_model
 from trl_apa.models import merged_parameters
 from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.rollouts import pad_queries
@@ -89,7 +90,7 @@ def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrain
             yield from merged_parameters(policy) if is_peft_model(policy) else super()._iter_named_params()
 
     size = (args.generation_batch_size or args.batch_size) * args.vllm_tensor_parallel_size
-    base = policy.get_base_model() if is_peft_model(policy) else policy
+    base = inner_model(policy)
     return PolicyOnVLLM(
         policy,
         accelerator,

@@ -1,5 +1,6 @@
 """Several adapters on one base: which one computes, and which ones learn."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -65,6 +66,15 @@ def add_adapter(policy: PeftModel, adapter_name: str, config: PeftConfig, argume
             policy.add_adapter(adapter_name, config)
     except ValueError as error:
         raise ValueError(f"{argument} does not fit the policy's base: {error}") from error
+
+
+def config_like(policy: PeftModel, adapter_name: str) -> PeftConfig:
+    """The configuration of another adapter of the same shape."""
+    config = copy.deepcopy(policy.peft_config[adapter_name])
+    if hasattr(config, "init_lora_weights"):
+        # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
+        config.init_lora_weights = True
+    return config
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
+from trl_apa.models.quantization import use_one_kernel
 
 
 def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -21,9 +22,7 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             be 4-bit. Tied weights come once.
     """
     adapted = is_peft_model(policy)
-    for module in policy.modules():
-        if type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":
-            module.state_dict()  # undoes what bitsandbytes has done to the order of the weights for evaluation there
+    use_one_kernel(policy)
     layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
     merged: tuple[str, nn.Module | None] = ("", None)
     for name, parameter in policy.named_parameters():

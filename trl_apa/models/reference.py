@@ -1,6 +1,5 @@
 """pi_init, the policy that APA is anchored to: a frozen copy, or the policy's own base without its adapter."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from torch import nn
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapters import (
     adapter_parameters,
+    config_like,
     only_adapter,
     trainable_as_before,
     trains_its_adapter_only,
@@ -191,12 +191,8 @@ def _adapter_is_identity(policy: nn.Module) -> bool:
 
 def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
     active = policy.active_adapter
-    config = copy.deepcopy(policy.peft_config[source])
-    if hasattr(config, "init_lora_weights"):
-        # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
-        config.init_lora_weights = True
     with trainable_as_before(policy):
-        policy.add_adapter(REFERENCE_ADAPTER, config)
+        policy.add_adapter(REFERENCE_ADAPTER, config_like(policy, source))
         with gathered(adapter_parameters(policy, source).values()):
             state = get_peft_model_state_dict(policy, adapter_name=source)
             set_peft_model_state_dict(policy, state, adapter_name=REFERENCE_ADAPTER)

@@ -1,6 +1,5 @@
 """The standalone value model as a second adapter on the policy's frozen base."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.models.adapters import adapter_parameters, add_adapter, only_adapter, trains_its_adapter_only
+from trl_apa.models.adapters import adapter_parameters, add_adapter, config_like, only_adapter, trains_its_adapter_only
 from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.reward_adapter import load_adapter_weights, score_layer
 from trl_apa.models.value_model import (
@@ -67,7 +66,7 @@ class AdapterValueModel(nn.Module):
         """
         _check_base(policy)
         if source is None:
-            config, weights = _config_like(policy), None
+            config, weights = _new_config(policy), None
             head = ValueHead(output_width(policy.get_base_model()))
         else:
             config, weights, head = _read(str(source))
@@ -114,14 +113,11 @@ def _check_base(policy: nn.Module) -> None:
         )
 
 
-def _config_like(policy: PeftModel) -> PeftConfig:
-    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+def _new_config(policy: PeftModel) -> PeftConfig:
+    config = config_like(policy, policy.active_adapter)
     config.modules_to_save, config.inference_mode = None, False
     if hasattr(config, "bias"):
         config.bias = "none"  # a bias belongs to the base, which stays as it is
-    if hasattr(config, "init_lora_weights"):
-        # PiSSA and its like change the base weights when an adapter is made, which must not happen a second time.
-        config.init_lora_weights = True
     return config
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import response_rows, response_states
+from trl_apa.logprobs import inner_model, response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.loading import load_language_model
@@ -95,7 +95,7 @@ class ValueModel(nn.Module):
     @classmethod
     def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
         """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
-        width = output_width(policy.get_base_model() if is_peft_model(policy) else policy)
+        width = output_width(inner_model(policy))
         network = _copy_with_adapter(policy) if is_peft_model(policy) else trainable(copy_of_trunk(policy))
         return cls(network, ValueHead(width, head).to(_device(network)))
 

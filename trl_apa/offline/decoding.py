@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import forward_parameters, last_hidden_states
+from trl_apa.logprobs import forward_parameters, inner_model, last_hidden_states
 from trl_apa.offline.networks import QValueModel
 
 
@@ -29,7 +28,7 @@ def advantage_shifted(policy: nn.Module, q_model: QValueModel, beta: float) -> I
         beta: nats per reward unit; 0 leaves the policy as it is.
     """
     # `generate` and forward of a PEFT model both come to the model inside.
-    network = policy.get_base_model() if is_peft_model(policy) else policy
+    network = inner_model(policy)
     had_its_own, forward = "forward" in vars(network), network.forward
     network.forward = _Shifted(forward, q_model, beta)
     try:
