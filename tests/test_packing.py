@@ -1,20 +1,23 @@
 """Micro-batches without padding and logits in chunks: the numbers are those with padding and with all at once."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.test_training import trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa import logprobs
-from trl_apa.logprobs import head_logprobs, response_logprobs, trunk_and_head
+from trl_apa.logprobs import head_logprobs, network_inputs, response_logprobs, trunk_and_head
 from trl_apa.packing import PER_SEQUENCE, attend_per_sequence, pack_if_exact, why_not_packed
-from trl_apa.rollouts import pack_tokens, pad_tokens
+from trl_apa.rollouts import Rollouts, pack_tokens, pad_tokens, response_mask
 
 
 OTHER_FAMILIES = {
@@ -76,7 +79,10 @@ def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations whose results the host must wait for, were they on a GPU."""
+    """Notes operations whose results the host must wait for, were they on a GPU.
+
+    `tolist` of what is on the CPU, or `torch.tensor` on a device, are no operations: `Copies` notes them.
+    """
 
     OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
 
@@ -86,26 +92,85 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
+        kwargs = kwargs or {}
         masked = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if name in self.OPERATIONS or masked:
+        blocking = name == "_to_copy" and kwargs.get("device", args[0].device) != args[0].device
+        if name in self.OPERATIONS or masked or (blocking and not kwargs.get("non_blocking")):
             self.seen.append(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def test_the_update_waits_for_the_device_once_an_optimizer_step(tmp_path):
-    """2 epochs of two steps of two micro-batches: four gradient norms."""
-    trainer = tiny_trainer(tmp_path, mini_batch_size=1, gradient_accumulation_steps=2, ppo_epochs=2)
+class Copies(TorchFunctionMode):
+    """Notes in `seen` what is copied to the host, and what is made on it for a device that then waits for it."""
+
+    TO_HOST, MADE = ("tolist", "cpu", "numpy"), ("tensor", "as_tensor")
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        made = name in self.MADE and "device" in kwargs and not isinstance(args[0], torch.Tensor)
+        if name in self.TO_HOST or made:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+def waits_between(trainer, begin, end, work):
+    """What is waited for from the end of the method `begin` to the beginning of the method `end`."""
+    waits, watching = Waits(), ExitStack()
+    methods = {name: getattr(trainer, name) for name in (begin, end)}
+
+    def begun(*args):
+        methods[begin](*args)
+        watching.enter_context(waits)
+        watching.enter_context(Copies(waits.seen))
+
+    def ended(*args):
+        watching.close()
+        return methods[end](*args)
+
+    setattr(trainer, begin, begun)
+    setattr(trainer, end, ended)
+    work()
+    return waits.seen
+
+
+FOUR_STEPS = {"mini_batch_size": 1, "gradient_accumulation_steps": 2, "ppo_epochs": 2}
+
+
+@pytest.mark.parametrize(("optim", "waited_for"), [("adamw_torch_fused", []), ("sgd", ["tolist"] * 4)])
+def test_no_optimizer_step_of_fused_adam_waits_for_the_device(tmp_path, optim, waited_for):
+    """2 epochs of two steps of two micro-batches: four gradient norms, which are waited for with other optimizers."""
+    trainer = tiny_trainer(tmp_path, optim=optim, **FOUR_STEPS)
     trainer.step(*tiny_rollouts())
-    update = trainer._update
-    waits = Waits()
+    seen = waits_between(trainer, "_prepare_iteration", "_finish_iteration", lambda: trainer.step(*tiny_rollouts()))
+    assert seen == waited_for
 
-    def watched():
-        with waits:
-            update()
 
-    trainer._update = watched
-    trainer.step(*tiny_rollouts())
-    assert waits.seen == ["_local_scalar_dense"] * 4
+@pytest.mark.parametrize("filtered", [None, True])
+def test_nor_does_one_under_train(tmp_path, filtered):
+    """One iteration; the Trainer's filter waits for whether each of its eight losses is NaN, and infinite."""
+    options = {"max_steps": 4, "logging_strategy": "no", "logging_nan_inf_filter": filtered}
+    trainer = trainer_for(tmp_path, **FOUR_STEPS, **options)
+    seen = waits_between(trainer, "_collect_iteration", "_finish_iteration", trainer.train)
+    assert seen == ["_local_scalar_dense"] * (16 if filtered else 0)
+
+
+def test_what_the_host_knows_is_sent_without_waiting_for_the_device():
+    """On a device without data, since that of the CPU would not be sent anywhere."""
+    queries, responses, scores = ([tensor.to("meta") for tensor in column] for column in tiny_rollouts())
+    rollouts = Rollouts(queries, responses, response_mask(responses), torch.stack(scores))
+    model, waits = tiny_model(), Waits()
+    model.config._attn_implementation_internal = "flash_attention_of_this_test"
+    with waits, Copies(waits.seen):
+        torch.ones(2).to("meta")
+        torch.tensor([1], device="meta")
+        batch = rollouts.micro_batch([2, 0], 0, packed=True)
+        bounds = network_inputs(model, batch)["cu_seq_lens_q"]
+    assert bounds.device == batch["rows"].device == batch["position_ids"].device == torch.device("meta")
+    assert waits.seen == ["_to_copy", "tensor"]  # those of the first two lines
 
 
 def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):

@@ -93,6 +93,18 @@ def fail_in_one_process(rank, folder):
     return messages, passes_then, len(passes)
 
 
+def spoil_in_one_process(rank, folder):
+    """The second of four gradients is NaN in one process: what each says, how many updates it began, its weights."""
+    trainer, begun = learner(folder, mini_batch_size=2, ppo_epochs=2, optim="adamw_torch_fused"), []
+    trainer.optimizer.register_step_post_hook(lambda *_: begun.append(parameters(trainer)))
+    trainer.model.policy.lm_head.weight.register_hook(
+        lambda gradient: gradient * (float("nan") if rank == 1 and trainer.state.global_step == 1 else 1.0)
+    )
+    with pytest.raises(FloatingPointError) as failed:
+        trainer.step(*tiny_rollouts(4, seed=rank))
+    return str(failed.value), begun, parameters(trainer)
+
+
 class TerminateOneProcess(TrainerCallback):
     """Sends SIGTERM to this process, if it is the one, while it takes an optimizer step."""
 
@@ -188,6 +200,7 @@ def everything(rank, folder):
     )
     results["life"] = live_a_little(rank, f"{own}/life")
     results["failures"] = fail_in_one_process(rank, f"{own}/failures")
+    results["spoilt"] = spoil_in_one_process(rank, f"{own}/spoilt")
     results["sample"] = sample_on_two_ranks(folder)
     results["train"] = train_on_two_ranks(rank, folder)
     return results
@@ -233,6 +246,15 @@ def test_two_ranks_equal_one_process_on_an_8bit_base(tmp_path, folder, ranks):
     assert torch.int8 in {weight.dtype for weight in expected["weights"].values()}
     for rank in ranks:
         assert_equal_outcome(rank["on one 8-bit base"], expected)
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_changes_no_weight_in_any(ranks):
+    """Every optimizer is told by its own device: all begin three more steps, and none of them changes anything."""
+    for message, begun, weights in (rank["spoilt"] for rank in ranks):
+        assert message.startswith("the gradient norm is nan at optimizer step 1; this update was not made")
+        assert len(begun) == 4
+        assert_same(weights, begun[0], tolerance=1e-30)
+        assert_same(weights, ranks[0]["spoilt"][2], tolerance=1e-30)
 
 
 def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things(ranks):

@@ -203,7 +203,9 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             `experiment_config` as a dict) or TensorBoard's `SummaryWriter`; other trackers take none.
         learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
             `"constant"`), gradient_checkpointing (`bool`, *optional*, off by default):
-            Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
+            Other defaults than `TrainingArguments`. `logging_nan_inf_filter`, which waits for the device at each loss,
+            is on by default with fp16 only: elsewhere a gradient that is not finite ends the run. `bf16` is on by
+            default where a GPU supports it and off elsewhere.
 
     Raises:
         ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
@@ -267,6 +269,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
 
     learning_rate: float = _option(1.41e-5, "Initial learning rate.")
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
+    logging_nan_inf_filter: bool | None = _switch("Keep NaN out of the logged loss; by default with fp16 alone.")
     gradient_checkpointing: bool | None = _switch("Trade compute for memory; off by default.")
 
     lam: float | None = _option(None, "Classic's name of gae_lambda.")
@@ -311,6 +314,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         self._fill_aliases()
         if self.optimize_device_cache and self.torch_empty_cache_steps is None:
             self.torch_empty_cache_steps = 1
+        if self.logging_nan_inf_filter is None:
+            self.logging_nan_inf_filter = bool(self.fp16)
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         super().__post_init__()

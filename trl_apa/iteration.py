@@ -102,6 +102,19 @@ class Iteration:
         self.position += 1
         return {**self.rollouts.micro_batch(rows, pad_token_id, packed), "num_tokens": self.num_tokens[step]}
 
+    def rewind(self, position: int, num_norms: int) -> None:
+        """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.
+
+        Log-probs and entropies of rows that were first visited later stay; they are observed again.
+
+        Args:
+            num_norms: gradients whose norms were noted by then; a mini-batch that was skipped has none.
+        """
+        self.position, self.stopped = position, False
+        self.record.observing = self.steps_done <= self.steps_per_epoch
+        del self.record.optimizer_steps[self.steps_done :]
+        del self.record.grad_norms[num_norms:]
+
     def take_back_step(self) -> None:
         """The optimizer step whose micro-batches were all handed out last counts as not begun."""
         self.position -= self.micro_batches_per_step

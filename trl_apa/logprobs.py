@@ -19,6 +19,7 @@ from trl_apa._trl import (
     selective_log_softmax_and_entropy,
 )
 from trl_apa.masking import at_least_float32
+from trl_apa.rollouts import send
 
 
 TOKEN_FIELDS = (
@@ -244,7 +245,7 @@ def _packed_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, A
     lengths, device = tokens["sequence_lengths"], tokens["input_ids"].device
     inputs = {"input_ids": tokens["input_ids"], "position_ids": tokens["position_ids"], "use_cache": False}
     if network.config._attn_implementation.startswith("flash_attention"):
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        ends = send(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
         bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         return {**inputs, **bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     # transformers hands on a mask of four dimensions as it is, instead of making one of N x N; it is not read.

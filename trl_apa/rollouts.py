@@ -71,7 +71,7 @@ class Rollouts:
             What `pad_tokens` or `pack_tokens` gives, `response_mask` `(B, R)`, `rows` `(B,)`, and those of
             `ref_logprobs`, `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
         """
-        index = torch.tensor(list(rows), device=self.device)
+        index = send(torch.tensor(list(rows)), self.device)
         queries = [self.queries[row] for row in rows]
         responses = [self.responses[row] for row in rows]
         batch: dict[str, Any]
@@ -87,6 +87,14 @@ class Rollouts:
             if field is not None:
                 batch[name] = field[index, :width]
         return batch
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor that was made on the host, on `device`, which goes on meanwhile with what it has to do.
+
+    CUDA copies from pageable memory only once all that was asked of it is done, and the host would wait for that.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def response_mask(
@@ -163,7 +171,7 @@ def pack_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[
     first_response_tokens = [end - len(response) for end, response in zip(ends, responses, strict=True)]
     return {
         "input_ids": input_ids[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(input_ids.device)[None],
+        "position_ids": send(torch.cat([torch.arange(length) for length in lengths]), input_ids.device)[None],
         "sequence_lengths": tuple(lengths),
         **response_index(responses, first_response_tokens),
     }
@@ -185,7 +193,7 @@ def response_index(responses: Sequence[Tensor], first_tokens: Sequence[int]) -> 
 
     def ranges(starts: Iterable[int]) -> Tensor:
         pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        return torch.cat(pieces).to(responses[0].device)
+        return send(torch.cat(pieces), responses[0].device)
 
     return {
         "predicting_index": ranges(first - 1 for first in first_tokens),

@@ -30,6 +30,7 @@ from trl_apa.engines import (
 )
 from trl_apa.experience import Experience
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
+from trl_apa.gradient_guard import GradientGuard
 from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.masking import keep_counted, masked_mean
@@ -65,7 +66,7 @@ from trl_apa.validation import (
 from trl_apa.vllm_generation import VLLMSampler
 
 
-class APATrainer(Experience, Update, Saving, TrainingLoop):
+class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     """
     Advantage-Induced Policy Alignment (arXiv 2306.02231), with AWR and PPO2 as baselines, in the classic loop:
 
@@ -257,6 +258,7 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
         self.num_iterations_done = 0
         self._iteration: Iteration | None = None
         self._prepared = False
+        self._unseen = []
         self._unlogged: list[dict[str, Any]] = []
         self._best_mean_score = -math.inf
         self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
@@ -473,12 +475,15 @@ class APATrainer(Experience, Update, Saving, TrainingLoop):
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
             raise
+        finally:
+            self._forget_gradients_unseen()
         if not self._rate_is_the_scripts:
             self.lr_scheduler.step()
         return stats
 
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
+        self._look_at_gradients()
         iteration = self._iteration
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)

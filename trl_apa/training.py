@@ -158,6 +158,7 @@ class TrainingLoop(_BaseTrainer):
             with self._stop_on_sigterm.listening():
                 result = super().train(checkpoint, **kwargs)
         finally:
+            self._forget_gradients_unseen()
             # The end of training closes the trackers' runs; schedule and optimizer are made ready anew for `step`.
             self.is_in_train = self._reporters_started = self._prepared = False
         if self._stop_on_sigterm.received:
@@ -421,6 +422,7 @@ class TrainingLoop(_BaseTrainer):
             RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
                 first.
         """
+        self._look_at_gradients()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate() needs eval_dataset, held-out prompts")
@@ -452,6 +454,7 @@ class TrainingLoop(_BaseTrainer):
         Raises:
             RuntimeError: if it cannot be written, the disk being full, say.
         """
+        self._look_at_gradients()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)

@@ -1,16 +1,14 @@
 """The optimizer steps of one iteration: micro-batches to losses, gradients and new weights."""
 
-import math
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
-from trl_apa.engines import forget_gradients, gradient_norm, whole
+from trl_apa.engines import forget_gradients
 from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
 from trl_apa.masking import masked_mean
 
@@ -145,42 +143,3 @@ class Update(_BaseTrainer):
         if args.loss_type == "awr":
             return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
         return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._note_gradient_norms()
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The joint norm before clipping, noted; refuses a gradient that is not finite."""
-        if grad_norm is None:
-            self._note_gradient_norms()
-        total = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
-        self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = torch.as_tensor(total)
-        # With fp16 an overflow is expected now and then, and whoever scales the gradient skips that update.
-        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(total):
-            kept = self._keep_for_inspection()
-            self._iteration.take_back_step()
-            self._save_what_was_learned()
-            raise FloatingPointError(
-                f"the gradient norm is {float(total)} at optimizer step {self.state.global_step}; this update was not "
-                f"made, and its rollouts are in {kept}. Look at the scores and at apa/policy/log_ratio of the step "
-                "before; lower the learning rate"
-            )
-        return total
-
-    def _keep_for_inspection(self) -> Path:
-        """The rollouts of an update that failed, for `torch.load`."""
-        name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
-        path = Path(self.args.output_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self._iteration.state_dict(), path)
-        return path
-
-    def _note_gradient_norms(self) -> None:
-        """Norms of each network's gradient before clipping, where they are there, and unscaled."""
-        norms: dict[str, Tensor] = {}
-        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
-            module = self.accelerator.unwrap_model(self.model)
-            for name, parameters in module.trainable_parameters().items():
-                norms[f"apa/grad_norm/{name}"] = gradient_norm(parameters)
-        self._iteration.record.grad_norms.append(norms)
