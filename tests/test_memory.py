@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
-from benchmarks import gpu_7b
+from benchmarks import gpu
 from benchmarks.memory import CASES, compare
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import memory
@@ -265,7 +265,7 @@ def test_the_page_has_every_option():
 
 
 def test_the_gpu_benchmark_runs_at_a_small_scale(tmp_path, capsys):
-    gpu_7b.main(
+    gpu.main(
         [
             "--scale",
             "tiny",
@@ -280,10 +280,11 @@ def test_the_gpu_benchmark_runs_at_a_small_scale(tmp_path, capsys):
         ]
     )
     results = {row["layout"]: row for row in json.loads((tmp_path / "o.json").read_text())}
-    assert list(results) == list(gpu_7b.LAYOUTS)
+    assert list(results) == list(gpu.LAYOUTS)
     for row in results.values():
         assert row["step_peak"] > row["loaded"] > 0 and row["step_seconds"] > 0 and row["generate_seconds"] > 0
-    assert results["one-base"]["loaded"] < results["separate-8bit"]["loaded"] < results["separate-bf16"]["loaded"]
+    loaded = [results[layout]["loaded"] for layout in ("one-base", "separate-8bit", "separate-bf16", "full")]
+    assert loaded == sorted(set(loaded))
     assert capsys.readouterr().out.count("| separate-8bit | 2 |") == 1
 
 
@@ -297,5 +298,10 @@ def test_flops_of_a_row_by_hand():
         vocab_size=10,
     )
     # A layer: q and o 16 weights each, k and v 8 each, the MLP 3 * 24: 120. Ten tokens, four of them responses:
-    # 2 * 3 * 120 * 10 + 2 * 4 * 10 * 4 + 2 * 3 * 4 * 10^2.
-    assert gpu_7b.row_flops(config, prompt=6, response=4) == 7200 + 320 + 2400
+    # 2 * 3 * 120 * 10 + 2 * 3 * 4 * 10^2 in the trunk, 2 * 4 * 10 * 4 for the vocabulary.
+    trunk, vocabulary = gpu.row_flops(config, prompt=6, response=4)
+    assert (trunk, vocabulary) == (7200 + 2400, 320)
+    # Beforehand the reference (9600 + 320) and the value model (9600); then the policy and the value model, three
+    # times that where all weights are trained, twice where the base is frozen.
+    assert gpu.step_flops("full", trunk, vocabulary) == 9920 + 9600 + 3 * (9920 + 9600)
+    assert gpu.step_flops("one-base", trunk, vocabulary) == 9920 + 9600 + 2 * (9920 + 9600)

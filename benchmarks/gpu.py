@@ -1,17 +1,20 @@
-"""Four networks of LLaMA-7B's shape on one GPU: memory, tokens a second, and the share of the GPU's peak FLOP/s.
+"""Four networks of one of three sizes on one GPU: memory, tokens a second, and the share of the GPU's peak FLOP/s.
 
-    python -m benchmarks.gpu_7b [--layouts separate-bf16 separate-8bit one-base] [--micro-batches 1 2 4] [--output F]
+    python -m benchmarks.gpu --scale 160m|1b|7b [--layouts NAME ...] [--micro-batches 1 2 4] [--output F]
 
-Random weights, LoRA of rank 16, prompts of 896 tokens, responses of 128, gradient checkpointing, bfloat16. One
-iteration warms up; the next ones are measured: `generate`, `score` and `step` on `--rollouts` rows. The checkpoints
-are made in a folder that needs 27 GB. `--scale tiny` runs the same code with a small shape, on a CPU too.
+Random weights of the shapes of Pythia-160M, Pythia-1B and LLaMA-7B, prompts of 896 tokens, responses of 128, gradient
+checkpointing, bfloat16. `full` trains all weights of the policy and of a value network as large, in float32 under
+autocast; the other layouts train LoRA of rank 16. Without `--layouts` a size takes those that suit it. One iteration
+warms up; the next ones are measured: `generate`, `score` and `step` on `--rollouts` rows. The checkpoints are made in
+a folder that needs 27 GB at 7B. `--scale tiny` runs the same code with a small shape, on a CPU too.
 
-Model FLOPs of a network with N weights outside the embedding, L layers of width H, for a row of T tokens:
-`F = 2 N T + 2 L H T^2`, the second term for causal attention; the vocabulary's weights count only where they are used.
-A frozen base costs 2 F for forward and backward pass, because it needs no gradient of its weights. `step` is then
-`2 F + 2 F` for policy and value model, and `F + F` for the reference and the value model beforehand: 6 F a row; what
-checkpointing computes a second time is not counted. `generate` is F of prompt and response. MFU is that over the
-seconds and over the GPU's peak.
+Model FLOPs of the trunk of a network, with N weights in linear layers and L layers of width H, for a row of T tokens:
+`F = 2 N T + 2 L H T^2`, the second term for causal attention. The vocabulary's weights count where they are used:
+`G = 2 H V R` for R response tokens. A network that is trained costs 3 times its forward pass, and one with a frozen
+base 2 times, because it needs no gradient of the base's weights. Policy and value model are trained, after a forward
+pass of the reference and of the value model: `step` is `8 F + 4 G` a row with `full` and `6 F + 3 G` with LoRA. What
+checkpointing and the vocabulary head compute a second time is not counted. `generate` is `F + G` of prompt and
+response. MFU is that over the seconds and over the GPU's peak.
 """
 
 import argparse
@@ -27,7 +30,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from benchmarks.memory import lasting_bytes, peak_of
 from tests.tiny import tiny_tokenizer
@@ -37,18 +47,20 @@ from trl_apa.models.loaders import load_policy, load_reward_model, load_value_mo
 
 
 LORA_RANK = 16
-LAYOUTS = ("separate-bf16", "separate-8bit", "one-base")
+LORA_LAYOUTS = ("separate-bf16", "separate-8bit", "one-base")
+LAYOUTS = ("full", *LORA_LAYOUTS)
 # Dense bfloat16 FLOP/s by a part of the device's name, from the makers' data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "A10G": 70e12, "4090": 165e12}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The shape of the networks and of the rows."""
+    """The shape of the networks and of the rows, and the layouts that suit it."""
 
-    config: LlamaConfig
-    prompt: int
-    response: int
+    config: PretrainedConfig
+    layouts: tuple[str, ...]
+    prompt: int = 896
+    response: int = 128
 
 
 @dataclass(frozen=True)
@@ -76,15 +88,18 @@ class Result:
 
 
 def scale_of(name: str) -> Scale:
-    """LLaMA-7B's shape, or one of the same kind that a CPU computes in a moment."""
+    """One of the three sizes, or one that a CPU computes in a moment."""
+    if name == "160m":
+        return Scale(config_of("EleutherAI/pythia-160m"), layouts=("full",))
+    if name == "1b":
+        return Scale(config_of("EleutherAI/pythia-1b"), LAYOUTS)
     if name == "7b":
-        config = config_of("huggyllama/llama-7b")
-        return Scale(config, prompt=896, response=128)
+        return Scale(config_of("huggyllama/llama-7b"), LORA_LAYOUTS)
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return Scale(LlamaConfig(**sizes, vocab_size=256), prompt=24, response=8)
+    return Scale(LlamaConfig(**sizes, vocab_size=256), LAYOUTS, prompt=24, response=8)
 
 
-def make_checkpoints(config: LlamaConfig, folder: Path, device: torch.device) -> None:
+def make_checkpoints(config: PretrainedConfig, folder: Path, device: torch.device) -> None:
     """Random weights of a language model, of a classifier with one label, and of such a one's adapter."""
     config.pad_token_id, config.num_labels = 0, 1
     for name, auto_class in (("model", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
@@ -100,7 +115,7 @@ def make_checkpoints(config: LlamaConfig, folder: Path, device: torch.device) ->
 
 
 def build(layout: str, scale: Scale, micro_batch: int, rollouts: int, folder: Path) -> APATrainer:
-    """The trainer with its four networks laid out in one of the three ways."""
+    """The trainer with its four networks laid out in one of the four ways."""
     use_cpu = not torch.cuda.is_available()
     config = APAConfig(
         output_dir=str(folder / "output"),
@@ -114,17 +129,26 @@ def build(layout: str, scale: Scale, micro_batch: int, rollouts: int, folder: Pa
         max_completion_length=scale.response,
         optim="adamw_torch_fused",
     )
-    base = str(folder / "model")
-    quantization = None if layout == "separate-bf16" else "8bit"
-    options = {"quantization": quantization, "dtype": torch.bfloat16}
-    networks: dict[str, Any] = {"value_model": "adapter", "reward_funcs": f"adapter:{folder / 'reward-adapter'}"}
-    if layout != "one-base":
+    base, reward = str(folder / "model"), str(folder / "reward")
+    whole: dict[str, Any] = {"dtype": torch.bfloat16}
+    options = {**whole, "quantization": None if layout == "separate-bf16" else "8bit"}
+    if layout == "full":
+        policy = load_policy(base)
+        networks = {
+            "ref_model": load_policy(base, **whole),
+            "value_model": load_value_model(base),
+            "reward_funcs": load_reward_model(reward, **whole),
+        }
+    else:
+        policy = load_policy(base, lora=LORA_RANK, **options)
+        networks = {"value_model": "adapter", "reward_funcs": f"adapter:{folder / 'reward-adapter'}"}
+    if layout.startswith("separate"):
         networks = {
             "ref_model": load_policy(base, **options),
             "value_model": load_value_model(base, lora=LORA_RANK, **options),
-            "reward_funcs": load_reward_model(str(folder / "reward"), **options),
+            "reward_funcs": load_reward_model(reward, **options),
         }
-    return APATrainer(config, load_policy(base, lora=LORA_RANK, **options), tokenizer=tiny_tokenizer(), **networks)
+    return APATrainer(config, policy, tokenizer=tiny_tokenizer(), **networks)
 
 
 def measure(layout: str, scale: Scale, micro_batch: int, rollouts: int, repeats: int, folder: Path) -> Result:
@@ -185,10 +209,10 @@ def _result(
 ) -> Result:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-    flops = rollouts * row_flops(scale.config, scale.prompt, scale.response)
+    trunk, vocabulary = row_flops(scale.config, scale.prompt, scale.response)
 
     def mfu(work: float, taken: float) -> float | None:
-        return None if peak_flops is None else work / taken / peak_flops
+        return None if peak_flops is None else rollouts * work / taken / peak_flops
 
     return Result(
         layout=layout,
@@ -201,18 +225,25 @@ def _result(
         step_seconds=seconds["step"],
         generated_tokens_per_second=rollouts * scale.response / seconds["generate"],
         step_tokens_per_second=rollouts * (scale.prompt + scale.response) / seconds["step"],
-        generate_mfu=mfu(flops, seconds["generate"]),
-        step_mfu=mfu(6 * flops, seconds["step"]),
+        generate_mfu=mfu(trunk + vocabulary, seconds["generate"]),
+        step_mfu=mfu(step_flops(layout, trunk, vocabulary), seconds["step"]),
     )
 
 
-def row_flops(config: LlamaConfig, prompt: int, response: int) -> float:
-    """F of the module's docstring: one forward pass over one row, FLOP."""
-    width, layers, tokens = config.hidden_size, config.num_hidden_layers, prompt + response
-    heads = config.num_key_value_heads / config.num_attention_heads
-    layer = width * width * (2 + 2 * heads) + 3 * width * config.intermediate_size
-    vocabulary = width * config.vocab_size * response
-    return 2 * layers * layer * tokens + 2 * vocabulary + 2 * layers * width * tokens**2
+def row_flops(config: PretrainedConfig, prompt: int, response: int) -> tuple[int, int]:
+    """F and G of the module's docstring: a forward pass of trunk and of vocabulary head over one row, FLOP."""
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(config)
+    weights = sum(layer.weight.numel() for layer in trunk.modules() if isinstance(layer, nn.Linear))
+    width, tokens = config.hidden_size, prompt + response
+    attention = 2 * config.num_hidden_layers * width * tokens**2
+    return 2 * weights * tokens + attention, 2 * width * config.vocab_size * response
+
+
+def step_flops(layout: str, trunk: int, vocabulary: int) -> int:
+    """FLOP of `step` for one row: policy and value model trained, the reference and the value model beforehand."""
+    trained = 3 if layout == "full" else 2
+    return (2 * trained + 2) * trunk + (trained + 1) * vocabulary
 
 
 def table(results: list[Result]) -> str:
@@ -236,7 +267,7 @@ def run(options: argparse.Namespace) -> list[Result]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         make_checkpoints(scale.config, Path(folder), device)
-        for layout in options.layouts:
+        for layout in options.layouts or scale.layouts:
             for rows in options.micro_batches:
                 gc.collect()
                 if torch.cuda.is_available():
@@ -250,8 +281,8 @@ def run(options: argparse.Namespace) -> list[Result]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=["7b", "tiny"], default="7b")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--scale", choices=["160m", "1b", "7b", "tiny"], default="7b")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: those that suit the scale")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--rollouts", type=int, default=8, help="rows of an iteration, sampled together")
     parser.add_argument("--repeats", type=int, default=3, help="measured iterations")
