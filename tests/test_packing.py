@@ -185,6 +185,16 @@ def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
         assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_other_attention_is_padded(implementation):
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    assert not pack_if_exact([model], None)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM attends with {implementation}, and only SDPA and flash"):
+        pack_if_exact([model], True)
+    assert model.config._attn_implementation == implementation
+
+
 def test_flash_attention_gets_the_bounds_of_the_sequences(monkeypatch):
     """Its kernels need a GPU: here SDPA stands in for them, cut where the bounds say."""
 

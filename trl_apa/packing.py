@@ -91,7 +91,8 @@ def _why_unsuitable(network: nn.Module) -> str | None:
         return "has layers that do not attend to the whole sequence"
     implementation = config._attn_implementation
     if implementation not in ("sdpa", PER_SEQUENCE) and not implementation.startswith("flash_attention"):
-        return f"attends with {implementation}, which knows no sequences within a row"
+        # Flex attention could be, but sampling and packed rows are more kinds of shapes than dynamo compiles it for.
+        return f"attends with {implementation}, and only SDPA and flash attention are told where sequences end"
     return None
 
 
