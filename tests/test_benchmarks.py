@@ -10,7 +10,7 @@ from benchmarks import soak, vocabulary
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.speed import tokens_of
 from benchmarks.workload import SPREADS, Workload
-from trl_apa import logprobs
+from trl_apa import fused_head, logprobs
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,8 @@ def test_the_plain_calls_train_both_networks():
 def test_memory_by_vocabulary_prints_two_numbers(monkeypatch, capsys):
     monkeypatch.setattr(vocabulary, "VOCABULARY", 50)
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 100)
-    vocabulary.run(num_tokens=4, in_chunks=True)
+    monkeypatch.setattr(fused_head, "runs_kernel", fused_head.runs_kernel)
+    vocabulary.run(num_tokens=4, way="in chunks")
     assert [float(number) >= 0 for number in capsys.readouterr().out.split()] == [True, True]
 
 

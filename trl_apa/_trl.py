@@ -4,11 +4,14 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from trl.import_utils import is_vllm_available
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import _use_triton
 from trl.models import prepare_deepspeed
 from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import (
+    _CHUNKED_LOGPROB_CHUNK_SIZE,
     entropy_from_logits,
     print_prompt_completions_sample,
     selective_log_softmax,
@@ -17,8 +20,11 @@ from trl.trainer.utils import (
 
 
 __all__ = [
+    "_CHUNKED_LOGPROB_CHUNK_SIZE",
+    "ChunkedLogProbFunction",
     "_BaseConfig",
     "_BaseTrainer",
+    "_use_triton",
     "add_hooks",
     "entropy_from_logits",
     "is_peft_model",

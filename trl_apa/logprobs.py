@@ -18,6 +18,7 @@ from trl_apa._trl import (
     selective_log_softmax,
     selective_log_softmax_and_entropy,
 )
+from trl_apa.fused_head import can_fuse, fused_logprobs
 from trl_apa.masking import at_least_float32
 from trl_apa.rollouts import send
 
@@ -32,7 +33,8 @@ TOKEN_FIELDS = (
     "encoder_input_ids",
     "encoder_attention_mask",
 )
-# Entries of logits in memory at a time; more are computed in chunks of tokens, and once more in the backward pass.
+# Entries of logits in memory at a time where the head is not fused with the softmax; more are computed in chunks of
+# tokens, and once more in the backward pass.
 LOGITS_AT_ONCE = 2**25
 
 
@@ -75,9 +77,10 @@ def policy_outputs(
 ) -> PolicyOutputs:
     """log pi(a|s) of the response tokens of each row, at the temperature that they were sampled at.
 
-    The vocabulary head runs where a response token is predicted and nowhere else, in the model's own precision, on so
-    many tokens at a time that their logits do not outgrow `LOGITS_AT_ONCE`. A model whose logits are more than its
-    head makes of its trunk's hidden states (`trunk_and_head`) computes them itself, all at once.
+    The vocabulary head runs where a response token is predicted and nowhere else, in the model's own precision, fused
+    with the softmax or on so many tokens at a time that their logits do not outgrow `LOGITS_AT_ONCE`. A model whose
+    logits are more than its head makes of its trunk's hidden states (`trunk_and_head`) computes them itself, all at
+    once.
 
     Args:
         model: a language model, with or without PEFT adapters.
@@ -126,7 +129,10 @@ def response_rows(values_M: Tensor, tokens: Mapping[str, Any], response_width: i
 def head_logprobs(
     head: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax of the head's logits over the temperature at the targets, in chunks of tokens.
+    """log softmax of the head's logits over the temperature at the targets, fused or in chunks of tokens.
+
+    On a GPU a plain head is fused with the softmax (`fused_head`), however few the tokens, as in TRL's trainers:
+    keeping the logits of a few would save one product of matrices and cost the copies of them in float32.
 
     Args:
         head: hidden states to logits.
@@ -137,9 +143,11 @@ def head_logprobs(
 
     Returns:
         Log-probs `(M,)`, nats, float32, with gradient, and entropies `(M,)` or None. Memory grows with `M * H` and
-        with `LOGITS_AT_ONCE`, not with `M * V`: each chunk's logits are computed once more in the backward pass. A
-        single chunk keeps them instead.
+        with a tile or `LOGITS_AT_ONCE`, not with `M * V`: the logits of each are computed once more in the backward
+        pass. A single chunk keeps them instead.
     """
+    if can_fuse(head, hidden_MH):
+        return fused_logprobs(head, hidden_MH, targets_M, temperature, with_entropy)
     size = max(1, LOGITS_AT_ONCE // head_width(head))
     if len(hidden_MH) <= size:
         return _chunk_logprobs(head, hidden_MH, targets_M, temperature, with_entropy)
