@@ -8,26 +8,31 @@ import pytest
 
 from trl_apa.commands import offline, paper, train
 from trl_apa.commands.options import read_yaml
-from trl_apa.commands.plot import Run
 from trl_apa.paper.drawing import bands, draw_figure
-from trl_apa.paper.figures import INDEX, read_figure
+from trl_apa.paper.figures import INDEX, MINI, read_figure
+from trl_apa.paper.logs import read_rows
+from trl_apa.paper.mini import algorithm_options, run_name
+from trl_apa.paper.sizes import MiniSizes
+from trl_apa.paper.tables import tables, value_at_kl
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "paper"
-FIGURES = sorted(read_yaml(str(FOLDER / INDEX)))
+FIGURES = sorted(read_yaml(str(FOLDER / INDEX)).keys() - {MINI})
+OF_THE_PAPER = [name for name in FIGURES if name.startswith("fig")]
 PARSERS = {"train": train.make_parser, "offline": offline.make_parser}
 
 
 def curves_of(name):
     figure = read_figure(FOLDER, name)
-    return [(figure, panel, label, file) for panel, found in figure.panels.items() for label, file in found.items()]
+    return [(figure, panel, label, curve) for panel, found in figure.panels.items() for label, curve in found.items()]
 
 
-CURVES = [curve for name in FIGURES for curve in curves_of(name)]
+CURVES = [curve for name in OF_THE_PAPER for curve in curves_of(name)]
 
 
-@pytest.mark.parametrize(("figure", "panel", "label", "file"), CURVES, ids=[file.stem for *_, file in CURVES])
-def test_a_curve_s_options_exist_and_fit_together(figure, panel, label, file, tmp_path):
+@pytest.mark.parametrize(("figure", "panel", "label", "curve"), CURVES, ids=[curve.file.stem for *_, curve in CURVES])
+def test_a_curve_s_options_exist_and_fit_together(figure, panel, label, curve, tmp_path):
+    file = curve.file
     parser = PARSERS[figure.command]()
     values = parser.parse(["--config", str(file), "--use_cpu"])
     *_, config, _ = parser.build({**values, "output_dir": str(tmp_path)})
@@ -38,12 +43,27 @@ def test_a_curve_s_options_exist_and_fit_together(figure, panel, label, file, tm
 
 
 def test_every_file_is_a_curve_of_a_figure():
-    assert {file.name for *_, file in CURVES} == {path.name for path in FOLDER.glob("*.yaml")} - {INDEX}
-    assert FIGURES == [f"fig{number}" for number in range(2, 10)]
+    assert {curve.file.name for *_, curve in CURVES} == {path.name for path in FOLDER.glob("*.yaml")} - {INDEX}
+    assert OF_THE_PAPER == [f"fig{number}" for number in range(2, 10)]
+
+
+def test_the_sweeps_run_at_full_size_too_and_every_curve_has_a_rate_in_small(tmp_path):
+    for figure, _, label, curve in (found for name in FIGURES for found in curves_of(name)):
+        parser = PARSERS[figure.command]()
+        flags = [text for name, value in curve.changed.items() for text in (f"--{name}", str(value).lower())]
+        values = parser.parse(["--config", str(curve.file), "--use_cpu", *flags])
+        parser.build({**values, "output_dir": str(tmp_path)})
+        options = algorithm_options(figure.command, curve)
+        assert isinstance(options["learning_rate"], float) and curve.changed.items() <= options.items()
+        coefficient = options.get("kl_coef", options.get("ilql_beta", options.get("init_kl_coef")))
+        if figure.name.startswith("lambda"):
+            assert label.split()[-1] == str(coefficient)
+        if figure.only_mini:
+            assert float(label.removeprefix("rate ")) == options["learning_rate"]
 
 
 def options_of(figure, panel, label):
-    return read_yaml(str(read_figure(FOLDER, figure).panels[panel][label]))
+    return read_figure(FOLDER, figure).panels[panel][label].options()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +89,7 @@ def test_the_settings_on_hh_are_those_that_the_paper_prints(figure, panel, batch
 
 
 def test_seeds_lambdas_and_the_other_data_are_those_that_the_paper_prints():
-    seeds = {name: read_figure(FOLDER, name).seeds for name in FIGURES}
+    seeds = {name: read_figure(FOLDER, name).seeds for name in OF_THE_PAPER}
     assert [seeds[name] for name in ("fig3", "fig4", "fig9")] == [[0, 100, 1000]] * 3
     assert [seeds[name] for name in ("fig5", "fig6")] == [[0, 100]] * 2
     assert [seeds[name] for name in ("fig7", "fig8")] == [[1000]] * 2
@@ -100,6 +120,11 @@ def index(tmp_path, **entry):
         ({"seeds": None}, "figx lacks seeds"),
         ({"command": "rm"}, "command is 'rm'; it should be train or offline"),
         ({"panels": {"p": {"A": "none.yaml"}}}, r"names none\.yaml, which is not there"),
+        (
+            {"panels": {"p": {"A": {"file": "curve.yaml", "sets": {}}}}},
+            "a curve has sets; it should have file, and may",
+        ),
+        ({"panels": {"p": {"A": {"set": {"kl_coef": 1}}}}}, "a curve has no file; it should have file, and may"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(tmp_path, entry, problem):
@@ -109,24 +134,76 @@ def test_an_index_that_is_wrong_is_refused(tmp_path, entry, problem):
         read_figure(tmp_path, "figz")
 
 
+def rows(*triples, **more):
+    return [{"step": step, "reward": reward, "kl": kl, **more} for step, reward, kl in triples]
+
+
 def test_a_band_is_mean_and_extremes_at_the_common_steps():
-    runs = [
-        Run("a", [(0, 1.0, 0.0), (4, 2.0, 0.5), (8, 9.0, 9.0)], []),
-        Run("b", [(0, 3.0, 0.0), (4, 5.0, 1.5)], []),
-        Run("c", [(0, 9.0, 9.0)], [(0, 5.0, 0.0), (4, 2.0, 1.0)]),  # held-out prompts go before rollouts
+    runs = [rows((0, 1.0, 0.0), (4, 2.0, 0.5), (8, 9.0, 9.0)), rows((0, 3.0, 0.0), (4, 5.0, 1.5))]
+    assert bands(runs) == {
+        "reward": ([0, 4], [2.0, 3.5], [1.0, 2.0], [3.0, 5.0]),
+        "kl": ([0, 4], [0.0, 1.0], [0.0, 0.5], [0.0, 1.5]),
+    }
+    with pytest.raises(ValueError, match="the 2 runs of a curve have no step in common"):
+        bands([runs[0], rows((1, 0.0, 0.0))])
+
+
+def test_held_out_prompts_go_before_rollouts(tmp_path):
+    history = [
+        {"step": 1, "apa/mean_scores": 1.0, "objective/kl": 0.5},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "eval_reward": 3.0, "eval_kl": 4.0, "eval_distinct": 0.5, "eval_runtime": 9.0},
     ]
-    reward, kl = bands(runs)
-    assert reward == ([0, 4], [3.0, 3.0], [1.0, 2.0], [5.0, 5.0])
-    assert kl == ([0, 4], [0.0, 1.0], [0.0, 0.5], [0.0, 1.5])
-    with pytest.raises(ValueError, match="the runs a, d have no step in common"):
-        bands([runs[0], Run("d", [(1, 0.0, 0.0)], [])])
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps({"log_history": history}))
+    assert read_rows(tmp_path) == [{"step": 2, "reward": 3.0, "kl": 4.0, "distinct": 0.5}]
+    file.write_text(json.dumps({"log_history": history[:2]}))
+    assert read_rows(tmp_path) == [{"step": 1, "reward": 1.0, "kl": 0.5}]
+    file.write_text(json.dumps({"log_history": history[1:2]}))
+    with pytest.raises(ValueError, match="has neither eval_reward and eval_kl nor"):
+        read_rows(tmp_path)
 
 
 def test_the_picture_comes_with_its_numbers(tmp_path):
-    runs = [Run("a", [(0, 1.0, 0.0), (4, 2.0, 0.5)], [])]
-    draw_figure("t", {"p": {"A": runs}, "q": {"A": runs, "B": runs}}, tmp_path / "f.png")
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    run = rows((0, 1.0, 0.0), (4, 2.0, 0.5))
+    for name, more in (("f", {}), ("g", {"gold_reward": 3.0})):
+        runs = [rows((0, 1.0, 0.0), (4, 2.0, 0.5), **more)]
+        draw_figure("t", {"p": {"A": runs}, "q": {"A": runs, "B": runs}}, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "f.json").read_text())["q"]["B"]["kl"]["mean"] == [0.0, 0.5]
+    assert "gold_reward" not in json.loads((tmp_path / "f.json").read_text())["p"]["A"]
+    assert json.loads((tmp_path / "g.json").read_text())["p"]["A"]["gold_reward"]["high"] == [3.0, 3.0]
+    assert run == rows((0, 1.0, 0.0), (4, 2.0, 0.5))
+
+
+def test_the_reward_at_a_kl_is_that_of_its_first_crossing():
+    run = rows((0, 0.0, 0.0), (4, 2.0, 4.0), (8, 1.0, 2.0), (12, 6.0, 10.0))
+    assert value_at_kl(run, "reward", 1.0) == 0.5  # a quarter of the way from 0 to 4 nats, so a quarter of 2
+    assert value_at_kl(run, "reward", 3.0) == 1.5  # at the first crossing, not the second
+    assert value_at_kl(run, "reward", 4.0) == 2.0
+    assert value_at_kl(run, "reward", 6.0) == 1.0 + 4 / 8 * 5
+    assert value_at_kl(run, "reward", 10.5) is None
+
+
+def test_tables_by_hand():
+    golds = [0.0, 3.0, 1.0], [0.0, 2.0, 4.0]
+    runs = [
+        [
+            {"step": step, "reward": step / 4, "kl": kl * step / 4, "gold_reward": gold}
+            for step, gold in zip((0, 4, 8), run, strict=True)
+        ]
+        for kl, run in zip((4, 2), golds, strict=True)
+    ]
+    text = tables({"p": {"A": runs}})
+    assert "| A | 2.00 [2.00, 2.00] | 2.50 [1.00, 4.00] | 6.00 [4.00, 8.00] |" in text  # the last evaluation
+    # the mean of the two evaluations after the first update: gold (3 + 1) / 2 and (2 + 4) / 2
+    assert "| A | 1.50 [1.50, 1.50] | 2.50 [2.00, 3.00] |" in text
+    # 2 nats: half of the first run's first interval, all of the second's; 5 nats: 1/4 of the first run's second
+    assert "| A | 0.75 [0.50, 1.00] | 1.75 [1.50, 2.00] | 1.25 (1 of 2) | 2.50 (1 of 2) | - | - |" in text
+    # the highest gold reward: step 4 of the first run, step 8 of the second
+    assert "| A | 6.00 [4.00, 8.00] | 1.50 [1.00, 2.00] | 3.50 [3.00, 4.00] | 4.00 [4.00, 4.00] |" in text
+    assert "| q, B |" in tables({"p": {"A": runs}, "q": {"B": runs}})
+    assert "gold" not in tables({"p": {"A": [rows((0, 1.0, 0.0), (4, 2.0, 0.5))]}})
 
 
 # ---- running ----
@@ -178,19 +255,64 @@ def test_full_size_runs_a_process_a_curve_and_seed_and_goes_on_where_it_stopped(
     assert paper.main(argv) == 0 and len(commands) == 3
 
 
-def test_in_small_an_offline_curve_is_run_on_the_demo_s_task(tmp_path, capsys):
-    folder = index(tmp_path, command="offline", panels={"p": {"A": "curve.yaml"}, "q": {"A": "curve.yaml"}})
-    argv = ["figx", "--scale", "mini", "--configs", str(folder), "--output_dir", str(tmp_path / "out"), "--seeds", "0"]
-    argv += "--iterations 2 --batch_size 8 --num_responses 16 --sft_steps 3 --num_pairs 16 --reward_steps 2".split()
-    assert paper.main(argv) == 0
-    # the panels would be the same
+TINY = (
+    "--iterations 2 --epochs 2 --evaluations 2 --samples_per_prompt 1 --batch_size 8 --num_responses 16 --sft_steps 3 "
+    "--num_pairs 16 --reward_steps 2"
+).split()
+
+
+def test_in_small_a_curve_is_run_once_for_all_figures_and_panels(tmp_path, capsys):
+    curves = {"A": "curve.yaml", "B": {"file": "curve.yaml", "set": {"kl_coef": 1.0}}}
+    folder = index(tmp_path, command="offline", panels={"p": curves, "q": curves})
+    content = json.loads((folder / INDEX).read_text())
+    content |= {"figy": {**content["figx"], "panels": {"r": {"C": "curve.yaml"}, "s": {"B": curves["B"]}}}}
+    (folder / INDEX).write_text(json.dumps({"mini": {"offline": {"awr": {"learning_rate": 1e-3}}}, **content}))
+    argv = ["--scale", "mini", "--configs", str(folder), "--output_dir", str(tmp_path / "out"), *TINY]
+    assert paper.main(["figx", *argv]) == 0
     numbers = json.loads((tmp_path / "out" / "figx.json").read_text())
-    assert list(numbers) == ["in small"] and numbers["in small"]["A"]["reward"]["steps"] == [0, 1, 2]
+    assert list(numbers) == ["in small"]  # the panels would be the same
+    assert numbers["in small"]["A"]["reward"]["steps"] == [0, 1, 2]
     assert numbers["in small"]["A"]["kl"]["mean"][0] == pytest.approx(0.0, abs=1e-4)
-    before = (tmp_path / "out" / "p-a-seed0" / "trainer_state.json").read_text()
+    assert numbers["in small"]["A"]["gold_reward"]["mean"] and "| A |" in (tmp_path / "out" / "figx.md").read_text()
+    logs = {path: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/trainer_state.json")}
+    assert len(logs) == 2
     capsys.readouterr()
-    assert paper.main(argv) == 0 and "seed 0" not in capsys.readouterr().out
-    assert (tmp_path / "out" / "p-a-seed0" / "trainer_state.json").read_text() == before
+    assert paper.main(["figy", *argv]) == 0 and "seed 0" not in capsys.readouterr().out
+    assert {path: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/trainer_state.json")} == logs
+    assert list(json.loads((tmp_path / "out" / "figy.json").read_text())) == ["r", "s"]
+    options = [json.loads((path.parent / "options.json").read_text()) for path in logs]
+    assert sorted(found["kl_coef"] for found in options) == [0.25, 1.0]
+    assert all(found["learning_rate"] == 1e-3 and found["sizes"]["epochs"] == 2 for found in options)
+    for path in logs:
+        assert (path.parent / "policy" / "model.safetensors").is_file()
     with pytest.raises(SystemExit) as ended:
-        paper.main(["figz", *argv[1:]])
+        paper.main(["figz", *argv])
     assert ended.value.code == 2 and "but not 'figz'" in capsys.readouterr().err
+
+
+def test_in_small_a_curve_that_samples_learns_from_its_own_samples(tmp_path):
+    folder = index(tmp_path, panels={"p": {"APA": str(FOLDER / "fig3-125m-apa.yaml")}})
+    argv = ["figx", "--scale", "mini", "--configs", str(folder), "--output_dir", str(tmp_path / "out"), *TINY]
+    assert paper.main(argv) == 0
+    kl = json.loads((tmp_path / "out" / "figx.json").read_text())["in small"]["APA"]["kl"]
+    assert kl["steps"] == [0, 2, 4]  # two iterations of two epochs of one mini-batch of 8
+    assert kl["mean"][0] == pytest.approx(0.0, abs=1e-4) and kl["mean"][2] > 1e-6
+
+
+def test_a_figure_about_the_task_in_small_has_no_full_size(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        paper.main(["tune", "--scale", "full", "--configs", str(FOLDER), "--output_dir", str(tmp_path)])
+    assert ended.value.code == 2 and "tune is about the task in small" in capsys.readouterr().err
+
+
+def test_the_name_of_a_run_tells_options_sizes_and_seeds_apart():
+    curve = read_figure(FOLDER, "fig3").panels["125M"]["APA"]
+    options = algorithm_options("train", curve)
+    assert options["kl_coef"] == 0.1 and "model_name_or_path" not in options
+    names = [
+        run_name("train", options, 0, MiniSizes()),
+        run_name("train", options, 1, MiniSizes()),
+        run_name("train", options, 0, MiniSizes(iterations=2)),
+        run_name("train", {**options, "kl_coef": 0.2}, 0, MiniSizes()),
+    ]
+    assert len(set(names)) == 4 and names[0] == run_name("train", dict(reversed(options.items())), 0, MiniSizes())

@@ -1,26 +1,28 @@
 """`trl-apa paper FIG`: the curves of one of the paper's figures, at full size or in small, and their picture."""
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from trl_apa.commands.options import read_yaml
-from trl_apa.commands.plot import read_run
 from trl_apa.paper.drawing import draw_figure
-from trl_apa.paper.figures import Figure, read_figure
+from trl_apa.paper.figures import Curve, Figure, read_figure
+from trl_apa.paper.logs import Row, read_rows
+from trl_apa.paper.sizes import MiniSizes
+from trl_apa.paper.tables import tables
 
 
-class Curve(NamedTuple):
-    """One curve with one seed: where its options are, and where its run goes."""
+class Job(NamedTuple):
+    """One curve with one seed, and where its run goes."""
 
     panel: str
     label: str
-    file: Path
+    curve: Curve
     seed: int
     folder: Path
 
@@ -39,15 +41,14 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("figure", metavar="FIG", help="fig2 to fig9; what figures.yaml has")
+    add("figure", metavar="FIG", help="fig2 to fig9, or another of figures.yaml")
     add("--scale", choices=("full", "mini"), required=True, help="the paper's models and data, or the demo's task")
     add("--seeds", type=int, nargs="+", help="the paper's by default")
     add("--configs", default="examples/paper", help="folder of the curves' files (default: %(default)s)")
-    add("--output_dir", help="folder of runs and picture (default: runs/paper/FIG-SCALE)")
+    add("--output_dir", help="folder of runs and pictures (default: runs/paper/mini, or runs/paper/FIG-full)")
     mini = parser.add_argument_group("--scale mini")
-    sizes = {"iterations": 30, "batch_size": 64, "num_responses": 2048, "sft_steps": 300, "num_pairs": 1500}
-    for name, size in {**sizes, "reward_steps": 150}.items():
-        mini.add_argument(f"--{name}", type=_positive, default=size, help="default: %(default)s")
+    for field in dataclasses.fields(MiniSizes):
+        mini.add_argument(f"--{field.name}", type=_positive, default=field.default, help="default: %(default)s")
     return parser
 
 
@@ -60,15 +61,19 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         print(f"trl-apa paper needs {' and '.join(missing)}: pip install 'trl-apa[demo]'", file=sys.stderr)
         return 1
-    folder = Path(options.output_dir or f"runs/paper/{options.figure}-{options.scale}")
+    is_mini = options.scale == "mini"
+    folder = Path(options.output_dir or ("runs/paper/mini" if is_mini else f"runs/paper/{options.figure}-full"))
     try:
         figure = read_figure(options.configs, options.figure)
-        curves = list(curves_of(figure, options.seeds or figure.seeds, folder, options.scale))
-        if options.scale == "mini":
-            run_mini(figure, curves, options)
-        elif status := run_full(figure, curves, of_the_curves):
-            return status
-        draw(figure, curves, folder / f"{figure.name}.png")
+        seeds = options.seeds or figure.seeds
+        if is_mini:
+            sizes = MiniSizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(MiniSizes)})
+            jobs = run_mini(figure, seeds, folder, sizes)
+        else:
+            jobs = full_jobs(figure, seeds, folder)
+            if status := run_full(figure, jobs, of_the_curves):
+                return status
+        draw(figure, jobs, folder / f"{figure.name}.png")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(folder / f"{figure.name}.png")
@@ -81,50 +86,79 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:place]), list(argv[place + 1 :])
 
 
-def curves_of(figure: Figure, seeds: Sequence[int], folder: Path, scale: str) -> Iterator[Curve]:
-    """Every curve with every seed. In small the panels differ in nothing, and the first stands for all."""
-    for panel, found in list(figure.panels.items())[: 1 if scale == "mini" else None]:
-        for label, file in found.items():
-            for seed in seeds:
-                name = re.sub(r"\W+", "-", f"{panel} {label}").strip("-").lower()
-                yield Curve(panel if scale == "full" else "in small", label, file, seed, folder / f"{name}-seed{seed}")
+def full_jobs(figure: Figure, seeds: Sequence[int], folder: Path) -> list[Job]:
+    """Every curve with every seed.
+
+    Raises:
+        ValueError: if the figure is about the task in small.
+    """
+    if figure.only_mini:
+        raise ValueError(f"{figure.name} is about the task in small; run it with --scale mini")
+    return [
+        Job(panel, label, curve, seed, folder / f"{_file_name(f'{panel} {label}')}-seed{seed}")
+        for panel, found in figure.panels.items()
+        for label, curve in found.items()
+        for seed in seeds
+    ]
 
 
-def run_full(figure: Figure, curves: Sequence[Curve], options: Sequence[str]) -> int:
+def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int:
     """Each curve in a process of its own, which gives its memory back; a run that was cut goes on where it stopped."""
-    for curve in curves:
-        if curve.is_done:
+    for job in jobs:
+        if job.is_done:
             continue
-        command = [sys.executable, "-m", "trl_apa.cli", figure.command, "--config", str(curve.file)]
-        command += ["--seed", str(curve.seed), "--output_dir", str(curve.folder), *options]
-        if any(curve.folder.glob("checkpoint-*")):
+        command = [sys.executable, "-m", "trl_apa.cli", figure.command, "--config", str(job.curve.file)]
+        for name, value in job.curve.changed.items():
+            command += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        command += ["--seed", str(job.seed), "--output_dir", str(job.folder), *options]
+        if any(job.folder.glob("checkpoint-*")):
             command += ["--resume_from_checkpoint", "true"]
-        print(f"{curve.panel}, {curve.label}, seed {curve.seed}: {' '.join(command[1:])}", flush=True)
+        print(f"{job.panel}, {job.label}, seed {job.seed}: {' '.join(command[1:])}", flush=True)
         if status := subprocess.run(command, check=False).returncode:
-            print(f"{curve.folder} ended with status {status}; run this again to go on", file=sys.stderr)
+            print(f"{job.folder} ended with status {status}; run this again to go on", file=sys.stderr)
             return status
     return 0
 
 
-def run_mini(figure: Figure, curves: Sequence[Curve], options: argparse.Namespace) -> None:
-    """Each curve here, one after the other, on one fine-tuned policy and one reward model."""
+def run_mini(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSizes) -> list[Job]:
+    """Each curve here, one after the other, on one fine-tuned policy and one reward model.
+
+    A run is one that several figures may share. Panels that differ in models or data alone are the same in small, and
+    the first stands for all.
+    """
     from trl_apa.paper import mini
 
-    names = ("iterations", "batch_size", "num_responses", "sft_steps", "num_pairs", "reward_steps")
-    sizes = mini.MiniSizes(**{name: getattr(options, name) for name in names})
-    task = mini.MiniTask(curves[0].folder.parent / "task", sizes)
-    for curve in curves:
-        if not curve.is_done:
-            print(f"{curve.label}, seed {curve.seed}", flush=True)
-            mini.run_mini(task, figure.command, read_yaml(str(curve.file)), curve.seed, curve.folder)
+    panels: dict[str, list[Job]] = {}
+    for panel, found in figure.panels.items():
+        jobs = []
+        for label, curve in found.items():
+            options = mini.algorithm_options(figure.command, curve)
+            names = {seed: mini.run_name(figure.command, options, seed, sizes) for seed in seeds}
+            jobs += [Job(panel, label, curve, seed, folder / "runs" / name) for seed, name in names.items()]
+        if [job.folder for job in jobs] not in ([job.folder for job in known] for known in panels.values()):
+            panels[panel] = jobs
+    task = mini.MiniTask(folder / mini.task_name(sizes), sizes)
+    for job in (job for jobs in panels.values() for job in jobs):
+        if not job.is_done:
+            print(f"{job.panel}, {job.label}, seed {job.seed}: {job.folder}", flush=True)
+            options = mini.algorithm_options(figure.command, job.curve)
+            mini.run_mini(task, figure.command, options, job.seed, job.folder)
+    if len(panels) == 1:
+        return [job._replace(panel="in small") for jobs in panels.values() for job in jobs]
+    return [job for jobs in panels.values() for job in jobs]
 
 
-def draw(figure: Figure, curves: Sequence[Curve], path: Path) -> None:
-    """The picture of the runs that are there."""
-    panels: dict[str, dict[str, list]] = {}
-    for curve in curves:
-        panels.setdefault(curve.panel, {}).setdefault(curve.label, []).append(read_run(curve.folder))
+def draw(figure: Figure, jobs: Sequence[Job], path: Path) -> None:
+    """The picture and the tables of the runs that are there."""
+    panels: dict[str, dict[str, list[list[Row]]]] = {}
+    for job in jobs:
+        panels.setdefault(job.panel, {}).setdefault(job.label, []).append(read_rows(job.folder))
     draw_figure(f"{figure.name}: {figure.title}", panels, path)
+    path.with_suffix(".md").write_text(tables(panels), encoding="utf-8")
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"\W+", "-", text).strip("-").lower()
 
 
 def _positive(text: str) -> int:

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from trl_apa.commands.plot import Run
+from trl_apa.paper.logs import QUANTITIES, Row, quantities_of
+
+
+Panels = Mapping[str, Mapping[str, Sequence[Sequence[Row]]]]
 
 
 class Band(NamedTuple):
@@ -17,46 +20,50 @@ class Band(NamedTuple):
     high: list[float]
 
 
-def bands(runs: Sequence[Run]) -> tuple[Band, Band]:
-    """Reward and KL of the runs of one curve: on held-out prompts where they were measured, else of the rollouts.
+def bands(runs: Sequence[Sequence[Row]]) -> dict[str, Band]:
+    """The quantities of the runs of one curve by name.
 
     Raises:
         ValueError: if the runs have no step in common.
     """
-    tables = [{row[0]: row[1:] for row in run.held_out or run.rollouts} for run in runs]
+    tables = [{row["step"]: row for row in rows} for rows in runs]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     if not steps:
-        raise ValueError(f"the runs {', '.join(run.name for run in runs)} have no step in common")
+        raise ValueError(f"the {len(runs)} runs of a curve have no step in common")
 
-    def band(column: int) -> Band:
-        values = [[table[step][column] for table in tables] for step in steps]
+    def band(name: str) -> Band:
+        values = [[table[step][name] for table in tables] for step in steps]
         return Band(steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values])
 
-    return band(0), band(1)
+    return {name: band(name) for name in quantities_of(runs)}
 
 
-def draw_figure(title: str, panels: Mapping[str, Mapping[str, Sequence[Run]]], path: Path) -> None:
+def draw_figure(title: str, panels: Panels, path: Path) -> None:
     """Write the picture, and beside it the numbers as JSON.
+
+    A row of pictures a panel: reward and KL against steps, and where the gold reward is known, that against steps and
+    against KL.
 
     Args:
         title: of the figure.
-        panels: title of a panel to label of a curve to its runs, one a seed.
+        panels: title of a panel to label of a curve to the rows of its runs, one a seed.
         path: a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     curves = {panel: {label: bands(runs) for label, runs in found.items()} for panel, found in panels.items()}
-    figure = Figure(figsize=(9, 0.5 + 3.2 * len(panels)), dpi=120, layout="constrained")
+    pictures = [("step", "reward"), ("step", "kl")]
+    if all("gold_reward" in found for panel in curves.values() for found in panel.values()):
+        pictures += [("step", "gold_reward"), ("kl", "gold_reward")]
+    figure = Figure(figsize=(4.5 * len(pictures), 0.5 + 3.2 * len(panels)), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(panels), 2, squeeze=False)
+    grid = figure.subplots(len(panels), len(pictures), squeeze=False)
     for axes_of_panel, (panel, found) in zip(grid, curves.items(), strict=True):
-        for axes, which, quantity in zip(axes_of_panel, (0, 1), ("reward", "KL, nats per response"), strict=True):
-            for number, (label, both) in enumerate(found.items()):
-                band = both[which]
-                axes.plot(band.steps, band.mean, color=f"C{number}", label=label)
-                axes.fill_between(band.steps, band.low, band.high, color=f"C{number}", alpha=0.2, linewidth=0)
-            axes.set(title=panel, xlabel="optimizer steps", ylabel=quantity)
+        for axes, (x, y) in zip(axes_of_panel, pictures, strict=True):
+            for number, (label, quantities) in enumerate(found.items()):
+                _draw_curve(axes, quantities, x, y, label=label, color=f"C{number}")
+            axes.set(title=panel, xlabel={"step": "optimizer steps"}.get(x, QUANTITIES.get(x)), ylabel=QUANTITIES[y])
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         axes_of_panel[0].legend(frameon=False)
@@ -64,9 +71,18 @@ def draw_figure(title: str, panels: Mapping[str, Mapping[str, Sequence[Run]]], p
     figure.savefig(path)
     numbers = {
         panel: {
-            label: {name: band._asdict() for name, band in zip(("reward", "kl"), both, strict=True)}
-            for label, both in found.items()
+            label: {name: band._asdict() for name, band in quantities.items()} for label, quantities in found.items()
         }
         for panel, found in curves.items()
     }
     path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw_curve(axes: Any, quantities: Mapping[str, Band], x: str, y: str, **style: Any) -> None:
+    """Against steps with the band; against another quantity mean against mean."""
+    band = quantities[y]
+    if x != "step":
+        axes.plot(quantities[x].mean, band.mean, ".-", **style)
+        return
+    axes.plot(band.steps, band.mean, **style)
+    axes.fill_between(band.steps, band.low, band.high, alpha=0.2, linewidth=0, color=style["color"])

@@ -1,6 +1,7 @@
 """The index of the figures: `figures.yaml` in a folder with one file of options a curve."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,54 @@ from trl_apa.commands.options import read_yaml
 
 INDEX = "figures.yaml"
 COMMANDS = ("train", "offline")
+MINI = "mini"  # the index's own entry beside the figures
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The options of one curve.
+
+    Args:
+        file: of options, as the figure's command takes it.
+        changed: options that win over the file's.
+        mini: more options in small, which win over both.
+    """
+
+    file: Path
+    changed: dict[str, Any] = field(default_factory=dict)
+    mini: dict[str, Any] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """Those of the file and what is changed in them."""
+        return {**read_yaml(str(self.file)), **self.changed}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the paper.
+    """One figure of the paper, or one of our own about the task in small.
 
     Args:
         name: as in the index.
         title: what it compares.
         command: which command of `trl-apa` runs its curves.
         seeds: the paper's.
-        panels: title of a panel to its curves, label to file of options.
+        panels: title of a panel to its curves by label.
+        only_mini: whether there is nothing to run at full size.
     """
 
     name: str
     title: str
     command: str
     seeds: list[int]
-    panels: dict[str, dict[str, Path]]
+    panels: dict[str, dict[str, Curve]]
+    only_mini: bool = False
 
 
 def read_figure(folder: str | Path, name: str) -> Figure:
     """The figure of that name in the index of `folder`.
+
+    A curve there is the name of its file, or `{file: NAME, set: {option: value}, mini: {option: value}}`. The entry
+    `mini` of the index says, for each command and loss, which options a curve has in small.
 
     Raises:
         OSError: if there is no index.
@@ -40,6 +66,7 @@ def read_figure(folder: str | Path, name: str) -> Figure:
     """
     path = Path(folder) / INDEX
     index = read_yaml(str(path))
+    in_small = index.pop(MINI, {})
     if name not in index:
         close = get_close_matches(name, map(str, index), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -48,13 +75,28 @@ def read_figure(folder: str | Path, name: str) -> Figure:
     missing = {"title", "command", "seeds", "panels"} - entry.keys()
     if missing:
         raise ValueError(f"{path}: {name} lacks {', '.join(sorted(missing))}")
-    if entry["command"] not in COMMANDS:
-        raise ValueError(f"{path}: {name}: command is {entry['command']!r}; it should be {' or '.join(COMMANDS)}")
+    command = entry["command"]
+    if command not in COMMANDS:
+        raise ValueError(f"{path}: {name}: command is {command!r}; it should be {' or '.join(COMMANDS)}")
     panels = {
-        str(panel): {str(label): path.parent / file for label, file in curves.items()}
+        str(panel): {
+            str(label): _curve(f"{path}: {name}", path.parent, curve, in_small.get(command, {}))
+            for label, curve in curves.items()
+        }
         for panel, curves in entry["panels"].items()
     }
-    for file in (file for curves in panels.values() for file in curves.values()):
-        if not file.is_file():
-            raise ValueError(f"{path}: {name} names {file.name}, which is not there")
-    return Figure(name, entry["title"], entry["command"], list(entry["seeds"]), panels)
+    return Figure(name, entry["title"], command, list(entry["seeds"]), panels, entry.get("only_mini", False))
+
+
+def _curve(where: str, folder: Path, entry: str | Mapping[str, Any], in_small: Mapping[str, Any]) -> Curve:
+    """The curve of one label; `in_small` has the options of each loss in small."""
+    entry = {"file": entry} if isinstance(entry, str) else entry
+    if unknown := entry.keys() - {"file", "set", "mini"} or "file" not in entry:
+        what = "no file" if unknown is True else ", ".join(sorted(unknown))
+        raise ValueError(f"{where}: a curve has {what}; it should have file, and may have set and mini")
+    file = folder / entry["file"]
+    if not file.is_file():
+        raise ValueError(f"{where} names {file.name}, which is not there")
+    curve = Curve(file, dict(entry.get("set", {})))
+    mini = {**in_small.get(curve.options().get("loss_type"), {}), **entry.get("mini", {})}
+    return Curve(file, curve.changed, mini)

@@ -2,23 +2,25 @@
 
 import json
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from trl_apa.config import APAConfig
-from trl_apa.demo.evaluation import measure_responses
+from trl_apa.demo.evaluation import evaluate
 from trl_apa.demo.networks import decode, encode, sample
 from trl_apa.demo.options import DemoOptions
 from trl_apa.demo.pipeline import Ingredients, prepare, quiet_libraries, torch_threads
 from trl_apa.demo.report import Report
 from trl_apa.models import independent_copy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
+from trl_apa.paper.figures import Curve
+from trl_apa.paper.sizes import MiniSizes
 from trl_apa.trainer import APATrainer
 
 
@@ -31,27 +33,7 @@ OFFLINE_OPTIONS = frozenset(
     "loss_type kl_coef gamma gae_lambda whiten_advantages value_epochs freeze_value learn_state_normaliser expectile "
     "cql_coef polyak bc_coef ilql_beta".split()
 )
-
-
-@dataclass(frozen=True)
-class MiniSizes:
-    """How small.
-
-    Args:
-        iterations: of a curve that samples; epochs of one that does not.
-        batch_size: rollouts an iteration.
-        num_responses: of the fixed data.
-        learning_rate: of policy and value model; it falls linearly to 0.
-        sft_steps, num_pairs, reward_steps: of the task, see `DemoOptions`.
-    """
-
-    iterations: int = 30
-    batch_size: int = 64
-    num_responses: int = 2048
-    learning_rate: float = 3e-4
-    sft_steps: int = 300
-    num_pairs: int = 1500
-    reward_steps: int = 150
+KEPT_OPTIONS = {"train": ONLINE_OPTIONS, "offline": OFFLINE_OPTIONS}
 
 
 class MiniTask:
@@ -81,96 +63,138 @@ class MiniTask:
             self._made = prepare(self.options, Report(Console()))
         return self._made
 
-    def policy(self) -> torch.nn.Module:
+    def policy(self) -> PreTrainedModel:
         """A new copy of the fine-tuned model."""
         return independent_copy(self.made.initial_policy)
 
+    def measure(self, policy: PreTrainedModel) -> dict[str, float]:
+        """`demo.evaluation.measure_responses` of samples to the held-out prompts, from the same seed every time."""
+        made, sizes = self.made, self.sizes
+        prompts = made.corpus.eval_prompts * sizes.samples_per_prompt
+        found = evaluate(
+            policy,
+            made.initial_policy,
+            made.tokenizer,
+            made.reward_model,
+            prompts,
+            self.options.max_new_tokens,
+            seed=self.options.seed + 3,
+        ).metrics
+        named = {"eval_reward": found.pop("proxy_reward"), "eval_kl": found.pop("kl")}
+        return {**named, **{f"eval_{name}": value for name, value in found.items()}}
+
+
+def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
+    """The options of a curve that count in small."""
+    kept = {name: value for name, value in curve.options().items() if name in KEPT_OPTIONS[command]}
+    return {**kept, **curve.mini}
+
+
+def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes) -> str:
+    """A name that two runs share if, and only if, they are the same run."""
+    return f"{command}-{options['loss_type']}-{_digest([command, dict(options), asdict(sizes)])}-seed{seed}"
+
+
+def task_name(sizes: MiniSizes) -> str:
+    """A name of the task for its folder."""
+    return f"task-{_digest([sizes.sft_steps, sizes.num_pairs, sizes.reward_steps])}"
+
+
+def _digest(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
 
 def run_mini(task: MiniTask, command: str, options: Mapping[str, Any], seed: int, folder: Path) -> None:
-    """Run one curve and leave its log in `folder` as `trainer_state.json`, where the Trainer leaves its own.
+    """Run one curve. Leaves in `folder` its options, its policy, and at last its log as `trainer_state.json`.
 
     Args:
         task: shared by the curves of a figure.
         command: "train" or "offline".
-        options: the curve's file.
+        options: of `algorithm_options`.
         seed: of sampling and order.
         folder: of the run.
     """
-    with quiet_libraries(), torch_threads(task.options.num_threads):
-        run = _online if command == "train" else _offline
-        rows = run(task, dict(options), seed, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}, indent=1) + "\n", encoding="utf-8")
+    _write_json(folder / "options.json", {"command": command, **options, "seed": seed, "sizes": asdict(task.sizes)})
+    run = _online if command == "train" else _offline
+    with quiet_libraries(), torch_threads(task.options.num_threads):
+        log = run(task, dict(options), seed, folder)
+    _write_json(folder / "trainer_state.json", {"log_history": log})
 
 
 def _online(task: MiniTask, options: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Reward, exact KL, gold reward, entropy and variety of the rollouts of each iteration, before its update."""
+    """Generate, score, step; returns what was measured on held-out prompts."""
     sizes, made = task.sizes, task.made
-    kept = {name: value for name, value in options.items() if name in ONLINE_OPTIONS}
     config = APAConfig(
         output_dir=str(folder),
-        learning_rate=sizes.learning_rate,
-        lr_scheduler_type="linear",
         steps=sizes.batch_size * sizes.iterations,
         batch_size=sizes.batch_size,
         mini_batch_size=8,
         max_completion_length=task.options.max_new_tokens,
         seed=seed,
         **_common(),
-        **kept,
+        **options,
     )
     policy = task.policy()
     trainer = APATrainer(config, policy, tokenizer=made.tokenizer)
     rng = random.Random(seed)
-    rows = []
-    for _ in range(sizes.iterations):
+    log = [{"step": 0, "samples": 0, **task.measure(policy)}]
+    for iteration in range(1, sizes.iterations + 1):
         prompts = rng.choices(made.corpus.train_prompts, k=sizes.batch_size)
         queries = encode(made.tokenizer, prompts)
         responses = trainer.generate(queries, return_prompt=False, batch_size=sizes.batch_size)
-        scores = made.reward_model(prompts, responses)
-        measured = measure_responses(policy, made.initial_policy, made.tokenizer, prompts, responses, scores)
-        log = {"apa/mean_scores": measured.pop("proxy_reward"), "objective/kl": measured.pop("kl"), **measured}
-        rows.append({"step": trainer.state.global_step, **log})
-        trainer.step(queries, responses, scores)
-    return rows
+        trainer.step(queries, responses, made.reward_model(prompts, responses))
+        if _is_due(iteration, sizes.iterations, sizes.evaluations):
+            samples = iteration * sizes.batch_size
+            log.append({"step": trainer.state.global_step, "samples": samples, **task.measure(policy)})
+    trainer.save_pretrained(str(folder / "policy"))
+    return log
+
+
+class _Measuring(TrainerCallback):
+    """Calls `measure` with the optimizer step at the end of the epochs whose turn it is."""
+
+    def __init__(self, sizes: MiniSizes, measure: Callable[[int], None]):
+        self.sizes, self.measure = sizes, measure
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if _is_due(round(state.epoch), self.sizes.epochs, self.sizes.evaluations):
+            self.measure(state.global_step)
 
 
 def _offline(task: MiniTask, options: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Reward and KL of samples to held-out prompts after each epoch over the fixed data."""
+    """Learn from the fixed data; returns what was measured on held-out prompts."""
     sizes, made = task.sizes, task.made
-    kept = {name: value for name, value in options.items() if name in OFFLINE_OPTIONS}
     config = OfflineConfig(
         output_dir=str(folder),
-        learning_rate=sizes.learning_rate,
-        lr_scheduler_type="linear",
-        num_train_epochs=sizes.iterations,
+        num_train_epochs=sizes.epochs,
         per_device_train_batch_size=min(32, sizes.num_responses),
-        per_device_eval_batch_size=512,
         max_completion_length=task.options.max_new_tokens,
-        eval_strategy="epoch",
         save_strategy="no",
         seed=seed,
         **_common(),
-        **kept,
+        **options,
     )
-
-    def proxy_reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        responses = [torch.tensor(ids) for ids in completion_ids]
-        return [float(score) for score in made.reward_model(prompts, responses)]
-
     trainer = OfflineAPATrainer(
-        config,
-        task.policy(),
-        processing_class=made.tokenizer,
-        train_dataset=_fixed_rows(task),
-        eval_dataset=[{"prompt": prompt} for prompt in made.corpus.eval_prompts * 4],
-        reward_funcs=proxy_reward,
+        config, task.policy(), processing_class=made.tokenizer, train_dataset=_fixed_rows(task)
     )
+    log: list[dict[str, Any]] = []
+
+    def measure(step: int) -> None:
+        with trainer.learned_policy() as policy:
+            log.append({"step": step, "samples": sizes.num_responses, **task.measure(policy)})
+
     trainer.remove_callback(PrinterCallback)
-    trainer.evaluate()
-    before = list(trainer.state.log_history)  # which `train` begins anew
+    trainer.add_callback(_Measuring(sizes, measure))
+    measure(0)
     trainer.train()
-    return [row for row in (*before, *trainer.state.log_history) if "eval_reward" in row]
+    trainer.save_pretrained(str(folder / "policy"))
+    return log
+
+
+def _is_due(number: int, last: int, evaluations: int) -> bool:
+    """Whether one of `evaluations` evenly spaced moments up to `last` falls on `number`, and not before it."""
+    return number * evaluations // last > (number - 1) * evaluations // last
 
 
 def _fixed_rows(task: MiniTask) -> list[dict[str, Any]]:
@@ -188,3 +212,7 @@ def _fixed_rows(task: MiniTask) -> list[dict[str, Any]]:
 
 def _common() -> dict[str, Any]:
     return {"max_grad_norm": 1.0, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 10**6}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
