@@ -1,6 +1,7 @@
 """The paper's figures: their files say what the paper prints, and the runner runs, goes on and draws."""
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,12 @@ from trl_apa.paper.logs import read_rows
 from trl_apa.paper.mini import algorithm_options, run_name
 from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables, value_at_kl
+from trl_apa.paper.win_rates import read_comparison
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "paper"
-FIGURES = sorted(read_yaml(str(FOLDER / INDEX)).keys() - {MINI})
+WIN_RATES = "fig1"
+FIGURES = sorted(read_yaml(str(FOLDER / INDEX)).keys() - {MINI, WIN_RATES})
 OF_THE_PAPER = [name for name in FIGURES if name.startswith("fig")]
 PARSERS = {"train": train.make_parser, "offline": offline.make_parser}
 
@@ -43,7 +46,9 @@ def test_a_curve_s_options_exist_and_fit_together(figure, panel, label, curve, t
 
 
 def test_every_file_is_a_curve_of_a_figure():
-    assert {curve.file.name for *_, curve in CURVES} == {path.name for path in FOLDER.glob("*.yaml")} - {INDEX}
+    comparison = read_comparison(FOLDER, WIN_RATES)
+    others = {INDEX, comparison.generate.name, comparison.winrate.name}
+    assert {curve.file.name for *_, curve in CURVES} == {path.name for path in FOLDER.glob("*.yaml")} - others
     assert OF_THE_PAPER == [f"fig{number}" for number in range(2, 10)]
 
 
@@ -228,7 +233,7 @@ def test_full_size_runs_a_process_a_curve_and_seed_and_goes_on_where_it_stopped(
             (folder / "checkpoint-4").mkdir(parents=True)
         return SimpleNamespace(returncode=status)
 
-    monkeypatch.setattr(paper.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     folder = index(tmp_path)
     argv = [
         "figx",

@@ -54,6 +54,33 @@ class Figure:
     only_mini: bool = False
 
 
+def read_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Path and content of the index of `folder`.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is not YAML.
+    """
+    path = Path(folder) / INDEX
+    return path, read_yaml(str(path))
+
+
+def read_entry(folder: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """Path of the index of `folder`, and its entry of that name.
+
+    Raises:
+        OSError: if there is no index.
+        ValueError: if it has no such entry.
+    """
+    path, index = read_index(folder)
+    names = [str(known) for known in index if known != MINI]
+    if name not in names:
+        close = get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{path} has {', '.join(names)}, but not {name!r}{hint}")
+    return path, index[name]
+
+
 def read_figure(folder: str | Path, name: str) -> Figure:
     """The figure of that name in the index of `folder`.
 
@@ -64,14 +91,8 @@ def read_figure(folder: str | Path, name: str) -> Figure:
         OSError: if there is no index.
         ValueError: if it has no such figure, or the entry lacks something or names a file that is not there.
     """
-    path = Path(folder) / INDEX
-    index = read_yaml(str(path))
-    in_small = index.pop(MINI, {})
-    if name not in index:
-        close = get_close_matches(name, map(str, index), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{path} has {', '.join(map(str, index))}, but not {name!r}{hint}")
-    entry: dict[str, Any] = index[name]
+    path, entry = read_entry(folder, name)
+    in_small = read_index(folder)[1].get(MINI, {})
     missing = {"title", "command", "seeds", "panels"} - entry.keys()
     if missing:
         raise ValueError(f"{path}: {name} lacks {', '.join(sorted(missing))}")

@@ -46,14 +46,7 @@ class MiniTask:
 
     def __init__(self, folder: Path, sizes: MiniSizes):
         self.folder, self.sizes = folder, sizes
-        self.options = replace(
-            DemoOptions(),
-            output_dir=folder,
-            batch_size=sizes.batch_size,
-            sft_steps=sizes.sft_steps,
-            num_pairs=sizes.num_pairs,
-            reward_steps=sizes.reward_steps,
-        )
+        self.options = replace(task_options(sizes), output_dir=folder)
         self._made: Ingredients | None = None
 
     @property
@@ -69,8 +62,8 @@ class MiniTask:
 
     def measure(self, policy: PreTrainedModel) -> dict[str, float]:
         """`demo.evaluation.measure_responses` of samples to the held-out prompts, from the same seed every time."""
-        made, sizes = self.made, self.sizes
-        prompts = made.corpus.eval_prompts * sizes.samples_per_prompt
+        made = self.made
+        prompts = made.corpus.eval_prompts * self.options.samples_per_prompt
         found = evaluate(
             policy,
             made.initial_policy,
@@ -95,9 +88,20 @@ def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSiz
     return f"{command}-{options['loss_type']}-{_digest([command, dict(options), asdict(sizes)])}-seed{seed}"
 
 
-def task_name(sizes: MiniSizes) -> str:
-    """A name of the task for its folder."""
-    return f"task-{_digest([sizes.sft_steps, sizes.num_pairs, sizes.reward_steps])}"
+def task_folder(folder: Path, sizes: MiniSizes) -> Path:
+    """Where the fine-tuned model and the reward model are, beside the runs in `folder`."""
+    return folder / f"task-{_digest([sizes.sft_steps, sizes.num_pairs, sizes.reward_steps])}"
+
+
+def task_options(sizes: MiniSizes) -> DemoOptions:
+    """The task as the demo knows it."""
+    return DemoOptions(
+        batch_size=sizes.batch_size,
+        sft_steps=sizes.sft_steps,
+        num_pairs=sizes.num_pairs,
+        reward_steps=sizes.reward_steps,
+        samples_per_prompt=sizes.samples_per_prompt,
+    )
 
 
 def _digest(content: Any) -> str:

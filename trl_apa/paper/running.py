@@ -1,0 +1,100 @@
+"""The runs of a figure: which there are, and running those that are not done, at full size or in small."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trl_apa.paper.figures import Curve, Figure
+from trl_apa.paper.sizes import MiniSizes
+
+
+class Job(NamedTuple):
+    """One curve with one seed, and where its run goes."""
+
+    panel: str
+    label: str
+    curve: Curve
+    seed: int
+    folder: Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has come to its end: its log then lies in the folder itself."""
+        return (self.folder / "trainer_state.json").is_file()
+
+
+def full_jobs(figure: Figure, seeds: Sequence[int], folder: Path) -> list[Job]:
+    """Every curve with every seed.
+
+    Raises:
+        ValueError: if the figure is about the task in small.
+    """
+    if figure.only_mini:
+        raise ValueError(f"{figure.name} is about the task in small; run it with --scale mini")
+    return [
+        Job(panel, label, curve, seed, folder / f"{_file_name(f'{panel} {label}')}-seed{seed}")
+        for panel, found in figure.panels.items()
+        for label, curve in found.items()
+        for seed in seeds
+    ]
+
+
+def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int:
+    """Each curve in a process of its own, which gives its memory back; a run that was cut goes on where it stopped.
+
+    Returns:
+        The exit status of the first process that failed, after which none is started; 0 if none did.
+    """
+    for job in jobs:
+        if job.is_done:
+            continue
+        command = [sys.executable, "-m", "trl_apa.cli", figure.command, "--config", str(job.curve.file)]
+        for name, value in job.curve.changed.items():
+            command += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        command += ["--seed", str(job.seed), "--output_dir", str(job.folder), *options]
+        if any(job.folder.glob("checkpoint-*")):
+            command += ["--resume_from_checkpoint", "true"]
+        print(f"{job.panel}, {job.label}, seed {job.seed}: {' '.join(command[1:])}", flush=True)
+        if status := subprocess.run(command, check=False).returncode:
+            print(f"{job.folder} ended with status {status}; run this again to go on", file=sys.stderr)
+            return status
+    return 0
+
+
+def run_mini(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSizes) -> list[Job]:
+    """Each curve here, one after the other, on one fine-tuned policy and one reward model.
+
+    A run is one that several figures may share. Panels that differ in models or data alone are the same in small, and
+    the first stands for all.
+
+    Returns:
+        What was run, or was there already.
+    """
+    from trl_apa.paper import mini
+
+    panels: dict[str, list[Job]] = {}
+    for panel, found in figure.panels.items():
+        jobs = []
+        for label, curve in found.items():
+            options = mini.algorithm_options(figure.command, curve)
+            names = {seed: mini.run_name(figure.command, options, seed, sizes) for seed in seeds}
+            jobs += [Job(panel, label, curve, seed, folder / "runs" / name) for seed, name in names.items()]
+        if [job.folder for job in jobs] not in ([job.folder for job in known] for known in panels.values()):
+            panels[panel] = jobs
+    jobs = [
+        job._replace(panel=job.panel if len(panels) > 1 else "in small") for found in panels.values() for job in found
+    ]
+    task = mini.MiniTask(mini.task_folder(folder, sizes), sizes)
+    for job in jobs:
+        if not job.is_done:
+            print(f"{job.panel}, {job.label}, seed {job.seed}: {job.folder}", flush=True)
+            options = mini.algorithm_options(figure.command, job.curve)
+            mini.run_mini(task, figure.command, options, job.seed, job.folder)
+    return jobs
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"\W+", "-", text).strip("-").lower()

@@ -1,0 +1,158 @@
+"""Win rates at full size: `trl-apa generate` for every policy, `trl-apa winrate` for every pair, a process each."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trl_apa.commands import generate, winrate
+from trl_apa.commands.options import read_yaml
+from trl_apa.paper.win_rates import Comparison, WinRates, answers_file, sampling_seed, summarize, verdicts_file
+from trl_apa.winrate import Judgement, Pair
+
+
+# What `winrate` cannot be parsed without.
+ANY_ANSWERS, ANY_JUDGE = ["A", "B"], ["--judge", "openai", "--judge_model", "any"]
+
+
+class Options(NamedTuple):
+    """What both commands are given beside what is different for each policy and pair.
+
+    Args:
+        generate, winrate: as on their command lines.
+        judging: those of `winrate`, parsed.
+    """
+
+    generate: list[str]
+    winrate: list[str]
+    judging: argparse.Namespace
+
+
+def options_of(comparison: Comparison, more: Sequence[str]) -> Options:
+    """The options of the files, and over them `more`, each of which goes to the command, or commands, that have it.
+
+    Raises:
+        ValueError: for an option that neither command has, or that the file's does not.
+        SystemExit: for a value of the wrong type.
+    """
+    parser = winrate.make_parser()
+    of_winrate = vars(parser.parse_args([*ANY_ANSWERS, *ANY_JUDGE])).keys() - {"ours", "theirs"}
+    of_generate = generate.make_parser().parse([]).keys()
+    in_file = read_yaml(str(comparison.winrate))
+    for name in in_file:
+        _check_option(name, of_winrate, str(comparison.winrate))
+    given = list(_grouped(more))
+    for name, _ in given:
+        _check_option(name, of_winrate | of_generate, "generate and winrate")
+    to_generate = ["--config", str(comparison.generate), *_words(given, of_generate)]
+    to_winrate = [word for name, value in in_file.items() for word in _as_words(name, value)]
+    to_winrate += _words(given, of_winrate)
+    generate.make_parser().parse(to_generate)
+    return Options(to_generate, to_winrate, parser.parse_args([*ANY_ANSWERS, *to_winrate]))
+
+
+def _check_option(name: str, known: Collection[str], where: str) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{where}: unknown option {name!r}{hint}")
+
+
+def _grouped(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each option's name and its words."""
+    starts = [place for place, word in enumerate(words) if word.startswith("--")]
+    if words and starts[:1] != [0]:
+        raise ValueError(f"unexpected argument {words[0]!r}: options should begin with --")
+    for start, end in pairwise([*starts, len(words)]):
+        name, equals, value = words[start][2:].partition("=")
+        name = name.replace("-", "_")
+        yield name, [f"--{name}{equals}{value}", *words[start + 1 : end]]
+
+
+def _words(given: Iterable[tuple[str, list[str]]], names: Collection[str]) -> list[str]:
+    return [word for name, words in given if name in names for word in words]
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    """An option of a file as on a command line that has flags."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def common_start(options: Iterable[Mapping[str, Any]]) -> str:
+    """The model that runs with these options all start from.
+
+    Raises:
+        ValueError: if they start from several, or their files name none.
+    """
+    names = {given.get("model_name_or_path") for given in options}
+    if len(names) != 1 or None in names:
+        raise ValueError(f"the policies start from {', '.join(sorted(map(str, names)))}; it should be one model")
+    return str(names.pop())
+
+
+def compare_at_full_size(
+    comparison: Comparison, policies: Mapping[int, Mapping[str, Path]], more: Sequence[str], folder: Path
+) -> WinRates:
+    """Make the answers and the verdicts that are not there yet.
+
+    Answers that are there stay. Verdicts are asked for again if they are older than the answers, or of another judge.
+
+    Args:
+        comparison: what is compared.
+        policies: seed of the runs to label to the policy's folder, or its hub name.
+        more: see `options_of`.
+        folder: of answers, verdicts, and the cache of verdicts.
+
+    Raises:
+        ValueError, SystemExit: as `options_of`.
+        subprocess.CalledProcessError: if a process failed; what was made before is kept.
+    """
+    options = options_of(comparison, more)
+    folder.mkdir(parents=True, exist_ok=True)
+    judged: dict[tuple[str, str], dict[int, list[Judgement]]] = {pair: {} for pair in comparison.pairs}
+    for seed, found in policies.items():
+        for label, policy in found.items():
+            drawn_with = str(sampling_seed(comparison, label, seed))
+            of_policy = ["--model_name_or_path", str(policy), "--seed", drawn_with]
+            path = answers_file(folder, label, seed)
+            if not path.is_file():
+                _run(["generate", *options.generate, *of_policy], path)
+        for pair in comparison.pairs:
+            answers = [answers_file(folder, label, seed) for label in pair]
+            path = verdicts_file(folder, pair, seed)
+            if not _is_current(path, answers, options.judging):
+                _run(["winrate", *map(str, answers), *options.winrate], path)
+            judged[pair][seed] = _read_judgements(path)
+    return summarize(judged, options.judging.judge_model, options.judging.seed, options.judging.confidence)
+
+
+def _run(command: Sequence[str], path: Path) -> None:
+    """Run a command of `trl-apa` that writes one file, which bears its name only when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    whole = [sys.executable, "-m", "trl_apa.cli", *command, "--output", str(part)]
+    print(" ".join(whole[1:]), flush=True)
+    subprocess.run(whole, check=True)
+    part.replace(path)
+
+
+def _is_current(path: Path, answers: Iterable[Path], judging: argparse.Namespace) -> bool:
+    if not path.is_file() or any(path.stat().st_mtime < answered.stat().st_mtime for answered in answers):
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return all(found[name] == getattr(judging, name) for name in ("judge", "judge_model", "references"))
+
+
+def _read_judgements(path: Path) -> list[Judgement]:
+    rows = json.loads(path.read_text(encoding="utf-8"))["judgements"]
+    return [Judgement(Pair(*(row[name] for name in Pair._fields)), tuple(row["verdicts"])) for row in rows]
