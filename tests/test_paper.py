@@ -11,7 +11,7 @@ from trl_apa.commands import offline, paper, train
 from trl_apa.commands.options import read_yaml
 from trl_apa.paper.drawing import bands, draw_figure
 from trl_apa.paper.figures import INDEX, MINI, read_figure
-from trl_apa.paper.logs import read_rows
+from trl_apa.paper.logs import QUANTITIES, read_rows
 from trl_apa.paper.mini import algorithm_options, run_name
 from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables, value_at_kl
@@ -170,15 +170,11 @@ def test_held_out_prompts_go_before_rollouts(tmp_path):
 
 
 def test_the_picture_comes_with_its_numbers(tmp_path):
-    run = rows((0, 1.0, 0.0), (4, 2.0, 0.5))
     for name, more in (("f", {}), ("g", {"gold_reward": 3.0})):
         runs = [rows((0, 1.0, 0.0), (4, 2.0, 0.5), **more)]
         draw_figure("t", {"p": {"A": runs}, "q": {"A": runs, "B": runs}}, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "f.json").read_text())["q"]["B"]["kl"]["mean"] == [0.0, 0.5]
-    assert "gold_reward" not in json.loads((tmp_path / "f.json").read_text())["p"]["A"]
-    assert json.loads((tmp_path / "g.json").read_text())["p"]["A"]["gold_reward"]["high"] == [3.0, 3.0]
-    assert run == rows((0, 1.0, 0.0), (4, 2.0, 0.5))
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == {"p": {"A": runs}, "q": {"A": runs, "B": runs}}
 
 
 def test_the_reward_at_a_kl_is_that_of_its_first_crossing():
@@ -276,9 +272,9 @@ def test_in_small_a_curve_is_run_once_for_all_figures_and_panels(tmp_path, capsy
     assert paper.main(["figx", *argv]) == 0
     numbers = json.loads((tmp_path / "out" / "figx.json").read_text())
     assert list(numbers) == ["in small"]  # the panels would be the same
-    assert numbers["in small"]["A"]["reward"]["steps"] == [0, 1, 2]
-    assert numbers["in small"]["A"]["kl"]["mean"][0] == pytest.approx(0.0, abs=1e-4)
-    assert numbers["in small"]["A"]["gold_reward"]["mean"] and "| A |" in (tmp_path / "out" / "figx.md").read_text()
+    (run,) = numbers["in small"]["A"]
+    assert [row["step"] for row in run] == [0, 1, 2] and run[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert run[2].keys() == {"step", "samples", *QUANTITIES} and "| A |" in (tmp_path / "out" / "figx.md").read_text()
     logs = {path: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/trainer_state.json")}
     assert len(logs) == 2
     capsys.readouterr()
@@ -299,9 +295,10 @@ def test_in_small_a_curve_that_samples_learns_from_its_own_samples(tmp_path):
     folder = index(tmp_path, panels={"p": {"APA": str(FOLDER / "fig3-125m-apa.yaml")}})
     argv = ["figx", "--scale", "mini", "--configs", str(folder), "--output_dir", str(tmp_path / "out"), *TINY]
     assert paper.main(argv) == 0
-    kl = json.loads((tmp_path / "out" / "figx.json").read_text())["in small"]["APA"]["kl"]
-    assert kl["steps"] == [0, 2, 4]  # two iterations of two epochs of one mini-batch of 8
-    assert kl["mean"][0] == pytest.approx(0.0, abs=1e-4) and kl["mean"][2] > 1e-6
+    (run,) = json.loads((tmp_path / "out" / "figx.json").read_text())["in small"]["APA"]
+    # two iterations of two epochs of one mini-batch of 8
+    assert [(row["step"], row["samples"]) for row in run] == [(0, 0), (2, 8), (4, 16)]
+    assert run[0]["kl"] == pytest.approx(0.0, abs=1e-4) and run[2]["kl"] > 1e-6
 
 
 def test_a_figure_about_the_task_in_small_has_no_full_size(tmp_path, capsys):

@@ -39,7 +39,7 @@ def bands(runs: Sequence[Sequence[Row]]) -> dict[str, Band]:
 
 
 def draw_figure(title: str, panels: Panels, path: Path) -> None:
-    """Write the picture, and beside it the numbers as JSON.
+    """Write the picture, and beside it `panels` as JSON.
 
     A row of pictures a panel: reward and KL against steps, and where the gold reward is known, that against steps and
     against KL.
@@ -69,13 +69,13 @@ def draw_figure(title: str, panels: Panels, path: Path) -> None:
         axes_of_panel[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
-    numbers = {
-        panel: {
-            label: {name: band._asdict() for name, band in quantities.items()} for label, quantities in found.items()
-        }
-        for panel, found in curves.items()
-    }
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(_as_json(panels), encoding="utf-8")
+
+
+def _as_json(panels: Panels) -> str:
+    """The rows of every run, an evaluation a line."""
+    text = json.dumps(panels)
+    return text.replace("}, {", "},\n {").replace("]], ", "]],\n ") + "\n"
 
 
 def _draw_curve(axes: Any, quantities: Mapping[str, Band], x: str, y: str, **style: Any) -> None:
