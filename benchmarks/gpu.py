@@ -11,7 +11,8 @@ a folder that needs 27 GB at 7B. `--scale tiny` runs the same code with a small 
 Model FLOPs of the trunk of a network, with N weights in linear layers and L layers of width H, for a row of T tokens:
 `F = 2 N T + 2 L H T^2`, the second term for causal attention. The vocabulary's weights count where they are used:
 `G = 2 H V R` for R response tokens. A network that is trained costs 3 times its forward pass, and one with a frozen
-base 2 times, because it needs no gradient of the base's weights. Policy and value model are trained, after a forward
+base 2 times, because it needs no gradient of the base's weights (the attention term's backward pass, which is 2 times
+whatever is frozen, is counted once: a few percent at this length). Policy and value model are trained, after a forward
 pass of the reference and of the value model: `step` is `8 F + 4 G` a row with `full` and `6 F + 3 G` with LoRA. What
 checkpointing and the vocabulary head compute a second time is not counted. `generate` is `F + G` of prompt and
 response. MFU is that over the seconds and over the GPU's peak.

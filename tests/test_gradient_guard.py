@@ -178,4 +178,57 @@ def test_which_optimizers_are_told_on_the_device():
         made(Mine, fused=True),
     ):
         assert not skips_on_device(optimizer, cpu)
+    # parameters on another kind of device than the norm; a device whose kernels were not looked at
+    assert not skips_on_device(made(torch.optim.AdamW, fused=True), torch.device("cuda"))
     assert not skips_on_device(made(torch.optim.AdamW, fused=True), torch.device("mps"))
+
+
+class Halving:
+    """A scheduler of which no state can be put back."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
+
+    def get_last_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_under_train_a_scheduler_of_the_script_s_own_is_not_run_ahead_of(tmp_path, spoilt):
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    told = []
+    optimizer.register_step_post_hook(lambda made, *_: told.append(hasattr(made, "found_inf")))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if spoilt else Halving(optimizer)
+    options = {"optimizer": optimizer, "lr_scheduler": scheduler, "logging_strategy": "no"}
+    trainer = trainer_for(tmp_path, model=model, **options)
+    if spoilt:
+        spoil(trainer, 2, float("nan"))
+        with pytest.raises(FloatingPointError, match="at optimizer step 2"):
+            trainer.train()
+    else:
+        trainer.train()
+    steps = 2 if spoilt else 4
+    assert trainer.state.global_step == steps and told == [False] * steps
+    assert optimizer.param_groups[0]["lr"] == 0.01 / 2**steps
+
+
+def test_an_error_in_a_later_step_does_not_hide_the_gradient(tmp_path, monkeypatch):
+    """A script that catches what a GPU raises when it is full would go on with a count of steps that were not made."""
+    trainer = tiny_trainer(tmp_path, mini_batch_size=2, ppo_epochs=2, optim=TOLD_ON_DEVICE)
+    spoil(trainer, 1, float("nan"))
+    compute_loss = trainer.compute_loss
+
+    def full_at_step_3(*args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise torch.OutOfMemoryError("full")
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", full_at_step_3)
+    with pytest.raises(FloatingPointError, match="at optimizer step 1") as raised:
+        trainer.step(*tiny_rollouts())
+    assert isinstance(raised.value.__context__, torch.OutOfMemoryError) and trainer.state.global_step == 1

@@ -84,7 +84,15 @@ class Waits(TorchDispatchMode):
     `tolist` of what is on the CPU, or `torch.tensor` on a device, are no operations: `Copies` notes them.
     """
 
-    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+    OPERATIONS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "masked_scatter",
+        "equal",
+        "_unique2",
+        "repeat_interleave",
+    )
 
     def __init__(self):
         super().__init__()

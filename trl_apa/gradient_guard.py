@@ -71,7 +71,9 @@ class GradientGuard(_BaseTrainer):
 
     def _guard_update(self, norm: Tensor) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper reads no found_inf
-        waits = self._is_sharded or not skips_on_device(optimizer, norm.device)
+        # A scheduler of the script's own need not have a state, and its state may hold whole networks.
+        put_back = not self.is_in_train or self._created_lr_scheduler
+        waits = self._is_sharded or not put_back or not skips_on_device(optimizer, norm.device)
         iteration, state = self._iteration, self.state
         self._unseen.append(
             Gradient(
@@ -152,7 +154,10 @@ def skips_on_device(optimizer: Any, device: torch.device) -> bool:
     """Whether `optimizer.step()` changes nothing where `optimizer.found_inf` is 1, without asking the host.
 
     Fused kernels do, for `torch.amp.GradScaler`, with Adam's step counts and moments too. Fused SGD is left out: a
-    momentum that it begins at such a step is memory that nothing was written to.
+    momentum that it begins at such a step is memory that nothing was written to. So are parameters on the CPU beside
+    a GPU, whose kernel does not wait until it is told.
     """
-    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-    return is_adam and device.type in ("cpu", "cuda") and all(group["fused"] for group in optimizer.param_groups)
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or device.type not in ("cpu", "cuda"):
+        return False
+    groups = optimizer.param_groups
+    return all(group["fused"] and all(p.device.type == device.type for p in group["params"]) for group in groups)

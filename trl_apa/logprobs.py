@@ -18,7 +18,7 @@ from trl_apa._trl import (
     selective_log_softmax,
     selective_log_softmax_and_entropy,
 )
-from trl_apa.fused_head import can_fuse, fused_logprobs
+from trl_apa.fused_head import can_fuse, fused_logprobs, runs_kernel
 from trl_apa.masking import at_least_float32
 from trl_apa.rollouts import send
 
@@ -171,7 +171,7 @@ def _chunk_logprobs(
 
 def token_logprobs(logits_MV: Tensor, targets_M: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
     """log softmax at the targets, and the entropy, without gradient, or None: nats, `(M,)`."""
-    if logits_MV.device.type != "cpu":
+    if runs_kernel(logits_MV.device) and logits_MV.dtype != torch.float64:
         return _token_logprobs_by_trl(logits_MV, targets_M, with_entropy)
     log_softmax_MV = logits_MV.log_softmax(dim=-1)
     logprobs_M = log_softmax_MV.gather(-1, targets_M[:, None]).squeeze(-1)

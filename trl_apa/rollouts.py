@@ -94,6 +94,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
     CUDA copies from pageable memory only once all that was asked of it is done, and the host would wait for that.
     """
+    if device.type == "mps":  # which reads memory that is not pinned after it was given back
+        return tensor.to(device)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

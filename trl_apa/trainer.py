@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -470,10 +470,13 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             with timer("optimize_step"):
                 self._update()
             stats = self._finish_iteration(timer)
-        except BaseException:
+        except BaseException as error:
             # What a caller who catches this (out of memory, say) goes on with: no gradient and no score of this batch.
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
+            if isinstance(error, RuntimeError):
+                with suppress(RuntimeError):  # a device that is lost answers nothing
+                    self._look_at_gradients()
             raise
         finally:
             self._forget_gradients_unseen()
