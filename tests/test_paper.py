@@ -2,17 +2,19 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from trl_apa import APATrainer
 from trl_apa.commands import offline, paper, train
 from trl_apa.commands.options import read_yaml
 from trl_apa.paper.drawing import bands, draw_figure
 from trl_apa.paper.figures import INDEX, MINI, read_figure
 from trl_apa.paper.logs import QUANTITIES, read_rows
-from trl_apa.paper.mini import algorithm_options, run_name
+from trl_apa.paper.mini import MiniTask, algorithm_options, run_mini, run_name
 from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables, value_at_kl
 from trl_apa.paper.win_rates import read_comparison
@@ -127,9 +129,9 @@ def index(tmp_path, **entry):
         ({"panels": {"p": {"A": "none.yaml"}}}, r"names none\.yaml, which is not there"),
         (
             {"panels": {"p": {"A": {"file": "curve.yaml", "sets": {}}}}},
-            "a curve has sets; it should have file, and may",
+            "a curve has file, sets; it should have file, and may",
         ),
-        ({"panels": {"p": {"A": {"set": {"kl_coef": 1}}}}}, "a curve has no file; it should have file, and may"),
+        ({"panels": {"p": {"A": {"set": {"kl_coef": 1}}}}}, "a curve has set; it should have file, and may"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(tmp_path, entry, problem):
@@ -177,6 +179,15 @@ def test_the_picture_comes_with_its_numbers(tmp_path):
         assert json.loads((tmp_path / f"{name}.json").read_text()) == {"p": {"A": runs}, "q": {"A": runs, "B": runs}}
 
 
+def test_a_log_that_does_not_begin_with_the_initial_model():
+    """As at full size, where the first evaluation follows some updates."""
+    run = rows((1000, 1.0, 3.0), (2000, 5.0, 1.0), (3000, 9.0, 4.0))
+    assert value_at_kl(run, "reward", 2.0) is None  # it was there before the first evaluation
+    assert value_at_kl(run, "reward", 3.5) == 5.0 + 2.5 / 3 * 4
+    assert "| A | 5.00 |" in tables({"p": {"A": [run]}})  # (1 + 5 + 9) / 3
+    assert "| A | 1.00 |" in tables({"p": {"A": [run[:1]]}})
+
+
 def test_the_reward_at_a_kl_is_that_of_its_first_crossing():
     run = rows((0, 0.0, 0.0), (4, 2.0, 4.0), (8, 1.0, 2.0), (12, 6.0, 10.0))
     assert value_at_kl(run, "reward", 1.0) == 0.5  # a quarter of the way from 0 to 4 nats, so a quarter of 2
@@ -199,11 +210,14 @@ def test_tables_by_hand():
     assert "| A | 2.00 [2.00, 2.00] | 2.50 [1.00, 4.00] | 6.00 [4.00, 8.00] |" in text  # the last evaluation
     # the mean of the two evaluations after the first update: gold (3 + 1) / 2 and (2 + 4) / 2
     assert "| A | 1.50 [1.50, 1.50] | 2.50 [2.00, 3.00] |" in text
+    # 1 nat: 1/4 of the first run's first interval, half of the second's: gold 3 / 4 and 2 / 2
     # 2 nats: half of the first run's first interval, all of the second's; 5 nats: 1/4 of the first run's second
-    assert "| A | 0.75 [0.50, 1.00] | 1.75 [1.50, 2.00] | 1.25 (1 of 2) | 2.50 (1 of 2) | - | - |" in text
+    at_1_nat, at_2_nats = "0.38 [0.25, 0.50] | 0.88 [0.75, 1.00]", "0.75 [0.50, 1.00] | 1.75 [1.50, 2.00]"
+    assert f"| A | {at_1_nat} | {at_2_nats} | 1.25 (1 of 2) | 2.50 (1 of 2) |" in text
     # the highest gold reward: step 4 of the first run, step 8 of the second
-    assert "| A | 6.00 [4.00, 8.00] | 1.50 [1.00, 2.00] | 3.50 [3.00, 4.00] | 4.00 [4.00, 4.00] |" in text
+    assert "| A | 6 [4, 8] | 1.50 [1.00, 2.00] | 3.50 [3.00, 4.00] | 4.00 [4.00, 4.00] |" in text
     assert "| q, B |" in tables({"p": {"A": runs}, "q": {"B": runs}})
+    assert "| A (1 of 2 ended early) | 1.50 [1.00, 2.00] |" in tables({"p": {"A": [runs[0][:2], runs[1]]}})
     assert "gold" not in tables({"p": {"A": [rows((0, 1.0, 0.0), (4, 2.0, 0.5))]}})
 
 
@@ -230,24 +244,14 @@ def test_full_size_runs_a_process_a_curve_and_seed_and_goes_on_where_it_stopped(
         return SimpleNamespace(returncode=status)
 
     monkeypatch.setattr(subprocess, "run", run)
-    folder = index(tmp_path)
-    argv = [
-        "figx",
-        "--scale",
-        "full",
-        "--configs",
-        str(folder),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--seeds",
-        "0",
-        "7",
-    ]
-    argv += ["--", "--num_processes", "8"]
+    changed = {"kl_coef": 0.5, "scale_rewards": True}
+    folder = index(tmp_path, panels={"p": {"A": {"file": "curve.yaml", "set": changed, "mini": {"gamma": 0.5}}}})
+    argv = ["figx", "--scale", "full", "--configs", str(folder), "--output_dir", str(tmp_path / "out")]
+    argv += ["--seeds", "0", "7", "--", "--num_processes", "8"]
     assert paper.main(argv) == 1
     assert "run this again to go on" in capsys.readouterr().err and not (tmp_path / "out" / "figx.png").exists()
     assert paper.main(argv) == 0
-    start = ["train", "--config", str(folder / "curve.yaml"), "--seed"]
+    start = ["train", "--config", str(folder / "curve.yaml"), "--kl_coef", "0.5", "--scale_rewards", "true", "--seed"]
     ends = [["0", "--output_dir", str(tmp_path / "out" / "p-a-seed0"), "--num_processes", "8"]]
     second = ["7", "--output_dir", str(tmp_path / "out" / "p-a-seed7"), "--num_processes", "8"]
     ends += [second, [*second, "--resume_from_checkpoint", "true"]]
@@ -291,14 +295,75 @@ def test_in_small_a_curve_is_run_once_for_all_figures_and_panels(tmp_path, capsy
     assert ended.value.code == 2 and "but not 'figz'" in capsys.readouterr().err
 
 
-def test_in_small_a_curve_that_samples_learns_from_its_own_samples(tmp_path):
-    folder = index(tmp_path, panels={"p": {"APA": str(FOLDER / "fig3-125m-apa.yaml")}})
-    argv = ["figx", "--scale", "mini", "--configs", str(folder), "--output_dir", str(tmp_path / "out"), *TINY]
-    assert paper.main(argv) == 0
-    (run,) = json.loads((tmp_path / "out" / "figx.json").read_text())["in small"]["APA"]
-    # two iterations of two epochs of one mini-batch of 8
-    assert [(row["step"], row["samples"]) for row in run] == [(0, 0), (2, 8), (4, 16)]
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Tiny, with evaluations after two of three iterations or epochs."""
+    sizes = MiniSizes(
+        iterations=3,
+        epochs=3,
+        evaluations=2,
+        samples_per_prompt=1,
+        batch_size=8,
+        num_responses=16,
+        sft_steps=3,
+        num_pairs=16,
+        reward_steps=2,
+    )
+    return MiniTask(tmp_path_factory.mktemp("task"), sizes)
+
+
+def run_in(folder, task, command, **options):
+    run_mini(task, command, {"learning_rate": 1e-3, **options}, 5, folder)
+    return read_rows(folder)
+
+
+def test_in_small_a_curve_that_samples_learns_from_its_own_samples(tmp_path, task):
+    run = run_in(tmp_path / "two", task, "train", loss_type="apa", kl_coef=0.1, num_epochs_per_batch=2)
+    # two epochs of one mini-batch of 8 an iteration; the second and the third are followed by an evaluation
+    assert [(row["step"], row["samples"]) for row in run] == [(0, 0), (4, 16), (6, 24)]
     assert run[0]["kl"] == pytest.approx(0.0, abs=1e-4) and run[2]["kl"] > 1e-6
+    # evaluating once more changes nothing of what is learned
+    task.sizes, two = replace(task.sizes, evaluations=3), task.sizes
+    again = run_in(tmp_path / "three", task, "train", loss_type="apa", kl_coef=0.1, num_epochs_per_batch=2)
+    task.sizes = two
+    assert [row["step"] for row in again] == [0, 2, 4, 6] and again[2:] == run[1:]
+
+
+def test_in_small_ilql_is_measured_as_its_values_shift_it(tmp_path, task):
+    options = {"loss_type": "ilql", "polyak": 1.0, "bc_coef": 0.0, "learning_rate": 3e-3}
+    kls = [run_in(tmp_path / str(beta), task, "offline", ilql_beta=beta, **options)[-1]["kl"] for beta in (0.0, 8.0)]
+    assert kls[0] == pytest.approx(0.0, abs=1e-6) and kls[1] > 1e-3  # with bc_coef=0 only the values move it
+
+
+def test_a_run_that_is_no_longer_finite_ends_with_what_was_measured(tmp_path, task, monkeypatch):
+    step = APATrainer.step
+
+    def spoil(trainer, *args):
+        found = step(trainer, *args)
+        if trainer.state.global_step == 6:
+            next(trainer.model.policy.parameters()).data.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(APATrainer, "step", spoil)
+    run = run_in(tmp_path, task, "train", loss_type="awr", kl_coef=1.0, num_epochs_per_batch=2)
+    assert [row["step"] for row in run] == [0, 4]
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert log[-1] == {"ended_early": "the policy has weights that are not finite"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ("fig8 --scale mini -- --num_processes 8", "'--num_processes' stands after --"),
+        ("fig8 --scale full --runs x", "--runs is of fig1 with --scale full"),
+        ("fig1 --scale mini --runs x", "--runs is of fig1 with --scale full"),
+        ("fig8 --scale full --iterations 2", "--iterations is of --scale mini"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(capsys, argv, problem):
+    with pytest.raises(SystemExit) as ended:
+        paper.main([*argv.split()[:3], "--configs", str(FOLDER), *argv.split()[3:]])
+    assert ended.value.code == 2 and problem in capsys.readouterr().err
 
 
 def test_a_figure_about_the_task_in_small_has_no_full_size(tmp_path, capsys):
@@ -317,4 +382,6 @@ def test_the_name_of_a_run_tells_options_sizes_and_seeds_apart():
         run_name("train", options, 0, MiniSizes(iterations=2)),
         run_name("train", {**options, "kl_coef": 0.2}, 0, MiniSizes()),
     ]
-    assert len(set(names)) == 4 and names[0] == run_name("train", dict(reversed(options.items())), 0, MiniSizes())
+    assert len(set(names)) == 4
+    assert names[0] == run_name("train", dict(reversed(options.items())), 0, MiniSizes(epochs=2))
+    assert names[0] == run_name("train", {**options, "num_epochs_per_batch": 2.0}, 0, MiniSizes())

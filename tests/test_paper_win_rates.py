@@ -373,3 +373,10 @@ def test_full_size_answers_and_judges_what_is_not_there_yet(tmp_path, monkeypatc
     os.utime(out / answers[1], (later, later))
     assert paper.main([*argv, "--judge_model", "another"]) == 0
     assert processes.names() == [verdicts[0], verdicts[2]]
+
+    # other options of the answers, or other policies, make everything anew
+    processes.commands.clear()
+    assert paper.main([*argv, "--temperature", "0.7"]) == 0 and processes.names() == [*answers, *verdicts]
+    processes.commands.clear()
+    (folder / "g.yaml").write_text("dataset_name: others.jsonl\n")
+    assert paper.main([*argv, "--temperature", "0.7"]) == 0 and processes.names() == [*answers, *verdicts]

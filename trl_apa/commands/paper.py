@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trl_apa.paper.drawing import draw_figure
-from trl_apa.paper.figures import Figure, read_entry, read_figure
+from trl_apa.paper.figures import read_entry, read_figure
 from trl_apa.paper.logs import Row, read_rows
-from trl_apa.paper.running import Job, full_jobs, run_full, run_mini
+from trl_apa.paper.running import Job, full_jobs, mini_jobs, run_full, run_in_small
 from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables
 
@@ -28,13 +28,14 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("figure", metavar="FIG", help="fig1 to fig9, or another of figures.yaml")
     add("--scale", choices=("full", "mini"), required=True, help="the paper's models and data, or the demo's task")
-    add("--seeds", type=int, nargs="+", help="the paper's by default")
+    add("--seeds", type=int, nargs="+", help="the paper's by default, or those of figures.yaml")
     add("--configs", default="examples/paper", help="folder of the curves' files (default: %(default)s)")
     add("--output_dir", help="folder of runs and pictures (default: runs/paper/FIG-full, or runs/paper/mini)")
     add("--runs", help="fig1 with --scale full: folder of the runs that are compared (default: runs/paper/fig2-full)")
     mini = parser.add_argument_group("--scale mini")
     for field in dataclasses.fields(MiniSizes):
-        mini.add_argument(f"--{field.name}", type=_positive, default=field.default, help="default: %(default)s")
+        meaning = f"{field.metadata['help']} (default: {field.default})"
+        mini.add_argument(f"--{field.name}", type=_positive, help=meaning)
     return parser
 
 
@@ -49,19 +50,24 @@ def main(argv: Sequence[str]) -> int:
         return 1
     default = "mini" if options.scale == "mini" else f"{options.figure}-full"
     folder = Path(options.output_dir or f"runs/paper/{default}")
-    sizes = MiniSizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(MiniSizes)})
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(MiniSizes)}
+    sizes = MiniSizes(**{name: size for name, size in given.items() if size is not None})
     try:
-        if read_entry(options.configs, options.figure)[1].get("command") == "winrate":
+        compares = read_entry(options.configs, options.figure)[1].get("command") == "winrate"
+        refuse_what_has_no_effect(options, of_the_curves, compares)
+        if compares:
             return run_win_rates(options, of_the_curves, folder, sizes)
         figure = read_figure(options.configs, options.figure)
         seeds = options.seeds or figure.seeds
         if options.scale == "mini":
-            jobs = run_mini(figure, seeds, folder, sizes)
+            jobs = mini_jobs(figure, seeds, folder, sizes)
+            run_in_small(figure, jobs, folder, sizes)
         else:
             jobs = full_jobs(figure, seeds, folder)
             if status := run_full(figure, jobs, of_the_curves):
                 return status
-        draw(figure, jobs, folder / f"{figure.name}.png")
+        in_small = "; here in small, on the task of the demo" if options.scale == "mini" else ""
+        draw(f"{figure.name}: {figure.title}{in_small}", jobs, folder / f"{figure.name}.png")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(folder / f"{figure.name}.png")
@@ -74,12 +80,26 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:place]), list(argv[place + 1 :])
 
 
-def draw(figure: Figure, jobs: Sequence[Job], path: Path) -> None:
+def refuse_what_has_no_effect(options: argparse.Namespace, of_the_curves: Sequence[str], compares: bool) -> None:
+    """
+    Raises:
+        ValueError: naming the option.
+    """
+    if options.scale == "mini" and of_the_curves:
+        raise ValueError(f"{of_the_curves[0]!r} stands after --, which goes to the commands of --scale full")
+    if options.runs is not None and (options.scale == "mini" or not compares):
+        raise ValueError("--runs is of fig1 with --scale full")
+    sizes = [field.name for field in dataclasses.fields(MiniSizes) if getattr(options, field.name) is not None]
+    if options.scale == "full" and sizes:
+        raise ValueError(f"--{sizes[0]} is of --scale mini")
+
+
+def draw(title: str, jobs: Sequence[Job], path: Path) -> None:
     """The picture and the tables of the runs that are there."""
     panels: dict[str, dict[str, list[list[Row]]]] = {}
     for job in jobs:
         panels.setdefault(job.panel, {}).setdefault(job.label, []).append(read_rows(job.folder))
-    draw_figure(f"{figure.name}: {figure.title}", panels, path)
+    draw_figure(title, panels, path)
     path.with_suffix(".md").write_text(tables(panels), encoding="utf-8")
 
 
@@ -94,8 +114,10 @@ def run_win_rates(options: argparse.Namespace, more: Sequence[str], folder: Path
     comparison = read_comparison(options.configs, options.figure)
     trained, seeds = comparison.trained, options.seeds or comparison.seeds
     if options.scale == "mini":
-        jobs = run_mini(trained, seeds, folder, sizes)
-        policies = _policies(comparison.start, mini.task_folder(folder, sizes) / "sft_model", jobs, "policy")
+        jobs = mini_jobs(trained, seeds, folder, sizes)
+        run_in_small(trained, jobs, folder, sizes)
+        start = mini.MiniTask(mini.task_folder(folder, sizes), sizes).start
+        policies = _policies(comparison.start, start, jobs, "policy")
         found = compare_in_small(comparison, policies, folder / comparison.name, mini.task_options(sizes))
     else:
         jobs = full_jobs(trained, seeds, Path(options.runs or f"runs/paper/{trained.name}-full"))

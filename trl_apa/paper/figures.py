@@ -1,5 +1,6 @@
 """The index of the figures: `figures.yaml` in a folder with one file of options a curve."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -54,17 +55,6 @@ class Figure:
     only_mini: bool = False
 
 
-def read_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Path and content of the index of `folder`.
-
-    Raises:
-        OSError: if there is none.
-        ValueError: if it is not YAML.
-    """
-    path = Path(folder) / INDEX
-    return path, read_yaml(str(path))
-
-
 def read_entry(folder: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     """Path of the index of `folder`, and its entry of that name.
 
@@ -72,7 +62,7 @@ def read_entry(folder: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
         OSError: if there is no index.
         ValueError: if it has no such entry.
     """
-    path, index = read_index(folder)
+    path, index = _read_index(folder)
     names = [str(known) for known in index if known != MINI]
     if name not in names:
         close = get_close_matches(name, names, n=1)
@@ -92,29 +82,37 @@ def read_figure(folder: str | Path, name: str) -> Figure:
         ValueError: if it has no such figure, or the entry lacks something or names a file that is not there.
     """
     path, entry = read_entry(folder, name)
-    in_small = read_index(folder)[1].get(MINI, {})
     missing = {"title", "command", "seeds", "panels"} - entry.keys()
     if missing:
         raise ValueError(f"{path}: {name} lacks {', '.join(sorted(missing))}")
     command = entry["command"]
     if command not in COMMANDS:
         raise ValueError(f"{path}: {name}: command is {command!r}; it should be {' or '.join(COMMANDS)}")
+    in_small = _read_index(folder)[1].get(MINI, {}).get(command, {})
     panels = {
         str(panel): {
-            str(label): _curve(f"{path}: {name}", path.parent, curve, in_small.get(command, {}))
-            for label, curve in curves.items()
+            str(label): _curve(f"{path}: {name}", path.parent, curve, in_small) for label, curve in curves.items()
         }
         for panel, curves in entry["panels"].items()
     }
     return Figure(name, entry["title"], command, list(entry["seeds"]), panels, entry.get("only_mini", False))
 
 
+def file_name(text: str) -> str:
+    """A label as part of the name of a file."""
+    return re.sub(r"\W+", "-", text).strip("-").lower()
+
+
+def _read_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = Path(folder) / INDEX
+    return path, read_yaml(str(path))
+
+
 def _curve(where: str, folder: Path, entry: str | Mapping[str, Any], in_small: Mapping[str, Any]) -> Curve:
     """The curve of one label; `in_small` has the options of each loss in small."""
     entry = {"file": entry} if isinstance(entry, str) else entry
-    if unknown := entry.keys() - {"file", "set", "mini"} or "file" not in entry:
-        what = "no file" if unknown is True else ", ".join(sorted(unknown))
-        raise ValueError(f"{where}: a curve has {what}; it should have file, and may have set and mini")
+    if "file" not in entry or entry.keys() - {"file", "set", "mini"}:
+        raise ValueError(f"{where}: a curve has {', '.join(entry)}; it should have file, and may have set and mini")
     file = folder / entry["file"]
     if not file.is_file():
         raise ValueError(f"{where} names {file.name}, which is not there")

@@ -20,7 +20,7 @@ from trl_apa.demo.report import Report
 from trl_apa.models import independent_copy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.paper.figures import Curve
-from trl_apa.paper.sizes import MiniSizes
+from trl_apa.paper.sizes import UNREAD, MiniSizes
 from trl_apa.trainer import APATrainer
 
 
@@ -34,6 +34,15 @@ OFFLINE_OPTIONS = frozenset(
     "cql_coef polyak bc_coef ilql_beta".split()
 )
 KEPT_OPTIONS = {"train": ONLINE_OPTIONS, "offline": OFFLINE_OPTIONS}
+
+# The same for every curve.
+COMMON = {"max_grad_norm": 1.0, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 10**6}
+FIXED: dict[str, dict[str, Any]] = {
+    "train": {**COMMON, "mini_batch_size": 8},
+    "offline": {**COMMON, "per_device_train_batch_size": 32, "save_strategy": "no"},
+}
+
+Log = list[dict[str, Any]]
 
 
 class MiniTask:
@@ -53,15 +62,31 @@ class MiniTask:
     def made(self) -> Ingredients:
         if self._made is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._made = prepare(self.options, Report(Console()))
+            with quiet_libraries(), torch_threads(self.options.num_threads):
+                self._made = prepare(self.options, Report(Console()))
         return self._made
+
+    @property
+    def start(self) -> Path:
+        """Folder of the fine-tuned model, which is made if it is not there."""
+        path = self.folder / "sft_model"
+        if not (path / "config.json").is_file():
+            self._made = None
+            _ = self.made
+        return path
 
     def policy(self) -> PreTrainedModel:
         """A new copy of the fine-tuned model."""
         return independent_copy(self.made.initial_policy)
 
     def measure(self, policy: PreTrainedModel) -> dict[str, float]:
-        """`demo.evaluation.measure_responses` of samples to the held-out prompts, from the same seed every time."""
+        """`demo.evaluation.measure_responses` of samples to the held-out prompts, from the same seed every time.
+
+        Raises:
+            FloatingPointError: if a weight is not finite.
+        """
+        if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+            raise FloatingPointError("the policy has weights that are not finite")
         made = self.made
         prompts = made.corpus.eval_prompts * self.options.samples_per_prompt
         found = evaluate(
@@ -84,13 +109,15 @@ def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
 
 
 def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes) -> str:
-    """A name that two runs share if, and only if, they are the same run."""
-    return f"{command}-{options['loss_type']}-{_digest([command, dict(options), asdict(sizes)])}-seed{seed}"
+    """A name that runs share if all that they are given is the same: options, sizes, task and seed."""
+    read = {name: size for name, size in asdict(sizes).items() if name not in UNREAD[command]}
+    given = [command, dict(options), FIXED[command], read, _task_of(sizes)]
+    return f"{command}-{options['loss_type']}-{_digest(given)}-seed{seed}"
 
 
 def task_folder(folder: Path, sizes: MiniSizes) -> Path:
     """Where the fine-tuned model and the reward model are, beside the runs in `folder`."""
-    return folder / f"task-{_digest([sizes.sft_steps, sizes.num_pairs, sizes.reward_steps])}"
+    return folder / f"task-{_digest(_task_of(sizes))}"
 
 
 def task_options(sizes: MiniSizes) -> DemoOptions:
@@ -104,12 +131,29 @@ def task_options(sizes: MiniSizes) -> DemoOptions:
     )
 
 
+def _task_of(sizes: MiniSizes) -> dict[str, Any]:
+    """What the fine-tuned model and the reward model depend on, and how they are measured."""
+    alignment = {"output_dir", "loss_type", "iterations", "kl_coef", "learning_rate", "batch_size"}
+    return {name: value for name, value in asdict(task_options(sizes)).items() if name not in alignment}
+
+
 def _digest(content: Any) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return sha256(json.dumps(_with_floats(content), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _with_floats(content: Any) -> Any:
+    """1 and 1.0 are the same option."""
+    if isinstance(content, dict):
+        return {name: _with_floats(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_with_floats(value) for value in content]
+    return float(content) if isinstance(content, int) and not isinstance(content, bool) else content
 
 
 def run_mini(task: MiniTask, command: str, options: Mapping[str, Any], seed: int, folder: Path) -> None:
     """Run one curve. Leaves in `folder` its options, its policy, and at last its log as `trainer_state.json`.
+
+    A run whose gradients or weights are no longer finite ends there, with what was measured before.
 
     Args:
         task: shared by the curves of a figure.
@@ -121,28 +165,28 @@ def run_mini(task: MiniTask, command: str, options: Mapping[str, Any], seed: int
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "options.json", {"command": command, **options, "seed": seed, "sizes": asdict(task.sizes)})
     run = _online if command == "train" else _offline
+    log: Log = []
     with quiet_libraries(), torch_threads(task.options.num_threads):
-        log = run(task, dict(options), seed, folder)
+        try:
+            run(task, {**FIXED[command], **options, "seed": seed, "output_dir": str(folder)}, log)
+        except FloatingPointError as error:
+            log.append({"ended_early": str(error)})
     _write_json(folder / "trainer_state.json", {"log_history": log})
 
 
-def _online(task: MiniTask, options: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Generate, score, step; returns what was measured on held-out prompts."""
+def _online(task: MiniTask, options: dict[str, Any], log: Log) -> None:
+    """Generate, score, step; `log` gets what is measured on held-out prompts."""
     sizes, made = task.sizes, task.made
     config = APAConfig(
-        output_dir=str(folder),
         steps=sizes.batch_size * sizes.iterations,
         batch_size=sizes.batch_size,
-        mini_batch_size=8,
         max_completion_length=task.options.max_new_tokens,
-        seed=seed,
-        **_common(),
         **options,
     )
     policy = task.policy()
     trainer = APATrainer(config, policy, tokenizer=made.tokenizer)
-    rng = random.Random(seed)
-    log = [{"step": 0, "samples": 0, **task.measure(policy)}]
+    rng = random.Random(config.seed)
+    log.append({"step": 0, "samples": 0, **task.measure(policy)})
     for iteration in range(1, sizes.iterations + 1):
         prompts = rng.choices(made.corpus.train_prompts, k=sizes.batch_size)
         queries = encode(made.tokenizer, prompts)
@@ -151,8 +195,7 @@ def _online(task: MiniTask, options: dict[str, Any], seed: int, folder: Path) ->
         if _is_due(iteration, sizes.iterations, sizes.evaluations):
             samples = iteration * sizes.batch_size
             log.append({"step": trainer.state.global_step, "samples": samples, **task.measure(policy)})
-    trainer.save_pretrained(str(folder / "policy"))
-    return log
+    trainer.save_pretrained(f"{config.output_dir}/policy")
 
 
 class _Measuring(TrainerCallback):
@@ -166,23 +209,13 @@ class _Measuring(TrainerCallback):
             self.measure(state.global_step)
 
 
-def _offline(task: MiniTask, options: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Learn from the fixed data; returns what was measured on held-out prompts."""
+def _offline(task: MiniTask, options: dict[str, Any], log: Log) -> None:
+    """Learn from the fixed data; `log` gets what is measured on held-out prompts."""
     sizes, made = task.sizes, task.made
-    config = OfflineConfig(
-        output_dir=str(folder),
-        num_train_epochs=sizes.epochs,
-        per_device_train_batch_size=min(32, sizes.num_responses),
-        max_completion_length=task.options.max_new_tokens,
-        save_strategy="no",
-        seed=seed,
-        **_common(),
-        **options,
-    )
+    config = OfflineConfig(num_train_epochs=sizes.epochs, max_completion_length=task.options.max_new_tokens, **options)
     trainer = OfflineAPATrainer(
         config, task.policy(), processing_class=made.tokenizer, train_dataset=_fixed_rows(task)
     )
-    log: list[dict[str, Any]] = []
 
     def measure(step: int) -> None:
         with trainer.learned_policy() as policy:
@@ -192,8 +225,7 @@ def _offline(task: MiniTask, options: dict[str, Any], seed: int, folder: Path) -
     trainer.add_callback(_Measuring(sizes, measure))
     measure(0)
     trainer.train()
-    trainer.save_pretrained(str(folder / "policy"))
-    return log
+    trainer.save_pretrained(f"{config.output_dir}/policy")
 
 
 def _is_due(number: int, last: int, evaluations: int) -> bool:
@@ -214,9 +246,8 @@ def _fixed_rows(task: MiniTask) -> list[dict[str, Any]]:
     ]
 
 
-def _common() -> dict[str, Any]:
-    return {"max_grad_norm": 1.0, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 10**6}
-
-
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Whole, or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

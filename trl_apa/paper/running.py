@@ -1,13 +1,12 @@
 """The runs of a figure: which there are, and running those that are not done, at full size or in small."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trl_apa.paper.figures import Curve, Figure
+from trl_apa.paper.figures import Curve, Figure, file_name
 from trl_apa.paper.sizes import MiniSizes
 
 
@@ -35,7 +34,7 @@ def full_jobs(figure: Figure, seeds: Sequence[int], folder: Path) -> list[Job]:
     if figure.only_mini:
         raise ValueError(f"{figure.name} is about the task in small; run it with --scale mini")
     return [
-        Job(panel, label, curve, seed, folder / f"{_file_name(f'{panel} {label}')}-seed{seed}")
+        Job(panel, label, curve, seed, folder / f"{file_name(f'{panel} {label}')}-seed{seed}")
         for panel, found in figure.panels.items()
         for label, curve in found.items()
         for seed in seeds
@@ -64,37 +63,32 @@ def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int
     return 0
 
 
-def run_mini(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSizes) -> list[Job]:
-    """Each curve here, one after the other, on one fine-tuned policy and one reward model.
+def mini_jobs(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSizes) -> list[Job]:
+    """Every curve with every seed, each in the folder of a run that several figures may share.
 
-    A run is one that several figures may share. Panels that differ in models or data alone are the same in small, and
-    the first stands for all.
-
-    Returns:
-        What was run, or was there already.
+    Panels that differ in models or data alone are the same in small, and the first stands for all.
     """
-    from trl_apa.paper import mini
+    from trl_apa.paper.mini import algorithm_options, run_name
 
-    panels: dict[str, list[Job]] = {}
+    panels: list[list[Job]] = []
     for panel, found in figure.panels.items():
         jobs = []
         for label, curve in found.items():
-            options = mini.algorithm_options(figure.command, curve)
-            names = {seed: mini.run_name(figure.command, options, seed, sizes) for seed in seeds}
+            options = algorithm_options(figure.command, curve)
+            names = {seed: run_name(figure.command, options, seed, sizes) for seed in seeds}
             jobs += [Job(panel, label, curve, seed, folder / "runs" / name) for seed, name in names.items()]
-        if [job.folder for job in jobs] not in ([job.folder for job in known] for known in panels.values()):
-            panels[panel] = jobs
-    jobs = [
-        job._replace(panel=job.panel if len(panels) > 1 else "in small") for found in panels.values() for job in found
-    ]
+        if [job.folder for job in jobs] not in [[job.folder for job in known] for known in panels]:
+            panels.append(jobs)
+    return [job._replace(panel=job.panel if len(panels) > 1 else "in small") for jobs in panels for job in jobs]
+
+
+def run_in_small(figure: Figure, jobs: Sequence[Job], folder: Path, sizes: MiniSizes) -> None:
+    """Each curve here, one after the other, on one fine-tuned policy and one reward model."""
+    from trl_apa.paper import mini
+
     task = mini.MiniTask(mini.task_folder(folder, sizes), sizes)
     for job in jobs:
         if not job.is_done:
             print(f"{job.panel}, {job.label}, seed {job.seed}: {job.folder}", flush=True)
             options = mini.algorithm_options(figure.command, job.curve)
             mini.run_mini(task, figure.command, options, job.seed, job.folder)
-    return jobs
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"\W+", "-", text).strip("-").lower()

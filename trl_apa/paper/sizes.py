@@ -1,29 +1,26 @@
 """How small the curves in small are. Imports nothing heavy, so that `--help` answers at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+def _size(default: int, help: str) -> int:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class MiniSizes:
-    """How small.
+    """How small: what each is, is in its `help`."""
 
-    Args:
-        iterations: of a curve that samples.
-        batch_size: rollouts an iteration.
-        epochs: passes over the fixed data, of a curve that does not sample.
-        num_responses: of the fixed data.
-        evaluations: on held-out prompts, evenly spaced, beside the one before the first update; at most one an
-            iteration or epoch.
-        samples_per_prompt: responses to each held-out prompt.
-        sft_steps, num_pairs, reward_steps: of the task, see `DemoOptions`.
-    """
+    iterations: int = _size(60, "of a curve that samples")
+    batch_size: int = _size(64, "rollouts an iteration")
+    epochs: int = _size(12, "passes over the fixed data, of a curve that does not sample")
+    num_responses: int = _size(2048, "in the fixed data")
+    evaluations: int = _size(20, "on held-out prompts beside the first; at most one an iteration or epoch")
+    samples_per_prompt: int = _size(8, "responses to each held-out prompt")
+    sft_steps: int = _size(300, "optimizer steps of supervised fine-tuning")
+    num_pairs: int = _size(1500, "preference pairs of the reward model")
+    reward_steps: int = _size(150, "optimizer steps of the reward model")
 
-    iterations: int = 60
-    batch_size: int = 64
-    epochs: int = 12
-    num_responses: int = 2048
-    evaluations: int = 20
-    samples_per_prompt: int = 8
-    sft_steps: int = 300
-    num_pairs: int = 1500
-    reward_steps: int = 150
+
+# Those that a command's runs do not depend on.
+UNREAD = {"train": {"epochs", "num_responses"}, "offline": {"iterations", "batch_size"}}

@@ -6,14 +6,15 @@ from itertools import pairwise
 from trl_apa.paper.logs import QUANTITIES, Row, quantities_of
 
 
-EQUAL_KLS = (2.0, 5.0, 10.0)  # nats per response
+EQUAL_KLS = (1.0, 2.0, 5.0)  # nats per response
 Runs = Sequence[Sequence[Row]]
 
 
 def tables(panels: Mapping[str, Mapping[str, Runs]]) -> str:
     """Markdown: mean over the seeds with the lowest and the highest in brackets, a row a curve."""
+    last = max(rows[-1]["step"] for found in panels.values() for runs in found.values() for rows in runs)
     curves = {
-        label if len(panels) == 1 else f"{panel}, {label}": runs
+        (label if len(panels) == 1 else f"{panel}, {label}") + _ended_early(runs, last): runs
         for panel, found in panels.items()
         for label, runs in found.items()
     }
@@ -23,40 +24,33 @@ def tables(panels: Mapping[str, Mapping[str, Runs]]) -> str:
     parts += ["Over the run: the mean of all evaluations after the first update.", over_the_run(curves, rewards)]
     parts += ["At equal KL: where a run first gets so far.", at_equal_kl(curves, rewards)]
     if "gold_reward" in names:
-        parts += ["At the evaluation with the highest gold reward of each run.", at_the_best(curves, names)]
+        best = "At the evaluation with the highest gold reward of each run, which is above what that policy is worth: "
+        parts += [best + "it is the best of many that chance moves.", at_the_best(curves, names)]
     return "\n\n".join(parts) + "\n"
 
 
 def at_the_end(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
     """Every quantity at the last evaluation."""
-    return _table(
-        ["curve", *(QUANTITIES[name] for name in names)],
-        [[label, *(_spread([rows[-1][name] for rows in runs]) for name in names)] for label, runs in curves.items()],
-    )
+    ends = {label: [rows[-1] for rows in runs] for label, runs in curves.items()}
+    return _table(["curve", *map(_heading, names)], [_spreads(label, rows, names) for label, rows in ends.items()])
 
 
 def over_the_run(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
     """Mean of the evaluations after the initial model's: high where a run learns fast and keeps what it learned."""
-    return _table(
-        ["curve", *(QUANTITIES[name] for name in names)],
-        [
-            [
-                label,
-                *(_spread([sum(row[name] for row in rows[1:]) / len(rows[1:]) for rows in runs]) for name in names),
-            ]
-            for label, runs in curves.items()
-        ],
-    )
+
+    def means(rows: Sequence[Row]) -> Row:
+        later = [row for row in rows if row["step"] > 0] or rows
+        return {name: sum(row[name] for row in later) / len(later) for name in names}
+
+    found = {label: [means(rows) for rows in runs] for label, runs in curves.items()}
+    return _table(["curve", *map(_heading, names)], [_spreads(label, rows, names) for label, rows in found.items()])
 
 
 def at_the_best(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
     """Every quantity, and the step, at the evaluation with the highest gold reward."""
     names = ["step", *names]
     best = {label: [max(rows, key=lambda row: row["gold_reward"]) for rows in runs] for label, runs in curves.items()}
-    return _table(
-        ["curve", *(QUANTITIES.get(name, name) for name in names)],
-        [[label, *(_spread([row[name] for row in rows]) for name in names)] for label, rows in best.items()],
-    )
+    return _table(["curve", *map(_heading, names)], [_spreads(label, rows, names) for label, rows in best.items()])
 
 
 def at_equal_kl(curves: Mapping[str, Runs], names: Sequence[str], kls: Sequence[float] = EQUAL_KLS) -> str:
@@ -75,13 +69,18 @@ def at_equal_kl(curves: Mapping[str, Runs], names: Sequence[str], kls: Sequence[
 
 
 def value_at_kl(rows: Sequence[Row], name: str, kl: float) -> float | None:
-    """A quantity where the KL first reaches `kl`, linearly between two evaluations; None if it never does.
+    """A quantity where the KL first reaches `kl`, linearly between two evaluations.
 
     Args:
-        rows: evaluations in their order, the first of the initial model.
+        rows: evaluations in their order.
         name: of the quantity.
         kl: nats per response.
+
+    Returns:
+        None if it never does, or had done so before the first evaluation.
     """
+    if rows[0]["kl"] > kl:
+        return None
     for before, after in pairwise(rows):
         if before["kl"] < kl <= after["kl"]:
             share = (kl - before["kl"]) / (after["kl"] - before["kl"])
@@ -89,11 +88,24 @@ def value_at_kl(rows: Sequence[Row], name: str, kl: float) -> float | None:
     return None
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean, digits = sum(values) / len(values), 0 if max(map(abs, values)) >= 100 else 2
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+def _ended_early(runs: Runs, last: float) -> str:
+    """How many runs came to an end before the step `last`: a gradient or a weight was not finite."""
+    count = sum(rows[-1]["step"] < last for rows in runs)
+    return f" ({count} of {len(runs)} ended early)" if count else ""
+
+
+def _heading(name: str) -> str:
+    return QUANTITIES.get(name, name)
+
+
+def _spreads(label: str, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    return [label, *(_spread([row[name] for row in rows], 0 if name == "step" else 2) for name in names)]
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the lowest and the highest in brackets."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,11 @@
 """Figure 1: policies that another figure's runs left, compared in pairs by a judge."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from trl_apa.paper.figures import Figure, read_entry, read_figure
+from trl_apa.paper.figures import Figure, file_name, read_entry, read_figure
 from trl_apa.winrate.comparing import Judgement, win_rate
 
 
@@ -124,19 +123,15 @@ def summarize(judged: Judged, judge: str, bootstrap_seed: int = 0, confidence: f
 
 def answers_file(folder: Path, label: str, seed: int) -> Path:
     """Where the answers of a policy are, as `trl-apa generate` writes them."""
-    return folder / f"{_slug(label)}-seed{seed}.jsonl"
+    return folder / f"{file_name(label)}-seed{seed}.jsonl"
 
 
 def verdicts_file(folder: Path, pair: tuple[str, str], seed: int) -> Path:
     """Where the verdicts on a pair of policies are, as `trl-apa winrate` writes them."""
-    ours, theirs = map(_slug, pair)
+    ours, theirs = map(file_name, pair)
     return folder / f"{ours}-vs-{theirs}-seed{seed}.json"
 
 
 def sampling_seed(comparison: Comparison, label: str, seed: int) -> int:
     """Of a policy's answers. Policies that drew the same random numbers would win, tie and lose together."""
-    return seed + comparison.labels.index(label)
-
-
-def _slug(label: Any) -> str:
-    return re.sub(r"\W+", "-", str(label)).strip("-").lower()
+    return seed * len(comparison.labels) + comparison.labels.index(label)

@@ -106,7 +106,7 @@ def compare_at_full_size(
 ) -> WinRates:
     """Make the answers and the verdicts that are not there yet.
 
-    Answers that are there stay. Verdicts are asked for again if they are older than the answers, or of another judge.
+    What is there stays if it was made with the same options, of policies and answers that are no newer than it.
 
     Args:
         comparison: what is compared.
@@ -123,34 +123,35 @@ def compare_at_full_size(
     judged: dict[tuple[str, str], dict[int, list[Judgement]]] = {pair: {} for pair in comparison.pairs}
     for seed, found in policies.items():
         for label, policy in found.items():
-            drawn_with = str(sampling_seed(comparison, label, seed))
-            of_policy = ["--model_name_or_path", str(policy), "--seed", drawn_with]
-            path = answers_file(folder, label, seed)
-            if not path.is_file():
-                _run(["generate", *options.generate, *of_policy], path)
+            of_policy = ["--model_name_or_path", str(policy), "--seed", str(sampling_seed(comparison, label, seed))]
+            command = ["generate", *options.generate, *of_policy]
+            _make(command, answers_file(folder, label, seed), [policy / "trainer_state.json"])
         for pair in comparison.pairs:
             answers = [answers_file(folder, label, seed) for label in pair]
             path = verdicts_file(folder, pair, seed)
-            if not _is_current(path, answers, options.judging):
-                _run(["winrate", *map(str, answers), *options.winrate], path)
+            _make(["winrate", *map(str, answers), *options.winrate], path, answers)
             judged[pair][seed] = _read_judgements(path)
     return summarize(judged, options.judging.judge_model, options.judging.seed, options.judging.confidence)
 
 
-def _run(command: Sequence[str], path: Path) -> None:
-    """Run a command of `trl-apa` that writes one file, which bears its name only when it is whole."""
+def _make(command: Sequence[str], path: Path, sources: Iterable[Path]) -> None:
+    """Run a command of `trl-apa` that writes one file, unless the file is there, by this command and these sources.
+
+    The file bears its name only when it is whole. Beside it lies the command, with what its file of options says.
+    """
+    made_by = path.with_name(f"{path.name}.command")
+    given = Path(command[command.index("--config") + 1]).read_text(encoding="utf-8") if "--config" in command else None
+    record = json.dumps({"command": list(command), "config": given}, indent=1) + "\n"
+    if path.is_file() and made_by.is_file() and made_by.read_text(encoding="utf-8") == record:
+        made_at = path.stat().st_mtime
+        if all(source.stat().st_mtime <= made_at for source in sources if source.is_file()):
+            return
     part = path.with_name(f"{path.name}.part")
     whole = [sys.executable, "-m", "trl_apa.cli", *command, "--output", str(part)]
     print(" ".join(whole[1:]), flush=True)
     subprocess.run(whole, check=True)
     part.replace(path)
-
-
-def _is_current(path: Path, answers: Iterable[Path], judging: argparse.Namespace) -> bool:
-    if not path.is_file() or any(path.stat().st_mtime < answered.stat().st_mtime for answered in answers):
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return all(found[name] == getattr(judging, name) for name in ("judge", "judge_model", "references"))
+    made_by.write_text(record, encoding="utf-8")
 
 
 def _read_judgements(path: Path) -> list[Judgement]:
