@@ -457,7 +457,7 @@ IN_SMALL = {
     "evaluate": f"{SAMPLING} --max_eval_rows 4",
     "generate": SAMPLING,
     "winrate": "--use_cpu",
-    "paper": "--iterations 2 --batch_size 8 --sft_steps 3 --num_pairs 16 --reward_steps 2",
+    "paper": "--iterations 2 --samples_per_prompt 1 --batch_size 8 --sft_steps 3 --num_pairs 16 --reward_steps 2",
 }
 
 
@@ -641,12 +641,11 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
 
 
 def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
-    curves = json.loads((pipeline / "paper" / "fig8-mini" / "fig8.json").read_text())["in small"]
-    assert (
-        set(curves) == {"adaptive KL", "no KL control"} and (pipeline / "paper" / "fig8-mini" / "fig8.png").is_file()
-    )
-    assert all(curve["kl"]["mean"][0] == pytest.approx(0.0, abs=1e-5) for curve in curves.values())
-    assert curves["adaptive KL"]["reward"]["steps"] == [0, 2]
+    folder = pipeline / "paper" / "mini"
+    curves = json.loads((folder / "fig8.json").read_text())["in small"]
+    assert set(curves) == {"adaptive KL", "no KL control"} and (folder / "fig8.png").is_file()
+    for (run,) in curves.values():
+        assert run[0]["kl"] == pytest.approx(0.0, abs=1e-4) and run[1]["kl"] > 0
 
 
 def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):

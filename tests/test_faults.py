@@ -120,10 +120,14 @@ def test_a_checkpoint_that_sigkill_cut_short_is_told_from_a_whole_one(tmp_path, 
 
 def test_a_checkpoint_is_torn_while_it_is_written_over(tmp_path, uninterrupted, monkeypatch):
     """The run is taken up before a checkpoint that is whole, and ends again while it writes that one anew."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt  # itself, because a shell lets what it starts in the background ignore SIGINT
+
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainer_for(tmp_path, max_steps=6, **saving).train()
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(Trainer, "_save_optimizer_and_scheduler", lambda *_: signal.raise_signal(signal.SIGINT))
+        interrupted.setattr(Trainer, "_save_optimizer_and_scheduler", interrupt)
         with pytest.raises(KeyboardInterrupt):
             trainer_for(tmp_path, max_steps=12, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert (tmp_path / "checkpoint-6" / "optimizer.pt").is_file() and not is_complete(str(tmp_path / "checkpoint-6"))
