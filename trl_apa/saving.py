@@ -10,9 +10,10 @@ from torch import Tensor
 from trl_apa._trl import _BaseTrainer
 from trl_apa.engines import cuts_up_weights
 from trl_apa.models import merge_and_save
+from trl_apa.telemetry import NoTelemetry
 
 
-class Saving(_BaseTrainer):
+class Saving(NoTelemetry, _BaseTrainer):
     """The part of `APATrainer` that writes policy, value model, tokenizer and card."""
 
     _tag_names = ["trl", "apa", "rlhf"]
@@ -131,6 +132,3 @@ class Saving(_BaseTrainer):
         if repo_id is not None:
             self.args.hub_model_id, self.hub_model_id = repo_id, None
         return super().push_to_hub(**kwargs)
-
-    def _send_telemetry(self) -> None:
-        """This package sends none."""

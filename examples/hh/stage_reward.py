@@ -14,17 +14,13 @@ from sampling import encode_queries, load_policy, sample_responses
 from stage_sft import common_arguments
 from texts import encode_prompt, encode_response, response_text
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
 from trl_apa.data import Preference
-from trl_apa.telemetry import NoTelemetry
+from trl_apa.quiet_trainers import QuietRewardTrainer
 
 
 SCALE_PROMPTS = 256
-
-
-class QuietRewardTrainer(NoTelemetry, RewardTrainer):
-    """TRL's trainer, which sends nothing."""
 
 
 class RewardModel:

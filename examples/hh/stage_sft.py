@@ -12,14 +12,10 @@ from progress import say, use_progress_lines
 from small_model import PAD, new_model, train_tokenizer
 from texts import encode_prompt, encode_response
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from trl_apa.data import Preference, sft_rows
-from trl_apa.telemetry import NoTelemetry
-
-
-class QuietSFTTrainer(NoTelemetry, SFTTrainer):
-    """TRL's trainer, which sends nothing."""
+from trl_apa.quiet_trainers import QuietSFTTrainer
 
 
 def run(options: argparse.Namespace, pairs: Sequence[Preference], output_dir: Path) -> dict[str, Any]:

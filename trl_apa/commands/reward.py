@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trl import RewardConfig, RewardTrainer, get_peft_config
+from trl import RewardConfig, get_peft_config
 
 from trl_apa.commands.launching import launch
 from trl_apa.commands.models import load_tokenizer, loading_options
@@ -10,16 +10,12 @@ from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
 from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.quiet_trainers import QuietRewardTrainer
 from trl_apa.redaction import RedactedOptions
-from trl_apa.telemetry import NoTelemetry
 
 
 class RewardOptions(RedactedOptions, RewardConfig):
     """TRL's options, of which the Trainer writes none that is secret."""
-
-
-class QuietRewardTrainer(NoTelemetry, RewardTrainer):
-    """TRL's trainer, which sends nothing."""
 
 
 def make_parser() -> CommandParser:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trl import SFTConfig, SFTTrainer, get_peft_config
+from trl import SFTConfig, get_peft_config
 
 from trl_apa.commands.launching import launch
 from trl_apa.commands.models import load_policy, load_tokenizer
@@ -10,16 +10,12 @@ from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
 from trl_apa.commands.rows import demonstration, load_rows
 from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.quiet_trainers import QuietSFTTrainer
 from trl_apa.redaction import RedactedOptions
-from trl_apa.telemetry import NoTelemetry
 
 
 class SFTOptions(RedactedOptions, SFTConfig):
     """TRL's options, of which the Trainer writes none that is secret."""
-
-
-class QuietSFTTrainer(NoTelemetry, SFTTrainer):
-    """TRL's trainer, which sends nothing."""
 
 
 def make_parser() -> CommandParser:

@@ -10,17 +10,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
-from trl_apa.telemetry import NoTelemetry
+from trl_apa.quiet_trainers import QuietRewardTrainer
 
 from .corpus import gold_quality
 from .networks import decode, draw_prompts, sample
 from .supervised import Tick, TickCallback, run_trainer
-
-
-class QuietRewardTrainer(NoTelemetry, RewardTrainer):
-    """TRL's trainer, which sends nothing."""
 
 
 def gold_rewards(

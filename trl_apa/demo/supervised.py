@@ -5,16 +5,12 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from trl_apa.telemetry import NoTelemetry
+from trl_apa.quiet_trainers import QuietSFTTrainer
 
 
 Tick = Callable[[int, float | None], None]
-
-
-class QuietSFTTrainer(NoTelemetry, SFTTrainer):
-    """TRL's trainer, which sends nothing."""
 
 
 class TickCallback(TrainerCallback):
