@@ -3,12 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trl_apa.commands.options import Part
+from trl_apa.commands.options import Part, did_you_mean
 
 
 # Set for the processes that are started here, for which the option has had its effect.
@@ -91,6 +90,5 @@ def config_file(name: str) -> Path:
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
-    close = get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(name, shipped)
     raise ValueError(f"accelerate_config={name!r} is no file and none of {', '.join(sorted(shipped))}{hint}")

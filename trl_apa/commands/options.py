@@ -101,9 +101,7 @@ class CommandParser:
         return [part.dataclass(**{name: values[name] for name in _names(part)}) for part in self.parts]
 
     def _unknown(self, name: str, prefix: str = "") -> str:
-        close = get_close_matches(name.replace("-", "_"), self._names, n=1)
-        hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
-        return f"unknown option {prefix + name!r}{hint}"
+        return f"unknown option {prefix + name!r}{did_you_mean(name.replace('-', '_'), self._names, prefix)}"
 
     def _from_file(self, path: str) -> dict[str, Any]:
         given = read_yaml(path)
@@ -136,6 +134,12 @@ class _Parser(TrlParser):
     def error(self, message: str) -> None:
         """Without the usage, which is a page long."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
+    """The end of a message about a name that is not known: which one it may have been, if any is close."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def read_yaml(path: str) -> dict[Any, Any]:

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from trl_apa.commands.options import read_yaml
+from trl_apa.commands.options import did_you_mean, read_yaml
 
 
 INDEX = "figures.yaml"
@@ -63,12 +62,7 @@ def read_entry(folder: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
         ValueError: if it has no such entry.
     """
     path, index = _read_index(folder)
-    names = [str(known) for known in index if known != MINI]
-    if name not in names:
-        close = get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{path} has {', '.join(names)}, but not {name!r}{hint}")
-    return path, index[name]
+    return path, _entry(path, index, name)
 
 
 def read_figure(folder: str | Path, name: str) -> Figure:
@@ -81,14 +75,15 @@ def read_figure(folder: str | Path, name: str) -> Figure:
         OSError: if there is no index.
         ValueError: if it has no such figure, or the entry lacks something or names a file that is not there.
     """
-    path, entry = read_entry(folder, name)
+    path, index = _read_index(folder)
+    entry = _entry(path, index, name)
     missing = {"title", "command", "seeds", "panels"} - entry.keys()
     if missing:
         raise ValueError(f"{path}: {name} lacks {', '.join(sorted(missing))}")
     command = entry["command"]
     if command not in COMMANDS:
         raise ValueError(f"{path}: {name}: command is {command!r}; it should be {' or '.join(COMMANDS)}")
-    in_small = _read_index(folder)[1].get(MINI, {}).get(command, {})
+    in_small = index.get(MINI, {}).get(command, {})
     panels = {
         str(panel): {
             str(label): _curve(f"{path}: {name}", path.parent, curve, in_small) for label, curve in curves.items()
@@ -106,6 +101,13 @@ def file_name(text: str) -> str:
 def _read_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(folder) / INDEX
     return path, read_yaml(str(path))
+
+
+def _entry(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
+    names = [str(known) for known in index if known != MINI]
+    if name not in names:
+        raise ValueError(f"{path} has {', '.join(names)}, but not {name!r}{did_you_mean(name, names)}")
+    return index[name]
 
 
 def _curve(where: str, folder: Path, entry: str | Mapping[str, Any], in_small: Mapping[str, Any]) -> Curve:

@@ -5,13 +5,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_apa.commands import generate, winrate
-from trl_apa.commands.options import read_yaml
+from trl_apa.commands.options import did_you_mean, read_yaml
 from trl_apa.paper.win_rates import Comparison, WinRates, answers_file, sampling_seed, summarize, verdicts_file
 from trl_apa.winrate import Judgement, Pair
 
@@ -58,9 +57,7 @@ def options_of(comparison: Comparison, more: Sequence[str]) -> Options:
 
 def _check_option(name: str, known: Collection[str], where: str) -> None:
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{where}: unknown option {name!r}{hint}")
+        raise ValueError(f"{where}: unknown option {name!r}{did_you_mean(name, known)}")
 
 
 def _grouped(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
