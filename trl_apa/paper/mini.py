@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from trl_apa.config import APAConfig
-from trl_apa.demo.evaluation import evaluate
 from trl_apa.demo.networks import decode, encode, sample
 from trl_apa.demo.options import DemoOptions
-from trl_apa.demo.pipeline import Ingredients, prepare, quiet_libraries, torch_threads
+from trl_apa.demo.pipeline import Ingredients, measure, prepare, quiet_libraries, torch_threads
 from trl_apa.demo.report import Report
 from trl_apa.models import independent_copy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
@@ -56,22 +56,18 @@ class MiniTask:
     def __init__(self, folder: Path, sizes: MiniSizes):
         self.folder, self.sizes = folder, sizes
         self.options = replace(task_options(sizes), output_dir=folder)
-        self._made: Ingredients | None = None
 
-    @property
+    @cached_property
     def made(self) -> Ingredients:
-        if self._made is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with quiet_libraries(), torch_threads(self.options.num_threads):
-                self._made = prepare(self.options, Report(Console()))
-        return self._made
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with quiet_libraries(), torch_threads(self.options.num_threads):
+            return prepare(self.options, Report(Console()))
 
     @property
     def start(self) -> Path:
         """Folder of the fine-tuned model, which is made if it is not there."""
         path = self.folder / "sft_model"
         if not (path / "config.json").is_file():
-            self._made = None
             _ = self.made
         return path
 
@@ -80,26 +76,29 @@ class MiniTask:
         return independent_copy(self.made.initial_policy)
 
     def measure(self, policy: PreTrainedModel) -> dict[str, float]:
-        """`demo.evaluation.measure_responses` of samples to the held-out prompts, from the same seed every time.
+        """What the demo measures before and after, of this policy.
 
         Raises:
             FloatingPointError: if a weight is not finite.
         """
         if not all(parameter.isfinite().all() for parameter in policy.parameters()):
             raise FloatingPointError("the policy has weights that are not finite")
-        made = self.made
-        prompts = made.corpus.eval_prompts * self.options.samples_per_prompt
-        found = evaluate(
-            policy,
-            made.initial_policy,
-            made.tokenizer,
-            made.reward_model,
-            prompts,
-            self.options.max_new_tokens,
-            seed=self.options.seed + 3,
-        ).metrics
+        found = measure(self.options, replace(self.made, policy=policy)).metrics
         named = {"eval_reward": found.pop("proxy_reward"), "eval_kl": found.pop("kl")}
         return {**named, **{f"eval_{name}": value for name, value in found.items()}}
+
+    @cached_property
+    def fixed_rows(self) -> list[dict[str, Any]]:
+        """The fine-tuned model's own answers with the reward model's scores, from which the offline curves learn."""
+        made, count = self.made, self.sizes.num_responses
+        prompts = random.Random(0).choices(made.corpus.train_prompts, k=count)
+        responses = sample(made.initial_policy, made.tokenizer, prompts, self.options.max_new_tokens, seed=7)
+        scores = made.reward_model(prompts, responses)
+        rows = zip(prompts, responses, decode(made.tokenizer, responses), scores, strict=True)
+        return [
+            {"prompt": prompt, "completion_ids": response.tolist(), "text": text, "reward": float(score)}
+            for prompt, response, text, score in rows
+        ]
 
 
 def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
@@ -213,17 +212,15 @@ def _offline(task: MiniTask, options: dict[str, Any], log: Log) -> None:
     """Learn from the fixed data; `log` gets what is measured on held-out prompts."""
     sizes, made = task.sizes, task.made
     config = OfflineConfig(num_train_epochs=sizes.epochs, max_completion_length=task.options.max_new_tokens, **options)
-    trainer = OfflineAPATrainer(
-        config, task.policy(), processing_class=made.tokenizer, train_dataset=_fixed_rows(task)
-    )
+    trainer = OfflineAPATrainer(config, task.policy(), processing_class=made.tokenizer, train_dataset=task.fixed_rows)
 
-    def measure(step: int) -> None:
+    def note(step: int) -> None:
         with trainer.learned_policy() as policy:
             log.append({"step": step, "samples": sizes.num_responses, **task.measure(policy)})
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Measuring(sizes, measure))
-    measure(0)
+    trainer.add_callback(_Measuring(sizes, note))
+    note(0)
     trainer.train()
     trainer.save_pretrained(f"{config.output_dir}/policy")
 
@@ -231,19 +228,6 @@ def _offline(task: MiniTask, options: dict[str, Any], log: Log) -> None:
 def _is_due(number: int, last: int, evaluations: int) -> bool:
     """Whether one of `evaluations` evenly spaced moments up to `last` falls on `number`, and not before it."""
     return number * evaluations // last > (number - 1) * evaluations // last
-
-
-def _fixed_rows(task: MiniTask) -> list[dict[str, Any]]:
-    """The fine-tuned model's own answers with the reward model's scores: the same for every curve and seed."""
-    made, count = task.made, task.sizes.num_responses
-    prompts = random.Random(0).choices(made.corpus.train_prompts, k=count)
-    responses = sample(made.initial_policy, made.tokenizer, prompts, task.options.max_new_tokens, seed=7)
-    scores = made.reward_model(prompts, responses)
-    rows = zip(prompts, responses, decode(made.tokenizer, responses), scores, strict=True)
-    return [
-        {"prompt": prompt, "completion_ids": response.tolist(), "text": text, "reward": float(score)}
-        for prompt, response, text, score in rows
-    ]
 
 
 def _write_json(path: Path, content: Any) -> None:
