@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from trl_apa.paper.tables import markdown_table
 from trl_apa.paper.win_rates import WinRates
 
 
@@ -66,19 +67,14 @@ def _draw_rate(axes, row: int, found: WinRates, name: str) -> None:
 
 def table(title: str, found: WinRates) -> str:
     """A row for each pair and seed, and one over all seeds if there are several."""
-    lines = [
-        f"# {title}",
-        "",
-        f"Judged by {found.judge}. A tie counts half. Intervals of {found.confidence:.0%} over the prompts.",
-        "",
-        "| pair | seed | win rate | interval | wins | ties | losses | no verdict |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    how = f"Judged by {found.judge}. A tie counts half. Intervals of {found.confidence:.0%} over the prompts."
+    body = []
     for name, by_seed in found.seeds.items():
         rows = {str(seed): rate for seed, rate in by_seed.items()}
         rows |= {"all": found.overall[name]} if len(by_seed) > 1 else {}
         for seed, rate in rows.items():
-            counts = " | ".join(str(rate[key]) for key in ("wins", "ties", "losses", "unreadable"))
+            counts = [str(rate[key]) for key in ("wins", "ties", "losses", "unreadable")]
             interval = f"{rate['low']:.3f} to {rate['high']:.3f}"
-            lines.append(f"| {name} | {seed} | {rate['win_rate']:.3f} | {interval} | {counts} |")
-    return "\n".join(lines) + "\n"
+            body.append([name, seed, f"{rate['win_rate']:.3f}", interval, *counts])
+    head = ["pair", "seed", "win rate", "interval", "wins", "ties", "losses", "no verdict"]
+    return f"# {title}\n\n{how}\n\n{markdown_table(head, body)}\n"

@@ -32,7 +32,7 @@ def tables(panels: Mapping[str, Mapping[str, Runs]]) -> str:
 def at_the_end(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
     """Every quantity at the last evaluation."""
     ends = {label: [rows[-1] for rows in runs] for label, runs in curves.items()}
-    return _table(["curve", *map(_heading, names)], [_spreads(label, rows, names) for label, rows in ends.items()])
+    return _table_of_spreads(ends, names)
 
 
 def over_the_run(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
@@ -43,14 +43,14 @@ def over_the_run(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
         return {name: sum(row[name] for row in later) / len(later) for name in names}
 
     found = {label: [means(rows) for rows in runs] for label, runs in curves.items()}
-    return _table(["curve", *map(_heading, names)], [_spreads(label, rows, names) for label, rows in found.items()])
+    return _table_of_spreads(found, names)
 
 
 def at_the_best(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
     """Every quantity, and the step, at the evaluation with the highest gold reward."""
     names = ["step", *names]
     best = {label: [max(rows, key=lambda row: row["gold_reward"]) for rows in runs] for label, runs in curves.items()}
-    return _table(["curve", *map(_heading, names)], [_spreads(label, rows, names) for label, rows in best.items()])
+    return _table_of_spreads(best, names)
 
 
 def at_equal_kl(curves: Mapping[str, Runs], names: Sequence[str], kls: Sequence[float] = EQUAL_KLS) -> str:
@@ -65,7 +65,7 @@ def at_equal_kl(curves: Mapping[str, Runs], names: Sequence[str], kls: Sequence[
                 part = "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)})"
                 cells.append(_spread(reached) + part if reached else "-")
         body.append([label, *cells])
-    return _table(["curve", *head], body)
+    return markdown_table(["curve", *head], body)
 
 
 def value_at_kl(rows: Sequence[Row], name: str, kl: float) -> float | None:
@@ -94,12 +94,17 @@ def _ended_early(runs: Runs, last: float) -> str:
     return f" ({count} of {len(runs)} ended early)" if count else ""
 
 
-def _heading(name: str) -> str:
-    return QUANTITIES.get(name, name)
-
-
-def _spreads(label: str, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    return [label, *(_spread([row[name] for row in rows], 0 if name == "step" else 2) for name in names)]
+def _table_of_spreads(curves: Mapping[str, Sequence[Row]], names: Sequence[str]) -> str:
+    """A row a curve, a column a quantity; the rows of a curve are one a seed."""
+    head = ["curve", *(QUANTITIES.get(name, name) for name in names)]
+    digits = {"step": 0}
+    return markdown_table(
+        head,
+        [
+            [label, *(_spread([row[name] for row in rows], digits.get(name, 2)) for name in names)]
+            for label, rows in curves.items()
+        ],
+    )
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
@@ -108,5 +113,6 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Lines of a table in Markdown, without the last line's end."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))

@@ -51,7 +51,7 @@ def compare_in_small(
     comparison: Comparison,
     policies: Mapping[int, Mapping[str, Path]],
     folder: Path,
-    options: DemoOptions | None = None,
+    options: DemoOptions,
 ) -> WinRates:
     """Sample from every policy, write the answers to `folder`, and judge every pair.
 
@@ -59,12 +59,11 @@ def compare_in_small(
         comparison: what is compared.
         policies: seed of the runs to label to the folder of the policy.
         folder: of the answers.
-        options: of the task: its held-out questions, the samples to each, the longest answer. The demo's by default.
+        options: of the task: its held-out questions, the samples to each, the longest answer.
 
     Raises:
         ValueError: if a policy is not there.
     """
-    options = options or DemoOptions()
     for path in (path for found in policies.values() for path in found.values()):
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no policy: remove {path.parent}, and run this again")
