@@ -235,7 +235,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, op
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6, msg=name)
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0])
-    with pytest.raises(ValueError, match="there is no checkpoint in"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         trainer_of(tmp_path / "empty", ragged_rows(), **options).train(resume_from_checkpoint=True)
 
 

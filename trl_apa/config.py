@@ -69,6 +69,16 @@ ALIASES = {
 }
 # Those of them that are not given a value for scripts to read.
 NOT_READ_BACK = ("log_with", "local_batch_size")
+# What a checkpoint's run must agree in with the run that resumes it.
+DEFINES_RUN = (
+    *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value"),
+    *("adap_kl_ctrl", "target", "horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
+    *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
+    *("reward_weights", "num_unfrozen_layers", "seed"),
+    *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_epochs_per_batch"),
+    *("num_generations", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length"),
+    *("stop_strings", "stop_token", "stop_token_id", "chat_template_kwargs"),
+)
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
@@ -195,6 +205,9 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         steps (`int`, *optional*, defaults to `20000`):
             Rollouts a process will see in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
             decaying `lr_scheduler_type` stretches over.
+        resume_anyway (`list[str]`, *optional*):
+            `train(resume_from_checkpoint=...)` refuses a checkpoint of a run with another loss, other data, rewards,
+            batch sizes, ... (`docs/resuming.md` lists them), except for the options that are named here.
         tracker_project_name (`str`, *optional*):
             Project in W&B, Trackio and Comet. Defaults to the tracker's own setting; classic's default was "trl".
         tracker_kwargs (`dict` or JSON, *optional*):
@@ -213,6 +226,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
     """
 
+    defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
+    alias_names: ClassVar[frozenset[str]] = frozenset(ALIASES)
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
     _default_batch_size: ClassVar[int] = 64
     _largest_mini_batch: ClassVar[int] = 8
@@ -264,6 +279,10 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     ratio_threshold: float | None = _option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
     optimize_device_cache: bool = _option(False, "Empty the device's cache after every backward pass.")
 
+    resume_anyway: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options in which a resumed checkpoint may differ although they define its run."},
+    )
     tracker_project_name: str | None = _option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
     tracker_kwargs: Json = field(default=None, metadata={"help": "JSON: for each tracker what opens its run."})
 

@@ -40,11 +40,12 @@ from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
-from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
+from trl_apa.run_identity import initial_policy_fingerprint
 from trl_apa.saving import Saving
 from trl_apa.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.signals import StopOnSignal
 from trl_apa.statistics import (
     StageTimer,
     UpdateRecord,
@@ -180,6 +181,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         module, self.ref_model, processing_class = assemble(
             args, model, ref_model, processing_class, value_model, peft_config, num_shared_layers, optimizer
         )
+        self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         if module.base_is_shared:
             args.ddp_find_unused_parameters = True  # each of the two passes leaves the other's adapter out
         self._choose_special_tokens(processing_class, module.policy, args.stop_token_id)
@@ -261,11 +263,11 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self._unseen = []
         self._unlogged: list[dict[str, Any]] = []
         self._best_mean_score = -math.inf
-        self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
+        self._stop_on_signal = StopOnSignal(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
-        self.add_callback(self._stop_on_sigterm)
+        self.add_callback(self._stop_on_signal)
 
     # ---- what classic scripts read ----
 
@@ -456,7 +458,9 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         Raises:
             ValueError: on input that cannot be trained on, before any forward pass; nothing has changed then.
             FloatingPointError: if a gradient is not finite; that update was not made.
+            RuntimeError: if `train` runs, in a callback or a reward function.
         """
+        self._refuse_while_training("step")
         timer = StageTimer()
         if self.is_encoder_decoder and isinstance(responses, list):
             responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)

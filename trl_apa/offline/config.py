@@ -10,6 +10,13 @@ from trl_apa.redaction import RedactedOptions
 
 
 LOSS_TYPES = ("apa", "awr", "ilql")
+# What a checkpoint's run must agree in with the run that resumes it.
+DEFINES_RUN = (
+    *("loss_type", "kl_coef", "gamma", "gae_lambda", "whiten_advantages", "value_epochs", "value_learning_rate"),
+    *("freeze_value", "vf_coef", "learn_state_normaliser", "expectile", "cql_coef", "polyak", "bc_coef", "ilql_beta"),
+    *("max_prompt_length", "max_completion_length", "add_eos", "temperature", "num_unfrozen_layers", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "chat_template_kwargs"),
+)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -70,7 +77,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         reward_weights (`list[float]`, *optional*):
             Of the reward functions, whose weighted sum is the reward. Defaults to 1 each.
         num_unfrozen_layers (`int`, *optional*), model_adapter_name (`str`, *optional*), ref_adapter_name (`str`,
-            *optional*), chat_template_kwargs (`dict`, *optional*):
+            *optional*), chat_template_kwargs (`dict`, *optional*), resume_anyway (`list[str]`, *optional*):
             As in [`APAConfig`].
         learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
             `"constant"`), gradient_checkpointing (`bool`, *optional*, defaults to `False`):
@@ -80,6 +87,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         ValueError: naming the option, when one is out of range or does not fit another.
     """
 
+    defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
 
     loss_type: str = _option("awr", "'apa', 'awr' or 'ilql'.")
@@ -110,6 +118,10 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     model_adapter_name: str | None = _option(None, "Adapter of a PEFT model that is trained.")
     ref_adapter_name: str | None = _option(None, "Adapter of a PEFT model that pi_init is.")
     chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "More for the chat template."})
+    resume_anyway: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options in which a resumed checkpoint may differ although they define its run."},
+    )
 
     learning_rate: float = _option(1.41e-5, "Initial learning rate.")
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
