@@ -371,16 +371,19 @@ def newest_checkpoint(
     runs = {checkpoint.run.id: checkpoint.run for checkpoint in found if checkpoint.run is not None}
     newest_run = max(runs.values(), key=lambda run: run.started, default=None)
     of_newest = [c for c in found if newest_run is None or c.run is None or c.run.id == newest_run.id]
+    passed_over = []
     for checkpoint in sorted(of_newest, key=_age, reverse=True):
         if newest_run is not None and checkpoint.run is None and not (checkpoint.path / MANIFEST).exists():
             continue  # of a time before runs had names
         why = problem(checkpoint.path)
         if why is None:
             return checkpoint.path
+        passed_over.append(f"{checkpoint.path.name}: {why}")
         warnings.warn(f"{checkpoint.path} is incomplete ({why}); looking at the one before it", stacklevel=2)
     if not found:
         return None
     others = sorted({str(c.path) for c in found if c.run is not None and c.run.id != getattr(newest_run, "id", None)})
     whose = "" if newest_run is None else f" of run {newest_run}"
     advice = f"; name one of an older run to resume that: {', '.join(others)}" if others else ""
-    raise IncompleteCheckpoint(f"{os.fspath(output_dir)!r} has no complete checkpoint{whose}{advice}")
+    why = f" ({'; '.join(passed_over)})"
+    raise IncompleteCheckpoint(f"{os.fspath(output_dir)!r} has no complete checkpoint{whose}{why}{advice}")
