@@ -39,6 +39,7 @@ from trl_apa.resuming import (
 from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
+from trl_apa.validation import check_score_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -386,12 +387,14 @@ class TrainingLoop(_BaseTrainer):
             One 0-D tensor a response, reward units.
 
         Raises:
-            ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number
-                (`step` cannot leave out a response, so `skip_unscored` does not count here).
+            ValueError: without `reward_funcs` or `reward_model`; on input that `step` would not take; or if a function
+                gives what is not a finite number (`step` cannot leave out a response, so `skip_unscored` does not
+                count here).
             RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
+        check_score_inputs(queries, responses, prompts, columns, self.accelerator.unwrap_model(self.model).policy)
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
