@@ -238,7 +238,7 @@ class TrainingLoop(_BaseTrainer):
         try:
             with random_state_restored_on_error():
                 queries, responses, texts, scores = self._scored_responses(timer)
-        except Exception:
+        except BaseException:
             self._save_what_was_learned()
             raise
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
@@ -441,7 +441,7 @@ class TrainingLoop(_BaseTrainer):
             self._start_reporters()
         try:
             measured = held_out_metrics(self, rows)
-        except Exception:
+        except BaseException:
             self._save_what_was_learned()
             raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
