@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 from trl_apa.core import flatten_dict
+from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.redaction import RedactedOptions, without_secrets
 from trl_apa.reporting import check_trackers
 from trl_apa.vllm_options import VLLMOptions
@@ -221,8 +222,9 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             default where a GPU supports it and off elsewhere.
 
     Raises:
-        ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
-            `batch_size` does not divide into mini-batches, or not into `num_mini_batches`.
+        ValueError: naming the option, when one is out of range or not finite (inf is taken where it says that there
+            is no limit), when an option and its alias disagree, or when `batch_size` does not divide into
+            mini-batches, or not into `num_mini_batches`.
         ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
     """
 
@@ -320,6 +322,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     global_backward_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
 
     def __post_init__(self):
+        check_finite_options(self)
         self._translate_classic_only()
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
@@ -442,6 +445,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
+        check_optimizer_options(self)
+        check_reward_weights(self.reward_weights)
         for name in ("kl_coef", "vf_coef", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")

@@ -1,10 +1,12 @@
-"""The parameter groups of the one optimizer that trains policy and value model."""
+"""The one optimizer that trains policy and value model: its parameter groups, and whether its numbers are finite."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from trl_apa.run_identity import comparable
@@ -12,6 +14,8 @@ from trl_apa.run_identity import comparable
 
 # A group's option to the name that users set.
 OPTION_OF = {"lr": "learning_rate", "eps": "adam_epsilon"}
+# Options of a group that are multiplied into the weights. Others may be infinite (the growth rate of Prodigy's steps).
+FACTORS = ("lr", "initial_lr", "weight_decay", "momentum", "dampening", "betas", "eps")
 
 
 def add_value_parameters(
@@ -125,3 +129,42 @@ def _follow_schedule(optimizer: Any, scheduler: LambdaLR) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
+
+
+def check_optimizer_is_finite(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose next step would spoil the weights, by one look at the device.
+
+    Args:
+        name: what it is called in the message.
+        optimizer: fresh, or with the state of the steps before.
+
+    Raises:
+        ValueError: naming the option or the part of its state that is NaN or infinite.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for option in FACTORS:
+            given = group.get(option)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(value, int | float | Tensor) and not math.isfinite(value):
+                    raise ValueError(f"{name} has {option}={given} in group {number}; it should be finite")
+    held = [
+        (part, tensor)
+        for state in optimizer.state.values()
+        if isinstance(state, Mapping)
+        for part, value in state.items()
+        if (tensor := _own_part(value)) is not None
+    ]
+    if math.isfinite(nn.utils.get_total_norm([tensor for _, tensor in held], norm_type=math.inf)):
+        return
+    part, tensor = next((part, tensor) for part, tensor in held if not tensor.isfinite().all())
+    raise ValueError(
+        f"{name} is not finite: {part} of a parameter of shape {tuple(tensor.shape)} holds NaN or inf; its next step "
+        "would make the weights so too. Make a new one, or take one from before"
+    )
+
+
+def _own_part(value: Any) -> Tensor | None:
+    """What this process has of a state, if it is a plain tensor of floats that holds something."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    return value if type(value) is Tensor and value.is_floating_point() and value.numel() else None

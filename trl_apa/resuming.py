@@ -118,7 +118,7 @@ class ResumableRuns(_BaseTrainer):
     _overridden: dict[str, tuple[Any, Any]]
     _finished: str | None = None
     _last_saved_step: int | None = None
-    _stop_on_signal: StopOnSignal
+    _stop_on_signal: StopOnSignal | None
 
     # ---- the run ----
 

@@ -1,15 +1,8 @@
 """Responses to scores: reward functions in Python and reward models, weighted and summed."""
 
-import asyncio
-import inspect
-import math
 import os
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -24,6 +17,9 @@ from trl_apa.logprobs import inner_model, network_inputs
 from trl_apa.models.loaders import load_reward_model
 from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.policy_and_value import PolicyAndValue
+from trl_apa.option_checks import check_reward_weights
+from trl_apa.reward_calls import call, call_functions
+from trl_apa.reward_values import Value, check_sizes, read_answer, total
 from trl_apa.rollouts import pad_queries
 
 
@@ -180,7 +176,7 @@ class Scorer:
         timeout: seconds that the functions in Python may take together; no limit by default.
 
     Raises:
-        ValueError: if there are not as many weights as functions.
+        ValueError: if there are not as many weights as functions, or one is no finite number.
     """
 
     def __init__(
@@ -193,7 +189,8 @@ class Scorer:
         self.functions = list(functions)
         self.names = _different([getattr(function, "__name__", type(function).__name__) for function in functions])
         self.networks = [number for number, function in enumerate(functions) if isinstance(function, NETWORKS)]
-        self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        given = check_reward_weights(weights)
+        self.weights = [1.0] * len(self.functions) if given is None else given
         self.skip_unscored, self.timeout = skip_unscored, timeout
         if len(self.weights) != len(self.functions):
             raise ValueError(
@@ -212,7 +209,7 @@ class Scorer:
         """What each function says of each response.
 
         Args:
-            prompts: texts or chat messages.
+            prompts: texts or chat messages. Of these and all the other lists each function gets copies of its own.
             completions: texts, or for chat messages the assistant's message in a list.
             queries, responses: their token ids, 1-D.
             columns: what else the data set holds, one value a response.
@@ -221,8 +218,8 @@ class Scorer:
 
         Raises:
             ValueError: naming the function, if it gives another number of values than responses or tokens, or a value
-                that is not a finite number.
-            RuntimeError: naming the function that failed.
+                that is not a finite number, or one that is too large to learn from.
+            RuntimeError, KeyboardInterrupt: naming the function that failed.
             TimeoutError: naming the function that was at work when the time was up.
         """
         # Columns of the same names give way: UltraFeedback has `completions`, say.
@@ -230,71 +227,34 @@ class Scorer:
         arguments["completion_ids"] = [response.tolist() for response in responses]
         of_networks = {**arguments, "prompt_ids": [query.tolist() for query in queries]}
         lengths = [len(response) for response in responses]
-        values_of = on_all_processes(lambda: self._checked(self._call_functions(arguments), lengths))
+        values_of = on_all_processes(lambda: self._values_of_functions(arguments, lengths))
         if self.networks:
-            values_of |= on_all_processes(lambda: self._checked(self._call_networks(of_networks), lengths))
+            values_of |= on_all_processes(lambda: self._values_of_networks(of_networks, lengths))
         values = [values_of[number] for number in range(len(self.functions))]
-        by_function_BF = torch.tensor([[_sum(value) for value in column] for column in values]).float().T
+        on_all_processes(lambda: check_sizes(self.names, values, self.weights))
+        by_function_BF = torch.tensor([[total(value) for value in column] for column in values]).float().T
         kept_B = by_function_BF.isfinite().all(dim=1)
         total_B = torch.where(
             kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights, dtype=torch.float32), 0.0
         )
         return Scores(by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
 
-    def _call_functions(self, arguments: dict[str, Any]) -> dict[int, Any]:
-        """Every Python function's answer, under the function's number.
-
-        In a thread of its own if the time is limited, since Python cannot stop a call.
-        """
-        at_work, stopped = ["?"], threading.Event()
+    def _values_of_functions(self, arguments: dict[str, Any], lengths: list[int]) -> dict[int, list[Value]]:
+        """What every Python function gives, under the function's number."""
         numbers = [number for number in range(len(self.functions)) if number not in self.networks]
+        functions = [(self.names[number], self.functions[number]) for number in numbers]
+        answers = call_functions(functions, arguments, self.timeout)
+        return {n: self._read(n, answer, lengths) for n, answer in zip(numbers, answers, strict=True)}
 
-        def call_all() -> dict[int, Any]:
-            calls: dict[int, Any] = {}
-            for number in numbers:
-                if stopped.is_set():
-                    return calls
-                at_work[0] = self.names[number]
-                with _named(at_work[0]):
-                    calls[number] = self.functions[number](**arguments)
-            awaited = [self.names[number] for number, call in calls.items() if inspect.isawaitable(call)]
-            if stopped.is_set() or not awaited:
-                return calls
-            at_work[0] = ", ".join(awaited)
-            with _named(at_work[0]):
-                return dict(zip(calls, _run(_gather(list(calls.values()))), strict=True))
+    def _values_of_networks(self, arguments: dict[str, Any], lengths: list[int]) -> dict[int, list[Value]]:
+        answers = {n: call(self.names[n], self.functions[n], arguments) for n in self.networks}
+        return {n: self._read(n, answer, lengths) for n, answer in answers.items()}
 
-        return call_all() if self.timeout is None else _within(self.timeout, call_all, at_work, stopped)
+    def _read(self, number: int, answer: Any, lengths: list[int]) -> list[Value]:
+        return read_answer(self.names[number], answer, lengths, self.skip_unscored)
 
-    def _call_networks(self, arguments: dict[str, Any]) -> dict[int, Any]:
-        answers = {}
-        for number in self.networks:
-            with _named(self.names[number]):
-                answers[number] = self.functions[number](**arguments)
-        return answers
-
-    def _checked(self, answers: dict[int, Any], lengths: list[int]) -> dict[int, list[float | list[float]]]:
-        return {number: self._values(self.names[number], answer, lengths) for number, answer in answers.items()}
-
-    def _values(self, name: str, values: Any, lengths: list[int]) -> list[float | list[float]]:
-        if not hasattr(values, "__len__") or isinstance(values, str):
-            raise ValueError(f"reward function {name} gave {values!r}; it should give a list of numbers")
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
-        if len(values) != len(lengths):
-            raise ValueError(f"reward function {name} gave {len(values)} values for {len(lengths)} responses")
-        if len({isinstance(value, list | tuple) for value in values if not _is_missing(value)}) > 1:
-            raise ValueError(f"reward function {name} gave numbers for some rows and lists for others")
-        for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
-            if isinstance(value, list | tuple) and len(value) != length:
-                raise ValueError(
-                    f"reward function {name} gave {len(value)} values for the {length} tokens of row {row}"
-                )
-            if not _is_finite(value) and not (self.skip_unscored and _is_missing(value)):
-                raise ValueError(f"reward function {name} gave {value!r} for row {row}; it should be a finite number")
-        return [math.nan if _is_missing(value) else value for value in values]
-
-    def _per_token(self, values: list[list[Any]], lengths: list[int], kept_B: Tensor) -> list[Tensor] | None:
-        dense = [any(isinstance(value, list | tuple) for value in column) for column in values]
+    def _per_token(self, values: list[list[Value]], lengths: list[int], kept_B: Tensor) -> list[Tensor] | None:
+        dense = [any(isinstance(value, list) for value in column) for column in values]
         if not any(dense):
             return None
         sums = [torch.zeros(length) for length in lengths]
@@ -304,77 +264,11 @@ class Scorer:
         return sums
 
 
-def _sum(value: float | list[float]) -> float:
-    return sum(value) if isinstance(value, list | tuple) else float(value)
-
-
-def _is_finite(value: Any) -> bool:
-    values = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(number, Real) and math.isfinite(number) for number in values)
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a value, or one of those for the tokens, is None or NaN."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(number is None or (isinstance(number, float) and math.isnan(number)) for number in values)
-
-
 def _different(names: list[str]) -> list[str]:
     """Functions of one name (lambdas, say) get a number each after the first."""
     return [
         name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)
     ]
-
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, also where a loop is running already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which function failed."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
-
-
-def _within(seconds: float, work: Callable[[], Any], at_work: list[str], stopped: threading.Event) -> Any:
-    """The result of `work` if it comes in time; a call that hangs is left behind and ends with the process.
-
-    `stopped` tells what is left behind to begin with nothing more.
-    """
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((work(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        stopped.set()
-        raise TimeoutError(f"reward function {at_work[0]} gave no answer within reward_timeout={seconds} seconds")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
-
-
-async def _gather(calls: list[Any]) -> list[Any]:
-    async def settle(call: Any) -> Any:
-        return await call if inspect.isawaitable(call) else call
-
-    return await asyncio.gather(*(settle(call) for call in calls))
 
 
 def reward_functions(

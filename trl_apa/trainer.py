@@ -35,7 +35,7 @@ from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.masking import keep_counted, masked_mean
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
-from trl_apa.optimization import split_off_value_groups
+from trl_apa.optimization import check_optimizer_is_finite, split_off_value_groups
 from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
@@ -59,8 +59,8 @@ from trl_apa.update import Update
 from trl_apa.validation import (
     check_fp16,
     check_has,
+    check_queries,
     check_step_inputs,
-    check_tokens,
     check_type,
     one_of,
 )
@@ -366,14 +366,14 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             stop string). For one query a tensor `(1, L)`. With `generate_ref_response` a pair of these, policy first.
 
         Raises:
-            ValueError: if a query is not a 1-D tensor of known token ids, if query and response together exceed the
-                model's positions, or for an option under which a query has not one response (beams, say).
+            ValueError: if there is no query, if one is not a 1-D tensor of known token ids, if query and response
+                together exceed the model's positions, or for an option under which a query has not one response
+                (beams, say).
         """
         single = isinstance(query_tensor, Tensor)
-        queries = [query_tensor] if single else list(query_tensor)
+        queries = [query_tensor] if single else query_tensor
         policy = self.accelerator.unwrap_model(self.model).policy
-        for row, query in enumerate(queries):
-            check_tokens(f"query_tensor[{row}]", query, policy)
+        queries = check_queries("query_tensor", queries, policy)
         options = self._generation_options(generation_kwargs)
         options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
         batching = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
@@ -615,6 +615,8 @@ def _check_places(model: Any, training_data_collator: Any) -> None:
 
 def _check_objects(args: APAConfig, optimizer: Any, dataset: Any, data_collator: Any, lr_scheduler: Any) -> None:
     check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
+    if optimizer is not None:
+        check_optimizer_is_finite("optimizer", optimizer)
     check_has("dataset", dataset, "__getitem__", "__iter__")
     check_has("data_collator", data_collator, "__call__")
     check_has("lr_scheduler", lr_scheduler, "step")

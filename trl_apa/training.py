@@ -29,6 +29,7 @@ from trl_apa.resuming import ResumableRuns, random_state_restored_on_error
 from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
+from trl_apa.validation import check_score_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class TrainingLoop(ResumableRuns):
         try:
             with random_state_restored_on_error():
                 queries, responses, texts, scores = self._scored_responses(timer)
-        except Exception:
+        except BaseException:
             self._save_what_was_learned()
             raise
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
@@ -379,12 +380,14 @@ class TrainingLoop(ResumableRuns):
             One 0-D tensor a response, reward units.
 
         Raises:
-            ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number
-                (`step` cannot leave out a response, so `skip_unscored` does not count here).
+            ValueError: without `reward_funcs` or `reward_model`; on input that `step` would not take; or if a function
+                gives what is not a finite number (`step` cannot leave out a response, so `skip_unscored` does not
+                count here).
             RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
+        check_score_inputs(queries, responses, prompts, columns, self.accelerator.unwrap_model(self.model).policy)
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
@@ -431,7 +434,7 @@ class TrainingLoop(ResumableRuns):
             self._start_reporters()
         try:
             measured = held_out_metrics(self, rows)
-        except Exception:
+        except BaseException:
             self._save_what_was_learned()
             raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
+from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.redaction import RedactedOptions
 
 
@@ -84,7 +85,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
 
     Raises:
-        ValueError: naming the option, when one is out of range or does not fit another.
+        ValueError: naming the option, when one is out of range or not finite, or does not fit another.
     """
 
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
@@ -128,6 +129,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     gradient_checkpointing: bool = _option(False, "Trade compute for memory.")
 
     def __post_init__(self):
+        check_finite_options(self)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
         if self.kl_coef is None:
@@ -151,6 +153,8 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
+        check_optimizer_options(self)
+        check_reward_weights(self.reward_weights)
         for name in ("value_epochs", "vf_coef", "cql_coef", "bc_coef", "ilql_beta", "top_k"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")

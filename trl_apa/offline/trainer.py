@@ -27,6 +27,7 @@ from trl_apa.offline.held_out import held_out_reward
 from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, QValueModel
 from trl_apa.offline.value_fitting import fit_value_model
+from trl_apa.optimization import check_optimizer_is_finite
 from trl_apa.prompts import as_rows
 from trl_apa.resuming import ResumableRuns
 from trl_apa.rewards import token_rewards
@@ -366,6 +367,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
         Raises:
             ValueError: without prompts or reward functions.
+            RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
+                first.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.scorer is None:
@@ -373,7 +376,11 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        measured = held_out_reward(self, as_rows(dataset))
+        try:
+            measured = held_out_reward(self, as_rows(dataset))
+        except BaseException:
+            self._save_what_was_learned()
+            raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -383,6 +390,13 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.networks.load_weights(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does; refused by name if the optimizer's state is not finite."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            name = f"the optimizer of {checkpoint}"
+            self._on_all_processes(lambda: check_optimizer_is_finite(name, self.optimizer))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
