@@ -213,6 +213,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
     """
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
     _default_batch_size: ClassVar[int] = 64
     _largest_mini_batch: ClassVar[int] = 8

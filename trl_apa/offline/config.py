@@ -80,6 +80,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         ValueError: naming the option, when one is out of range or does not fit another.
     """
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
 
     loss_type: str = _option("awr", "'apa', 'awr' or 'ilql'.")
