@@ -1,4 +1,4 @@
-"""`generate` is killed while it writes, and continues to the same file. The kills are real ones."""
+"""`generate` and `winrate` are killed while they write, and continue to the same files. The kills are real ones."""
 
 import json
 import multiprocessing
@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from tests.endpoint import Endpoint, prefers_longer, servers
 from tests.tiny import byte_tokenizer
-from trl_apa.commands import generate
+from trl_apa.commands import generate, winrate
+from trl_apa.winrate import VerdictCache
 
 
 # Processes are forked from one that has imported the commands once, which takes longer than all the rest.
@@ -103,3 +105,42 @@ def test_so_they_are_after_a_kill_from_outside(policy, tmp_path):
     assert 5 <= output.read_bytes().count(b"\n") < 120
     assert generate.main([*argv, "--output", str(output)]) == 0
     assert output.read_bytes() == (tmp_path / "untouched.jsonl").read_bytes()
+
+
+def test_the_win_rate_is_that_of_a_command_that_was_not_killed(tmp_path, monkeypatch):
+    for name, completion in [("ours", "long"), ("theirs", "short")]:
+        rows = [{"prompt": str(number), "completion": completion * number} for number in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    processes = []
+
+    def reply(text):
+        # The sixth question ends the process that asks it.
+        if processes and len(server.requests) == 6:
+            os.kill(processes.pop().pid, signal.SIGKILL)
+        return prefers_longer(text)
+
+    with servers(monkeypatch) as keep:
+        server = keep(Endpoint(reply))
+        argv = [
+            str(tmp_path / "ours.jsonl"),
+            str(tmp_path / "theirs.jsonl"),
+            "--judge",
+            "openai",
+            "--judge_model",
+            "m",
+        ]
+        argv += ["--base_url", server.url, "--workers", "1", "--output"]
+        untouched = [str(tmp_path / "untouched.json"), "--cache", str(tmp_path / "untouched.jsonl")]
+        # In both orders, but once about the two answers to prompt 0, which are both empty.
+        assert winrate.main([*argv, *untouched]) == 0 and len(server.requests) == 7
+        server.requests.clear()
+        result, cache = tmp_path / "result.json", tmp_path / "winrate_cache.jsonl"
+        process = start("winrate", [*argv, result])
+        processes.append(process)
+        wait_for_kill(process)
+        assert len(VerdictCache(cache)) == 5 and not result.exists()
+        # half a verdict, as a kill in the middle of a line leaves it
+        cache.write_bytes(cache.read_bytes()[:-20])
+        server.requests.clear()
+        assert winrate.main([*argv, str(result)]) == 0 and len(server.requests) == 3
+    assert result.read_bytes() == (tmp_path / "untouched.json").read_bytes()
