@@ -100,6 +100,7 @@ def message(role, content):
 
 BAD_ROWS = [
     ("{not json", "not JSON"),
+    ("[" * 100_000, "not JSON"),
     ("[1, 2]", "a list, expected an object"),
     ({"chosen": GOOD["chosen"]}, "has no 'rejected' column"),
     ({"text": "x"}, "has no 'chosen' column"),

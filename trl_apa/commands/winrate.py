@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_apa.commands.models import checkpoint_stamp
 from trl_apa.commands.rows import demonstration
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import iter_rows
+from trl_apa.files import replace_text
 from trl_apa.models import load_language_model, load_reward_model
 from trl_apa.winrate import (
     Judge,
@@ -53,8 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--references_data_dir", help="folder inside a hub data set")
     add("--references_split", default="train", help="split of a hub data set (default: %(default)s)")
     add("--cut_at", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
-    add("--output", metavar="FILE", help="file for the result and every verdict, as JSON")
-    add("--cache", metavar="FILE", help="file of the verdicts given (default: winrate_cache.jsonl beside A)")
+    add("--output", metavar="FILE", help="file for the result and every verdict, as JSON; written at the end")
+    add(
+        "--cache",
+        metavar="FILE",
+        help="file of the verdicts, each written as it comes, which are not asked for again (default: "
+        "winrate_cache.jsonl beside A)",
+    )
     add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     add("--confidence", type=float, default=0.95, help="of the interval (default: %(default)s)")
     openai = parser.add_argument_group("--judge openai")
@@ -63,7 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     openai.add_argument("--request", type=_json_object, default={}, help="JSON: more fields of the request")
     openai.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
     openai.add_argument("--retries", type=int, default=6, help="of a request (default: %(default)s)")
-    openai.add_argument("--timeout", type=float, default=120.0, help="of a request, seconds (default: %(default)s)")
+    openai.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="of a request, seconds from connecting to the last byte; of each retry anew (default: %(default)s)",
+    )
     local = parser.add_argument_group("--judge local")
     local.add_argument(
         "--tie_margin", type=float, default=0.0, help="scores so close are a tie (default: %(default)s)"
@@ -84,18 +96,36 @@ def main(argv: Sequence[str]) -> int:
         references = read_references(options, {json.dumps(prompt) for prompt, _ in ours})
         pairs = make_pairs(ours, theirs, references, options.cut_at)
         judge = make_judge(options)
-        cache = VerdictCache(options.cache or Path(options.ours).parent / "winrate_cache.jsonl")
+        cache = open_cache(options)
         judgements = compare(pairs, judge, cache)
+        for reason, number in getattr(judge, "without_verdict", Counter()).most_common():
+            print(f"{number} replies without a verdict: {reason}")
         result = win_rate(judgements, options.seed, confidence=options.confidence)
+        if options.output is not None:
+            write(options.output, options, result, judgements)
     except JudgeError as error:
         print(f"{parser.prog}: {error}\nthe verdicts so far are in {cache.path}: run it again", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(describe(options, result))
-    if options.output is not None:
-        write(options.output, options, result, judgements)
     return 0
+
+
+def open_cache(options: argparse.Namespace) -> VerdictCache:
+    """The verdicts so far. Whether new ones and the result can be written is found out before anybody is asked.
+
+    Raises:
+        ValueError: if the output is a folder.
+        OSError: if the cache cannot be read or written.
+    """
+    cache = VerdictCache(options.cache or Path(options.ours).parent / "winrate_cache.jsonl")
+    if options.output is not None and Path(options.output).is_dir():
+        raise ValueError(f"output={options.output!r} is a folder; it should be a file")
+    for path in (cache.path, Path(options.output or cache.path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache.path, "ab"):
+        return cache
 
 
 def read_answers(path: str) -> list[tuple[Any, str]]:
@@ -216,9 +246,7 @@ def make_judge(options: argparse.Namespace) -> Judge:
 
 def _fingerprint(name: str, model: torch.nn.Module) -> str:
     """Tells a checkpoint from one that was trained into the same folder later, whose verdicts are others."""
-    files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
-    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
-    return " ".join([name, str(model.dtype), getattr(model.config, "_commit_hash", None) or "", *stamps])
+    return f"{name} {model.dtype} {checkpoint_stamp(name)}"
 
 
 def _is_classifier(name: str, trust_remote_code: bool) -> bool:
@@ -252,8 +280,7 @@ def write(path: str, options: argparse.Namespace, result: dict[str, float], judg
     rows = [{**judgement.pair._asdict(), "verdicts": judgement.verdicts} for judgement in judgements]
     about = {name: getattr(options, name) for name in ("ours", "theirs", "judge", "judge_model", "references", "seed")}
     text = json.dumps({**about, **result, "judgements": rows}, indent=2, ensure_ascii=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    replace_text(path, text + "\n")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _decoded(number: int, line: bytes) -> Row:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON: {error}")
     return _checked(number, value)
 
@@ -151,7 +151,7 @@ def _json_list(path: Path) -> Iterator[Row]:
     with open_file(path, "rb") as file:
         try:
             values = json.loads(file.read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not one JSON document: {error} (JSON lines belong in a .jsonl file)"
             ) from error

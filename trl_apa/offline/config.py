@@ -89,6 +89,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     """
 
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
 
     loss_type: str = _option("awr", "'apa', 'awr' or 'ilql'.")
