@@ -291,8 +291,8 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """What turns tokens into hidden states and what turns these into logits, if a language model is just these two.
 
     Some families scale or cap their logits: each model is tried out on four tokens, once. None for these, for
-    encoder-decoders, inside `forward_replaced`, and for a model that an engine has sharded, whose own forward has to be
-    called.
+    encoder-decoders, and for a model whose own forward has to be called: inside `forward_replaced`, or sharded by an
+    engine.
     """
     base = inner_model(model)
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or base in _FORWARD_REPLACED:
