@@ -92,3 +92,33 @@ def made_tokenizer(kind, around="$A", chat_template=None, **options):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=inside, **{**names, **more, **options})
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROLES = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+HEADINGS = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content | trim }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+CHAT_TEMPLATES = {
+    "chatml": CHATML,
+    "chatml, bos": f"{{{{ bos_token }}}}{CHATML}",
+    "chatml, system": "{% if messages[0].role != 'system' %}<|im_start|>system\nSo.<|im_end|>\n{% endif %}" + CHATML,
+    "roles": ROLES,
+    "roles, bos": f"{{{{ bos_token }}}}{ROLES}",
+    "brackets": BRACKETS,
+    "brackets, bos": f"{{{{ bos_token }}}}{BRACKETS}",
+    "headings": HEADINGS,
+    "headings, bos": f"\n{{{{ bos_token }}}} {HEADINGS}",
+}

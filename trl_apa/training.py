@@ -328,7 +328,8 @@ class TrainingLoop(_BaseTrainer):
 
     def _query(self, row: dict[str, Any]) -> Tensor:
         args = self.args
-        return query_of(row, self.processing_class, args.max_prompt_length, args.chat_template_kwargs)
+        options = (args.max_prompt_length, args.chat_template_kwargs, self.is_encoder_decoder)
+        return query_of(row, self.processing_class, *options)
 
     def _respond(self, queries: list[Tensor], **options: Any) -> Any:
         """As `generate`, responses without prompt or start token."""

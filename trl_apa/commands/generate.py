@@ -69,7 +69,8 @@ def _responses(
     policy: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], config: APAConfig
 ) -> list[str]:
     """One text a row, sampled as `APATrainer.generate` does."""
-    queries = [query_of(row, tokenizer, config.max_prompt_length, config.chat_template_kwargs) for row in rows]
+    of_prompts = (config.max_prompt_length, config.chat_template_kwargs, policy.config.is_encoder_decoder)
+    queries = [query_of(row, tokenizer, *of_prompts) for row in rows]
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     if pad is None and not ends:
         raise ValueError("the tokenizer has neither a pad nor an EOS token")

@@ -11,6 +11,7 @@ from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.rollouts import pad_tokens, response_mask
 from trl_apa.scoring import RewardModel
+from trl_apa.tokenizing import prompt_ids
 from trl_apa.validation import check_positions
 from trl_apa.winrate.comparing import FIRST, SECOND, TIE, Question
 from trl_apa.winrate.prompting import IN_ONE_LETTER, VERDICTS, judging_text
@@ -112,7 +113,7 @@ class LanguageModelJudge:
                 messages, tokenize=True, return_dict=False, add_generation_prompt=True
             )
         else:
-            ids = self.tokenizer(f"{text}\n\nVerdict:")["input_ids"]
+            ids = prompt_ids(f"{text}\n\nVerdict:", self.tokenizer)
         return torch.tensor(ids, dtype=torch.long)
 
     @torch.no_grad()
