@@ -574,8 +574,10 @@ def test_a_classifier_with_other_tokens_gets_the_text_and_one_with_an_added_pad_
             return float(reward_model.score(hidden)[0])
 
     assert score(padded) == pytest.approx(expected([5, 6, 7, 8, EOS]), rel=1e-4)
-    # w5 w6 w7 w8 are 28 27 26 25 to the other; special tokens are not part of a text.
-    assert score(other) == pytest.approx(expected([28, 27, 26, 25]), rel=1e-4)
+    # w5 w6 w7 w8 are 28 27 26 25 to the other, and its EOS ends what has ended.
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25, EOS]), rel=1e-4)
+    response = torch.tensor([8, 9])
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25, 24]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

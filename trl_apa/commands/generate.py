@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.config import APAConfig
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.prompts import prompt_of, query_of
+from trl_apa.texts import answer_text, is_ended
 
 
 @dataclass
@@ -58,17 +59,17 @@ def main(argv: Sequence[str]) -> int:
         name, trust = model.model_name_or_path, arguments.trust_remote_code
         policy, tokenizer = load_policy(name, model, trust), load_tokenizer(name, model, trust)
     rows = [row for row in prompts for _ in range(config.num_generations)]
-    responses = _responses(policy, tokenizer, rows, config)
+    answers = _answers(policy, tokenizer, rows, config)
     with open(arguments.output, "w", encoding="utf-8") if arguments.output else nullcontext(sys.stdout) as file:
-        for row, text in zip(rows, responses, strict=True):
-            file.write(json.dumps({"prompt": prompt_of(row), "completion": text}, ensure_ascii=False) + "\n")
+        for row, answer in zip(rows, answers, strict=True):
+            file.write(json.dumps({"prompt": prompt_of(row), **answer}, ensure_ascii=False) + "\n")
     return 0
 
 
-def _responses(
+def _answers(
     policy: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], config: APAConfig
-) -> list[str]:
-    """One text a row, sampled as `APATrainer.generate` does."""
+) -> list[dict[str, Any]]:
+    """A response to each row, sampled as `APATrainer.generate` does: see `_answer`."""
     of_prompts = (config.max_prompt_length, config.chat_template_kwargs, policy.config.is_encoder_decoder)
     queries = [query_of(row, tokenizer, *of_prompts) for row in rows]
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
@@ -84,13 +85,13 @@ def _responses(
     responses = generate_responses(
         policy.eval(), queries, tokenizer=tokenizer, batch_size=config.generation_batch_size or 8, **options
     )
-    return [answer_text(tokenizer, query, response) for query, response in zip(queries, responses, strict=True)]
+    sampled = zip(rows, queries, responses, strict=True)
+    return [_answer(tokenizer, prompt_of(row), query, response, ends) for row, query, response in sampled]
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor) -> str:
-    """The text of a response. Decoded by itself it would lose the space before its first word with some tokenizers."""
-    prompt = tokenizer.decode(query, skip_special_tokens=True)
-    whole = tokenizer.decode([*query.tolist(), *response.tolist()], skip_special_tokens=True)
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    return tokenizer.decode(response, skip_special_tokens=True)
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, query: Tensor, response: Tensor, ends: Collection[int]
+) -> dict[str, Any]:
+    """A response as text; with `ended: False` if it met a limit, or a stop string, before its end."""
+    answer: dict[str, Any] = {"completion": answer_text(tokenizer, query, response, prompt)}
+    return answer if is_ended(response, ends) else {**answer, "ended": False}

@@ -20,12 +20,15 @@ class Pair(NamedTuple):
         prompt: text or chat messages.
         ours, theirs: the answers of the model whose win rate is asked for, and of the other.
         reference: an answer that people chose, for the judge to measure by; None if there is none.
+        ours_ended, theirs_ended: whether the answers came to their end; False if they met a limit.
     """
 
     prompt: Any
     ours: str
     theirs: str
     reference: str | None = None
+    ours_ended: bool = True
+    theirs_ended: bool = True
 
 
 class Question(NamedTuple):
@@ -35,6 +38,8 @@ class Question(NamedTuple):
     first: str
     second: str
     reference: str | None = None
+    first_ended: bool = True
+    second_ended: bool = True
 
 
 class Judge(Protocol):
@@ -92,7 +97,7 @@ def compare(pairs: Sequence[Pair], judge: Judge, cache: VerdictCache | None = No
     orders = 2 if judge.sees_order else 1
     questions = [question for pair in pairs for question in _both_orders(pair)[:orders]]
     verdicts: list[str | None] = [None] * len(questions)
-    keys = [] if cache is None else [cache.key(judge.identity, question) for question in questions]
+    keys = [] if cache is None else [cache.key(judge.identity, _filed_under(question)) for question in questions]
     asked = []
     for number in range(len(questions)):
         verdicts[number] = cache.get(keys[number]) if cache is not None else None
@@ -108,8 +113,16 @@ def compare(pairs: Sequence[Pair], judge: Judge, cache: VerdictCache | None = No
 
 
 def _both_orders(pair: Pair) -> list[Question]:
-    prompt, ours, theirs, reference = pair
-    return [Question(prompt, ours, theirs, reference), Question(prompt, theirs, ours, reference)]
+    prompt, ours, theirs, reference, *ended = pair
+    return [
+        Question(prompt, ours, theirs, reference, *ended),
+        Question(prompt, theirs, ours, reference, *reversed(ended)),
+    ]
+
+
+def _filed_under(question: Question) -> Sequence[Any]:
+    """In the cache the ends stand only where an answer has none."""
+    return question if not (question.first_ended and question.second_ended) else question[:4]
 
 
 def win_rate(

@@ -22,7 +22,7 @@ class RewardModelJudge:
 
     Args:
         model: a classifier with one label.
-        tokenizer: its tokenizer. Prompt, answer and EOS are read together, as TRL's RewardTrainer trains it.
+        tokenizer: its tokenizer. Prompt and answer are read as `scoring.RewardModel` reads them in training.
         name: where the model came from.
         tie_margin: a difference in scores that counts as none, reward units.
         batch_size: answers a forward pass.
@@ -43,7 +43,7 @@ class RewardModelJudge:
     ):
         if tie_margin < 0:
             raise ValueError(f"tie_margin={tie_margin}: it should not be negative")
-        self.tokenizer, self.tie_margin = tokenizer, tie_margin
+        self.tie_margin = tie_margin
         self.score = RewardModel(model, tokenizer, batch_size=batch_size)
         self.identity = {"judge": "reward model", "model": name, "tie_margin": tie_margin}
 
@@ -51,23 +51,15 @@ class RewardModelJudge:
         size = self.score.batch_size
         for start in range(0, len(questions), size):
             batch = questions[start : start + size]
-            firsts = self._scores([(question.prompt, question.first) for question in batch])
-            seconds = self._scores([(question.prompt, question.second) for question in batch])
+            firsts = self._scores([(asked.prompt, asked.first, asked.first_ended) for asked in batch])
+            seconds = self._scores([(asked.prompt, asked.second, asked.second_ended) for asked in batch])
             for number, (first, second) in enumerate(zip(firsts, seconds, strict=True), start=start):
                 difference = first - second
                 tie = abs(difference) <= self.tie_margin
                 yield number, TIE if tie else (FIRST if difference > 0 else SECOND)
 
-    def _scores(self, answers: list[tuple[Any, str]]) -> list[float]:
-        ids = [self._ids(prompt, answer) for prompt, answer in answers]
-        prompts, completions = zip(*answers, strict=True)
-        return self.score(list(prompts), list(completions), prompt_ids=ids, completion_ids=[[]] * len(ids))
-
-    def _ids(self, prompt: Any, answer: str) -> list[int]:
-        if not isinstance(prompt, str):
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-        return self.tokenizer(prompt + answer + (self.tokenizer.eos_token or ""))["input_ids"]
+    def _scores(self, answers: list[tuple[Any, str, bool]]) -> list[float]:
+        return self.score.score_ids([self.score.text_ids(*answer) for answer in answers])
 
 
 class LanguageModelJudge:
