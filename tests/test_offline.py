@@ -16,6 +16,7 @@ from trl_apa.advantages import gae
 from trl_apa.data import Preference
 from trl_apa.logprobs import response_logits, response_logprobs
 from trl_apa.masking import masked_whiten
+from trl_apa.models import reference_policy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, QValueModel, advantage_shifted, label_pairs
 from trl_apa.rollouts import pad_tokens
 
@@ -367,6 +368,77 @@ def test_sampling_and_log_probs_see_the_shifted_policy_whatever_the_padding(tmp_
         assert generated[row].tolist() == expected
         assert logprobs[row, -1].item() == pytest.approx(last[expected[-1]].item(), abs=1e-4)
     assert (logprobs - unshifted).abs().max() > 0.1
+
+
+def shifted_logprob(policy, q_model, beta, temperature, query, response):
+    """log pi of a response under the shifted policy: the row alone, one full forward pass of each network a token."""
+    total, ids = 0.0, list(query)
+    with torch.no_grad():
+        for token in response:
+            logits = policy(input_ids=torch.tensor([ids])).logits[0, -1]
+            hidden = q_model.trunk(input_ids=torch.tensor([ids])).last_hidden_state[:, -1:]
+            logits = logits + beta * q_model.advantages(hidden)[0, 0]
+            total += (logits / temperature).log_softmax(-1)[token].item()
+            ids.append(token)
+    return total
+
+
+def speak_up(q_model, seed=0):
+    """Heads and trunk that say something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in q_model.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("family", "evaluated_first"), [("llama", False), ("llama", True), ("gpt2", True), ("lora", False)]
+)
+def test_the_held_out_kl_of_ilql_is_that_of_the_policy_that_sampled(tmp_path, family, evaluated_first):
+    """Before and after training, whatever was measured before; pi_init is not shifted."""
+    model = tiny_model("llama" if family == "lora" else family)
+    if family == "lora":
+        model = get_peft_model(model, lora_config(init_lora_weights=False))
+    sampled = []
+
+    def reward(completion_ids, **columns):
+        sampled.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    prompts = [[3, 4, 5, 6, 9], [7], [8, 2]]
+    given = {"eval_dataset": [{"input_ids": ids} for ids in prompts], "reward_funcs": reward}
+    options = {"max_steps": 1, "max_completion_length": 6, "ilql_beta": 1.5, "temperature": 0.8, "optim": "sgd"}
+    trainer = trainer_of(tmp_path, ragged_rows(), model, given, loss_type="ilql", **options)
+    if evaluated_first:  # the heads start at zero: nothing is shifted yet
+        assert trainer.evaluate()["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+    trainer.train()
+    policy, q_model = trainer.networks.policy, trainer.networks.value_model
+    for seed in (1, 2):
+        speak_up(q_model, seed)
+        sampled.clear()
+        measured = trainer.evaluate()["eval_kl"]
+        kl = 0.0
+        with reference_policy(policy, trainer.ref_model) as reference:
+            for query, ids in zip(prompts, sampled, strict=True):
+                kl -= shifted_logprob(reference, q_model, 0.0, 0.8, query, ids) / 3
+        for query, ids in zip(prompts, sampled, strict=True):
+            kl += shifted_logprob(policy, q_model, 1.5, 0.8, query, ids) / 3
+        assert measured == pytest.approx(kl, abs=2e-4) and abs(kl) > 0.5
+
+
+def test_the_shift_is_made_in_float32(tmp_path):
+    """In bfloat16 a logit of 20 would be off by up to 0.06 nats."""
+    trainer = trainer_of(tmp_path, ragged_rows(), tiny_model(dtype=torch.bfloat16, scale=6.0), loss_type="ilql")
+    policy, q_model = trainer.networks.policy, trainer.networks.value_model
+    speak_up(q_model)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        plain = policy(input_ids=ids).logits
+        hidden = q_model.trunk(input_ids=ids).last_hidden_state
+        with advantage_shifted(policy, q_model, beta=2.0):
+            shifted = policy(input_ids=ids).logits
+    assert plain.dtype == torch.bfloat16
+    torch.testing.assert_close(shifted, plain.float() + 2.0 * q_model.advantages(hidden), rtol=1e-6, atol=1e-6)
 
 
 # ---- held-out rewards ----

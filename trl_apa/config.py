@@ -127,7 +127,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         center_rewards (`bool`, *optional*, defaults to `False`):
             With `scale_rewards`, subtract the running mean first. Classic: `use_score_norm`.
         score_clip (`float`, *optional*):
-            Clip scores to `[-score_clip, score_clip]` after scaling.
+            Clip scores to `[-score_clip, score_clip]` after scaling; of a response with rewards for each token, their
+            total.
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the score of a response that did not end with EOS. Applied before scaling.
         batch_size (`int`, *optional*):

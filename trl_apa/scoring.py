@@ -1,7 +1,7 @@
 """Responses to scores: reward functions in Python and reward models, weighted and summed."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from trl_apa.option_checks import check_reward_weights
 from trl_apa.reward_calls import call, call_functions
 from trl_apa.reward_values import Value, check_sizes, read_answer, total
 from trl_apa.rollouts import pad_queries
+from trl_apa.texts import answer_text, as_read, end_ids, is_ended, sampled_ids, scored_ids
 
 
 # As a reward function: the reward model on the policy's own base.
@@ -34,10 +35,12 @@ class RewardModel:
 
     Args:
         model: a classifier with one label; it is frozen.
-        policy_tokenizer: the policy's, which decodes prompt and response together (decoded apart, some tokenizers lose
-            the space between them).
-        tokenizer: the classifier's own, which tokenises the text again; None if it reads the policy's token ids.
+        policy_tokenizer: the policy's, which decodes the response as it follows the prompt.
+        tokenizer: the classifier's own, which tokenises prompt and response again; None if it reads the policy's token
+            ids.
         batch_size: sequences a forward pass.
+        end_token_ids: of the policy; a response that ends with one has an end, which the classifier reads as its own.
+            The policy tokenizer's EOS by default.
 
     Raises:
         ValueError: if the classifier has several labels, or adapters that work by prompt learning.
@@ -49,6 +52,7 @@ class RewardModel:
         policy_tokenizer: PreTrainedTokenizerBase,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 8,
+        end_token_ids: Collection[int] | None = None,
     ):
         if model.config.num_labels != 1:
             raise ValueError(f"reward model {type(model).__name__} has {model.config.num_labels} labels, not one")
@@ -57,6 +61,7 @@ class RewardModel:
         self.model = model.requires_grad_(False).eval()
         self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
         self.batch_size = batch_size
+        self.end_token_ids = end_ids(end_token_ids, policy_tokenizer)
         self.__name__ = os.path.basename(model.config._name_or_path.rstrip("/")) or type(model).__name__
 
     def __call__(
@@ -68,26 +73,42 @@ class RewardModel:
         **_: Any,
     ) -> list[float]:
         rows = zip(prompts, completions, prompt_ids, completion_ids, strict=True)
-        sequences = [torch.tensor(self._tokens(*row)) for row in rows]
-        starts = range(0, len(sequences), self.batch_size)
-        return [score for start in starts for score in self._scores(sequences[start : start + self.batch_size])]
+        return self.score_ids([self._tokens(*row) for row in rows])
+
+    def score_ids(self, sequences: Sequence[list[int]]) -> list[float]:
+        """The score of each sequence of token ids that the classifier reads."""
+        tensors = [torch.tensor(sequence) for sequence in sequences]
+        starts = range(0, len(tensors), self.batch_size)
+        return [score for start in starts for score in self._scores(tensors[start : start + self.batch_size])]
+
+    def text_ids(self, prompt: Any, answer: str, ended: bool) -> list[int]:
+        """Prompt and answer as the token ids that the classifier reads: see `texts.scored_ids`."""
+        tokenizer = self.policy_tokenizer if self.tokenizer is None else self.tokenizer
+        return scored_ids(prompt, answer, ended, tokenizer, needs_frame=self._last_token_head is None)
 
     def _tokens(self, prompt: Any, completion: Any, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
         if self.tokenizer is None:
-            return prompt_ids + completion_ids
+            return sampled_ids(prompt, prompt_ids, completion_ids, self.policy_tokenizer, self.end_token_ids)
+        ended = is_ended(completion_ids, self.end_token_ids)
         if is_conversational({"prompt": prompt}):
-            return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
-        text = self.policy_tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
-        return self.tokenizer(text)["input_ids"]
+            return self.text_ids(prompt, completion[-1]["content"], ended)
+        prompt = as_read(prompt, prompt_ids, self.policy_tokenizer)
+        query, response = torch.tensor(prompt_ids), torch.tensor(completion_ids)
+        return self.text_ids(prompt, answer_text(self.policy_tokenizer, query, response, prompt), ended)
+
+    @property
+    def _last_token_head(self) -> nn.Module | None:
+        """What makes a score of the last token's state; None for a classifier that reads its score elsewhere."""
+        head = getattr(inner_model(self.model), "score", None)
+        return head if isinstance(head, nn.Linear | ModulesToSaveWrapper) else None
 
     @torch.no_grad()
     def _scores(self, sequences: list[Tensor]) -> list[float]:
         """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
         tokens = pad_queries(sequences, self.model.config.pad_token_id or 0, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
-        network = inner_model(self.model)
-        head = getattr(network, "score", None)
-        if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
+        network, head = inner_model(self.model), self._last_token_head
+        if head is None:
             return self.model(**tokens).logits[:, 0].float().tolist()
         tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
         trunk = network.base_model
@@ -105,13 +126,22 @@ class AdapterReward:
         path: folder or hub name of an adapter with one label, trained on the policy's base; None for the adapter that
             the policy came with.
         batch_size: sequences a forward pass.
+        tokenizer: the policy's; with it a chat message that ended is read up to the end that its chat template writes.
+        end_token_ids: see `RewardModel`.
 
     Raises:
         ValueError: if the adapter does not fit the policy, has several labels, or is the second one; or if there is
             none.
     """
 
-    def __init__(self, module: PolicyAndValue, path: str | None = None, batch_size: int = 8):
+    def __init__(
+        self,
+        module: PolicyAndValue,
+        path: str | None = None,
+        batch_size: int = 8,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        end_token_ids: Collection[int] | None = None,
+    ):
         if path is not None:
             module.add_reward_adapter(path)
         elif module.reward_adapter is None:
@@ -119,11 +149,19 @@ class AdapterReward:
         if (labels := module.reward_adapter.score.out_features) != 1:
             raise ValueError(f"reward_funcs={ADAPTER!r}: the reward adapter has {labels} labels; it should have one")
         self.module, self.batch_size = module, batch_size
+        self.tokenizer, self.end_token_ids = tokenizer, end_ids(end_token_ids, tokenizer)
         self.__name__ = os.path.basename((path or "reward_adapter").rstrip("/"))
 
     @torch.no_grad()
-    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        sequences = [torch.tensor(p + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    def __call__(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        prompts: list[Any] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        rows = zip(prompts or [""] * len(prompt_ids), prompt_ids, completion_ids, strict=True)
+        sequences = [torch.tensor(sampled_ids(*row, self.tokenizer, self.end_token_ids)) for row in rows]
         by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         scores = [0.0] * len(sequences)
         device = next(self.module.policy.parameters()).device
@@ -277,6 +315,7 @@ def reward_functions(
     policy_tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     module: PolicyAndValue,
+    end_token_ids: Collection[int] | None = None,
 ) -> list[Callable]:
     """What the trainer's `reward_funcs` and `reward_processing_classes` mean.
 
@@ -288,6 +327,7 @@ def reward_functions(
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
         device: where classifiers are put.
         module: holds the policy.
+        end_token_ids: of the policy, see `RewardModel`.
 
     Raises:
         ValueError: naming what is of another type; if the lists differ in length; for a name without a trained
@@ -303,13 +343,15 @@ def reward_functions(
     made: list[Callable] = []
     for function, tokenizer in zip(functions, processing_classes, strict=True):
         if function == ADAPTER or (isinstance(function, str) and function.startswith(f"{ADAPTER}:")):
-            function = AdapterReward(module, function.removeprefix(ADAPTER).removeprefix(":") or None)
+            path = function.removeprefix(ADAPTER).removeprefix(":") or None
+            function = AdapterReward(module, path, tokenizer=policy_tokenizer, end_token_ids=end_token_ids)
         elif isinstance(function, str | os.PathLike):
             function = load_reward_model(os.fspath(function))
         if isinstance(function, PreTrainedModel | PeftModel):
             tokenizer = tokenizer or _tokenizer_of(function)
             same = tokenizer is None or _agree(tokenizer, policy_tokenizer)
-            function = RewardModel(function.to(device), policy_tokenizer, None if same else tokenizer)
+            own = None if same else tokenizer
+            function = RewardModel(function.to(device), policy_tokenizer, own, end_token_ids=end_token_ids)
         elif not callable(function):
             raise ValueError(
                 f"reward_funcs has a {type(function).__name__}; it should hold functions, classifiers or their names"

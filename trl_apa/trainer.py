@@ -237,7 +237,12 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         if reward_funcs is None:
             return None
         functions = reward_functions(
-            reward_funcs, processing_classes, self.processing_class, self.accelerator.device, self.model
+            reward_funcs,
+            processing_classes,
+            self.processing_class,
+            self.accelerator.device,
+            self.model,
+            self._end_token_ids,
         )
         for function in functions:
             if isinstance(function, RewardModel):

@@ -16,27 +16,25 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
-from trl import is_conversational
 
 from trl_apa.checkpoints import IncompleteCheckpoint
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.lost_trackers import go_on_without
 from trl_apa.models import load_policy_and_value
-from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, prompt_of, query_of
+from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.resuming import ResumableRuns, random_state_restored_on_error
 from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
+from trl_apa.texts import Texts, prompts_and_completions
 from trl_apa.validation import check_score_inputs
 
 
 logger = logging.getLogger(__name__)
 # Options that the coefficient of the KL penalty, and what adapts it, are made from.
 CONTROLLER_OPTIONS = {"loss_type", "kl_coef", "adap_kl_ctrl", "target", "horizon"}
-# Prompts and completions: texts, or lists of chat messages.
-Texts = tuple[list[Any], list[Any]]
 
 
 class EndOfIteration(TrainerCallback):
@@ -322,7 +320,8 @@ class TrainingLoop(ResumableRuns):
 
     def _query(self, row: dict[str, Any]) -> Tensor:
         args = self.args
-        return query_of(row, self.processing_class, args.max_prompt_length, args.chat_template_kwargs)
+        options = (args.max_prompt_length, args.chat_template_kwargs, self.is_encoder_decoder)
+        return query_of(row, self.processing_class, *options)
 
     def _respond(self, queries: list[Tensor], **options: Any) -> Any:
         """As `generate`, responses without prompt or start token."""
@@ -343,16 +342,7 @@ class TrainingLoop(ResumableRuns):
 
     def _texts(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Texts:
         """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
-        prompts = [prompt_of(row) for row in rows]
-        if any(prompt is None for prompt in prompts):
-            prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
-        texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        if not (prompts and is_conversational({"prompt": prompts[0]})):
-            return prompts, texts
-        # What the assistant was made to begin with belongs to its answer.
-        begun = [prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else "" for prompt in prompts]
-        prompts = [prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt for prompt in prompts]
-        return prompts, [[{"role": "assistant", "content": a + b}] for a, b in zip(begun, texts, strict=True)]
+        return prompts_and_completions(rows, queries, responses, self.processing_class)
 
     def _scores(
         self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]

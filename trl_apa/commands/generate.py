@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.prompts import prompt_of, query_of
 from trl_apa.redaction import without_secrets
+from trl_apa.texts import answer_text, is_ended
 from trl_apa.validation import check_positions
 
 
@@ -89,10 +90,10 @@ def main(argv: Sequence[str]) -> int:
             return 0
         name, trust = model.model_name_or_path, arguments.trust_remote_code
         policy, tokenizer = load_policy(name, model, trust), load_tokenizer(name, model, trust)
-        responses = _responses(policy, tokenizer, rows, config, done)
+        answers = _answers(policy, tokenizer, rows, config, done)
         with file.writing(done) if file else _standard_output() as write:
-            for row, text in zip(rows[done:], responses, strict=True):
-                write({"prompt": prompt_of(row), "completion": text})
+            for row, answer in zip(rows[done:], answers, strict=True):
+                write({"prompt": prompt_of(row), **answer})
     return 0
 
 
@@ -119,19 +120,20 @@ def _standard_output() -> Iterator[Write]:
     yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def _responses(
+def _answers(
     policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
     config: APAConfig,
     first: int = 0,
-) -> Iterator[str]:
-    """A text for each row from `first` on, sampled as `APATrainer.generate` does.
+) -> Iterator[dict[str, Any]]:
+    """A response to each row from `first` on, sampled as `APATrainer.generate` does: see `_answer`.
 
     A batch is of rows that follow each other, and its random numbers depend on the seed and its own number alone, so
     that it does not matter where a command was interrupted. A batch is sampled whole, though its first rows be known.
     """
-    queries = [query_of(row, tokenizer, config.max_prompt_length, config.chat_template_kwargs) for row in rows]
+    of_prompts = (config.max_prompt_length, config.chat_template_kwargs, policy.config.is_encoder_decoder)
+    queries = [query_of(row, tokenizer, *of_prompts) for row in rows]
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     if pad is None and not ends:
         raise ValueError("the tokenizer has neither a pad nor an EOS token")
@@ -148,18 +150,18 @@ def _responses(
         batch = queries[start : start + size]
         set_seed(_batch_seed(config.seed, start // size))
         responses = generate_responses(policy, batch, tokenizer=tokenizer, batch_size=size, **options)
-        for query, response in list(zip(batch, responses, strict=True))[max(first - start, 0) :]:
-            yield answer_text(tokenizer, query, response)
+        sampled = list(zip(rows[start : start + size], batch, responses, strict=True))
+        for row, query, response in sampled[max(first - start, 0) :]:
+            yield _answer(tokenizer, prompt_of(row), query, response, ends)
 
 
 def _batch_seed(seed: int, batch: int) -> int:
     return int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor) -> str:
-    """The text of a response. Decoded by itself it would lose the space before its first word with some tokenizers."""
-    prompt = tokenizer.decode(query, skip_special_tokens=True)
-    whole = tokenizer.decode([*query.tolist(), *response.tolist()], skip_special_tokens=True)
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    return tokenizer.decode(response, skip_special_tokens=True)
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, query: Tensor, response: Tensor, ends: Collection[int]
+) -> dict[str, Any]:
+    """A response as text; with `ended: False` if it met a limit, or a stop string, before its end."""
+    answer: dict[str, Any] = {"completion": answer_text(tokenizer, query, response, prompt)}
+    return answer if is_ended(response, ends) else {**answer, "ended": False}

@@ -6,7 +6,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         ours, theirs = read_answers(options.ours), read_answers(options.theirs)
-        references = read_references(options, {json.dumps(prompt) for prompt, _ in ours})
+        references = read_references(options, {json.dumps(answer.prompt) for answer in ours})
         pairs = make_pairs(ours, theirs, references, options.cut_at)
         judge = make_judge(options)
         cache = open_cache(options)
@@ -128,8 +128,22 @@ def open_cache(options: argparse.Namespace) -> VerdictCache:
         return cache
 
 
-def read_answers(path: str) -> list[tuple[Any, str]]:
-    """Prompt and completion of each line, as `trl-apa generate` writes them.
+class Answer(NamedTuple):
+    """A line of `trl-apa generate`.
+
+    Args:
+        prompt: text or chat messages.
+        text: the answer.
+        ended: False if it met a limit.
+    """
+
+    prompt: Any
+    text: str
+    ended: bool = True
+
+
+def read_answers(path: str) -> list[Answer]:
+    """Prompt and completion of each line, as `trl-apa generate` writes them; `ended` is true where it is not there.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -140,7 +154,7 @@ def read_answers(path: str) -> list[tuple[Any, str]]:
         fields = row.fields or {}
         if row.problem or fields.get("prompt") is None or not isinstance(fields.get("completion"), str):
             raise ValueError(f"{path}, row {row.number}: {row.problem or 'it should have prompt and completion'}")
-        answers.append((fields["prompt"], fields["completion"]))
+        answers.append(Answer(fields["prompt"], fields["completion"], fields.get("ended") is not False))
     if not answers:
         raise ValueError(f"{path} has no row")
     return answers
@@ -183,8 +197,8 @@ def read_references(options: argparse.Namespace, prompts: Collection[str]) -> di
 
 
 def make_pairs(
-    ours: Sequence[tuple[Any, str]],
-    theirs: Sequence[tuple[Any, str]],
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
     references: dict[str, str] | None,
     cut_at: Sequence[str],
 ) -> list[Pair]:
@@ -193,15 +207,16 @@ def make_pairs(
     Raises:
         ValueError: if they have no prompt in common.
     """
-    waiting: dict[str, list[str]] = defaultdict(list)
-    for prompt, answer in reversed(theirs):
-        waiting[json.dumps(prompt)].append(answer)
+    waiting: dict[str, list[Answer]] = defaultdict(list)
+    for answer in reversed(theirs):
+        waiting[json.dumps(answer.prompt)].append(answer)
     pairs = []
-    for prompt, answer in ours:
-        key = json.dumps(prompt)
+    for answer in ours:
+        key = json.dumps(answer.prompt)
         if waiting[key]:
             reference = None if references is None else references.get(key)
-            pairs.append(Pair(prompt, _cut(answer, cut_at), _cut(waiting[key].pop(), cut_at), reference))
+            one, other = _cut(answer, cut_at), _cut(waiting[key].pop(), cut_at)
+            pairs.append(Pair(answer.prompt, one.text, other.text, reference, one.ended, other.ended))
     if not pairs:
         raise ValueError("A and B have no prompt in common: generate both from the same data")
     left_out = len(ours) + len(theirs) - 2 * len(pairs)
@@ -213,8 +228,10 @@ def make_pairs(
     return pairs
 
 
-def _cut(answer: str, cut_at: Sequence[str]) -> str:
-    return answer[: min((answer.find(text) for text in cut_at if text in answer), default=len(answer))]
+def _cut(answer: Answer, cut_at: Sequence[str]) -> Answer:
+    """The answer up to the first of the texts, where it ended then."""
+    place = min((answer.text.find(text) for text in cut_at if text in answer.text), default=None)
+    return answer if place is None else answer._replace(text=answer.text[:place], ended=True)
 
 
 def make_judge(options: argparse.Namespace) -> Judge:

@@ -15,6 +15,7 @@ from trl_apa.prompts import as_rows, prompt_of, query_of
 from trl_apa.reward_values import as_float
 from trl_apa.rollouts import Rollouts, response_mask
 from trl_apa.scoring import ADAPTER, Scorer, reward_functions
+from trl_apa.texts import Texts, as_completion, prompts_and_completions
 from trl_apa.validation import LARGEST_SCORE, check_positions, check_tokens
 from trl_apa.values import shown
 
@@ -76,8 +77,8 @@ def label_rows(
         responses = [completion_ids(row, tokenizer, add_eos=True) for row in batch]
         names = [name for name in batch[0] if name not in ("prompt", "completion", "query", "input_ids")]
         columns = {name: [row[name] for row in batch] for name in names}
-        completions = [row["completion"] for row in batch]
-        scores = scorer([prompt_of(row) for row in batch], completions, queries, responses, columns)
+        prompts, completions = given_texts(batch, queries, responses, tokenizer)
+        scores = scorer(prompts, completions, queries, responses, columns)
         labelled += [{**row, "reward": score} for row, score in zip(batch, scores.total_B.tolist(), strict=True)]
     return labelled
 
@@ -91,10 +92,8 @@ def completion_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, add_
     if row.get("completion_ids") is not None:
         ids = list(row["completion_ids"])
     else:
-        completion = row.get("completion")
-        if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-            completion = completion[0].get("content")
-        if not isinstance(completion, str):
+        completion = _completion_text(row)
+        if completion is None:
             raise ValueError("it should have completion, a text or one assistant's message, or completion_ids")
         ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
         end = tokenizer.eos_token_id
@@ -103,6 +102,25 @@ def completion_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, add_
     if len(ids) == 0:
         raise ValueError("the response has no token")
     return torch.as_tensor(ids, dtype=torch.long)
+
+
+def _completion_text(row: dict[str, Any]) -> str | None:
+    """A response that is given as text or as one message of the assistant; None if it is not."""
+    completion = row.get("completion")
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        completion = completion[0].get("content")
+    return completion if isinstance(completion, str) else None
+
+
+def given_texts(
+    rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor], tokenizer: PreTrainedTokenizerBase
+) -> Texts:
+    """What reward functions read of rows with given responses: in the form of `texts.prompts_and_completions`."""
+    prompts, completions = prompts_and_completions(rows, queries, responses, tokenizer)
+    for number, row in enumerate(rows):
+        if (text := _completion_text(row)) is not None and (prompt := prompt_of(row)) is not None:
+            prompts[number], completions[number] = as_completion(prompt, text)
+    return prompts, completions
 
 
 def rollouts_of(

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl import is_conversational
 
 from trl_apa.evaluation import distinct_ngrams, random_numbers_of_its_own
 from trl_apa.generation import generate_responses, generation_options
 from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.models import reference_policy
-from trl_apa.prompts import PROMPT_COLUMNS, prompt_of, query_of
+from trl_apa.prompts import PROMPT_COLUMNS, query_of
 from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.texts import prompts_and_completions
 
 
 if TYPE_CHECKING:
@@ -69,12 +69,7 @@ def _measure(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> tuple[
         options = generation_options(_sampling(trainer), {"stop_strings": args.stop_strings})
         responses = generate_responses(policy, queries, tokenizer=tokenizer, batch_size=len(queries), **options)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    prompts = [prompt_of(row) for row in rows]
-    if any(prompt is None for prompt in prompts):
-        prompts = tokenizer.batch_decode(queries, skip_special_tokens=True)
-    completions: list[Any] = texts
-    if is_conversational({"prompt": prompts[0]}):
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    prompts, completions = prompts_and_completions(rows, queries, responses, tokenizer)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in PROMPT_COLUMNS}
     scores = trainer.scorer(prompts, completions, queries, responses, columns)
     ended = [float(int(response[-1]) in trainer._end_token_ids) for response in responses]

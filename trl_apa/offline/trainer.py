@@ -138,7 +138,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self.scorer: Scorer | None = None
         if reward_funcs is not None:
             device = self.accelerator.device
-            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks)
+            ends = self._end_token_ids
+            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks, ends)
             self.scorer = Scorer(functions, args.reward_weights)
         self._value_is_fitted = False
         # Frozen layers and a quantised base stay as they are when the value model is thawed.

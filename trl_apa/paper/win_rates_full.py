@@ -171,4 +171,5 @@ def _is_made(path: Path, record: str, sources: Sequence[Path]) -> bool:
 
 def _read_judgements(path: Path) -> list[Judgement]:
     rows = json.loads(path.read_text(encoding="utf-8"))["judgements"]
-    return [Judgement(Pair(*(row[name] for name in Pair._fields)), tuple(row["verdicts"])) for row in rows]
+    pairs = [Pair(**{name: row[name] for name in Pair._fields if name in row}) for row in rows]
+    return [Judgement(pair, tuple(row["verdicts"])) for pair, row in zip(pairs, rows, strict=True)]

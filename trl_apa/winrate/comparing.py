@@ -18,12 +18,15 @@ class Pair(NamedTuple):
         prompt: text or chat messages.
         ours, theirs: the answers of the model whose win rate is asked for, and of the other.
         reference: an answer that people chose, for the judge to measure by; None if there is none.
+        ours_ended, theirs_ended: whether the answers came to their end; False if they met a limit.
     """
 
     prompt: Any
     ours: str
     theirs: str
     reference: str | None = None
+    ours_ended: bool = True
+    theirs_ended: bool = True
 
 
 class Question(NamedTuple):
@@ -33,6 +36,8 @@ class Question(NamedTuple):
     first: str
     second: str
     reference: str | None = None
+    first_ended: bool = True
+    second_ended: bool = True
 
 
 class Judge(Protocol):
@@ -95,7 +100,7 @@ def compare(pairs: Sequence[Pair], judge: Judge, cache: VerdictCache | None = No
     """
     orders = 2 if judge.sees_order else 1
     questions = [question for pair in pairs for question in _both_orders(pair)[:orders]]
-    keys = [VerdictCache.key(judge.identity, question) for question in questions]
+    keys = [VerdictCache.key(judge.identity, _filed_under(question)) for question in questions]
     different = dict(zip(keys, questions, strict=True))
     found = {} if cache is None else {key: cache.get(key) for key in different}
     verdicts = {key: verdict for key, verdict in found.items() if verdict is not None}
@@ -123,8 +128,16 @@ def _batches_with_gaps(keys: Sequence[str], verdicts: Mapping[str, str], batch_s
 
 
 def _both_orders(pair: Pair) -> list[Question]:
-    prompt, ours, theirs, reference = pair
-    return [Question(prompt, ours, theirs, reference), Question(prompt, theirs, ours, reference)]
+    prompt, ours, theirs, reference, *ended = pair
+    return [
+        Question(prompt, ours, theirs, reference, *ended),
+        Question(prompt, theirs, ours, reference, *reversed(ended)),
+    ]
+
+
+def _filed_under(question: Question) -> Sequence[Any]:
+    """In the cache the ends stand only where an answer has none."""
+    return question if not (question.first_ended and question.second_ended) else question[:4]
 
 
 def win_rate(

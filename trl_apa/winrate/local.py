@@ -12,6 +12,7 @@ from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.rollouts import pad_tokens, response_mask
 from trl_apa.scoring import RewardModel
+from trl_apa.tokenizing import prompt_ids
 from trl_apa.validation import check_positions
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.prompting import IN_ONE_LETTER, VERDICTS, judging_text
@@ -23,7 +24,7 @@ class RewardModelJudge:
 
     Args:
         model: a classifier with one label.
-        tokenizer: its tokenizer. Prompt, answer and EOS are read together, as TRL's RewardTrainer trains it.
+        tokenizer: its tokenizer. Prompt and answer are read as `scoring.RewardModel` reads them in training.
         name: where the model came from.
         tie_margin: a difference in scores that counts as none, reward units.
         batch_size: answers a forward pass.
@@ -44,18 +45,19 @@ class RewardModelJudge:
     ):
         if tie_margin < 0:
             raise ValueError(f"tie_margin={tie_margin}: it should not be negative")
-        self.tokenizer, self.tie_margin, self.batch_size = tokenizer, tie_margin, batch_size
+        self.tie_margin, self.batch_size = tie_margin, batch_size
         self.score = RewardModel(model, tokenizer, batch_size=batch_size)
         self.identity = {"judge": "reward model", "model": name, "tie_margin": tie_margin}
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start : start + self.batch_size]
-            firsts = self._scores([(question.prompt, question.first) for question in batch])
-            seconds = self._scores([(question.prompt, question.second) for question in batch])
+            firsts = self._scores([(asked.prompt, asked.first, asked.first_ended) for asked in batch])
+            seconds = self._scores([(asked.prompt, asked.second, asked.second_ended) for asked in batch])
             for number, (first, second) in enumerate(zip(firsts, seconds, strict=True), start=start):
                 # Equal answers may stand beside different padding, which can move the last bit of a score.
-                same = questions[number].first == questions[number].second
+                asked = questions[number]
+                same = (asked.first, asked.first_ended) == (asked.second, asked.second_ended)
                 yield number, TIE if same else self._verdict(first - second)
 
     def _verdict(self, difference: float) -> str | None:
@@ -64,16 +66,8 @@ class RewardModelJudge:
             return None
         return TIE if abs(difference) <= self.tie_margin else (FIRST if difference > 0 else SECOND)
 
-    def _scores(self, answers: list[tuple[Any, str]]) -> list[float]:
-        ids = [self._ids(prompt, answer) for prompt, answer in answers]
-        prompts, completions = zip(*answers, strict=True)
-        return self.score(list(prompts), list(completions), prompt_ids=ids, completion_ids=[[]] * len(ids))
-
-    def _ids(self, prompt: Any, answer: str) -> list[int]:
-        if not isinstance(prompt, str):
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-        return self.tokenizer(prompt + answer + (self.tokenizer.eos_token or ""))["input_ids"]
+    def _scores(self, answers: list[tuple[Any, str, bool]]) -> list[float]:
+        return self.score.score_ids([self.score.text_ids(*answer) for answer in answers])
 
 
 class LanguageModelJudge:
@@ -120,7 +114,7 @@ class LanguageModelJudge:
                 messages, tokenize=True, return_dict=False, add_generation_prompt=True
             )
         else:
-            ids = self.tokenizer(f"{text}\n\nVerdict:")["input_ids"]
+            ids = prompt_ids(f"{text}\n\nVerdict:", self.tokenizer)
         return torch.tensor(ids, dtype=torch.long)
 
     @torch.no_grad()
