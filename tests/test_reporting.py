@@ -34,6 +34,7 @@ from tests.test_training import logged, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
+from trl_apa.lost_trackers import is_lost
 from trl_apa.reporting import (
     TENSORBOARD_ROWS,
     Table,
@@ -444,11 +445,19 @@ def test_trackio_gets_the_rows_of_both_processes_once(tmp_path):
     assert (run_config["_Group"], run_config["loss_type"]) == ("tests", "apa")
 
 
-def test_where_no_run_is_open_nothing_is_logged_and_nothing_fails(tmp_path, monkeypatch):
+def test_where_no_run_is_open_nothing_is_logged_and_nobody_is_warned(tmp_path, monkeypatch):
+    """As after `train`, which closes the runs: no tracker is taken for one that failed."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "comet_ml", CometStandIn())
     wandb.finish()
-    callbacks = [WandbCallback(), TrackioCallback(), TensorBoardCallback()]
-    log_media(callbacks, 1, {"env/reward_dist": np.ones(3)}, Table(["query", "reward"], [["q", 1.0]]))
+    comet = object.__new__(INTEGRATION_TO_CALLBACK["comet_ml"])
+    callbacks = [WandbCallback(), TrackioCallback(), TensorBoardCallback(), comet]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log_media(callbacks, 1, {"env/reward_dist": np.ones(3)}, Table(["query", "reward"], [["q", 1.0]]))
+    assert failures(caught) == []
+    assert not any(is_lost(callback) for callback in callbacks)
+    assert list(tmp_path.iterdir()) == []
 
 
 class CometStandIn:

@@ -1,18 +1,22 @@
-"""Training goes on without a tracker that fails: one warning says which and why."""
+"""Training goes on without a report that fails, and without a tracker that does: one warning says which and why."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 
+logger = logging.getLogger(__name__)
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 # Also asked of a tracker that failed before: what closes its run.
 LAST_EVENT = "on_train_end"
+# What reports on the terminal.
+DISPLAYS = (PrinterCallback, ProgressCallback)
 
 
 def tracker_of(callback: TrainerCallback) -> str | None:
@@ -36,18 +40,33 @@ def may_fail(callback: TrainerCallback, doing: str) -> Iterator[None]:
         yield
     except Exception as error:
         if not is_lost(callback):
-            warnings.warn(
-                f"{tracker_of(callback)} failed in {doing}, and the run goes on without it: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=3,
-            )
+            _tell(callback, f"{tracker_of(callback) or type(callback).__name__} failed in {doing}", error)
         callback._has_failed = True
 
 
+@contextmanager
+def go_on_without_report(owner: Any, what: str, kind: str | None = None) -> Iterator[None]:
+    """An error inside is a warning that says what failed and why, the first time.
+
+    Args:
+        owner: whose report it is: a trainer, or a tracker's callback. It keeps which kinds of its reports have failed.
+            The first that does is a warning, the others are a line in the log each. None: a report that is made once.
+        what: is reported, as the warning calls it.
+        kind: of report; each `what` is one by default.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (kind or what) not in _failed_reports(owner):
+            _tell(owner, f"{what} failed", error)
+            _failed_reports(owner).add(kind or what)
+
+
 def go_on_without(callbacks: Iterable[TrainerCallback]) -> None:
-    """Let those of `callbacks` that are reporters fail without ending the run."""
+    """Let those of `callbacks` that report to a tracker or on the terminal fail without ending the run."""
     for callback in callbacks:
-        if tracker_of(callback) is not None and not hasattr(callback, "_has_failed"):
+        reports = tracker_of(callback) is not None or isinstance(callback, DISPLAYS)
+        if reports and not hasattr(callback, "_has_failed"):
             callback._has_failed = False
             for event in EVENTS:
                 setattr(callback, event, _forgiven(callback, getattr(callback, event)))
@@ -63,3 +82,15 @@ def _forgiven(callback: TrainerCallback, handler: Callable) -> Callable:
         return None
 
     return handle
+
+
+def _failed_reports(owner: Any) -> set[str]:
+    return set() if owner is None else vars(owner).setdefault("_failed_reports", set())
+
+
+def _tell(owner: Any, what: str, error: Exception) -> None:
+    text = f"{what}, and the run goes on without it: {type(error).__name__}: {error}"
+    if _failed_reports(owner):
+        logger.warning(text)
+    else:
+        warnings.warn(text, stacklevel=4)  # above this function, the context manager and `contextlib`: who reports

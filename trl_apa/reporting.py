@@ -1,26 +1,28 @@
 """From statistics, rewards and texts to the Trainer's reporters (W&B, TensorBoard, Trackio, Comet, ...)."""
 
+import io
 import random
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import ModuleType, NoneType
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, integrations
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_apa._trl import print_prompt_completions_sample
-from trl_apa.lost_trackers import is_lost, may_fail, tracker_of
+from trl_apa.lost_trackers import go_on_without_report, is_lost, may_fail, tracker_of
 from trl_apa.statistics import spread
 
 
@@ -34,6 +36,8 @@ OPENERS = {
 }
 TABLE_NAME = "game_log"
 TENSORBOARD_ROWS = 10
+# Whole numbers up to this size are exact as float64, so that they can stand in one column with fractions.
+LARGEST_EXACT = 2**53
 
 
 class Table(NamedTuple):
@@ -106,7 +110,10 @@ def start_reporters(
     for callback in callbacks:
         tracker = tracker_of(callback)
         if tracker in trackers and not is_lost(callback):
-            with _run_options(tracker, callback, args, state.is_world_process_zero):
+            with (
+                may_fail(callback, "opening its run"),
+                _run_options(tracker, callback, args, state.is_world_process_zero),
+            ):
                 callback.on_train_begin(args, state, control, model=model)
 
 
@@ -167,20 +174,22 @@ def reward_statistics(rewards: Sequence[Any], accelerator: Accelerator) -> dict[
 
 
 def split_statistics(stats: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers among the statistics, as floats, and the vectors, as NumPy arrays; the rest is left out.
+    """The numbers among the statistics, as floats, and the vectors, as float64 NumPy arrays; the rest is left out.
 
     Args:
         stats: numbers, arrays or tensors. Elements that are not finite, which no histogram can show, leave a vector.
     """
     numbers, vectors = {}, {}
     for name, value in stats.items():
-        if isinstance(value, Real) or getattr(value, "ndim", None) == 0:
-            numbers[name] = float(value)
-        elif getattr(value, "ndim", None) == 1:
-            values = torch.as_tensor(value).detach().float().cpu()
-            values = values[values.isfinite()]
-            if len(values):
-                vectors[name] = values.numpy()
+        # What says that it is one and cannot be read as numbers (an array of texts, a tensor without data) is none.
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            if isinstance(value, Real) or getattr(value, "ndim", None) == 0:
+                numbers[name] = float(value)
+            elif getattr(value, "ndim", None) == 1:
+                values = torch.as_tensor(value).detach().cpu().double()
+                values = values[values.isfinite()]
+                if len(values):
+                    vectors[name] = values.numpy()
     return numbers, vectors
 
 
@@ -190,8 +199,8 @@ def gather_table(
     """The columns of all processes with the rewards as the last one; None if no column is there.
 
     Args:
-        batch: under each name in `columns` one text or number for each reward. A column that is missing or has another
-            length is left out, with a warning.
+        batch: under each name in `columns` one value for each reward: texts and numbers as they are, anything else as
+            it prints. A column that is missing, has another length or cannot be read is left out, with a warning.
         columns: names, in the order of the table.
         rewards: those of this process.
         accelerator: knows the processes; their rows follow each other in order.
@@ -199,46 +208,114 @@ def gather_table(
     missing = [name for name in columns if name not in batch]
     if missing:
         warnings.warn(f"batch has no {', '.join(map(repr, missing))} to log with the rewards", stacklevel=3)
-    found = {name: batch[name] for name in columns if name in batch}
-    for name in [name for name, cells in found.items() if len(cells) != len(rewards)]:
-        warnings.warn(f"batch[{name!r}] has {len(found.pop(name))} entries for {len(rewards)} rewards", stacklevel=3)
+    cells: dict[str, list[Any]] = {}
+    for name in [name for name in columns if name in batch and name != "reward"]:
+        # Nothing raises before the processes meet, so that none waits for the others.
+        try:
+            cells[name] = [_cell(value) for value in batch[name]]
+        except Exception as error:
+            warnings.warn(f"batch[{name!r}] cannot be logged: {type(error).__name__}: {error}", stacklevel=3)
+            continue
+        if len(cells[name]) != len(rewards):
+            count = len(cells.pop(name))
+            warnings.warn(f"batch[{name!r}] has {count} entries for {len(rewards)} rewards", stacklevel=3)
     rows = [
-        {"reward": float(reward), **{name: _cell(found[name][row]) for name in found}}
-        for row, reward in enumerate(rewards)
+        {"reward": float(reward), **{name: cells[name][row] for name in cells}} for row, reward in enumerate(rewards)
     ]
-    # Called on every process whatever it has found, so that none waits for the others.
     rows = gather_object(rows)
-    names = [name for name in columns if any(name in row for row in rows)]
-    names = [*names, "reward"]
-    return Table(names, [[row.get(name) for name in names] for row in rows]) if len(names) > 1 else None
+    names = [name for name in columns if name != "reward" and any(name in row for row in rows)]
+    by_column = {name: _of_one_type([row.get(name) for row in rows]) for name in [*names, "reward"]}
+    if not names:
+        return None
+    return Table([_cell(name) for name in by_column], [list(row) for row in zip(*by_column.values(), strict=True)])
 
 
 def show_table(table: Table, step: int, num_rows: int) -> None:
     """Print some rows, chosen at random, of a table that has the columns `prompt` and `completion`.
 
     Needs the library rich; without it nothing is printed. Python's random numbers go on as if none had been drawn.
+
+    Raises:
+        OSError: if nobody reads what is printed.
     """
     if not table.rows or find_spec("rich") is None:
         return
     columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
     prompts, completions = columns.pop("prompt"), columns.pop("completion")
     state = random.getstate()
-    print_prompt_completions_sample(prompts, completions, columns, None, step, min(num_rows, len(table.rows)))
-    random.setstate(state)
+    try:
+        with _printable(sys.stdout):
+            print_prompt_completions_sample(prompts, completions, columns, None, step, min(num_rows, len(table.rows)))
+    except SystemExit as ended:
+        # How rich answers a pipe that is closed at its other end.
+        raise BrokenPipeError("nobody reads what is printed") from ended
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def _printable(stream: TextIO | None) -> Iterator[None]:
+    """Inside, a character that the stream's encoding lacks is written as its escape (`\\xe9`)."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors is None:
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            stream.reconfigure(errors=errors)
 
 
 def save_table(table: Table, path: Path) -> None:
-    """Write a table as parquet, in folders that are made if they are not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a table as parquet, in folders that are made if they are not there; the whole file or none."""
     columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
-    Dataset.from_dict(columns).to_parquet(path)
+    content = io.BytesIO()  # a writer on a file would try to end it on a full disk too
+    with _no_progress_bars():
+        Dataset.from_dict(columns).to_parquet(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content.getvalue())
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Inside, `datasets` draws none: one a table would be in the way, and needs a terminal that works."""
+    were_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            enable_progress_bars()
 
 
 def _cell(value: Any) -> Any:
-    """What every tracker can show."""
-    if hasattr(value, "item") and tuple(value.shape) in ((), (1,)):
+    """A text, a number or None: what every tracker and every file can hold; anything else as it prints."""
+    if hasattr(value, "item") and getattr(value, "shape", None) in ((), (1,)):
         value = value.item()
-    return value if isinstance(value, str | Real) else str(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    # A lone surrogate, half of a character, has no place in UTF-8.
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _of_one_type(cells: list[Any]) -> list[Any]:
+    """The cells of a column as they are if all are numbers or booleans, or None; otherwise all as texts."""
+    kinds = {type(cell) for cell in cells} - {NoneType}
+    exact = all(abs(cell) <= LARGEST_EXACT for cell in cells if type(cell) is int)
+    is_one = len(kinds) == 1 or (kinds == {int, float} and exact)
+    return cells if is_one and str not in kinds else [str(cell) for cell in cells]
 
 
 def log_media(
@@ -247,8 +324,9 @@ def log_media(
     """Histograms of the vectors, and the table under `TABLE_NAME`, to the trackers that have such things.
 
     W&B, Trackio and Comet get both. TensorBoard has no tables: it gets the first `TENSORBOARD_ROWS` rows as a text.
-    The other trackers get neither, nor does one whose run is closed, as `train` leaves some of them. To be called on
-    the main process, before the numbers are logged.
+    The other trackers get neither, nor does one whose run is closed, as `train` leaves some of them. A histogram or a
+    table that a tracker refuses is left out, with a warning the first time. To be called on the main process, before
+    the numbers are logged.
     """
     histograms = {f"train/{name}": vector for name, vector in vectors.items()}
     for callback in callbacks:
@@ -261,40 +339,60 @@ def _log_media_to(callback: TrainerCallback, step: int, histograms: Mapping[str,
     tracker = tracker_of(callback)
     if tracker == "wandb":
         wandb = import_module(tracker)
-        if wandb.run is not None:
+        if wandb.run is not None and (objects := _objects(callback, wandb, histograms, table)):
             # Not a row of its own: the reporter's call with the numbers completes it.
-            wandb.log(_objects(wandb, histograms, table), commit=False)
+            wandb.log(objects, commit=False)
     elif tracker == "trackio":
         trackio = import_module(tracker)
-        if trackio.context_vars.current_run.get() is not None:
-            trackio.log({**_objects(trackio, histograms, table), "train/global_step": step})
+        is_open = trackio.context_vars.current_run.get() is not None
+        if is_open and (objects := _objects(callback, trackio, histograms, table)):
+            trackio.log({**objects, "train/global_step": step})
     elif tracker == "tensorboard" and callback.tb_writer is not None:
-        _log_to_tensorboard(callback.tb_writer, step, histograms, table)
+        _log_to_tensorboard(callback, callback.tb_writer, step, histograms, table)
     elif tracker == "comet_ml":
         experiment = import_module(tracker).get_running_experiment()
         if experiment is not None:
-            _log_to_comet(experiment, step, histograms, table)
+            _log_to_comet(callback, experiment, step, histograms, table)
 
 
-def _objects(library: ModuleType, histograms: Mapping[str, Any], table: Table | None) -> dict[str, Any]:
+def _objects(
+    callback: TrainerCallback, library: ModuleType, histograms: Mapping[str, Any], table: Table | None
+) -> dict[str, Any]:
     """W&B's histograms and table, or Trackio's, which have the same interface."""
-    objects = {name: library.Histogram(vector) for name, vector in histograms.items()}
+    objects = {}
+    for name, vector in histograms.items():
+        with _left_out_if_refused(callback, name):
+            objects[name] = library.Histogram(vector)
     if table is not None:
-        objects[TABLE_NAME] = library.Table(columns=table.columns, data=table.rows)
+        with _left_out_if_refused(callback, TABLE_NAME):
+            objects[TABLE_NAME] = library.Table(columns=table.columns, data=table.rows)
     return objects
 
 
-def _log_to_tensorboard(writer: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
+def _log_to_tensorboard(
+    callback: TrainerCallback, writer: Any, step: int, histograms: Mapping[str, Any], table: Table | None
+) -> None:
     for name, vector in histograms.items():
-        writer.add_histogram(name, vector, step)
+        with _left_out_if_refused(callback, name):
+            writer.add_histogram(name, vector, step)
     if table is not None:
         rows = [table.columns, ["---"] * len(table.columns), *table.rows[:TENSORBOARD_ROWS]]
         cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
-        writer.add_text(TABLE_NAME, "\n".join(f"| {' | '.join(row)} |" for row in cells), step)
+        with _left_out_if_refused(callback, TABLE_NAME):
+            writer.add_text(TABLE_NAME, "\n".join(f"| {' | '.join(row)} |" for row in cells), step)
 
 
-def _log_to_comet(experiment: Any, step: int, histograms: Mapping[str, Any], table: Table | None) -> None:
+def _log_to_comet(
+    callback: TrainerCallback, experiment: Any, step: int, histograms: Mapping[str, Any], table: Table | None
+) -> None:
     for name, vector in histograms.items():
-        experiment.log_histogram_3d(vector, name=name, step=step)
+        with _left_out_if_refused(callback, name):
+            experiment.log_histogram_3d(vector, name=name, step=step)
     if table is not None:
-        experiment.log_table(f"{TABLE_NAME}_{step}.csv", tabular_data=table.rows, headers=table.columns)
+        with _left_out_if_refused(callback, TABLE_NAME):
+            name = f"{TABLE_NAME}_{step}.csv"
+            experiment.log_table(name, tabular_data=table.rows, headers=table.columns)
+
+
+def _left_out_if_refused(callback: TrainerCallback, name: str) -> AbstractContextManager[None]:
+    return go_on_without_report(callback, f"logging {name} to {tracker_of(callback)}", kind="media")

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl_apa.checkpoints import IncompleteCheckpoint
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
-from trl_apa.lost_trackers import go_on_without
+from trl_apa.lost_trackers import go_on_without, go_on_without_report
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
@@ -247,7 +247,10 @@ class TrainingLoop(ResumableRuns):
             self._log_completions(texts, scores)
 
     def _log_completions(self, texts: Texts, scores: Scores) -> None:
-        """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables."""
+        """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables.
+
+        What cannot be written is a warning, the first time, and the run goes on.
+        """
         prompts, completions = texts
         columns = scores.by_function_BF.T.tolist()
         by_function = {f"rewards/{name}": column for name, column in zip(self.scorer.names, columns, strict=True)}
@@ -255,9 +258,11 @@ class TrainingLoop(ResumableRuns):
         table = gather_table(batch, list(batch), scores.total_B.tolist(), self.accelerator)
         if table is None or not self.is_world_process_zero():
             return
-        step = self.state.global_step
-        show_table(table, step, self.args.num_completions_to_print)
-        save_table(table, Path(self.args.output_dir) / "completions" / f"completions_{step:06d}.parquet")
+        step, folder = self.state.global_step, Path(self.args.output_dir) / "completions"
+        with go_on_without_report(self, "printing completions"):
+            show_table(table, step, self.args.num_completions_to_print)
+        with go_on_without_report(self, f"writing completions to {folder}"):
+            save_table(table, folder / f"completions_{step:06d}.parquet")
         log_media(self.callback_handler.callbacks, step, {}, table)
 
     def generate_completions(self, sampling: bool = False) -> None:
@@ -275,6 +280,8 @@ class TrainingLoop(ResumableRuns):
             raise ValueError("generate_completions() needs eval_dataset and reward_funcs or reward_model")
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         rows = [row for part in parts for row in as_rows(part)]
+        if not rows:
+            raise ValueError("eval_dataset has no rows")
         rows = rows[: self.args.per_device_eval_batch_size] if sampling else rows
         count = self.accelerator.num_processes
         # As many on every process; those at the end may be asked twice.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.drawing import draw_figure
 from trl_apa.paper.figures import read_entry, read_figure
 from trl_apa.paper.logs import Row, read_rows
@@ -95,18 +96,20 @@ def refuse_what_has_no_effect(options: argparse.Namespace, of_the_curves: Sequen
 
 
 def draw(title: str, jobs: Sequence[Job], path: Path) -> None:
-    """The picture and the tables of the runs that are there."""
+    """The picture and the tables of the runs that are there; what cannot be written is a warning."""
     panels: dict[str, dict[str, list[list[Row]]]] = {}
     for job in jobs:
         panels.setdefault(job.panel, {}).setdefault(job.label, []).append(read_rows(job.folder))
     draw_figure(title, panels, path)
-    path.with_suffix(".md").write_text(tables(panels), encoding="utf-8")
+    text, file = tables(panels), path.with_suffix(".md")
+    with go_on_without_report(None, f"writing {file}"):
+        file.write_text(text, encoding="utf-8")
 
 
 def run_win_rates(options: argparse.Namespace, more: Sequence[str], folder: Path, sizes: MiniSizes) -> int:
     """The policies that another figure's runs leave, compared in pairs; returns the exit status."""
     from trl_apa.paper import mini
-    from trl_apa.paper.drawing_win_rates import draw_win_rates
+    from trl_apa.paper.drawing_win_rates import draw_win_rates, table
     from trl_apa.paper.win_rates import read_comparison
     from trl_apa.paper.win_rates_full import common_start, compare_at_full_size
     from trl_apa.paper.win_rates_mini import compare_in_small
@@ -132,8 +135,9 @@ def run_win_rates(options: argparse.Namespace, more: Sequence[str], folder: Path
             return error.returncode
     path = folder / f"{comparison.name}.png"
     title = comparison.title if options.scale == "full" else f"{', '.join(comparison.labels)} in small"
-    draw_win_rates(f"{comparison.name}: {title}", found, path)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"), path, sep="\n")
+    title = f"{comparison.name}: {title}"
+    draw_win_rates(title, found, path)
+    print(table(title, found), path, sep="\n")
     return 0
 
 

@@ -4,7 +4,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+from trl_apa.lost_trackers import go_on_without
 
 
 # Name on the line, statistic, format.
@@ -34,7 +36,7 @@ REWARD_COLUMNS: tuple[Column, ...] = (
 )
 
 
-class ProgressLines(TrainerCallback):
+class ProgressLines(PrinterCallback):
     """Prints one line for each time that the trainer logs.
 
     Args:
@@ -56,10 +58,11 @@ class ProgressLines(TrainerCallback):
 
 
 def print_lines(trainer: Trainer, columns: Sequence[Column]) -> None:
-    """Let `trainer` print lines in place of its dicts and its bar."""
+    """Let `trainer` print lines in place of its dicts and its bar; neither these nor a tracker can end the run."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressLines(columns))
+    go_on_without(trainer.callback_handler.callbacks)
 
 
 def last_checkpoint_if_true(resume: str | None) -> str | bool | None:

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_apa import APAConfig, APATrainer
+from trl_apa.lost_trackers import go_on_without_report
 
 from .corpus import Corpus, build_corpus
 from .curves import plot_curves
@@ -29,6 +30,7 @@ from .supervised import train_sft, training_options
 SFT_LEARNING_RATE = 2e-3
 REWARD_LEARNING_RATE = 1e-3
 NUM_SAMPLES_SHOWN = 4
+PICTURE = "curves.png"
 
 
 @dataclass
@@ -171,7 +173,7 @@ def save(
     training: list[dict[str, float]],
     report: Report,
 ) -> None:
-    """Metrics, timings and picture."""
+    """Metrics, timings and picture; a picture that cannot be drawn is a warning."""
     directory = options.output_dir
     evaluations = [
         {"iteration": iteration, **{f"eval/{name}": value for name, value in result[moment].items()}}
@@ -184,7 +186,8 @@ def save(
     write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     stages = {"stages": report.seconds, "iterations": timings}
     write_text(directory / "timings.json", json.dumps(stages, indent=2) + "\n")
-    plot_curves(directory / "curves.png", f"trl-apa demo, {options.loss_type.upper()}", steady, evaluations)
+    with go_on_without_report(None, f"drawing {directory / PICTURE}"):
+        plot_curves(directory / PICTURE, f"trl-apa demo, {options.loss_type.upper()}", steady, evaluations)
 
 
 def save_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
@@ -201,10 +204,9 @@ def show(options: DemoOptions, report: Report, before: Evaluation, after: Evalua
     rows = zip(before.prompts, before.answers, before.golds, after.answers, after.golds, strict=True)
     report.samples(list(rows)[:NUM_SAMPLES_SHOWN])
     report.summary(before.metrics, after.metrics, len(before.prompts))
-    report.say(
-        f"saved in {options.output_dir}: curves.png, metrics.jsonl, result.json, timings.json, model, sft_model, "
-        f"reward_model ({report.seconds['total']:.0f} s in all)"
-    )
+    outputs = (PICTURE, "metrics.jsonl", "result.json", "timings.json", "model", "sft_model", "reward_model")
+    written = ", ".join(name for name in outputs if (options.output_dir / name).exists())
+    report.say(f"saved in {options.output_dir}: {written} ({report.seconds['total']:.0f} s in all)")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from trl_apa.assembly import assemble
 from trl_apa.generation import end_token_ids
 from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
 from trl_apa.losses import apa_loss, awr_loss, value_loss
+from trl_apa.lost_trackers import go_on_without
 from trl_apa.masking import masked_mean, masked_whiten
 from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference_policy
 from trl_apa.offline.config import OfflineConfig
@@ -163,6 +164,11 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     def networks(self) -> OfflineNetworks:
         """Policy, value model and normaliser, out of any distributed wrapper."""
         return self.accelerator.unwrap_model(self.model)
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """As in [`~transformers.Trainer.add_callback`]; a tracker that fails does not end the run."""
+        super().add_callback(callback)
+        go_on_without(self.callback_handler.callbacks)
 
     # ---- before the policy is trained ----
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.logs import QUANTITIES, Row, quantities_of
 
 
@@ -39,7 +40,7 @@ def bands(runs: Sequence[Sequence[Row]]) -> dict[str, Band]:
 
 
 def draw_figure(title: str, panels: Panels, path: Path) -> None:
-    """Write the picture, and beside it `panels` as JSON.
+    """Write `panels` as JSON, and beside it the picture; what cannot be written is a warning.
 
     A row of pictures a panel: reward and KL against steps, and where the gold reward is known, that against steps and
     against KL.
@@ -48,17 +49,28 @@ def draw_figure(title: str, panels: Panels, path: Path) -> None:
         title: of the figure.
         panels: title of a panel to label of a curve to the rows of its runs, one a seed.
         path: a PNG.
+
+    Raises:
+        ValueError: if the runs of a curve have no step in common.
     """
+    curves = {panel: {label: bands(runs) for label, runs in found.items()} for panel, found in panels.items()}
+    numbers = path.with_suffix(".json")
+    with go_on_without_report(None, f"writing {numbers}"):
+        numbers.write_text(_as_json(panels), encoding="utf-8")
+    with go_on_without_report(None, f"drawing {path}"):
+        _draw(title, curves, path)
+
+
+def _draw(title: str, curves: Mapping[str, Mapping[str, Mapping[str, Band]]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = {panel: {label: bands(runs) for label, runs in found.items()} for panel, found in panels.items()}
     pictures = [("step", "reward"), ("step", "kl")]
     if all("gold_reward" in found for panel in curves.values() for found in panel.values()):
         pictures += [("step", "gold_reward"), ("kl", "gold_reward")]
-    figure = Figure(figsize=(4.5 * len(pictures), 0.5 + 3.2 * len(panels)), dpi=90, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(pictures), 0.5 + 3.2 * len(curves)), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(panels), len(pictures), squeeze=False)
+    grid = figure.subplots(len(curves), len(pictures), squeeze=False)
     for axes_of_panel, (panel, found) in zip(grid, curves.items(), strict=True):
         for axes, (x, y) in zip(axes_of_panel, pictures, strict=True):
             for number, (label, quantities) in enumerate(found.items()):
@@ -69,7 +81,6 @@ def draw_figure(title: str, panels: Panels, path: Path) -> None:
         axes_of_panel[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
-    path.with_suffix(".json").write_text(_as_json(panels), encoding="utf-8")
 
 
 def _as_json(panels: Panels) -> str:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.tables import markdown_table
 from trl_apa.paper.win_rates import WinRates
 
@@ -11,13 +12,24 @@ PARTS = {"wins": "C0", "ties": "0.8", "losses": "C1"}
 
 
 def draw_win_rates(title: str, found: WinRates, path: Path) -> None:
-    """Write the picture, and beside it the numbers as JSON and as a table in Markdown.
+    """Write the numbers as JSON and as a table in Markdown, and beside them the picture.
+
+    What cannot be written is a warning.
 
     Args:
         title: of the figure.
         found: what is drawn: over all seeds, and the win rate of each if there are several.
         path: a PNG.
     """
+    texts = {".json": json.dumps(found._asdict(), indent=1) + "\n", ".md": table(title, found)}
+    for suffix, text in texts.items():
+        with go_on_without_report(None, f"writing {path.with_suffix(suffix)}"):
+            path.with_suffix(suffix).write_text(text, encoding="utf-8")
+    with go_on_without_report(None, f"drawing {path}"):
+        _draw(title, found, path)
+
+
+def _draw(title: str, found: WinRates, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,8 +52,6 @@ def draw_win_rates(title: str, found: WinRates, path: Path) -> None:
     )
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
-    path.with_suffix(".json").write_text(json.dumps(found._asdict(), indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(table(title, found), encoding="utf-8")
 
 
 def _draw_bar(axes, row: int, rate: dict[str, float]) -> None:
