@@ -1,6 +1,7 @@
 """`--accelerate_config`: the same command again under `accelerate launch`."""
 
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -52,6 +53,7 @@ def launch(command: str, argv: Sequence[str], values: Mapping[str, Any]) -> bool
 
     Raises:
         ValueError: if there is no such configuration, or an option of one without it.
+        SystemExit: if the process ended with another status than 0, with that status.
     """
     if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return False
@@ -68,6 +70,9 @@ def launch(command: str, argv: Sequence[str], values: Mapping[str, Any]) -> bool
     os.environ[LAUNCHED] = "1"
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "trl_apa.cli", command, *argv]))
+    except subprocess.CalledProcessError as error:
+        # Its text is the whole command, keys included; the process itself has said what was wrong.
+        raise SystemExit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
     finally:
         del os.environ[LAUNCHED]
     return True

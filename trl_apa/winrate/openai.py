@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from trl_apa.redaction import without_secrets_in_error
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.prompting import IN_WORDS, VERDICTS, judging_text
 
@@ -107,8 +108,8 @@ class OpenAIJudge:
         return read_verdict(reply.choices[0].message.content or "")
 
     def _without_key(self, text: str) -> str:
-        """Servers may repeat the key that they refuse."""
-        return text.replace(self._key, "<key>") if self._key else text
+        """Servers may repeat the key that they refuse, or a part of it."""
+        return without_secrets_in_error(text, {"api_key": self._key}, self.identity)
 
 
 def read_verdict(reply: str) -> str | None:
