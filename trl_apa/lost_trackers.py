@@ -9,6 +9,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from trl_apa.redaction import without_secrets_in_error
+
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 # Also asked of a tracker that failed before: what closes its run.
@@ -38,7 +40,7 @@ def may_fail(callback: TrainerCallback, doing: str) -> Iterator[None]:
         if not is_lost(callback):
             warnings.warn(
                 f"{tracker_of(callback)} failed in {doing}, and the run goes on without it: "
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {without_secrets_in_error(str(error))}",
                 stacklevel=3,
             )
         callback._has_failed = True

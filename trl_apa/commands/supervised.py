@@ -10,6 +10,7 @@ from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lines
 from trl_apa.commands.rows import DataArguments
+from trl_apa.tracker_secrets import hide_secrets_from
 
 
 def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:
@@ -35,6 +36,7 @@ def needs_model(model: ModelConfig) -> None:
 def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
     """Train, evaluate if rows are held out, save, upload if asked; returns the exit status."""
     config = trainer.args
+    hide_secrets_from(trainer.callback_handler.callbacks)
     print_lines(trainer, columns)
     trainer.accelerator.print(f"{len(trainer.train_dataset)} rows to train on")
     trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))

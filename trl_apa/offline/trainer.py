@@ -32,6 +32,7 @@ from trl_apa.prompts import as_rows
 from trl_apa.rewards import token_rewards
 from trl_apa.saving import Saving
 from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_fp16, check_type
 
 
@@ -124,6 +125,7 @@ class OfflineAPATrainer(CountsTokens, Saving):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
         self._fill_in_returns()
         networks.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
@@ -183,6 +185,7 @@ class OfflineAPATrainer(CountsTokens, Saving):
                 self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
         self._sums.clear()
         self._last_logged_step = 0
+        hide_secrets_from(self.callback_handler.callbacks)  # also from those that were added
         return super().train(checkpoint, **kwargs)
 
     def _prepare_value_model(self, checkpoint: str | None) -> None:
