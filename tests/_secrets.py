@@ -5,9 +5,10 @@ import functools
 import json
 import os
 import pickle
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, deque
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
+from typing import NamedTuple
 
 from hypothesis import strategies as st
 from transformers import GenerationConfig
@@ -33,9 +34,21 @@ HARMLESS_NAMES = """
     project entity tags notes group name value label_names beta accessory creditor assassin
 """.split()
 
-Login = dataclasses.make_dataclass("Login", [("user", str), ("password", object)])
-Slotted = dataclasses.make_dataclass("Slotted", [("api_key", object)], slots=True, frozen=True)
-Header = namedtuple("Header", ["name", "auth_token"])
+
+@dataclasses.dataclass
+class Login:
+    user: str
+    password: object
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Slotted:
+    api_key: object
+
+
+class Header(NamedTuple):
+    name: str
+    auth_token: object
 
 
 class WithSlots:

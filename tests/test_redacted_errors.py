@@ -175,11 +175,21 @@ def test_commands_do_not_repeat_secrets_in_what_they_refuse(tmp_path, capsys):
         ["--seed", f"https://me:{PLANTED['server']}@host"],
         ["--hub_tokn=" + PLANTED["hub_token"]],
         [PLANTED["hub_token"]],
+        ["--hub_token"],
     ):
         with pytest.raises(SystemExit) as ended:
             train.main(line)
         said = capsys.readouterr().err
         assert ended.value.code == 2 and said and leaks(said) == [], said
+    assert "hub_token/--hub-token: expected one argument" in said
+
+
+def test_the_help_of_a_command_shows_the_options_of_a_file_without_secrets(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"hub_token: {PLANTED['hub_token']}\nrun_name: Shown0Run\n")
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(tmp_path / "run.yaml"), "--help"])
+    said = capsys.readouterr().out
+    assert "Shown0Run" in said and HIDDEN in said and leaks(said) == []
 
 
 def test_a_launched_command_that_fails_ends_with_its_status_and_does_not_show_its_options(monkeypatch):

@@ -63,7 +63,9 @@ def without_secrets_in_error(text: str, *holders: Any) -> str:
         holders: options whose secrets it may quote. Secrets of the environment's variables are hidden too.
     """
     known = secrets_in(*holders)
-    return _Redactor(known | secrets_in(dict(os.environ))).text(mask_quotations(text, known))
+    # PWD, and a path of a file with credentials, are no secrets.
+    variables = {name: value for name, value in os.environ.items() if not os.path.exists(value)}
+    return _Redactor(known | secrets_in(variables)).text(mask_quotations(text, known))
 
 
 @contextmanager

@@ -145,8 +145,10 @@ KEY_FORMATS = (
 )
 # Without one of these a text is a word, in which nothing but a key format can be.
 TELLTALE = re.compile(r"[\s:=@<\"'`]")
-# `two tokens: set one of them`
-PROSE = re.compile(r"(?:key|token)s?: [A-Za-z][a-z]{,14}(?![\w.-])")
+# `two tokens: set one of them`, `--hub_token: expected one argument`.
+PROSE = re.compile(
+    r"(?:key|token)s?: [A-Za-z][a-z]{,14}(?![\w.-])|[\w-]+: (?:expected|ignored|invalid|it should|not) "
+)
 NO_SECRET = re.compile(r"true|false|none|null", re.IGNORECASE)
 NUMBERS = re.compile(r"[-+0-9.,_\s\[\](){}]+(?:e[-+]?[0-9]+[\])}]*)?", re.IGNORECASE)
 BRACKETS = {"[": "]", "(": ")", "{": "}"}

@@ -134,6 +134,17 @@ class CommandParser:
 
 
 class _Parser(TrlParser):
+    def format_help(self) -> str:
+        """Without the secrets of a file, whose options are defaults."""
+        defaults = {action: action.default for action in self._actions}
+        try:
+            for action, default in defaults.items():
+                action.default = without_secrets({action.dest: default})[action.dest]
+            return super().format_help()
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+
     def error(self, message: str) -> None:
         """Without the usage, which is a page long."""
         self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
