@@ -254,7 +254,7 @@ def test_a_refusal_comes_after_the_verdicts_that_were_given_and_does_not_tell_th
         compare([Pair("first", "a", "b"), Pair("second", "a", "b"), Pair("third", "a", "b")], judge, cache)
     # 401 is not asked again, and what waits is not asked at all
     assert len(server.requests) == 3 and len(cache) == 2
-    assert "<key>" in str(raised.value) and raised.value.__context__ is None
+    assert "<secret>" in str(raised.value) and raised.value.__context__ is None
     for told in (str(raised.value), caplog.text, cache.path.read_text(), repr(judge.identity)):
         assert KEY not in told
 

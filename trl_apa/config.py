@@ -12,7 +12,7 @@ from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 from trl_apa.core import flatten_dict
 from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
-from trl_apa.redaction import RedactedOptions, without_secrets
+from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.reporting import check_trackers
 from trl_apa.vllm_options import VLLMOptions
 
@@ -98,7 +98,7 @@ def _switch(help: str) -> Any:
     return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
-@dataclass(repr=False)  # a generated one would show keys
+@dataclass
 class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
@@ -324,28 +324,29 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     global_backward_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
 
     def __post_init__(self):
-        check_finite_options(self)
-        self._translate_classic_only()
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
-        self._translate_second_generation()
-        self._translate_aliases()
-        self._fill_by_loss_type()
-        self._check_ranges()
-        self._check_hub_options()
-        self._check_vllm()
-        self._fill_batch_sizes()
-        self._fill_aliases()
-        if self.optimize_device_cache and self.torch_empty_cache_steps is None:
-            self.torch_empty_cache_steps = 1
-        if self.logging_nan_inf_filter is None:
-            self.logging_nan_inf_filter = bool(self.fp16)
-        if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
-        super().__post_init__()
-        self._check_world_size()
-        self._check_horizon()
-        self._check_trackers()
+        with errors_without_secrets(vars(self), quoted=False):
+            check_finite_options(self)
+            self._translate_classic_only()
+            if self.loss_type not in LOSS_TYPES:
+                raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+            self._translate_second_generation()
+            self._translate_aliases()
+            self._fill_by_loss_type()
+            self._check_ranges()
+            self._check_hub_options()
+            self._check_vllm()
+            self._fill_batch_sizes()
+            self._fill_aliases()
+            if self.optimize_device_cache and self.torch_empty_cache_steps is None:
+                self.torch_empty_cache_steps = 1
+            if self.logging_nan_inf_filter is None:
+                self.logging_nan_inf_filter = bool(self.fp16)
+            if self.bf16 is None:
+                self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+            super().__post_init__()
+            self._check_world_size()
+            self._check_horizon()
+            self._check_trackers()
 
     @property
     def total_ppo_epochs(self) -> int:
@@ -379,7 +380,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             self._parse_json(name)
             value = getattr(self, name)
             if value:
-                text = f"{name}={without_secrets(value)!r} has no effect: {reason}"
+                text = f"{name}={without_secrets(value, vars(self))!r} has no effect: {reason}"
                 warnings.warn(text, UserWarning, stacklevel=4)
 
     def _parse_json(self, name: str) -> None:
@@ -393,7 +394,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     def _check_trackers(self) -> None:
         self._parse_json("tracker_kwargs")
         self.tracker_kwargs = self.tracker_kwargs or {}
-        check_trackers(self.report_to, self.tracker_kwargs, self.tracker_project_name)
+        project_name = without_secrets(self.tracker_project_name, vars(self))
+        check_trackers(self.report_to, self.tracker_kwargs, project_name)
         if self.tracker_project_name is not None:
             self.project = self.tracker_project_name  # what Trackio's reporter goes by
 
@@ -462,9 +464,12 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
 
     def _check_hub_options(self) -> None:
         self._parse_json("push_to_hub_if_best_kwargs")
-        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
-            given = ", ".join(self.push_to_hub_if_best_kwargs)
-            raise ValueError(f"push_to_hub_if_best_kwargs has {given}: it should have a repo_id")
+        given = self.push_to_hub_if_best_kwargs
+        if given and not isinstance(given, dict):
+            raise ValueError(f"push_to_hub_if_best_kwargs is a {type(given).__name__}: it should be a dict")
+        if given and "repo_id" not in given:
+            names = ", ".join(without_secrets(list(map(str, given))))
+            raise ValueError(f"push_to_hub_if_best_kwargs has {names}: it should have a repo_id")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from trl_apa._trl import _BaseTrainer
 from trl_apa.engines import cuts_up_weights
 from trl_apa.models import merge_and_save
+from trl_apa.redaction import without_secrets
 from trl_apa.signals import StopOnSignal
 from trl_apa.telemetry import NoTelemetry
 from trl_apa.values import described_error
@@ -132,7 +133,8 @@ class Saving(NoTelemetry, _BaseTrainer):
             if path is not None:
                 self.args.output_dir = os.fspath(path)
             os.makedirs(self.args.output_dir, exist_ok=True)
-            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+            about = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+            super().create_model_card(**without_secrets(about, vars(self.args)))
         finally:
             self.args.output_dir = output_dir
 

@@ -29,6 +29,7 @@ from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
 from trl_apa.texts import Texts, prompts_and_completions
+from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_score_inputs
 
 
@@ -90,12 +91,14 @@ class TrainingLoop(ResumableRuns):
     @callback_handler.setter
     def callback_handler(self, handler: CallbackHandler) -> None:
         """Set by the Trainer, which at once tells all callbacks that it is made."""
+        hide_secrets_from(handler.callbacks)
         go_on_without(handler.callbacks)
         self._callback_handler = handler
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As in [`~transformers.Trainer.add_callback`]."""
         super().add_callback(callback)
+        hide_secrets_from(self.callback_handler.callbacks)
         go_on_without(self.callback_handler.callbacks)
 
     def train(

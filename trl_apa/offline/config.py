@@ -24,7 +24,7 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass(repr=False)  # a generated one would show keys
+@dataclass
 class OfflineConfig(RedactedOptions, _BaseConfig):
     """
     Configuration of [`OfflineAPATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the

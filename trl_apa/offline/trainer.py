@@ -36,6 +36,7 @@ from trl_apa.run_identity import data_fingerprint, initial_policy_fingerprint
 from trl_apa.saving import Saving
 from trl_apa.scoring import Scorer, reward_functions
 from trl_apa.signals import StopOnSignal
+from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_fp16, check_type
 
 
@@ -131,6 +132,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
         self._fill_in_returns()
         networks.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
@@ -204,6 +206,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
                 self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
         self._sums.clear()
         self._last_logged_step = 0
+        hide_secrets_from(self.callback_handler.callbacks)  # also from those that were added
         with self._stop_on_signal.listening():
             result = super().train(checkpoint, **kwargs)
         self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from trl_apa.redaction import without_secrets
+from trl_apa.redaction import without_secrets, without_secrets_in_error
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.parallel import as_they_come, loop_in_a_thread
 from trl_apa.winrate.prompting import IN_WORDS, judging_text
@@ -154,7 +154,7 @@ class OpenAIJudge:
 
     def _without_secrets(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
-        return without_secrets(text.replace(self._key, "<key>") if self._key else text)
+        return without_secrets_in_error(text, {"api_key": self._key}, self.identity)
 
 
 def _check_options(
