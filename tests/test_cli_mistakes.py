@@ -270,7 +270,7 @@ LATE = [
     ("reward", "--max_length 3", "no row is left to train on"),
     ("evaluate", "--reward_funcs my_rewards.broken", "reward function broken failed: ZeroDivisionError"),
     ("generate", "--max_completion_length 300", "the model has 256 positions"),
-    ("generate", "--output file/below", "file/below: Not a directory"),
+    ("generate", "--output file/below", "file is a file; it should be a folder"),
     ("winrate", "", "the model has 256 positions"),
     ("winrate", "--judge_model torn_weights", "Error while deserializing header"),
     ("merge", "torn_weights", "the adapter 'torn_weights' cannot be loaded"),

@@ -18,6 +18,7 @@ from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
 from trl_apa.commands.groups import apa_part, model_part
 from trl_apa.commands.models import checkpoint_stamp, load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.row_file import RowFile, Write, digest
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.config import APAConfig
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
         rows = [row for row in prompts for _ in range(config.num_generations)]
         file, done = None, 0
         if arguments.output not in STANDARD_OUTPUT:
+            check_output_file("output", arguments.output)
             about = _what_rows_depend_on(values, rows, config)
             file = RowFile(arguments.output, about, [prompt_of(row) for row in rows], arguments.overwrite)
             if done := file.count():
