@@ -213,8 +213,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """Its message on one line, not too long."""
-    text = " ".join(str(error).split())
+    """Its message on one line, not too long, without keys that it may quote."""
+    from trl_apa.redaction import without_secrets_in_error
+
+    text = " ".join(without_secrets_in_error(str(error)).split())
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     elif not text:
