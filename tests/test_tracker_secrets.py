@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -46,18 +47,27 @@ def test_w_and_b_opens_its_run_with_the_real_key_and_none_of_its_files_holds_a_s
         trainer.log_stats(trainer.step(queries, responses, scores), texts, scores)
     assert not [str(warning.message) for warning in caught if "failed in" in str(warning.message)]
     print(trainer.args)
-    wandb.teardown()  # which waits until all is on disk
+    wandb.finish()
     assert sys.argv == line and pushed == [PLANTED["best"]]
     (options,) = opened
     assert options["settings"] == {"api_key": PLANTED["settings"][:40], "init_timeout": 300}
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    written = b"".join(files.values()).decode(errors="replace") + str(capfd.readouterr())
-    assert leaks(written) == []
-    (run,) = (content.decode(errors="replace") for name, content in files.items() if name.endswith(".wandb"))
-    for marker in ("Argument", "Config", "Notes", "Tag", "Group", "Name", "Project", "Run", "Best"):
-        assert f"Shown0{marker}" in run
-    assert "Shown0Config" in files["debug.log"].decode()
+    markers = ("Argument", "Config", "Notes", "Tag", "Group", "Name", "Project", "Run", "Best")
+    files = written_by_w_and_b(tmp_path, [f"Shown0{marker}" for marker in markers])
+    assert leaks("".join(files.values()) + str(capfd.readouterr())) == []
+    assert "Shown0Config" in files["debug.log"]
+
+
+def written_by_w_and_b(folder, expected):
+    """Its files by name, once its own has all that is expected: W&B writes it some time after the end."""
+    (folder,) = (folder / "wandb").glob("offline-run-*")
+    deadline = time.monotonic() + 120
+    while True:
+        files = {path.name: path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file()}
+        (run,) = (content for name, content in files.items() if name.endswith(".wandb"))
+        if all(text in run for text in expected):
+            return files
+        assert time.monotonic() < deadline, [text for text in expected if text not in run]
+        time.sleep(0.05)
 
 
 class Told(TensorBoardCallback):
