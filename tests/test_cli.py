@@ -22,6 +22,7 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
+from tests._cli import refused, run
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
@@ -37,18 +38,6 @@ CONFIGS = ROOT / "examples" / "configs"
 OUR_CONFIGS = ROOT / "trl_apa" / "accelerate_configs"
 WITH_YAML = {"sft": sft, "reward": reward, "train": train, "offline": offline}
 WITH_YAML |= {"evaluate": evaluate, "generate": generate}
-
-
-def run(command, *argv):
-    return import_module(COMMANDS[command][0]).main([str(argument) for argument in argv])
-
-
-def refused(capsys, command, *argv):
-    """What the command says when it ends with status 2."""
-    with pytest.raises(SystemExit) as ended:
-        run(command, *argv)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.strip()
 
 
 def yaml_file(tmp_path, text):
@@ -147,9 +136,7 @@ def test_the_file_is_read_as_the_command_line_and_the_command_line_wins(tmp_path
 
 
 def test_help_groups_the_options(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run("train", "--help")
-    assert ended.value.code == 0
+    assert run("train", "--help") == 0
     groups = dict(part.split(":\n", 1) for part in capsys.readouterr().out.split("\n\n") if ":\n" in part)
     places = {"the algorithm": "--kl_coef", "sampling": "--top_p", "LoRA": "--lora_r", "data": "--eval_share"}
     places |= {"optimizer and schedule": "--learning_rate", "names and options of older scripts": "--ppo_epochs"}
@@ -580,9 +567,8 @@ def test_the_pipeline_leaves_models_that_load(pipeline):
 
 
 def test_what_cannot_be_merged_ends_the_command(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run("merge", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "merged"))
-    assert ended.value.code == 2 and "trl-apa merge:" in capsys.readouterr().err
+    said = refused(capsys, "merge", tmp_path / "nothing", "--output_dir", tmp_path / "merged")
+    assert said.startswith("trl-apa merge: the adapter") and "there is no such folder" in said
 
 
 def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
@@ -644,8 +630,8 @@ def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
     folder = pipeline / "paper" / "mini"
     curves = json.loads((folder / "fig8.json").read_text())["in small"]
     assert set(curves) == {"adaptive KL", "no KL control"} and (folder / "fig8.png").is_file()
-    for (run,) in curves.values():
-        assert run[0]["kl"] == pytest.approx(0.0, abs=1e-4) and run[1]["kl"] > 0
+    for (rows,) in curves.values():
+        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4) and rows[1]["kl"] > 0
 
 
 def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import LlamaConfig
 
 from benchmarks import gpu
 from benchmarks.memory import CASES, compare
-from trl_apa.cli import COMMANDS
+from tests import _cli
 from trl_apa.commands import memory
 from trl_apa.memory import Setup, advice, predict
 from trl_apa.memory.networks import build_networks
@@ -74,7 +73,7 @@ def test_the_prediction_is_what_the_trainer_needs(name):
 
 
 def run(*argv):
-    return import_module(COMMANDS["memory"][0]).main([str(argument) for argument in argv])
+    return _cli.run("memory", *argv)
 
 
 def layers_of_llama_7b(number):
@@ -214,13 +213,6 @@ def test_sharding_divides_full_fine_tuning():
     assert four["zero3"].peak < four["zero2"].peak < alone.peak
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as ended:
-        run(*argv)
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_what_cannot_be_predicted_is_refused_by_name(capsys, monkeypatch):
     def not_reachable(name):
         raise OSError("no network")
@@ -240,7 +232,7 @@ def test_what_cannot_be_predicted_is_refused_by_name(capsys, monkeypatch):
         ("--model", shape, "--quantization", "8bit", "--world-size", "2", "--sharding", "fsdp2"): "are not sharded",
         ("--model", shape, "--batch", "0"): "micro_batch_size=0: it should be at least 1",
     }.items():
-        assert problem in refused(capsys, *options)
+        assert problem in _cli.refused(capsys, "memory", *options)
 
 
 def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests._cli import refused
 from trl_apa import APATrainer
 from trl_apa.commands import offline, paper, train
 from trl_apa.commands.options import read_yaml
@@ -290,9 +291,7 @@ def test_in_small_a_curve_is_run_once_for_all_figures_and_panels(tmp_path, capsy
     assert all(found["learning_rate"] == 1e-3 and found["sizes"]["epochs"] == 2 for found in options)
     for path in logs:
         assert (path.parent / "policy" / "model.safetensors").is_file()
-    with pytest.raises(SystemExit) as ended:
-        paper.main(["figz", *argv])
-    assert ended.value.code == 2 and "but not 'figz'" in capsys.readouterr().err
+    assert "but not 'figz'" in refused(capsys, "paper", "figz", *argv)
 
 
 @pytest.fixture(scope="module")
@@ -361,15 +360,13 @@ def test_a_run_that_is_no_longer_finite_ends_with_what_was_measured(tmp_path, ta
     ],
 )
 def test_what_would_have_no_effect_is_refused(capsys, argv, problem):
-    with pytest.raises(SystemExit) as ended:
-        paper.main([*argv.split()[:3], "--configs", str(FOLDER), *argv.split()[3:]])
-    assert ended.value.code == 2 and problem in capsys.readouterr().err
+    argv = [*argv.split()[:3], "--configs", FOLDER, *argv.split()[3:]]
+    assert problem in refused(capsys, "paper", *argv)
 
 
 def test_a_figure_about_the_task_in_small_has_no_full_size(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        paper.main(["tune", "--scale", "full", "--configs", str(FOLDER), "--output_dir", str(tmp_path)])
-    assert ended.value.code == 2 and "tune is about the task in small" in capsys.readouterr().err
+    said = refused(capsys, "paper", "tune", "--scale", "full", "--configs", FOLDER, "--output_dir", tmp_path)
+    assert "tune is about the task in small" in said
 
 
 def test_the_name_of_a_run_tells_options_sizes_and_seeds_apart():

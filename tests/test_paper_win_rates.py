@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from tests._cli import refused
 from trl_apa.commands import paper, winrate
 from trl_apa.commands.options import read_yaml
 from trl_apa.demo.corpus import gold_quality
@@ -334,9 +335,7 @@ def test_full_size_answers_and_judges_what_is_not_there_yet(tmp_path, monkeypatc
     folder, runs, out = index(tmp_path), tmp_path / "runs", tmp_path / "out"
     argv = ["figw", "--scale", "full", "--configs", str(folder), "--runs", str(runs), "--output_dir", str(out)]
     argv += ["--", "--tie_margin", "0.5"]
-    with pytest.raises(SystemExit) as ended:
-        paper.main(argv)
-    assert ended.value.code == 2 and "`trl-apa paper figr --scale full` comes first" in capsys.readouterr().err
+    assert "`trl-apa paper figr --scale full` comes first" in refused(capsys, "paper", *argv)
     for label in ("ppo", "apa"):
         (runs / f"p-{label}-seed0").mkdir(parents=True)
         (runs / f"p-{label}-seed0" / "trainer_state.json").write_text("{}")

@@ -1,9 +1,10 @@
 """`trl-apa env`: versions and devices, for a bug report. Nothing of the environment's variables is printed."""
 
-import argparse
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+
+from trl_apa.commands.parsing import OneLineParser
 
 
 PACKAGES = ("trl-apa", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "bitsandbytes")
@@ -11,7 +12,7 @@ PACKAGES = ("trl-apa", "torch", "transformers", "trl", "accelerate", "peft", "da
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    argparse.ArgumentParser(prog="trl-apa env", description="Versions and devices.").parse_args(argv)
+    OneLineParser(prog="trl-apa env", description="Versions and devices.").parse_args(argv)
     for name, value in environment().items():
         print(f"{name:<14}{value}")
     return 0

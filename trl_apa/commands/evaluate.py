@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_apa.commands.groups import apa_part, model_part
+from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.commands.train import reward_part
 from trl_apa.evaluation import held_out_metrics
@@ -67,29 +69,31 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
     with tempfile.TemporaryDirectory() as scratch:
-        with parser.errors_end_the_command():
-            values = parser.parse(argv)
-            arguments, data, rewards, model, config = parser.build({**values, "output_dir": scratch})
-            if not arguments.checkpoints:
-                raise ValueError("checkpoints is not set: name the folders or hub names of the models")
-            functions = rewards.functions()
-            prompts = load_prompts(data)
-            load = partial(load_policy, arguments=model, trust_remote_code=rewards.trust_remote_code)
-            reference_name = arguments.ref_model_name_or_path or arguments.checkpoints[0]
-            reference = load(reference_name, is_trainable=False)
-            scorers = load_rewards(rewards.reward_model_name_or_path, functions, rewards.trust_remote_code)
+        values = parser.parse(argv)
+        arguments, data, rewards, model, config = parser.build({**values, "output_dir": scratch})
+        if not arguments.checkpoints:
+            raise ValueError("checkpoints is not set: name the folders or hub names of the models")
+        check_output_file("output", arguments.output)
+        functions, trust = rewards.functions(), rewards.trust_remote_code
+        prompts = load_prompts(data)
+        tokenizers = {name: load_tokenizer(name, model, trust) for name in arguments.checkpoints}
+        reference_name = arguments.ref_model_name_or_path or arguments.checkpoints[0]
+        for name, tokenizer in {reference_name: next(iter(tokenizers.values())), **tokenizers}.items():
+            check_prompt_lengths(prompts, tokenizer, config_of(name, model, trust), config)
+        load = partial(load_policy, arguments=model, trust_remote_code=trust)
+        reference = load(reference_name, is_trainable=False)
+        scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
         results = {}
-        for name in arguments.checkpoints:
-            with parser.errors_end_the_command():
-                tokenizer = load_tokenizer(name, model, rewards.trust_remote_code)
-                # Nothing is learned here; this critic has no trunk of its own.
-                options = {"reward_funcs": scorers, "value_model": "head"}
-                trainer = APATrainer(config, load(name), reference, tokenizer, prompts, **options)
+        for name, tokenizer in tokenizers.items():
+            # Nothing is learned here; this critic has no trunk of its own.
+            options = {"reward_funcs": scorers, "value_model": "head"}
+            trainer = APATrainer(config, load(name), reference, tokenizer, prompts, **options)
             results[name] = held_out_metrics(trainer, list(prompts))
     if config.should_save:
         print(f"{len(prompts)} prompts; KL and wins against {reference_name}")
         print(table(results))
         if arguments.output is not None:
+            Path(arguments.output).absolute().parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -1,13 +1,20 @@
 """`--accelerate_config`: the same command again under `accelerate launch`."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trl_apa.commands.options import Part, did_you_mean
+from trl_apa.commands.options import Part, did_you_mean, read_yaml
+from trl_apa.commands.parsing import DEBUG
 
 
 # Set for the processes that are started here, for which the option has had its effect.
@@ -52,6 +59,7 @@ def launch(command: str, argv: Sequence[str], values: Mapping[str, Any]) -> bool
 
     Raises:
         ValueError: if there is no such configuration, or an option of one without it.
+        SystemExit: with the status of the first process that failed, which has said why.
     """
     if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return False
@@ -62,15 +70,50 @@ def launch(command: str, argv: Sequence[str], values: Mapping[str, Any]) -> bool
         return False
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    options = ["--config_file", str(config_file(given.pop("accelerate_config")))]
+    file = config_file(given.pop("accelerate_config"))
+    read_yaml(str(file))
+    options = ["--config_file", str(file)]
     for name, value in given.items():
         options += [f"--{name}", str(value)]
+    with _ended_by_its_processes(command):
+        launch_command(launch_command_parser().parse_args([*options, "--module", "trl_apa.cli", command, *argv]))
+    return True
+
+
+@contextmanager
+def _ended_by_its_processes(command: str) -> Iterator[None]:
+    """Inside, processes are started and waited for, whatever comes from the keyboard: how they end, this one ends."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if DEBUG not in os.environ:
+        # It would say which process failed; that has said why.
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda *_: None) if in_main_thread else None
     os.environ[LAUNCHED] = "1"
     try:
-        launch_command(launch_command_parser().parse_args([*options, "--module", "trl_apa.cli", command, *argv]))
+        yield
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(_status(command, 0, error.returncode)) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise SystemExit(_status(command, rank, failure.exitcode)) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
     finally:
         del os.environ[LAUNCHED]
-    return True
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _status(command: str, rank: int, exit_code: int) -> int:
+    """The status to end with after a process has. One that a signal has ended could not say so itself."""
+    if exit_code >= 0:
+        return exit_code
+    name = signal.Signals(-exit_code).name
+    print(f"trl-apa {command}: process {rank} was ended by {name}", file=sys.stderr)
+    return 128 - exit_code
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -116,16 +116,15 @@ def main(argv: Sequence[str]) -> int:
         "Predict the peak memory of each GPU, by part, from the config alone: no weights, no GPU.",
         Part(MemoryArguments, lambda name: "training"),
     )
-    with parser.errors_end_the_command():
-        (arguments,) = parser.build(parser.parse(argv))
-        setup = arguments.setup()
-        with _quietly():
-            prediction = predict(setup)
-            print("\n".join(table(prediction)), flush=True)
-            too_small = [card for card, size in CARDS.items() if prediction.peak > size * GIB]
-            if too_small:
-                print("\nwhat to change, each change alone:", flush=True)
-                print("\n".join(advice(changes(setup, prediction.peak))) or "  nothing that this command knows of")
+    (arguments,) = parser.build(parser.parse(argv))
+    setup = arguments.setup()
+    with _quietly():
+        prediction = predict(setup)
+        print("\n".join(table(prediction)), flush=True)
+        too_small = [card for card, size in CARDS.items() if prediction.peak > size * GIB]
+        if too_small:
+            print("\nwhat to change, each change alone:", flush=True)
+            print("\n".join(advice(changes(setup, prediction.peak))) or "  nothing that this command knows of")
     return 0
 
 

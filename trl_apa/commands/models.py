@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +20,20 @@ from trl import ModelConfig, get_quantization_config
 
 from trl_apa.models import load_language_model, load_reward_model
 from trl_apa.models.critic import ADAPTER_PREFIX
+
+
+@contextmanager
+def loading(what: str, path: str) -> Iterator[None]:
+    """Inside, whatever a `from_pretrained` raises is a ValueError that names what it was to load."""
+    try:
+        yield
+    except Exception as error:
+        if not any(frame.name == "from_pretrained" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        reason = str(error) or type(error).__name__
+        if not os.path.isdir(path):
+            reason = f"there is no such folder, and the hub says: {reason}"
+        raise ValueError(f"the {what} {path!r} cannot be loaded: {reason}") from error
 
 
 def loading_options(arguments: ModelConfig, trust_remote_code: bool) -> dict[str, Any]:
@@ -46,17 +62,26 @@ def load_policy(path: str, arguments: ModelConfig, trust_remote_code: bool, is_t
         arguments: precision, attention and quantization.
         trust_remote_code: whether code that comes with the model may run.
         is_trainable: whether an adapter is trained further.
+
+    Raises:
+        ValueError: if it cannot be loaded.
     """
     options, hub = loading_options(arguments, trust_remote_code), {}
     if path == arguments.model_name_or_path and arguments.model_revision != "main":
         hub = {"revision": arguments.model_revision}
-    return load_language_model(path, is_trainable=is_trainable, hub=hub, **hub, **options)
+    with loading("model", path):
+        return load_language_model(path, is_trainable=is_trainable, hub=hub, **hub, **options)
 
 
 def load_tokenizer(path: str, arguments: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
     revision = arguments.model_revision if path == arguments.model_name_or_path else "main"
-    return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    with loading("tokenizer of", path):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def import_reward_function(name: str) -> Callable:
@@ -74,8 +99,9 @@ def import_reward_function(name: str) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs has {name!r}, which cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"reward_funcs has {name!r}, which cannot be imported: {reason}") from error
     if not callable(function):
         raise ValueError(f"reward_funcs has {name!r}, a {type(function).__name__}; it should be a function")
     return function
@@ -87,9 +113,15 @@ def load_rewards(
     """Reward models and reward functions, in the order of `reward_weights`: models first.
 
     What is to be an adapter on the policy's base ("adapter:PATH") stays a name, for the trainer to load.
+
+    Raises:
+        ValueError: if one cannot be loaded.
     """
-    found = [
-        path if path.startswith(ADAPTER_PREFIX) else load_reward_model(path, trust_remote_code=trust_remote_code)
-        for path in models or ()
-    ]
+    found: list[Callable | PreTrainedModel | str] = []
+    for path in models or ():
+        if path.startswith(ADAPTER_PREFIX):
+            found.append(path)
+        else:
+            with loading("reward model", path):
+                found.append(load_reward_model(path, trust_remote_code=trust_remote_code))
     return [*found, *functions]

@@ -8,9 +8,11 @@ from trl import get_peft_config
 
 from trl_apa.commands.groups import SAMPLING, model_part, training_title
 from trl_apa.commands.launching import LAUNCH_PART, launch
-from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
+from trl_apa.commands.lengths import check_prompt_lengths, check_response_lengths, config_of
+from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, loading
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lines
+from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
+from trl_apa.commands.progress import Column, print_lines
 from trl_apa.commands.rows import DataArguments, load_rows, preference
 from trl_apa.commands.train import OtherModelArguments, reward_part
 from trl_apa.data.pairs import Preference
@@ -51,25 +53,32 @@ def make_parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
-    with parser.errors_end_the_command():
-        values = parser.parse(argv)
-        if launch("offline", argv, values):
-            return 0
-        data, rewards, model, others, config, _ = parser.build(values)
-        name, trust = model.model_name_or_path, rewards.trust_remote_code
-        if name is None:
-            raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
-        functions = rewards.functions()
-        rows, held_out = load_rows(data, response_with_reward)
-        tokenizer = load_tokenizer(name, model, trust)
-        scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
-        ref_name = others.ref_model_name_or_path
+    values = parser.parse(argv)
+    if launch("offline", argv, values):
+        return 0
+    data, rewards, model, others, config, _ = parser.build(values)
+    name, trust = model.model_name_or_path, rewards.trust_remote_code
+    if name is None:
+        raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
+    check_output_folder("output_dir", config.output_dir)
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
+    functions = rewards.functions()
+    rows, held_out = load_rows(data, response_with_reward)
+    tokenizer, model_config = load_tokenizer(name, model, trust), config_of(name, model, trust)
+    check_response_lengths(rows, tokenizer, model_config, config)
+    check_prompt_lengths(held_out, tokenizer, model_config, config)
+    scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
+    ref_name = others.ref_model_name_or_path
+    policy = load_policy(name, model, trust)
+    reference = None if ref_name is None else load_policy(ref_name, model, trust, is_trainable=False)
+    responses = labelled(rows, scorers, tokenizer, config)
+    with loading("value model", others.value_model):
         trainer = OfflineAPATrainer(
             config,
-            load_policy(name, model, trust),
-            None if ref_name is None else load_policy(ref_name, model, trust, is_trainable=False),
+            policy,
+            reference,
             tokenizer,
-            labelled(rows, scorers, tokenizer, config),
+            responses,
             eval_dataset=None if held_out is None else prompts_of(held_out),
             reward_funcs=scorers,
             value_model=others.value_model,
@@ -77,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         )
     print_lines(trainer, COLUMNS)
     trainer.accelerator.print(f"{config.loss_type}: {len(trainer.rollouts)} responses, kl_coef {config.kl_coef}")
-    trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_pretrained(config.output_dir)
     trainer.save_state()
     trainer.accelerator.print(f"policy, tokenizer, value_model/ and trainer_state.json are in {config.output_dir}")

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
+from trl_apa.commands.parsing import OneLineParser
+
 
 # Groups of `--help` in their order; those that are not here come last.
 TITLES = ("checkpoints", "prompts", "data", "rewards", "model", "LoRA", "quantization", "the algorithm", "SFT")
@@ -79,7 +81,7 @@ class CommandParser:
             OSError: if there is no such file.
             SystemExit: after `--help`, or for a value of the wrong type on the command line.
         """
-        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        config = OneLineParser(prog=self._parser.prog, add_help=False, allow_abbrev=False)
         config.add_argument("--config")
         path = config.parse_known_args(argv)[0].config
         if path is not None:
@@ -151,7 +153,8 @@ def read_yaml(path: str) -> dict[Any, Any]:
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_LoaderThatSeesDoubles)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        # Values that look like dates or numbers and are none, and keys that are lists, are no error of YAML's own.
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it should hold options, one `name: value` a line")
@@ -163,7 +166,7 @@ class _LoaderThatSeesDoubles(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} stands there twice", key.start_mark

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from trl_apa.commands.outputs import check_output_folder
+from trl_apa.commands.parsing import OneLineParser
 from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.drawing import draw_figure
 from trl_apa.paper.figures import read_entry, read_figure
@@ -17,9 +19,9 @@ from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="trl-apa paper",
         description="Run what one of the paper's figures shows, but for what is done already, and draw it.",
         epilog="With --scale full, what stands after `--` goes to the command of every curve; for fig1 to `generate` "
@@ -53,24 +55,22 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.output_dir or f"runs/paper/{default}")
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(MiniSizes)}
     sizes = MiniSizes(**{name: size for name, size in given.items() if size is not None})
-    try:
-        compares = read_entry(options.configs, options.figure)[1].get("command") == "winrate"
-        refuse_what_has_no_effect(options, of_the_curves, compares)
-        if compares:
-            return run_win_rates(options, of_the_curves, folder, sizes)
-        figure = read_figure(options.configs, options.figure)
-        seeds = options.seeds or figure.seeds
-        if options.scale == "mini":
-            jobs = mini_jobs(figure, seeds, folder, sizes)
-            run_in_small(figure, jobs, folder, sizes)
-        else:
-            jobs = full_jobs(figure, seeds, folder)
-            if status := run_full(figure, jobs, of_the_curves):
-                return status
-        in_small = "; here in small, on the task of the demo" if options.scale == "mini" else ""
-        draw(f"{figure.name}: {figure.title}{in_small}", jobs, folder / f"{figure.name}.png")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    compares = read_entry(options.configs, options.figure)[1].get("command") == "winrate"
+    refuse_what_has_no_effect(options, of_the_curves, compares)
+    check_output_folder("output_dir", folder)
+    if compares:
+        return run_win_rates(options, of_the_curves, folder, sizes)
+    figure = read_figure(options.configs, options.figure)
+    seeds = options.seeds or figure.seeds
+    if options.scale == "mini":
+        jobs = mini_jobs(figure, seeds, folder, sizes)
+        run_in_small(figure, jobs, folder, sizes)
+    else:
+        jobs = full_jobs(figure, seeds, folder)
+        if status := run_full(figure, jobs, of_the_curves):
+            return status
+    in_small = "; here in small, on the task of the demo" if options.scale == "mini" else ""
+    draw(f"{figure.name}: {figure.title}{in_small}", jobs, folder / f"{figure.name}.png")
     print(folder / f"{figure.name}.png")
     return 0
 

@@ -1,13 +1,16 @@
 """`trl-apa plot RUN...`: reward, KL, and reward against KL of one or several runs, as PNG."""
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from trl_apa.commands.outputs import check_output_folder
+from trl_apa.commands.parsing import OneLineParser
 
 
 # Of the rollouts; of the held-out prompts.
@@ -34,7 +37,7 @@ class Run(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="trl-apa plot", description="Reward, KL, and reward against KL, as PNG.")
+    parser = OneLineParser(prog="trl-apa plot", description="Reward, KL, and reward against KL, as PNG.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or its trainer_state.json")
     parser.add_argument(
         "--output_dir", "--output-dir", help="where the pictures are written (default: the first run's folder)"
@@ -43,11 +46,9 @@ def main(argv: Sequence[str]) -> int:
     if find_spec("matplotlib") is None:
         print("trl-apa plot needs matplotlib: pip install 'trl-apa[demo]'", file=sys.stderr)
         return 1
-    try:
-        runs = [read_run(path) for path in options.runs]
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    runs = [read_run(path) for path in options.runs]
     folder = Path(options.output_dir) if options.output_dir else state_file(options.runs[0]).parent
+    check_output_folder("output_dir", folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         draw(name, runs, folder / f"{name}.png")
@@ -80,15 +81,32 @@ def read_run(path: str | Path) -> Run:
         ValueError: if it is not JSON, or has no reward and KL.
     """
     file = state_file(path)
-    history = json.loads(file.read_text(encoding="utf-8")).get("log_history", [])
+    history = log_history(file)
     rollouts, held_out = (_rows(history, reward, kl) for reward, kl in zip(REWARD, KL, strict=True))
     if not rollouts and not held_out:
         raise ValueError(f"{file} has neither {REWARD[0]} and {KL[0]} nor {REWARD[1]} and {KL[1]}")
     return Run(Path(path).resolve().name if Path(path).is_dir() else file.parent.resolve().name, rollouts, held_out)
 
 
+def log_history(file: Path) -> list[dict[str, Any]]:
+    """The rows of a trainer's log.
+
+    Raises:
+        ValueError: if the file is not JSON, or no trainer's state.
+    """
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    history = state.get("log_history", []) if isinstance(state, dict) else None
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError(f"{file} is no trainer_state.json: it has no log_history of rows")
+    return history
+
+
 def _rows(history: list[dict[str, Any]], reward: str, kl: str) -> list[tuple[float, float, float]]:
-    return [(row["step"], row[reward], row[kl]) for row in history if reward in row and kl in row]
+    found = [tuple(row.get(name) for name in ("step", reward, kl)) for row in history]
+    return [row for row in found if all(isinstance(value, Real) for value in row)]
 
 
 def draw(figure_name: str, runs: Sequence[Run], path: Path) -> None:

@@ -63,8 +63,3 @@ def print_lines(trainer: Trainer, columns: Sequence[Column]) -> None:
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressLines(columns))
     go_on_without(trainer.callback_handler.callbacks)
-
-
-def last_checkpoint_if_true(resume: str | None) -> str | bool | None:
-    """`resume_from_checkpoint` as `Trainer.train` takes it: `true` means the last checkpoint of the output folder."""
-    return True if str(resume).lower() in ("true", "yes", "last") else resume

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from trl import RewardConfig, get_peft_config
 
 from trl_apa.commands.launching import launch
-from trl_apa.commands.models import load_tokenizer, loading_options
+from trl_apa.commands.lengths import check_row_lengths, config_of
+from trl_apa.commands.models import load_tokenizer, loading, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
-from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.commands.supervised import check_options, finish, supervised_parser
 from trl_apa.quiet_trainers import QuietRewardTrainer
 from trl_apa.redaction import RedactedOptions
 
@@ -31,24 +32,28 @@ def make_parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
-    with parser.errors_end_the_command():
-        values = parser.parse(argv)
-        if launch("reward", argv, values):
-            return 0
-        data, model, config, _ = parser.build(values)
-        needs_model(model)
-        if model.use_peft:
-            # Otherwise the adapter's checkpoint would leave out the new head.
-            model.lora_task_type = "SEQ_CLS"
-        rows, held_out = load_rows(data, preference)
-        options = {**loading_options(model, config.trust_remote_code), "revision": model.model_revision}
-        config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
+    values = parser.parse(argv)
+    if launch("reward", argv, values):
+        return 0
+    data, model, config, _ = parser.build(values)
+    check_options(model, config)
+    if model.use_peft:
+        # Otherwise the adapter's checkpoint would leave out the new head.
+        model.lora_task_type = "SEQ_CLS"
+    rows, held_out = load_rows(data, preference)
+    name, trust = model.model_name_or_path, config.trust_remote_code
+    tokenizer, model_config = load_tokenizer(name, model, trust), config_of(name, model, trust)
+    for part in (rows, held_out):
+        check_row_lengths(part, tokenizer, model_config, config.max_length)
+    options = {**loading_options(model, trust), "revision": model.model_revision}
+    config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
+    with loading("model", name):
         trainer = QuietRewardTrainer(
-            model=model.model_name_or_path,
+            model=name,
             args=config,
             train_dataset=rows,
             eval_dataset=held_out,
-            processing_class=load_tokenizer(model.model_name_or_path, model, config.trust_remote_code),
+            processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
     return finish(trainer, REWARD_COLUMNS)

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
+from datasets import Dataset
 from trl import SFTConfig, get_peft_config
 
 from trl_apa.commands.launching import launch
+from trl_apa.commands.lengths import check_row_lengths, config_of
 from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
 from trl_apa.commands.rows import demonstration, load_rows
-from trl_apa.commands.supervised import finish, needs_model, supervised_parser
+from trl_apa.commands.supervised import check_options, finish, supervised_parser
 from trl_apa.quiet_trainers import QuietSFTTrainer
 from trl_apa.redaction import RedactedOptions
 
@@ -28,22 +30,36 @@ def make_parser() -> CommandParser:
     )
 
 
+def check_columns(rows: Dataset, text_field: str) -> None:
+    """Raise ValueError, naming what there is, if SFTTrainer knows none of the columns."""
+    layouts = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"}, {text_field})
+    if not any(layout <= set(rows.column_names) for layout in layouts):
+        raise ValueError(
+            f"dataset_name has the columns {', '.join(rows.column_names)}; it should have {text_field}, messages, or "
+            "prompt and completion"
+        )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
-    with parser.errors_end_the_command():
-        values = parser.parse(argv)
-        if launch("sft", argv, values):
-            return 0
-        data, model, config, _ = parser.build(values)
-        needs_model(model)
-        rows, held_out = load_rows(data, demonstration)
-        trainer = QuietSFTTrainer(
-            model=load_policy(model.model_name_or_path, model, config.trust_remote_code),
-            args=config,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=load_tokenizer(model.model_name_or_path, model, config.trust_remote_code),
-            peft_config=get_peft_config(model),
-        )
+    values = parser.parse(argv)
+    if launch("sft", argv, values):
+        return 0
+    data, model, config, _ = parser.build(values)
+    check_options(model, config)
+    rows, held_out = load_rows(data, demonstration)
+    check_columns(rows, config.dataset_text_field)
+    name, trust = model.model_name_or_path, config.trust_remote_code
+    tokenizer, model_config = load_tokenizer(name, model, trust), config_of(name, model, trust)
+    for part in (rows, held_out):
+        check_row_lengths(part, tokenizer, model_config, config.max_length, config.packing)
+    trainer = QuietSFTTrainer(
+        model=load_policy(name, model, trust),
+        args=config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model),
+    )
     return finish(trainer, SFT_COLUMNS)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
 from trl_apa.commands.groups import model_part, trl_title
 from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.commands.progress import Column, last_checkpoint_if_true, print_lines
+from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
+from trl_apa.commands.progress import Column, print_lines
 from trl_apa.commands.rows import DataArguments
 
 
@@ -26,18 +27,26 @@ def supervised_parser(command: str, description: str, config: type, trained: str
     return CommandParser(command, description, data, model_part(), Part(config, trl_title(trained)), LAUNCH_PART)
 
 
-def needs_model(model: ModelConfig) -> None:
-    """Raise ValueError if no model is named."""
+def check_options(model: ModelConfig, config: TrainingArguments) -> None:
+    """Raise ValueError if no model is named, nothing can be written, or there is no checkpoint to resume from."""
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model to start from")
+    check_output_folder("output_dir", config.output_dir)
+    checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
 
 
 def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
-    """Train, evaluate if rows are held out, save, upload if asked; returns the exit status."""
+    """Train, evaluate if rows are held out, save, upload if asked; returns the exit status.
+
+    Raises:
+        ValueError: if the trainer has left out every row.
+    """
     config = trainer.args
+    if len(trainer.train_dataset) == 0:
+        raise ValueError(f"no row is left to train on: all have more than max_length={config.max_length} tokens")
     print_lines(trainer, columns)
     trainer.accelerator.print(f"{len(trainer.train_dataset)} rows to train on")
-    trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir))
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model(config.output_dir)

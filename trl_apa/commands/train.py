@@ -9,11 +9,15 @@ from trl import ModelConfig, get_peft_config
 
 from trl_apa.commands.groups import apa_part, model_part
 from trl_apa.commands.launching import LAUNCH_PART, launch
-from trl_apa.commands.models import import_reward_function, load_policy, load_rewards, load_tokenizer
+from trl_apa.commands.lengths import check_prompt_lengths, config_of
+from trl_apa.commands.models import import_reward_function, load_policy, load_rewards, load_tokenizer, loading
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.commands.progress import APA_COLUMNS, last_checkpoint_if_true, print_lines
+from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
+from trl_apa.commands.progress import APA_COLUMNS, print_lines
 from trl_apa.commands.rows import DataArguments, load_rows, prompts_by
 from trl_apa.config import APAConfig
+from trl_apa.models.critic import ADAPTER_PREFIX
+from trl_apa.prompts import PromptSource
 from trl_apa.trainer import APATrainer
 
 
@@ -88,20 +92,21 @@ def make_parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
-    with parser.errors_end_the_command():
-        values = parser.parse(argv)
-        if launch("train", argv, values):
-            return 0
-        data, rewards, model, others, config, _ = parser.build(values)
-        model.model_name_or_path = model.model_name_or_path or config.sft_model_path
-        if rewards.reward_model_name_or_path is None and config.reward_model_path is not None:
-            rewards.reward_model_name_or_path = [config.reward_model_path]
-        if model.model_name_or_path is None:
-            raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
-        functions = rewards.functions()
-        rows, held_out = load_rows(data, prompts_by(data))
-        trainer = _trainer(config, model, others, rewards, functions, rows, held_out)
-    trainer.train(resume_from_checkpoint=last_checkpoint_if_true(config.resume_from_checkpoint))
+    values = parser.parse(argv)
+    if launch("train", argv, values):
+        return 0
+    data, rewards, model, others, config, _ = parser.build(values)
+    model.model_name_or_path = model.model_name_or_path or config.sft_model_path
+    if rewards.reward_model_name_or_path is None and config.reward_model_path is not None:
+        rewards.reward_model_name_or_path = [config.reward_model_path]
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: name the folder or the hub name of the policy")
+    check_output_folder("output_dir", config.output_dir)
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
+    functions = rewards.functions()
+    rows, held_out = load_rows(data, prompts_by(data))
+    trainer = _trainer(config, model, others, rewards, functions, rows, held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
     _save(trainer)
     return 0
 
@@ -117,17 +122,26 @@ def _trainer(
 ) -> APATrainer:
     trust = rewards.trust_remote_code
     name, ref_name = model.model_name_or_path, others.ref_model_name_or_path
-    trainer = APATrainer(
-        config,
-        load_policy(name, model, trust),
-        None if ref_name is None else load_policy(ref_name, model, trust, is_trainable=False),
-        load_tokenizer(name, model, trust),
-        rows,
-        eval_dataset=held_out,
-        reward_funcs=load_rewards(rewards.reward_model_name_or_path, functions, trust),
-        value_model=others.value_model,
-        peft_config=get_peft_config(model),
-    )
+    tokenizer, model_config = load_tokenizer(name, model, trust), config_of(name, model, trust)
+    # Whether there are enough for a batch.
+    PromptSource(rows, config.batch_size // config.num_generations, num_processes=config.world_size)
+    for part in (rows, held_out):
+        check_prompt_lengths(part, tokenizer, model_config, config)
+    policy = load_policy(name, model, trust)
+    reference = None if ref_name is None else load_policy(ref_name, model, trust, is_trainable=False)
+    scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
+    with loading("value model", others.value_model.removeprefix(ADAPTER_PREFIX)):
+        trainer = APATrainer(
+            config,
+            policy,
+            reference,
+            tokenizer,
+            rows,
+            eval_dataset=held_out,
+            reward_funcs=scorers,
+            value_model=others.value_model,
+            peft_config=get_peft_config(model),
+        )
     print_lines(trainer, APA_COLUMNS)
     trainer.accelerator.print(
         f"{config.loss_type}: {len(rows)} prompts, {config.global_batch_size} rollouts an iteration, "

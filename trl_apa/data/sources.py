@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+NO_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
 # Suffix -> what `datasets` calls the reader of such files.
@@ -134,14 +136,14 @@ def _json_lines(path: Path) -> Iterator[Row]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _decoded(number, line)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except NO_GZIP as error:
         raise ValueError(f"{path} is not a whole gzip file: {error} (after line {number})") from error
 
 
 def _decoded(number: int, line: bytes) -> Row:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON: {error}")
     return _checked(number, value)
 
@@ -151,7 +153,9 @@ def _json_list(path: Path) -> Iterator[Row]:
     with open_file(path, "rb") as file:
         try:
             values = json.loads(file.read())
-        except ValueError as error:
+        except NO_GZIP as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not one JSON document: {error} (JSON lines belong in a .jsonl file)"
             ) from error
@@ -170,8 +174,16 @@ def _checked(number: int, value: Any) -> Row:
 def _table_rows(path: str, **options: Any) -> Iterator[Row]:
     from datasets import load_dataset
 
-    for number, fields in enumerate(load_dataset(path, **options), start=1):
-        yield Row(number, fields)
+    source, number = options.get("data_files", path), 0
+    try:
+        for number, fields in enumerate(load_dataset(path, **options), start=1):
+            yield Row(number, fields)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        # pandas, pyarrow and `datasets` have errors of their own, of which some say nothing without their cause.
+        after = f" after row {number}" if number else ""
+        raise ValueError(f"{source} cannot be read{after}: {error.__cause__ or error}") from error
 
 
 def parse_rows(

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from trl_apa.commands.outputs import check_output_folder
+
 from .options import DemoOptions, parse_options
 
 
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"trl-apa demo needs {' and '.join(missing)}: pip install 'trl-apa[demo]'", file=sys.stderr)
         return 1
+    check_output_folder("output-dir", options.output_dir)
     os.environ.update(OFFLINE)
 
     from rich.console import Console

@@ -1,6 +1,8 @@
 """`python -m trl_apa.demo`."""
 
-from . import main
+import sys
+
+from trl_apa.cli import main
 
 
-raise SystemExit(main())
+raise SystemExit(main(["demo", *sys.argv[1:]]))

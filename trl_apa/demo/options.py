@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_apa.commands.parsing import OneLineParser
+
 
 LOSS_TYPES = ("apa", "awr", "ppo")
 
@@ -54,7 +56,7 @@ class DemoOptions:
 def parse_options(argv: Sequence[str]) -> DemoOptions:
     """Options from command-line arguments; exits with status 2 and a message where one is wrong."""
     default = DemoOptions()
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="trl-apa demo",
         description="A complete RLHF in miniature on the CPU: supervised fine-tuning, a learned reward model, APA.",
     )

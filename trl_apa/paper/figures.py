@@ -1,7 +1,9 @@
 """The index of the figures: `figures.yaml` in a folder with one file of options a curve."""
 
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,21 +78,32 @@ def read_figure(folder: str | Path, name: str) -> Figure:
         ValueError: if it has no such figure, or the entry lacks something or names a file that is not there.
     """
     path, index = _read_index(folder)
-    entry = _entry(path, index, name)
+    entry, where = _entry(path, index, name), f"{path}: {name}"
     missing = {"title", "command", "seeds", "panels"} - entry.keys()
     if missing:
-        raise ValueError(f"{path}: {name} lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
     command = entry["command"]
     if command not in COMMANDS:
-        raise ValueError(f"{path}: {name}: command is {command!r}; it should be {' or '.join(COMMANDS)}")
-    in_small = index.get(MINI, {}).get(command, {})
-    panels = {
-        str(panel): {
-            str(label): _curve(f"{path}: {name}", path.parent, curve, in_small) for label, curve in curves.items()
+        raise ValueError(f"{where}: command is {command!r}; it should be {' or '.join(COMMANDS)}")
+    with of_the_right_types(where):
+        in_small = index.get(MINI, {}).get(command, {})
+        panels = {
+            str(panel): {str(label): _curve(where, path.parent, curve, in_small) for label, curve in curves.items()}
+            for panel, curves in entry["panels"].items()
         }
-        for panel, curves in entry["panels"].items()
-    }
-    return Figure(name, entry["title"], command, list(entry["seeds"]), panels, entry.get("only_mini", False))
+        seeds = [operator.index(seed) for seed in entry["seeds"]]
+    if not seeds or not any(panels.values()):
+        raise ValueError(f"{where} has no {'curve' if seeds else 'seed'}")
+    return Figure(name, entry["title"], command, seeds, panels, entry.get("only_mini", False))
+
+
+@contextmanager
+def of_the_right_types(where: str) -> Iterator[None]:
+    """Inside, a list where there should be names and values, say, is a ValueError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not laid out as it should be: {type(error).__name__}: {error}") from error
 
 
 def file_name(text: str) -> str:
@@ -107,6 +120,8 @@ def _entry(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
     names = [str(known) for known in index if known != MINI]
     if name not in names:
         raise ValueError(f"{path} has {', '.join(names)}, but not {name!r}{did_you_mean(name, names)}")
+    if not isinstance(index[name], dict):
+        raise ValueError(f"{path}: {name} is a {type(index[name]).__name__}; it should have title, command, ...")
     return index[name]
 
 

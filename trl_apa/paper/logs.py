@@ -1,10 +1,9 @@
 """What the log of a run says, evaluation by evaluation."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_apa.commands.plot import KL, REWARD, state_file
+from trl_apa.commands.plot import KL, REWARD, log_history, state_file
 
 
 Row = dict[str, float]
@@ -33,7 +32,7 @@ def read_rows(path: str | Path) -> list[Row]:
         ValueError: if it is not JSON, or has no reward and KL.
     """
     file = state_file(path)
-    history = json.loads(file.read_text(encoding="utf-8")).get("log_history", [])
+    history = log_history(file)
     names = {f"eval_{name}": name for name in QUANTITIES} | {"step": "step", "samples": "samples"}
     held_out = [{names[key]: value for key, value in row.items() if key in names} for row in history]
     if rows := [row for row in held_out if {"reward", "kl"} <= row.keys()]:

@@ -102,9 +102,16 @@ class MiniTask:
 
 
 def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
-    """The options of a curve that count in small."""
+    """The options of a curve that count in small.
+
+    Raises:
+        ValueError: if there is no `loss_type` among them.
+    """
     kept = {name: value for name, value in curve.options().items() if name in KEPT_OPTIONS[command]}
-    return {**kept, **curve.mini}
+    options = {**kept, **curve.mini}
+    if "loss_type" not in options:
+        raise ValueError(f"{curve.file} has no loss_type")
+    return options
 
 
 def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes) -> str:
@@ -167,21 +174,37 @@ def run_mini(task: MiniTask, command: str, options: Mapping[str, Any], seed: int
     log: Log = []
     with quiet_libraries(), torch_threads(task.options.num_threads):
         try:
-            run(task, {**FIXED[command], **options, "seed": seed, "output_dir": str(folder)}, log)
+            run(task, config_of(command, options, seed, task.sizes, folder), log)
         except FloatingPointError as error:
             log.append({"ended_early": str(error)})
     _write_json(folder / "trainer_state.json", {"log_history": log})
 
 
-def _online(task: MiniTask, options: dict[str, Any], log: Log) -> None:
+def config_of(
+    command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes, folder: Path
+) -> APAConfig | OfflineConfig:
+    """The options of a curve's trainer.
+
+    Args:
+        command: "train" or "offline".
+        options: of `algorithm_options`.
+        seed: of sampling and order.
+        sizes: how small.
+        folder: of the run.
+
+    Raises:
+        ValueError: as the classes do.
+    """
+    given = {**FIXED[command], **options, "seed": seed, "output_dir": str(folder)}
+    given["max_completion_length"] = task_options(sizes).max_new_tokens
+    if command == "offline":
+        return OfflineConfig(num_train_epochs=sizes.epochs, **given)
+    return APAConfig(steps=sizes.batch_size * sizes.iterations, batch_size=sizes.batch_size, **given)
+
+
+def _online(task: MiniTask, config: APAConfig, log: Log) -> None:
     """Generate, score, step; `log` gets what is measured on held-out prompts."""
     sizes, made = task.sizes, task.made
-    config = APAConfig(
-        steps=sizes.batch_size * sizes.iterations,
-        batch_size=sizes.batch_size,
-        max_completion_length=task.options.max_new_tokens,
-        **options,
-    )
     policy = task.policy()
     trainer = APATrainer(config, policy, tokenizer=made.tokenizer)
     rng = random.Random(config.seed)
@@ -208,10 +231,9 @@ class _Measuring(TrainerCallback):
             self.measure(state.global_step)
 
 
-def _offline(task: MiniTask, options: dict[str, Any], log: Log) -> None:
+def _offline(task: MiniTask, config: OfflineConfig, log: Log) -> None:
     """Learn from the fixed data; `log` gets what is measured on held-out prompts."""
     sizes, made = task.sizes, task.made
-    config = OfflineConfig(num_train_epochs=sizes.epochs, max_completion_length=task.options.max_new_tokens, **options)
     trainer = OfflineAPATrainer(config, task.policy(), processing_class=made.tokenizer, train_dataset=task.fixed_rows)
 
     def note(step: int) -> None:

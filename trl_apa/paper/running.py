@@ -83,12 +83,18 @@ def mini_jobs(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSiz
 
 
 def run_in_small(figure: Figure, jobs: Sequence[Job], folder: Path, sizes: MiniSizes) -> None:
-    """Each curve here, one after the other, on one fine-tuned policy and one reward model."""
+    """Each curve here, one after the other, on one fine-tuned policy and one reward model.
+
+    Raises:
+        ValueError: for options that a curve cannot have, before any is run.
+    """
     from trl_apa.paper import mini
 
     task = mini.MiniTask(mini.task_folder(folder, sizes), sizes)
-    for job in jobs:
+    options = [mini.algorithm_options(figure.command, job.curve) for job in jobs]
+    for job, given in zip(jobs, options, strict=True):
+        mini.config_of(figure.command, given, job.seed, sizes, job.folder)  # refuses what it cannot run
+    for job, given in zip(jobs, options, strict=True):
         if not job.is_done:
             print(f"{job.panel}, {job.label}, seed {job.seed}: {job.folder}", flush=True)
-            options = mini.algorithm_options(figure.command, job.curve)
-            mini.run_mini(task, figure.command, options, job.seed, job.folder)
+            mini.run_mini(task, figure.command, given, job.seed, job.folder)

@@ -1,11 +1,12 @@
 """Figure 1: policies that another figure's runs left, compared in pairs by a judge."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from trl_apa.paper.figures import Figure, file_name, read_entry, read_figure
+from trl_apa.paper.figures import Figure, file_name, of_the_right_types, read_entry, read_figure
 from trl_apa.winrate.comparing import Judgement, win_rate
 
 
@@ -65,7 +66,12 @@ def read_comparison(folder: str | Path, name: str) -> Comparison:
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
     if entry["command"] != COMMAND:
         raise ValueError(f"{where}: command is {entry['command']!r}; it should be {COMMAND}")
-    trained = read_figure(folder, entry["runs_of"])
+    with of_the_right_types(where):
+        return _comparison(name, path, entry, read_figure(folder, entry["runs_of"]))
+
+
+def _comparison(name: str, path: Path, entry: Mapping[str, Any], trained: Figure) -> Comparison:
+    where = f"{path}: {name}"
     if len(trained.panels) != 1:
         raise ValueError(
             f"{where}: runs_of is {trained.name}, which has {len(trained.panels)} panels; it should have one"
@@ -83,7 +89,8 @@ def read_comparison(folder: str | Path, name: str) -> Comparison:
     for file in files.values():
         if not file.is_file():
             raise ValueError(f"{where} names {file.name}, which is not there")
-    return Comparison(name, entry["title"], list(entry["seeds"]), trained, entry["start"], policies, **files)
+    seeds = [operator.index(seed) for seed in entry["seeds"]]
+    return Comparison(name, entry["title"], seeds, trained, entry["start"], policies, **files)
 
 
 class WinRates(NamedTuple):
