@@ -9,7 +9,7 @@ SHELL := /bin/bash
 comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-distributed test-lowest bench soak parity demo build clean
+.PHONY: help install check format test test-distributed test-lowest bench soak chaos parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ bench: install .venv-parity/.installed ## compare CPU seconds of step and genera
 
 soak: install ## see that memory does not grow over a thousand optimizer steps
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.soak $(ARGS)
+
+chaos: install ## kill runs at random moments, resume them, and see that their bits are those of a run left alone
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.chaos $(ARGS)
 
 demo: install ## align a small language model with APA, from nothing, on the CPU
 	.venv/bin/trl-apa demo --output-dir runs/demo $(ARGS)

@@ -86,7 +86,7 @@ class Server:
                 body = loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
                 server.requests.append((self.path, body))
                 if server.failing and self.path == "/v1/completions":
-                    self.send_error(400, "out of memory")
+                    self.send_error(400, f"out of memory, asked with {self.headers['Authorization']}")
                     return
                 self.answer(server.complete(body) if self.path == "/v1/completions" else {"success": True})
 

@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks import soak, vocabulary
+from benchmarks import chaos, soak, vocabulary
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.speed import tokens_of
 from benchmarks.workload import SPREADS, Workload
@@ -52,3 +53,26 @@ def test_make_soak_reads_the_memory_of_every_step(tmp_path, capsys):
     table = soak.run(6, str(tmp_path))
     assert [step for step, _ in table] == [1, 2, 3, 4, 5, 6] and all(mib > 50 for _, mib in table)
     assert capsys.readouterr().out.count(" MiB ") == 6
+
+
+def test_make_chaos_kills_a_run_resumes_it_and_compares_its_bits(tmp_path):
+    # In a process of its own, which forks before it has run anything.
+    program = (
+        "import random, sys, pathlib; from benchmarks.chaos import Setup, survive\n"
+        "print(survive(Setup(1, 'apa', 1), 1, pathlib.Path(sys.argv[1]), random.Random(0)))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("Tally(runs=") and "Tally(runs=0" not in printed
+    assert (tmp_path / "run-0" / f"checkpoint-{chaos.STEPS}").is_dir()
+
+
+def test_make_chaos_sees_an_incomplete_checkpoint_and_a_changed_bit(tmp_path):
+    one = {"weights": torch.ones(3), "step": 4}
+    assert chaos.differing(one, {"weights": torch.ones(3), "step": 4}) == []
+    assert chaos.differing(one, {"weights": torch.tensor([1, 1, 1 + 2**-23]), "step": 5}) == ["step", "weights"]
+    assert chaos.differing(one, {"weights": torch.ones(3)}) == ["step"]
+    assert chaos.age_of_newest(tmp_path) == (0, 0)
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(chaos.Broken, match=r"checkpoint-3: trainer_state\.json is missing"):
+        chaos.age_of_newest(tmp_path)

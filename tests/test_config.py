@@ -1,12 +1,17 @@
 """Options, their classic names, and what is refused before anything is built."""
 
 import dataclasses
+import math
 import warnings
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
+from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
+from trl_apa.offline import OfflineConfig
+from trl_apa.option_checks import LIMITS
 
 
 def config(**kwargs):
@@ -92,11 +97,60 @@ def test_the_default_mini_batch_divides_the_batch(batch_size, accumulation, expe
         ({"ppo_epochs": 3, "num_epochs_per_batch": 5}, "ppo_epochs=3 and num_epochs_per_batch=5 name one option"),
         ({"vf_coef": -1.0}, "vf_coef=-1.0"),
         ({"scale_rewards": "group"}, "scale_rewards='group': it should be True or False"),
+        ({"learning_rate": -1e-5}, "learning_rate=-1e-05: it should not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: it should not be negative"),
+        ({"adam_epsilon": -1e-8}, "adam_epsilon=-1e-08: it should not be negative"),
+        ({"adam_beta1": 1.0}, "adam_beta1=1.0: it should be at least 0 and below 1"),
+        ({"adam_beta2": -0.1}, "adam_beta2=-0.1"),
+        ({"lr_scheduler_kwargs": {"min_lr": float("nan")}}, r"lr_scheduler_kwargs\['min_lr'\]=nan"),
+        ({"reward_weights": [1.0, float("inf")]}, r"reward_weights\[1\] is inf; it should be a finite number"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def floats_of(config_class):
+    """Names of the options that are floats, those of `TrainingArguments` too."""
+    return [field.name for field in dataclasses.fields(config_class) if field.type in (float, float | None)]
+
+
+@pytest.mark.parametrize("config_class", [APAConfig, OfflineConfig])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, "1e-3"], ids=lambda value: str(value)[:8])
+def test_every_option_that_is_no_finite_number_is_refused_by_name(config_class, value):
+    names = floats_of(config_class)
+    assert {"learning_rate", "kl_coef", "gamma", "weight_decay", "adam_beta2", "adam_epsilon", "temperature"} < set(
+        names
+    )
+    assert config_class is OfflineConfig or {"missing_eos_penalty", "lam", "init_kl_coef", "reward_timeout"} < set(
+        names
+    )
+    for name in names:
+        if value != math.inf or name not in LIMITS:
+            with pytest.raises(ValueError, match=rf"{name}=.*: it should be a (finite )?number"):
+                config_class(use_cpu=True, report_to="none", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "ppo_epochs", "top_k", "max_steps", "seed", "warmup_steps"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_so_is_a_count_that_is_none(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: it should be a finite number"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "ppo"])
+def test_an_infinite_limit_is_no_limit(tmp_path, loss_type):
+    """The step is that of limits which nothing reaches, and none of its numbers is infinite."""
+    names = set(LIMITS) - {"vllm_server_timeout"} - ({"ratio_threshold"} if loss_type == "apa" else set())
+    after = []
+    for limit in (math.inf, 1e9):
+        options = {"early_stopping": True, "scale_rewards": True, "ppo_epochs": 2, **dict.fromkeys(names, limit)}
+        trainer = tiny_trainer(tmp_path, loss_type=loss_type, **options)
+        stats = trainer.step(*tiny_rollouts())
+        after.append({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
+        assert all(np.isfinite(value).all() for value in stats.values())
+    assert all(parameter.equal(after[1][name]) for name, parameter in after[0].items())
 
 
 def test_ppo_without_kl_control_is_allowed():

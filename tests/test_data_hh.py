@@ -100,6 +100,7 @@ def message(role, content):
 
 BAD_ROWS = [
     ("{not json", "not JSON"),
+    ("[" * 100_000, "not JSON"),
     ("[1, 2]", "a list, expected an object"),
     ({"chosen": GOOD["chosen"]}, "has no 'rejected' column"),
     ({"text": "x"}, "has no 'chosen' column"),
@@ -209,7 +210,7 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
         read_preferences(tmp_path / "b.json")
     whole = gzip.compress("".join(json.dumps({**GOOD, "n": n}) + "\n" for n in range(2000)).encode())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a whole gzip file"):
+    with pytest.raises(ValueError, match="not a complete gzip file"):
         read_preferences(tmp_path / "a.jsonl.gz")
 
 

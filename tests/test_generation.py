@@ -1,17 +1,37 @@
 """`generate`: order, padding, where a response ends, and that nothing leaks in from the model's own defaults."""
 
 import math
+import random
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
 
-from tests.tiny import EOS, FAMILIES, PAD, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_trainer
+from tests.made_tokenizers import KINDS, TEXTS, made_tokenizer
+from tests.tiny import (
+    EOS,
+    FAMILIES,
+    PAD,
+    byte_tokenizer,
+    lora_config,
+    tiny_config,
+    tiny_model,
+    tiny_rollouts,
+    tiny_trainer,
+)
 from trl_apa import APATrainer
-from trl_apa.generation import ResponseLengths, end_token_ids, generation_options
+from trl_apa.generation import ResponseLengths, end_token_ids, generation_options, row_criteria
 
 
 def ends_with_eos_only(response):
@@ -106,6 +126,90 @@ def test_a_stop_string_ends_the_response_with_the_tokens_that_spell_it(tmp_path,
         expected = text[: text.index(stop) + 2] if stop in text else text
         assert trainer.tokenizer.decode(response, skip_special_tokens=True) == expected
         assert stop in text or torch.equal(response, unstopped)
+
+
+STOPS = [["END"], ["\n\n"], ["\n\nHuman:"], ["é"], [" END", "stop"], ["topp"], ["👍"], ["dEND"], ["<|im_end|>"]]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "byt5"])
+def test_a_response_ends_with_the_first_token_with_which_its_text_holds_a_stop_string(kind):
+    """Whatever token it begins and ends in, in a batch, behind prompts that hold it or end in half of it."""
+    tokenizer = made_tokenizer(kind)
+    generator = random.Random(0)
+    before = tokenizer("the", add_special_tokens=False)["input_ids"]
+    found = 0
+    for stop in STOPS:
+        responses = []
+        for _ in range(8):  # texts in which it occurs, then random tokens
+            text, cut = generator.choice(TEXTS), generator.randrange(20)
+            text = f"{text[cut : cut + 9]}{generator.choice(stop)}{text[cut + 9 : cut + 16]}"
+            responses.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            responses.append([generator.randrange(3, len(tokenizer)) for _ in range(10)])
+        whole = tokenizer(generator.choice(stop), add_special_tokens=False)["input_ids"]
+        prompts = [whole[: generator.randrange(len(whole) + 1)] for _ in responses]
+        lengths = ResponseLengths(12, row_criteria(None, stop, tokenizer))
+        rows = [
+            torch.tensor([0] * (12 - len(prompt)) + prompt + response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        tokens = pad_sequence(rows, batch_first=True)
+        for width in range(13, tokens.shape[1] + 1):
+            lengths(tokens[:, :width], None)
+        for response, length in zip(responses, lengths.lengths_B.tolist(), strict=True):
+            texts = [tokenizer.decode(before + response[:n]) for n in range(len(response) + 1)]
+            hold = [any(string in text[len(texts[0]) :] for string in stop) for text in texts]
+            assert length == (hold.index(True) if True in hold else 0), (stop, texts[-1])
+            found += True in hold
+    assert found > 20
+
+
+class Says(LogitsProcessor):
+    """Makes each row say a text of its own: the rows are told apart by their prompts."""
+
+    def __init__(self, width, prompts, texts):
+        self.width, self.prompts, self.texts = width, prompts, texts
+
+    def __call__(self, input_ids, scores):
+        place = input_ids.shape[1] - self.width
+        scores = torch.full_like(scores, -math.inf)
+        for row, ids in enumerate(input_ids[:, : self.width].tolist()):
+            both = zip(self.prompts, self.texts, strict=True)
+            (text,) = (text for prompt, text in both if ids[-len(prompt) :] == prompt)
+            scores[row, text[min(place, len(text) - 1)]] = 0.0
+        return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_prompt_completes_no_stop_string_and_stops_nothing(tmp_path, batch_size):
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(1)
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **ids, **sizes))
+    trainer = APATrainer(tiny_config(tmp_path), model, tokenizer=tokenizer)
+    cases = [
+        ("Question:\n", "\nanswer is 4 END more", "\nanswer is 4 END"),
+        ("a EN", "D and more", "D and more"),
+        ("all END", "END of it", "END"),
+        ("it is END, caf\xc3", "é\n\nend", "é\n\n"),
+        ("b", "x EN\n D", "x EN\n D"),
+    ]
+    prompts, texts, expected = zip(*cases, strict=True)
+    prompts, said = ([tokenizer(text)["input_ids"] for text in part] for part in (prompts, texts))
+    options = {"stop_strings": ["\n\n", "END", "Ã"], "return_prompt": False, "batch_size": batch_size}
+    for start in range(0, 5, batch_size):
+        rows = slice(start, start + batch_size)
+        says = Says(max(map(len, prompts[rows])), prompts[rows], said[rows])
+        responses = trainer.generate(
+            [torch.tensor(prompt) for prompt in prompts[rows]],
+            max_new_tokens=max(map(len, said[rows])),
+            logits_processor=LogitsProcessorList([says]),
+            length_sampler=None,
+            **options,
+        )
+        for response, text in zip(responses, expected[rows], strict=True):
+            # what a text says at its end it says again up to the limit
+            assert tokenizer.decode(response).rstrip(text[-1]) == text.rstrip(text[-1])
 
 
 def test_lengths_are_remembered_for_each_row():

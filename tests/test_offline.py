@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests._two_processes import run_in_two_processes
 from tests.test_two_processes import announce_rank
@@ -16,6 +16,7 @@ from trl_apa.advantages import gae
 from trl_apa.data import Preference
 from trl_apa.logprobs import response_logits, response_logprobs
 from trl_apa.masking import masked_whiten
+from trl_apa.models import reference_policy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, QValueModel, advantage_shifted, label_pairs
 from trl_apa.rollouts import pad_tokens
 
@@ -162,19 +163,96 @@ def test_the_split_into_micro_batches_does_not_matter(tmp_path, options):
     assert moved > 10
 
 
-def step_on_half(rank, options):
+def evaluated_on_two_ranks(rank, folder):
+    """What each rank says of a reward function that ends the second one in an evaluation; then a reward of both."""
+
+    def judge(completions, **_):
+        if rank == 1 and faulty:
+            raise SystemExit(3)
+        return [float(rank)] * len(completions)
+
+    given = {"eval_dataset": [{"prompt": f"w{number}"} for number in (5, 6, 7)], "reward_funcs": judge}
+    options = {"per_device_eval_batch_size": 1, "max_completion_length": 2}
+    trainer, faulty = trainer_of(folder, ragged_rows(), trainer_kwargs=given, **options), True
+    with pytest.raises((RuntimeError, ValueError)) as failed:
+        trainer.evaluate()
+    faulty = False
+    return f"{type(failed.value).__name__}: {failed.value}", trainer.evaluate()["eval_reward"]
+
+
+def on_two_ranks(rank, options):
     announce_rank(rank)
     with tempfile.TemporaryDirectory() as folder:
         after = parameters_after_one_step(folder, ragged_rows(), 4, 1, **options)
-        return {name: p.numpy() for name, p in after.items()}
+        return {name: p.numpy() for name, p in after.items()}, evaluated_on_two_ranks(rank, folder)
 
 
-def test_two_ranks_equal_one_process_on_all_rows(tmp_path):
-    options = {"loss_type": "awr", "freeze_value": False}
-    single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **options)
-    for parameters in run_in_two_processes(step_on_half, options):
+ONE_STEP = {"loss_type": "awr", "freeze_value": False}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_in_two_processes(on_two_ranks, ONE_STEP)
+
+
+def test_two_ranks_equal_one_process_on_all_rows(tmp_path, ranks):
+    single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **ONE_STEP)
+    for parameters, _ in ranks:
         for name, expected in single.items():
             torch.testing.assert_close(torch.from_numpy(parameters[name]), expected, rtol=0, atol=1e-5, msg=name)
+
+
+def test_an_evaluation_that_fails_on_one_rank_fails_on_both_and_the_next_one_works(ranks):
+    first, second = (outcome for _, outcome in ranks)
+    failure = "RuntimeError: reward function judge failed: SystemExit: 3"
+    # Of three prompts the first rank has two.
+    assert second == (failure, pytest.approx(1 / 3))
+    assert first == (
+        f"ValueError: 1 other process(es) failed at the same point: process 1: {failure}",
+        pytest.approx(1 / 3),
+    )
+
+
+def test_what_was_learned_before_an_evaluation_failed_is_kept(tmp_path):
+    """The held-out reward is asked for after each of four epochs of two steps."""
+    calls = []
+
+    def judge(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise SystemExit(3)
+        return [1.0] * len(completions)
+
+    given = {"eval_dataset": [{"prompt": "w5 w6"}], "reward_funcs": judge}
+    options = {"eval_strategy": "epoch", "num_train_epochs": 4, "value_epochs": 0, "per_device_train_batch_size": 4}
+
+    def trainer(folder):
+        return trainer_of(folder, ragged_rows(), trainer_kwargs=given, max_completion_length=2, **options)
+
+    with pytest.raises(RuntimeError, match="reward function judge failed: SystemExit: 3"):
+        trainer(tmp_path).train()
+    resumed, whole = trainer(tmp_path), trainer(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    whole.train()
+    assert resumed.state.global_step == whole.state.global_step == 8
+    for one, other in zip(resumed.networks.parameters(), whole.networks.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class SpoilOptimizer(TrainerCallback):
+    """Before the checkpoint of a step is written, one number of the optimizer's state becomes NaN."""
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        next(iter(optimizer.state.values()))["exp_avg"].flatten()[0] = math.nan
+
+
+def test_a_checkpoint_whose_optimizer_is_not_finite_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "value_epochs": 0}
+    trainer_of(tmp_path, ragged_rows(), trainer_kwargs={"callbacks": [SpoilOptimizer()]}, **options).train()
+    with pytest.raises(
+        ValueError, match=r"the optimizer of .*checkpoint-1 is not finite: exp_avg of a parameter of shape"
+    ):
+        trainer_of(tmp_path, ragged_rows(), **{**options, "max_steps": 2}).train(resume_from_checkpoint=True)
 
 
 def test_the_loss_is_the_plain_formula(tmp_path):
@@ -235,7 +313,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, op
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6, msg=name)
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0])
-    with pytest.raises(ValueError, match="there is no checkpoint in"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         trainer_of(tmp_path / "empty", ragged_rows(), **options).train(resume_from_checkpoint=True)
 
 
@@ -290,6 +368,77 @@ def test_sampling_and_log_probs_see_the_shifted_policy_whatever_the_padding(tmp_
         assert generated[row].tolist() == expected
         assert logprobs[row, -1].item() == pytest.approx(last[expected[-1]].item(), abs=1e-4)
     assert (logprobs - unshifted).abs().max() > 0.1
+
+
+def shifted_logprob(policy, q_model, beta, temperature, query, response):
+    """log pi of a response under the shifted policy: the row alone, one full forward pass of each network a token."""
+    total, ids = 0.0, list(query)
+    with torch.no_grad():
+        for token in response:
+            logits = policy(input_ids=torch.tensor([ids])).logits[0, -1]
+            hidden = q_model.trunk(input_ids=torch.tensor([ids])).last_hidden_state[:, -1:]
+            logits = logits + beta * q_model.advantages(hidden)[0, 0]
+            total += (logits / temperature).log_softmax(-1)[token].item()
+            ids.append(token)
+    return total
+
+
+def speak_up(q_model, seed=0):
+    """Heads and trunk that say something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in q_model.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("family", "evaluated_first"), [("llama", False), ("llama", True), ("gpt2", True), ("lora", False)]
+)
+def test_the_held_out_kl_of_ilql_is_that_of_the_policy_that_sampled(tmp_path, family, evaluated_first):
+    """Before and after training, whatever was measured before; pi_init is not shifted."""
+    model = tiny_model("llama" if family == "lora" else family)
+    if family == "lora":
+        model = get_peft_model(model, lora_config(init_lora_weights=False))
+    sampled = []
+
+    def reward(completion_ids, **columns):
+        sampled.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    prompts = [[3, 4, 5, 6, 9], [7], [8, 2]]
+    given = {"eval_dataset": [{"input_ids": ids} for ids in prompts], "reward_funcs": reward}
+    options = {"max_steps": 1, "max_completion_length": 6, "ilql_beta": 1.5, "temperature": 0.8, "optim": "sgd"}
+    trainer = trainer_of(tmp_path, ragged_rows(), model, given, loss_type="ilql", **options)
+    if evaluated_first:  # the heads start at zero: nothing is shifted yet
+        assert trainer.evaluate()["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+    trainer.train()
+    policy, q_model = trainer.networks.policy, trainer.networks.value_model
+    for seed in (1, 2):
+        speak_up(q_model, seed)
+        sampled.clear()
+        measured = trainer.evaluate()["eval_kl"]
+        kl = 0.0
+        with reference_policy(policy, trainer.ref_model) as reference:
+            for query, ids in zip(prompts, sampled, strict=True):
+                kl -= shifted_logprob(reference, q_model, 0.0, 0.8, query, ids) / 3
+        for query, ids in zip(prompts, sampled, strict=True):
+            kl += shifted_logprob(policy, q_model, 1.5, 0.8, query, ids) / 3
+        assert measured == pytest.approx(kl, abs=2e-4) and abs(kl) > 0.5
+
+
+def test_the_shift_is_made_in_float32(tmp_path):
+    """In bfloat16 a logit of 20 would be off by up to 0.06 nats."""
+    trainer = trainer_of(tmp_path, ragged_rows(), tiny_model(dtype=torch.bfloat16, scale=6.0), loss_type="ilql")
+    policy, q_model = trainer.networks.policy, trainer.networks.value_model
+    speak_up(q_model)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        plain = policy(input_ids=ids).logits
+        hidden = q_model.trunk(input_ids=ids).last_hidden_state
+        with advantage_shifted(policy, q_model, beta=2.0):
+            shifted = policy(input_ids=ids).logits
+    assert plain.dtype == torch.bfloat16
+    torch.testing.assert_close(shifted, plain.float() + 2.0 * q_model.advantages(hidden), rtol=1e-6, atol=1e-6)
 
 
 # ---- held-out rewards ----
@@ -402,18 +551,23 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
     bad = [
         {**good, "reward": math.nan},
         {**good, "reward": "1"},
+        {**good, "reward": 1e39},
+        {**good, "reward": 10**400},
+        {**good, "reward": -2e18},
         {**good, "completion": None},
         {**good, "completion": "", "completion_ids": []},
         {**good, "completion_ids": [VOCABULARY]},
         {**good, "completion_ids": [2] * 64},
         {"completion": "w4", "reward": 1.0},
     ]
-    with pytest.raises(ValueError, match="1 rows to learn from, 7 bad rows") as raised:
+    with pytest.raises(ValueError, match="1 rows to learn from, 10 bad rows") as raised:
         trainer_of(tmp_path, [good, *bad])
     said = str(raised.value)
     assert "reward is nan, it should be a finite number (row 2)" in said and "reward is '1'" in said
-    assert "it should have completion" in said and "the response has no token (row 5)" in said
-    assert "holds token ids from 32 to 32" in said and "the model has 64 positions" in said and "(row 8)" in said
+    assert "it should have completion" in said and "the response has no token (row 8)" in said
+    assert "holds token ids from 32 to 32" in said and "the model has 64 positions" in said and "(row 11)" in said
+    assert "reward is 1e+39, it should be a finite number" in said and "reward is 1000" in said
+    assert "reward is -2e+18, it should be at most 1e+18 in size (row 6)" in said
     with pytest.raises(ValueError, match="train_dataset: 0 rows"):
         trainer_of(tmp_path, [])
 
@@ -429,6 +583,10 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
         ({"expectile": 1.0}, "expectile=1.0"),
         ({"polyak": 0.0}, "polyak=0.0"),
         ({"value_epochs": -1}, "value_epochs=-1: it should not be negative"),
+        ({"bc_coef": math.inf}, "bc_coef=inf: it should be a finite number"),
+        ({"learning_rate": math.nan}, "learning_rate=nan: it should be a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: it should not be negative"),
+        ({"reward_weights": [math.nan]}, r"reward_weights\[0\] is nan; it should be a finite number"),
         ({"early_stopping_patience": 2}, "needs eval_strategy"),
         ({"early_stopping_patience": 0, "eval_strategy": "epoch"}, "early_stopping_patience=0"),
     ],

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from trl_apa.demo.reward import gold_rewards
 from trl_apa.paper.drawing_win_rates import draw_win_rates
 from trl_apa.paper.figures import INDEX
 from trl_apa.paper.win_rates import read_comparison, sampling_seed, summarize
-from trl_apa.paper.win_rates_full import common_start, options_of
+from trl_apa.paper.win_rates_full import _make, common_start, options_of
 from trl_apa.paper.win_rates_mini import GoldJudge, compare_in_small, held_out_prompts, sample_answers
 from trl_apa.winrate import Judgement, Pair, compare, win_rate
 from trl_apa.winrate.comparing import FIRST, SECOND, TIE
@@ -327,6 +328,42 @@ class Processes:
     def names(self):
         """Which files were made, in order."""
         return [Path(command[-1]).name.removesuffix(".part") for command in self.commands]
+
+
+def test_what_a_killed_process_left_is_kept_for_the_same_command_alone(tmp_path, monkeypatch):
+    path, source = tmp_path / "answers.jsonl", tmp_path / "source"
+    source.write_text("")
+    found = []
+
+    def run(command, check):
+        part = Path(command[-1])
+        found.append(part.read_text() if part.exists() else None)
+        part.write_text("half" if len(found) < 6 else "complete")
+        (tmp_path / f".{part.name}.run.json").write_text("{}")
+        if len(found) < 6:
+            raise subprocess.CalledProcessError(-9, command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+    def make(*options):
+        try:
+            _make(["generate", *options], path, [source])
+        except subprocess.CalledProcessError:
+            assert not path.exists()
+
+    make()
+    make()  # continues
+    make("--seed", "1")
+    make("--seed", "1")
+    later = time.time() + 10
+    os.utime(source, (later, later))
+    make("--seed", "1")  # of another policy
+    os.utime(source, (0, 0))
+    make("--seed", "1")
+    assert found == [None, "half", None, "half", None, "half"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.command", "source"]
+    make("--seed", "1")
+    assert len(found) == 6 and path.read_text() == "complete"
 
 
 def test_full_size_answers_and_judges_what_is_not_there_yet(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-PURE = ("masking", "kl", "advantages", "rewards", "losses", "rollouts")
+PURE = ("masking", "kl", "advantages", "rewards", "losses", "values", "rollouts")
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets", "tokenizers"}
 
 PROBE = """

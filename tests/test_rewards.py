@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests._two_processes import run_in_two_processes
 from trl_apa.kl import kl_estimate
-from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, token_rewards
+from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, shaped_token_rewards, token_rewards
 
 
 finite_scores = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8)
@@ -178,6 +178,54 @@ def test_token_rewards_errors():
         token_rewards(torch.zeros(2), mask.int())
     with pytest.raises(ValueError, match="response_mask_BR has shape"):
         token_rewards(torch.zeros(2), mask[0])
+
+
+def test_shaped_token_rewards_hand_worked():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    given = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 0.0, math.nan]])
+    scores = torch.tensor([10.0, -8.0])  # 4 more for row 0, 4 less for row 1, at the end
+    assert shaped_token_rewards(scores, mask).tolist() == [[0.0, 0.0, 10.0], [0.0, -8.0, 0.0]]
+    assert shaped_token_rewards(scores, mask, given).tolist() == [[1.0, 2.0, 7.0], [-4.0, -4.0, 0.0]]
+    # less a mean of 2, over 2: 4 and -5
+    scaled = shaped_token_rewards(scores, mask, given, mean=2.0, std=2.0)
+    assert scaled.tolist() == [[0.5, 1.0, 2.5], [-2.0, -3.0, 0.0]]
+    # clipped at 2: half of row 0, 2/5 of row 1
+    clipped = shaped_token_rewards(scores, mask, given, mean=2.0, std=2.0, clip=2.0)
+    assert clipped[0].tolist() == [0.25, 0.5, 1.25]
+    assert clipped[1].tolist() == pytest.approx([-0.8, -1.2, 0.0])
+
+
+@settings(max_examples=50)
+@given(
+    rows=st.lists(st.lists(st.floats(-50, 50), min_size=1, max_size=5), min_size=2, max_size=4),
+    at_the_end=st.floats(-50, 50),
+    options=st.fixed_dictionaries(
+        {"std": st.sampled_from([None, 0.5, 7.0]), "clip": st.sampled_from([None, 0.3, 5.0])}
+    ),
+    mean=st.sampled_from([None, -20.0, 40.0]),
+)
+def test_shaped_token_rewards_add_up_to_the_shaped_score(rows, at_the_end, options, mean):
+    """Also where a large centred score is given token by token: the clip bounds the total, and the mean stays off."""
+    width = max(map(len, rows))
+    given = torch.tensor([row + [math.nan] * (width - len(row)) for row in rows], dtype=torch.float64)
+    mask = ~given.isnan()
+    scores = torch.tensor([sum(row) + at_the_end for row in rows], dtype=torch.float64)
+    rewards = shaped_token_rewards(scores, mask, given, mean=mean, **options)
+    expected = shape_scores(scores, mean=mean, **options)
+    torch.testing.assert_close(rewards.sum(dim=1), expected, rtol=1e-9, atol=1e-9)
+    assert (rewards[~mask] == 0).all()
+    # Each token before the last keeps its sign and its share of what was given.
+    unclipped = shaped_token_rewards(scores, mask, given, mean=mean, std=options["std"])
+    for one, other in zip(rewards, unclipped, strict=True):
+        torch.testing.assert_close(one * other.norm(), other * one.norm(), rtol=1e-6, atol=1e-6)
+
+
+def test_shaped_token_rewards_errors():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="given_BR has shape"):
+        shaped_token_rewards(torch.zeros(2), mask, torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="clip is"):
+        shaped_token_rewards(torch.zeros(2), mask, torch.zeros(2, 3), clip=0.0)
 
 
 def test_kl_penalized_rewards_hand_worked():

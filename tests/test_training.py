@@ -257,6 +257,25 @@ def test_rewards_given_token_by_token_stay_on_their_tokens(tmp_path):
         trainer_for(tmp_path, reward_funcs=too_few).train()
 
 
+def test_score_clip_and_centring_hold_for_the_total_of_a_response_with_rewards_token_by_token(tmp_path):
+    """The scores are large and far from 0: shaped apart from the tokens' rewards, they would exceed the clip."""
+
+    def per_token(completion_ids, **kwargs):
+        return [[10.0 + token for token in ids] for ids in completion_ids]
+
+    def quality(completion_ids, **kwargs):
+        return [100.0 - len(ids) ** 2 for ids in completion_ids]
+
+    options = {"scale_rewards": True, "center_rewards": True, "score_clip": 0.7, "max_steps": 1}
+    trainer = trainer_for(tmp_path, reward_funcs=[quality, per_token], **options)
+    trainer.train()
+    rollouts, running = trainer._iteration.rollouts, trainer.running_scores
+    centred = (rollouts.scores_B - running.mean) / running.std
+    totals = rollouts.rewards_BR.sum(dim=1)
+    torch.testing.assert_close(totals, centred.clamp(-0.7, 0.7))
+    assert (totals.abs() < 0.699).any() and (centred.abs() > 0.701).any()
+
+
 def test_responses_without_a_score_are_left_out_when_asked(tmp_path):
     """The update is that of the other rows alone, whatever the row that is left out holds."""
     kept = {}
@@ -555,8 +574,10 @@ def test_a_classifier_with_other_tokens_gets_the_text_and_one_with_an_added_pad_
             return float(reward_model.score(hidden)[0])
 
     assert score(padded) == pytest.approx(expected([5, 6, 7, 8, EOS]), rel=1e-4)
-    # w5 w6 w7 w8 are 28 27 26 25 to the other; special tokens are not part of a text.
-    assert score(other) == pytest.approx(expected([28, 27, 26, 25]), rel=1e-4)
+    # w5 w6 w7 w8 are 28 27 26 25 to the other, and its EOS ends what has ended.
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25, EOS]), rel=1e-4)
+    response = torch.tensor([8, 9])
+    assert score(other) == pytest.approx(expected([28, 27, 26, 25, 24]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

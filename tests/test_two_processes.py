@@ -1,6 +1,7 @@
 """`step` and `train` with DDP on two ranks against one process that sees both ranks' rollouts."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from tests._engines import (
 )
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.fake_vllm import Server, install
+from tests.test_reward_faults import FAULTS, fails_at
 from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
 from trl_apa.models.value_adapter import VALUE_ADAPTER
-from trl_apa.resuming import is_complete
+from trl_apa.resuming import is_complete, last_complete_checkpoint
 
 
 OPTIONS = {"ppo_epochs": 2, "gamma": 0.9, "scale_rewards": True, "score_clip": 1.5}
@@ -91,6 +93,34 @@ def fail_in_one_process(rank, folder):
         trainer.merge_and_save(Path(folder, "file", "merged"))
     messages.append(f"{type(failed.value).__name__}: {failed.value}")
     return messages, passes_then, len(passes)
+
+
+def end_in_one_process(rank, folder):
+    """What each process says of a function that ends the second one, in training and in an evaluation, and what is
+    saved then. With one folder for both, where the first writes the checkpoint."""
+    told = {}
+    for place, fault, call, options in (
+        ("training", "SystemExit", 2, {"reward_timeout": 60.0}),
+        ("training", "KeyboardInterrupt", 2, {}),
+        ("training", "1e39", 2, {}),
+        ("evaluation", "CancelledError", 2, {"eval_strategy": "steps", "eval_steps": 2}),
+    ):
+        own = f"{folder}/{place}-{fault}"
+        config = {"mini_batch_size": 2, "ppo_epochs": 2, "max_completion_length": 3, "max_steps": 6, **options}
+        trainer = APATrainer(
+            tiny_config(own, **config),
+            tiny_model(),
+            tokenizer=tiny_tokenizer(),
+            train_dataset=PROMPTS,
+            eval_dataset=PROMPTS[:2],
+            reward_funcs=fails_at(call, fault) if rank == 1 else few_nines,
+        )
+        with pytest.raises((KeyboardInterrupt, RuntimeError, ValueError)) as failed:
+            trainer.train()
+        message = f"{type(failed.value).__name__}: {failed.value}"
+        dist.barrier()  # the first process writes the last file
+        told[place, fault] = (message, os.path.basename(last_complete_checkpoint(own)))
+    return told
 
 
 def spoil_in_one_process(rank, folder):
@@ -200,6 +230,7 @@ def everything(rank, folder):
     )
     results["life"] = live_a_little(rank, f"{own}/life")
     results["failures"] = fail_in_one_process(rank, f"{own}/failures")
+    results["ended"] = end_in_one_process(rank, f"{folder}/ended")
     results["spoilt"] = spoil_in_one_process(rank, f"{own}/spoilt")
     results["sample"] = sample_on_two_ranks(folder)
     results["train"] = train_on_two_ranks(rank, folder)
@@ -276,6 +307,25 @@ def test_a_failure_of_one_rank_leaves_the_other_neither_in_a_reward_model_nor_be
     assert passes_0 == passes_1 == [0, 1]
     assert "1 other process" in scored_0 and "reward function one_side gave nan for row 0" in scored_1
     assert "NotADirectoryError" in merged_0 and "ValueError: 1 other process" in merged_1
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "saved"),
+    [
+        ("training", "SystemExit", "checkpoint-4"),
+        ("training", "KeyboardInterrupt", "checkpoint-4"),
+        ("training", "1e39", "checkpoint-4"),
+        ("evaluation", "CancelledError", "checkpoint-2"),
+    ],
+)
+def test_a_reward_function_that_ends_one_rank_is_named_by_both_and_what_was_learned_is_saved(
+    ranks, place, fault, saved
+):
+    (first, of_first), (second, of_second) = (rank["ended"][place, fault] for rank in ranks)
+    error, message = FAULTS[fault]
+    assert re.match(f"{error.__name__}: {message}", second)
+    assert first == f"ValueError: 1 other process(es) failed at the same point: process 1: {second}"
+    assert of_first == of_second == saved
 
 
 def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_path, ranks):

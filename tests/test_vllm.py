@@ -132,7 +132,7 @@ def test_memory_that_vllm_gave_back_is_filled_again_before_it_samples(tmp_path, 
 
 
 def test_responses_end_where_those_of_generate_end(tmp_path, folder, vllm):
-    """EOS, a stop string, one that begins in the prompt, a limit of each row, and pads behind the end if asked."""
+    """EOS, a stop string, a limit of each row, pads behind it if asked; a string that begins in the prompt is none."""
     queries = [torch.tensor(ids) for ids in ([5, 6, 7], [9], [12, 4], [20, 21])]
     by_vllm, plain = (
         APATrainer(tiny_config(tmp_path, use_vllm=use), policy_from(folder), tokenizer=letter_tokenizer())
@@ -151,6 +151,8 @@ def test_responses_end_where_those_of_generate_end(tmp_path, folder, vllm):
             del options["max_new_tokens"]
         found, expected = by_vllm.generate(queries, **options), plain.generate(queries, **options)
         assert [row.tolist() for row in found] == [row.tolist() for row in expected], options
+        if "stop_strings" in options:
+            assert len(found[2]) > 3
     sampled = by_vllm.generate(queries, length_sampler=lambda: 2, eos_token_id=99, return_prompt=False)
     assert {len(row) for row in sampled} == {2}
 
@@ -161,8 +163,10 @@ def test_rows_are_cut_at_their_first_end_by_hand():
     queries = [torch.tensor([5]), torch.tensor([5, 7]), torch.tensor([6])]
     completions = [[3, EOS, 4, EOS], [8, 9], [2, 3, 4, 5, 6]]
     cut = cut_responses(queries, completions, criteria, [9, 9, 3], pad_token_id=EOS)
-    # EOS; a string that began in the prompt; the row's own limit. Pads are EOS here and end nothing.
-    assert [row.tolist() for row in cut] == [[3, EOS], [8], [2, 3, 4]]
+    # EOS; a string that began in the prompt ends nothing; the row's own limit. Pads are EOS here and end nothing.
+    assert [row.tolist() for row in cut] == [[3, EOS], [8, 9], [2, 3, 4]]
+    cut = cut_responses(queries, [[7, 8, 9], [8, 9, 7, 8, 2], [3, 7, 7, 8]], criteria, [9, 9, 9], pad_token_id=EOS)
+    assert [row.tolist() for row in cut] == [[7, 8], [8, 9, 7, 8], [3, 7, 7, 8]]
     with pytest.raises(ValueError, match="vLLM gave no token for row 1"):
         cut_responses(queries[:2], [[3], []], criteria, [9, 9], pad_token_id=0)
 

@@ -1,9 +1,6 @@
-"""Win rates: both orders, ties, the interval, judges here and behind an endpoint, and runs that were cut."""
+"""Win rates: both orders, ties, the interval, verdicts on disk, judges on this machine, and the command."""
 
 import json
-import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -15,13 +12,13 @@ from transformers import (
     LlamaConfig,
 )
 
+from tests.endpoint import KEY, Endpoint, completion, prefers_longer, section, servers
 from tests.tiny import byte_tokenizer
 from trl_apa.commands import winrate as command
 from trl_apa.data.sources import Row
 from trl_apa.winrate import (
     JudgeError,
     LanguageModelJudge,
-    OpenAIJudge,
     Pair,
     RewardModelJudge,
     VerdictCache,
@@ -29,8 +26,7 @@ from trl_apa.winrate import (
     win_rate,
 )
 from trl_apa.winrate.comparing import Judgement, Question
-from trl_apa.winrate.openai import read_verdict
-from trl_apa.winrate.prompting import IN_WORDS, judging_text
+from trl_apa.winrate.prompting import judging_text
 
 
 class TableJudge:
@@ -131,10 +127,10 @@ def test_what_cannot_be_summed_up_is_refused():
         win_rate(judged([1]), num_resamples=0)
 
 
-# ---- runs that were cut ----
+# ---- verdicts on disk ----
 
 
-def test_a_cut_run_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_comparison_continues_where_it_stopped(tmp_path):
     pairs = pairs_of(("a", "b"), ("c", "d"))
     verdicts = {("a", "b"): "first", ("b", "a"): "second", ("c", "d"): "tie", ("d", "c"): None}
     first = TableJudge(verdicts, fail_after=2)
@@ -159,149 +155,108 @@ def test_a_cut_run_goes_on_where_it_stopped(tmp_path):
     assert "prompt" not in text and len(text.splitlines()) == 3 + 1 + 3
 
 
-# ---- an endpoint ----
+def test_questions_that_are_the_same_are_asked_once():
+    pairs = [*pairs_of(("a", "b"), ("a", "a")), Pair("prompt 0", "a", "b"), Pair("prompt 0", "b", "a")]
+    judge = TableJudge({("a", "b"): "first", ("b", "a"): "tie", ("a", "a"): "second"})
+    judgements = compare(pairs, judge)
+    assert [(question.first, question.second) for question in judge.asked] == [("a", "b"), ("b", "a"), ("a", "a")]
+    # (1 + 0.5) / 2; (0 + 1) / 2; as the first; 1 less it
+    assert [judgement.score for judgement in judgements] == [0.75, 0.5, 0.75, 0.25]
 
 
-KEY = "sk-a-secret-key"
-
-
-class Endpoint:
-    """A server on this machine that speaks as much of the chat protocol as a judge hears.
-
-    Args:
-        reply: the request's text to the reply, or to an HTTP status.
-    """
-
-    def __init__(self, reply):
-        self.requests, outer = [], self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append({"path": self.path, "authorization": self.headers["Authorization"], **body})
-                said = reply(body["messages"][0]["content"])
-                if isinstance(said, int):
-                    error = {"error": {"message": f"refused {self.headers['Authorization']}", "type": "x"}}
-                    self.answer(said, error)
-                else:
-                    message = {"role": "assistant", "content": said}
-                    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                    whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                    self.answer(200, whole)
-
-            def answer(self, status, content):
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                # Otherwise the first wait is half a second.
-                self.send_header("retry-after-ms", "1")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    opened = []
-
-    def serve(reply):
-        opened.append(Endpoint(reply))
-        return opened[-1]
-
-    yield serve
-    for server in opened:
-        server.close()
-
-
-def section(text, name):
-    return text.partition(f"<{name}>\n")[2].partition(f"\n</{name}>")[0]
-
-
-def prefers_longer(text):
-    a, b = (len(section(text, f"answer {letter}")) for letter in "AB")
-    return f"I could say [[C]], but:\n[[{'C' if a == b else 'AB'[b > a]}]]"
-
-
-def test_an_endpoint_is_asked_in_both_orders_with_the_reference(endpoint):
-    server = endpoint(prefers_longer)
-    pairs = [Pair("Why?", "because so", "so", "as it is"), Pair("How?", "well", "well", None)]
-    judge = OpenAIJudge("judge-1", server.url, request={"temperature": None, "max_tokens": 64}, workers=2)
-    assert [judgement.verdicts for judgement in compare(pairs, judge)] == [("first", "second"), ("tie", "tie")]
-    asked = {request["messages"][0]["content"]: request for request in server.requests}
-    assert len(server.requests) == 4 and len(asked) == 3
-    for request in server.requests:
-        assert request["path"] == "/v1/chat/completions" and request["authorization"] == f"Bearer {KEY}"
-        assert request["model"] == "judge-1" and request["max_tokens"] == 64 and "temperature" not in request
-    with_reference = [text for text in asked if section(text, "request") == "Why?"]
-    assert {section(text, "answer A") for text in with_reference} == {"because so", "so"}
-    assert {section(text, "reference answer") for text in with_reference} == {"as it is"}
-    (without,) = asked.keys() - set(with_reference)
-    assert "reference" not in without and without.endswith(IN_WORDS)
-
-
-def test_busy_and_failing_servers_are_asked_again(endpoint):
-    answers = iter([429, 500, 503, "[[A]]"])
-    server = endpoint(lambda text: next(answers))
-    judge = OpenAIJudge("m", server.url, max_retries=3, workers=1)
-    assert list(judge([Question("p", "a", "b")])) == [(0, "first")]
-    assert len(server.requests) == 4
-
-
-def test_a_refusal_comes_after_the_verdicts_that_were_given_and_does_not_tell_the_key(endpoint, tmp_path, caplog):
-    server = endpoint(lambda text: 401 if section(text, "request") == "second" else "[[B]]")
-    judge = OpenAIJudge("m", server.url, workers=1)
+def test_a_verdict_that_there_is_not_is_neither_counted_nor_kept(tmp_path):
     cache = VerdictCache(tmp_path / "cache.jsonl")
-    with (
-        caplog.at_level(logging.DEBUG),
-        pytest.raises(JudgeError, match="gave no answer: AuthenticationError") as raised,
-    ):
-        compare([Pair("first", "a", "b"), Pair("second", "a", "b"), Pair("third", "a", "b")], judge, cache)
-    # 401 is not asked again, and what waits is not asked at all
-    assert 3 <= len(server.requests) <= 4 and len(cache) == 2
-    assert "<key>" in str(raised.value)
-    for told in (str(raised.value), caplog.text, cache.path.read_text(), repr(judge.identity)):
-        assert KEY not in told
+    with pytest.raises(ValueError, match="verdict 'A'; it should be one of first, tie, second"):
+        compare(pairs_of(("a", "b")), TableJudge({("a", "b"): "A"}), cache)
+    with pytest.raises(ValueError, match="verdict='A'"):
+        cache.put("key", "A")
+    assert not cache.path.exists() and cache.get("key") is None
 
 
-def test_the_key_comes_from_the_environment_alone(endpoint, monkeypatch):
-    server = endpoint(lambda text: "[[A]]")
-    monkeypatch.setenv("MY_KEY", "sk-mine")
-    list(OpenAIJudge("m", server.url, api_key_env="MY_KEY")([Question("p", "a", "b")]))
-    monkeypatch.delenv("OPENAI_API_KEY")
-    list(OpenAIJudge("m", server.url)([Question("p", "a", "b")]))
-    assert [request["authorization"] for request in server.requests] == ["Bearer sk-mine", "Bearer none"]
-    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
-        OpenAIJudge("m")
-    with pytest.raises(ValueError, match="workers=0"):
-        OpenAIJudge("m", server.url, workers=0)
+class BatchJudge(TableJudge):
+    sees_order, batch_size = False, 3
 
 
-@pytest.mark.parametrize(
-    ("reply", "verdict"),
-    [
-        ("[[A]]", "first"),
-        ("not [[A]] but [[B]].", "second"),
-        ("[[C]]", "tie"),
-        ("A", None),
-        ("[[D]]", None),
-        ("", None),
-    ],
-)
-def test_the_last_verdict_of_a_reply_counts(reply, verdict):
-    assert read_verdict(reply) == verdict
+def test_a_batch_that_was_interrupted_is_judged_again_as_it_was(tmp_path):
+    pairs = pairs_of(*((f"a{number}", "b") for number in range(8)))
+    verdicts = {(pair.ours, "b"): "first" for pair in pairs}
+    with pytest.raises(JudgeError):
+        compare(pairs, BatchJudge(verdicts, fail_after=4), VerdictCache(tmp_path / "cache.jsonl"))
+    changed = BatchJudge(dict.fromkeys(verdicts, "tie"))
+    judgements = compare(pairs, changed, VerdictCache(tmp_path / "cache.jsonl"))
+    assert [question.first for question in changed.asked] == ["a3", "a4", "a5", "a6", "a7"]
+    # what was known stays
+    assert [judgement.verdicts for judgement in judgements] == [("first",)] * 4 + [("tie",)] * 4
+    assert len(VerdictCache(tmp_path / "cache.jsonl")) == 8
+
+
+NO_ENTRIES = {
+    "half a line": b'{"key": "k", "verd',
+    "nothing": b"",
+    "no JSON": b"key verdict",
+    "an unknown verdict": b'{"key": "k", "verdict": "third"}',
+    "a verdict of another case": b'{"key": "k", "verdict": "First"}',
+    "no verdict": b'{"key": "k"}',
+    "null": b'{"key": "k", "verdict": null}',
+    "a verdict that is a list": b'{"key": "k", "verdict": ["first"]}',
+    "a verdict that is true": b'{"key": "k", "verdict": true}',
+    "a key that is a number": b'{"key": 1, "verdict": "first"}',
+    "a key that is a list": b'{"key": ["k"], "verdict": "first"}',
+    "a key that is an object": b'{"key": {}, "verdict": "first"}',
+    "a key that is null": b'{"key": null, "verdict": "first"}',
+    "a list": b'["key", "verdict"]',
+    "a string": b'"key verdict"',
+    "a number": b"7",
+    "a number with too many digits": b"1" * 5000,
+    "deep nesting": b"[" * 100_000,
+    "deep nesting that is closed": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "no text": b"\xff\xfe\xfa\x80",
+    "UTF-16": '{"key": "k", "verdict": "first"}'.encode("utf-16"),
+    "zeros": b"\0" * 40,
+}
+
+
+@pytest.mark.parametrize("line", NO_ENTRIES.values(), ids=NO_ENTRIES)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""], ids=["newline", "CRLF", "no newline"])
+def test_a_line_that_is_no_entry_counts_for_nothing_and_the_run_goes_on(line, end, tmp_path):
+    pairs = pairs_of(("a", "b"))
+    verdicts = {("a", "b"): "first", ("b", "a"): "second"}
+    path = tmp_path / "cache.jsonl"
+    compare(pairs, TableJudge(verdicts), VerdictCache(path))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(line + b"\n" + first + line + end)
+    assert len(VerdictCache(path)) == 1
+    judge = TableJudge(verdicts)
+    (judgement,) = compare(pairs, judge, VerdictCache(path))
+    # the verdict of the other order is asked again, and stands on a line of its own
+    assert len(judge.asked) == 1 and judgement.verdicts == ("first", "second")
+    assert path.read_bytes().splitlines(keepends=True)[-1] == second
+    assert len(VerdictCache(path)) == 2
+
+
+def test_what_another_writer_left_within_a_line_joins_no_verdict(tmp_path):
+    cache = VerdictCache(tmp_path / "cache.jsonl")
+    cache.put("a", "tie")
+    with open(cache.path, "ab") as other:
+        other.write(b'{"key": "b", "ver')
+    cache.put("c", "first")
+    cache.put("d", "second")
+    found = VerdictCache(cache.path)
+    assert len(found) == 3 and [found.get(key) for key in "abcd"] == ["tie", None, "first", "second"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        VerdictCache(tmp_path / "file" / "cache.jsonl").put("a", "tie")
+    with pytest.raises(OSError, match="/dev/full"):
+        VerdictCache("/dev/full").put("a", "tie")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        VerdictCache(tmp_path).put("a", "tie")
+
+
+def test_texts_that_are_no_unicode_have_a_key():
+    assert VerdictCache.key({}, Question("\ud83d", "a", "b")) != VerdictCache.key({}, Question("\ud83e", "a", "b"))
 
 
 def test_chat_messages_are_shown_with_their_roles():
@@ -356,8 +311,9 @@ def test_the_answer_that_the_reward_model_scores_higher_wins(reward_model):
     for size in (2, 8):
         judge = RewardModelJudge(model, tokenizer, "r", batch_size=size)
         assert list(judge(QUESTIONS)) == list(enumerate(expected))
-    same = Question("p", "a", "a")
-    assert list(judge([same])) == [(0, "tie")]
+    # beside longer ones, too
+    same = [Question("p", "a", "a"), Question("p", "a" * 60, "b"), Question("p", "b", "a" * 90)]
+    assert next(iter(judge(same))) == (0, "tie")
     wide = RewardModelJudge(model, tokenizer, "r", tie_margin=max(map(abs, differences)) + 1e-4)
     assert {verdict for _, verdict in wide(QUESTIONS)} == {"tie"}
     assert len(compare([Pair("p", "a", "b")], judge)[0].verdicts) == 1
@@ -379,6 +335,16 @@ def test_a_language_model_says_the_letter_that_it_holds_most_probable(language_m
         expected.append(("first", "second", "tie")[max(range(3), key=logprobs.__getitem__)])
     assert list(judge(QUESTIONS)) == list(enumerate(expected))
     assert len(set(expected)) > 1
+
+
+def test_a_score_that_is_not_a_number_is_no_verdict(reward_model, language_model):
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    kinds = [(AutoModelForSequenceClassification, RewardModelJudge, reward_model)]
+    kinds += [(AutoModelForCausalLM, LanguageModelJudge, language_model)]
+    for auto_class, judge, path in kinds:
+        model = auto_class.from_pretrained(path)
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+        assert list(judge(model, tokenizer, "n")(QUESTIONS)) == [(number, None) for number in range(len(QUESTIONS))]
 
 
 def judge_ending():
@@ -413,13 +379,19 @@ def answers(tmp_path):
     return [jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items()]
 
 
+@pytest.fixture
+def endpoint(monkeypatch):
+    with servers(monkeypatch) as keep:
+        yield lambda reply: keep(Endpoint(reply))
+
+
 def run(capsys, *argv):
     status = command.main([str(argument) for argument in argv])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
 
-def test_the_command_pairs_by_prompt_and_goes_on_after_the_endpoint_failed(endpoint, answers, tmp_path, capsys):
+def test_the_command_pairs_by_prompt_and_continues_after_the_endpoint_failed(endpoint, answers, tmp_path, capsys):
     ours, theirs, chosen = answers
     broken = iter([False] * 3 + [True])
     server = endpoint(lambda text: 403 if next(broken, False) else prefers_longer(text))
@@ -442,6 +414,39 @@ def test_the_command_pairs_by_prompt_and_goes_on_after_the_endpoint_failed(endpo
     assert run(capsys, ours, theirs, *options)[0] == 0 and len(server.requests) == before
     for path in tmp_path.iterdir():
         assert KEY not in path.read_text()
+
+
+def test_why_replies_had_no_verdict_is_said(endpoint, answers, tmp_path, capsys):
+    ours, theirs, _ = answers
+    replies = iter([completion("[[A]]", "length"), "[[A]] or [[B]]", *(["[[A]]", "[[B]]"] * 3)])
+    server = endpoint(lambda text: next(replies))
+    options = ["--judge", "openai", "--judge_model", "m", "--base_url", server.url, "--workers", 1]
+    status, said, _ = run(capsys, ours, theirs, *options)
+    assert status == 0 and "in 3 pairs; 1 without a verdict" in said
+    assert "1 replies without a verdict: cut by length" in said
+    assert "1 replies without a verdict: several verdicts: [[A]], [[B]]" in said
+    server = endpoint(lambda text: completion("[[A]]", "length"))
+    options[5] = server.url
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, ours, theirs, *options)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and "8 replies without a verdict: cut by length" in printed.out
+    assert "no verdict on any of the 4 pairs" in printed.err
+
+
+def test_what_cannot_be_written_is_found_out_before_anybody_is_asked(endpoint, answers, tmp_path, capsys):
+    ours, theirs, _ = answers
+    server = endpoint(prefers_longer)
+    (tmp_path / "file").write_text("")
+    options = ["--judge", "openai", "--judge_model", "m", "--base_url", server.url]
+    for name, problem in [("--output", "is a folder"), ("--cache", "Is a directory")]:
+        with pytest.raises(SystemExit) as ended:
+            run(capsys, ours, theirs, *options, name, tmp_path)
+        assert ended.value.code == 2 and problem in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            run(capsys, ours, theirs, *options, name, tmp_path / "file" / "x")
+        assert "file" in capsys.readouterr().err
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("kind", ["reward_model", "language_model"])

@@ -26,6 +26,7 @@ from trl_apa.models import (
 )
 from trl_apa.models.partitioned import is_partitioned, use_one_precision
 from trl_apa.optimization import add_value_parameters
+from trl_apa.tokenizing import warn_again
 from trl_apa.validation import check_networks_are_apart, check_precision, check_type, check_value_model_reads
 
 
@@ -76,6 +77,7 @@ def assemble(
     if isinstance(ref_model, str | Path):
         ref_model = load_language_model(str(ref_model))
     check_type("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    warn_again(tokenizer)
     policy = build_policy(model, peft_config)
     select_adapter(policy, args.model_adapter_name)
     value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))

@@ -11,7 +11,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
 from trl_apa.core import flatten_dict
-from trl_apa.redaction import RedactedOptions, without_secrets
+from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
+from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.reporting import check_trackers
 from trl_apa.vllm_options import VLLMOptions
 
@@ -69,6 +70,16 @@ ALIASES = {
 }
 # Those of them that are not given a value for scripts to read.
 NOT_READ_BACK = ("log_with", "local_batch_size")
+# What a checkpoint's run must agree in with the run that resumes it.
+DEFINES_RUN = (
+    *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value"),
+    *("adap_kl_ctrl", "target", "horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
+    *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
+    *("reward_weights", "num_unfrozen_layers", "seed"),
+    *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_epochs_per_batch"),
+    *("num_generations", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length"),
+    *("stop_strings", "stop_token", "stop_token_id", "chat_template_kwargs"),
+)
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
@@ -87,7 +98,7 @@ def _switch(help: str) -> Any:
     return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
-@dataclass(repr=False)  # a generated one would show keys
+@dataclass
 class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
@@ -116,7 +127,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         center_rewards (`bool`, *optional*, defaults to `False`):
             With `scale_rewards`, subtract the running mean first. Classic: `use_score_norm`.
         score_clip (`float`, *optional*):
-            Clip scores to `[-score_clip, score_clip]` after scaling.
+            Clip scores to `[-score_clip, score_clip]` after scaling; of a response with rewards for each token, their
+            total.
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the score of a response that did not end with EOS. Applied before scaling.
         batch_size (`int`, *optional*):
@@ -195,6 +207,9 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         steps (`int`, *optional*, defaults to `20000`):
             Rollouts a process will see in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
             decaying `lr_scheduler_type` stretches over.
+        resume_anyway (`list[str]`, *optional*):
+            `train(resume_from_checkpoint=...)` refuses a checkpoint of a run with another loss, other data, rewards,
+            batch sizes, ... (`docs/resuming.md` lists them), except for the options that are named here.
         tracker_project_name (`str`, *optional*):
             Project in W&B, Trackio and Comet. Defaults to the tracker's own setting; classic's default was "trl".
         tracker_kwargs (`dict` or JSON, *optional*):
@@ -208,11 +223,15 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             default where a GPU supports it and off elsewhere.
 
     Raises:
-        ValueError: naming the option, when one is out of range, when an option and its alias disagree, or when
-            `batch_size` does not divide into mini-batches, or not into `num_mini_batches`.
+        ValueError: naming the option, when one is out of range or not finite (inf is taken where it says that there
+            is no limit), when an option and its alias disagree, or when `batch_size` does not divide into
+            mini-batches, or not into `num_mini_batches`.
         ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
     """
 
+    defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
+    alias_names: ClassVar[frozenset[str]] = frozenset(ALIASES)
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
     _default_batch_size: ClassVar[int] = 64
     _largest_mini_batch: ClassVar[int] = 8
@@ -264,6 +283,10 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     ratio_threshold: float | None = _option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
     optimize_device_cache: bool = _option(False, "Empty the device's cache after every backward pass.")
 
+    resume_anyway: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options in which a resumed checkpoint may differ although they define its run."},
+    )
     tracker_project_name: str | None = _option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
     tracker_kwargs: Json = field(default=None, metadata={"help": "JSON: for each tracker what opens its run."})
 
@@ -301,27 +324,29 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     global_backward_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
 
     def __post_init__(self):
-        self._translate_classic_only()
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
-        self._translate_second_generation()
-        self._translate_aliases()
-        self._fill_by_loss_type()
-        self._check_ranges()
-        self._check_hub_options()
-        self._check_vllm()
-        self._fill_batch_sizes()
-        self._fill_aliases()
-        if self.optimize_device_cache and self.torch_empty_cache_steps is None:
-            self.torch_empty_cache_steps = 1
-        if self.logging_nan_inf_filter is None:
-            self.logging_nan_inf_filter = bool(self.fp16)
-        if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
-        super().__post_init__()
-        self._check_world_size()
-        self._check_horizon()
-        self._check_trackers()
+        with errors_without_secrets(vars(self), quoted=False):
+            check_finite_options(self)
+            self._translate_classic_only()
+            if self.loss_type not in LOSS_TYPES:
+                raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+            self._translate_second_generation()
+            self._translate_aliases()
+            self._fill_by_loss_type()
+            self._check_ranges()
+            self._check_hub_options()
+            self._check_vllm()
+            self._fill_batch_sizes()
+            self._fill_aliases()
+            if self.optimize_device_cache and self.torch_empty_cache_steps is None:
+                self.torch_empty_cache_steps = 1
+            if self.logging_nan_inf_filter is None:
+                self.logging_nan_inf_filter = bool(self.fp16)
+            if self.bf16 is None:
+                self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+            super().__post_init__()
+            self._check_world_size()
+            self._check_horizon()
+            self._check_trackers()
 
     @property
     def total_ppo_epochs(self) -> int:
@@ -355,7 +380,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             self._parse_json(name)
             value = getattr(self, name)
             if value:
-                text = f"{name}={without_secrets(value)!r} has no effect: {reason}"
+                text = f"{name}={without_secrets(value, vars(self))!r} has no effect: {reason}"
                 warnings.warn(text, UserWarning, stacklevel=4)
 
     def _parse_json(self, name: str) -> None:
@@ -369,7 +394,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     def _check_trackers(self) -> None:
         self._parse_json("tracker_kwargs")
         self.tracker_kwargs = self.tracker_kwargs or {}
-        check_trackers(self.report_to, self.tracker_kwargs, self.tracker_project_name)
+        project_name = without_secrets(self.tracker_project_name, vars(self))
+        check_trackers(self.report_to, self.tracker_kwargs, project_name)
         if self.tracker_project_name is not None:
             self.project = self.tracker_project_name  # what Trackio's reporter goes by
 
@@ -423,6 +449,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
+        check_optimizer_options(self)
+        check_reward_weights(self.reward_weights)
         for name in ("kl_coef", "vf_coef", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")
@@ -436,9 +464,12 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
 
     def _check_hub_options(self) -> None:
         self._parse_json("push_to_hub_if_best_kwargs")
-        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
-            given = ", ".join(self.push_to_hub_if_best_kwargs)
-            raise ValueError(f"push_to_hub_if_best_kwargs has {given}: it should have a repo_id")
+        given = self.push_to_hub_if_best_kwargs
+        if given and not isinstance(given, dict):
+            raise ValueError(f"push_to_hub_if_best_kwargs is a {type(given).__name__}: it should be a dict")
+        if given and "repo_id" not in given:
+            names = ", ".join(without_secrets(list(map(str, given))))
+            raise ValueError(f"push_to_hub_if_best_kwargs has {names}: it should have a repo_id")
 
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""

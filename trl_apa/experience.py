@@ -10,9 +10,9 @@ from trl_apa.advantages import gae
 from trl_apa.iteration import Iteration
 from trl_apa.kl import kl_estimate, kl_full
 from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
-from trl_apa.masking import keep_counted, masked_whiten
+from trl_apa.masking import masked_whiten
 from trl_apa.models import reference_policy
-from trl_apa.rewards import kl_penalized_rewards, shape_scores, token_rewards
+from trl_apa.rewards import kl_penalized_rewards, shaped_token_rewards
 from trl_apa.rollouts import Rollouts
 from trl_apa.statistics import StageTimer
 
@@ -81,7 +81,7 @@ class Experience(_BaseTrainer):
         return self.model_wrapped if self._is_sharded else self.accelerator.unwrap_model(self.model)
 
     def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
-        """Scores, shaped, on the last counted token; for PPO minus the KL penalty on every token."""
+        """Scores, shaped, on the last counted token or those that they were given to; for PPO minus the KL penalty."""
         args, scores_B = self.args, rollouts.scores_B
         if args.missing_eos_penalty is not None:
             scores_B = scores_B - args.missing_eos_penalty * ~ended_B
@@ -90,15 +90,9 @@ class Experience(_BaseTrainer):
             self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
             std = self.running_scores.std
             mean = self.running_scores.mean if args.center_rewards else None
-        given_BR = rollouts.given_rewards_BR
-        if given_BR is not None:
-            # Given token by token, they stay on their tokens; only their scale is shaped.
-            given_BR = keep_counted(given_BR, rollouts.response_mask_BR)
-            scores_B = scores_B - given_BR.sum(dim=1)
-        scores_B = shape_scores(scores_B, std=std, mean=mean, clip=args.score_clip)
-        rewards_BR = token_rewards(scores_B, rollouts.response_mask_BR)
-        if given_BR is not None:
-            rewards_BR = rewards_BR + shape_scores(given_BR, std=std)
+        rewards_BR = shaped_token_rewards(
+            scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
+        )
         if args.loss_type == "ppo":
             mask_BR = rollouts.response_mask_BR
             rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)

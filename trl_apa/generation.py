@@ -18,8 +18,9 @@ from trl_apa.validation import check_positions
 class ResponseLengths(StoppingCriteria):
     """Stops each row on EOS or a stop string and remembers after how many tokens it did.
 
-    `generate` fills the rest of a finished row with the pad token. Where pad equals EOS, or a stop string ended the
-    row, the tokens alone do not tell where the response ended; this does.
+    The criteria see generated tokens alone: what begins in the prompt is no stop string. `generate` fills the rest of
+    a finished row with the pad token. Where pad equals EOS, or a stop string ended the row, the tokens alone do not
+    tell where the response ended; this does.
 
     Args:
         prompt_width: tokens before the first generated one, in every row.
@@ -34,10 +35,11 @@ class ResponseLengths(StoppingCriteria):
         self.lengths_B: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        generated = input_ids.shape[1] - self.prompt_width
+        generated_BR = input_ids[:, self.prompt_width :]
+        generated = generated_BR.shape[1]
         done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for criterion in self.criteria:
-            done_B |= criterion(input_ids, scores, **kwargs).to(done_B.device)
+            done_B |= criterion(generated_BR, scores, **kwargs).to(done_B.device)
         if self.limits_B is not None:
             done_B |= self.limits_B <= generated
         if self.lengths_B is None:
@@ -50,6 +52,27 @@ class ResponseLengths(StoppingCriteria):
         generated_BR = tokens_BT[:, self.prompt_width :]
         lengths = [0] * len(generated_BR) if self.lengths_B is None else self.lengths_B.tolist()
         return [row[: length or len(row)] for row, length in zip(generated_BR, lengths, strict=True)]
+
+
+class DecodedTextCriteria(StoppingCriteria):
+    """Ends a row whose text holds a stop string: slower than transformers' own, for any tokenizer that decodes.
+
+    Args:
+        tokenizer: decodes the row.
+        stop_strings: texts that end it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str] | str):
+        self.tokenizer = tokenizer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        # Behind another token, since some tokenizers lose the space before the first of a text.
+        before = self.tokenizer.batch_decode(input_ids[:, :1])
+        texts = self.tokenizer.batch_decode(torch.cat([input_ids[:, :1], input_ids], dim=1))
+        generated = [text[len(first) :] for first, text in zip(before, texts, strict=True)]
+        done = [any(stop in text for stop in self.stop_strings) for text in generated]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def generate_responses(
@@ -77,7 +100,7 @@ def generate_responses(
         generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id` (one or several), and
             for an encoder-decoder `decoder_start_token_id`.
         tokenizer: decodes for `stop_strings`.
-        stop_strings: texts that end a response; the tokens that spell them belong to it.
+        stop_strings: texts that end a response when it holds them; the tokens that spell them belong to it.
         max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
         batch_size: queries a call of `generate`.
         length_sampler: if given, draws `max_new_tokens` for each batch.
@@ -193,7 +216,10 @@ def row_criteria(
     if eos_token_id is not None:
         criteria.append(EosTokenCriteria(eos_token_id=eos_token_id))
     if stop_strings:
-        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+        try:
+            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+        except ValueError:  # it wants a tokenizer that can spell any text
+            criteria.append(DecodedTextCriteria(tokenizer, stop_strings))
     return criteria
 
 

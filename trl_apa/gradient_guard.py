@@ -1,4 +1,4 @@
-"""No update from a gradient that is not finite, and no waiting for the device where the optimizer sees to that."""
+"""No update from a gradient or an optimizer that is not finite; no waiting for the device where it sees to that."""
 
 import copy
 import math
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.engines import gradient_norm, whole
+from trl_apa.optimization import check_optimizer_is_finite
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,18 @@ class GradientGuard(_BaseTrainer):
 
     _unseen: list[Gradient]
     _told: torch.optim.Optimizer | None = None
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As the Trainer does, before the first step of `train` or of the classic loop; then a look at the optimizer.
+
+        Raises:
+            ValueError: if its state, that of a checkpoint perhaps, is not finite.
+        """
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if not self.is_deepspeed_enabled:  # whose optimizer's state is the engine's own
+            name = "optimizer" if resume_from_checkpoint is None else f"the optimizer of {resume_from_checkpoint}"
+            self._on_all_processes(lambda: check_optimizer_is_finite(name, self.optimizer))
+        return prepared
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._note_gradient_norms()

@@ -1,10 +1,11 @@
 """Log-probabilities and entropies of a language model's tokens, at response positions only, in float32."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -270,16 +271,31 @@ def last_hidden_states(output: Any) -> Tensor:
 
 
 _IS_HEAD_OF_TRUNK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_FORWARD_REPLACED: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def forward_replaced(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` has a forward that changes its logits: log-probs come from that, not from trunk and head."""
+    base = inner_model(model)
+    was_replaced = base in _FORWARD_REPLACED
+    _FORWARD_REPLACED.add(base)
+    try:
+        yield
+    finally:
+        if not was_replaced:
+            _FORWARD_REPLACED.discard(base)
 
 
 def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """What turns tokens into hidden states and what turns these into logits, if a language model is just these two.
 
     Some families scale or cap their logits: each model is tried out on four tokens, once. None for these, for
-    encoder-decoders, and for a model that an engine has sharded, whose own forward has to be called.
+    encoder-decoders, and for a model whose own forward has to be called: inside `forward_replaced`, or sharded by an
+    engine.
     """
     base = inner_model(model)
-    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or base in _FORWARD_REPLACED:
         return None
     trunk, head = base.base_model, base.get_output_embeddings()
     if trunk is base or head is None:

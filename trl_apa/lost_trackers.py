@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from trl_apa.redaction import without_secrets_in_error
+
 
 logger = logging.getLogger(__name__)
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
@@ -89,7 +91,8 @@ def _failed_reports(owner: Any) -> set[str]:
 
 
 def _tell(owner: Any, what: str, error: Exception) -> None:
-    text = f"{what}, and the run goes on without it: {type(error).__name__}: {error}"
+    text = f"{what}, and the run goes on without it: {type(error).__name__}: "
+    text += without_secrets_in_error(str(error))
     if _failed_reports(owner):
         logger.warning(text)
     else:

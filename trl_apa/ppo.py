@@ -7,7 +7,7 @@ from trl_apa.config import APAConfig
 from trl_apa.trainer import APATrainer
 
 
-@dataclass(repr=False)
+@dataclass
 class PPOConfig(APAConfig):
     """
     [`APAConfig`] with the defaults of TRL's classic `PPOConfig`: PPO loss, initial KL coefficient 0.2, value loss

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from trl_apa.tokenizing import prompt_ids
+
 
 # Besides these, a column is of no use to the classic loop.
 COLUMNS = frozenset({"input_ids", "attention_mask", "label", "prompt", "query", "response"})
@@ -134,11 +136,13 @@ def query_of(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    for_encoder: bool = False,
 ) -> Tensor:
     """A row's prompt as 1-D token ids, the last `max_prompt_length` of them.
 
     Ids that the row holds are taken as they are; chat messages go through the tokenizer's chat template, up to where
-    the assistant answers (or goes on, if the last message is its own).
+    the assistant answers (or goes on, if the last message is its own); a text becomes what `tokenizing.prompt_ids`
+    says, `for_encoder` or for a decoder.
 
     Raises:
         ValueError: if the prompt has no token.
@@ -157,7 +161,7 @@ def query_of(
             **(chat_template_kwargs or {}),
         )
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = prompt_ids(prompt, tokenizer, chat_template_kwargs, for_encoder)
     query = torch.as_tensor(ids, dtype=torch.long)
     if len(query) == 0:
         raise ValueError(f"the prompt {prompt!r} has no token")

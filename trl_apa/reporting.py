@@ -23,7 +23,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_apa._trl import print_prompt_completions_sample
 from trl_apa.lost_trackers import go_on_without_report, is_lost, may_fail, tracker_of
+from trl_apa.redaction import without_secrets
 from trl_apa.statistics import spread
+from trl_apa.tracker_secrets import options_to_open
 
 
 # Trackers that take `tracker_kwargs` -> what their reporter calls to open a run, and the argument of it, if any, that
@@ -88,7 +90,7 @@ def _is_installed(tracker: str) -> bool:
 
 def _warn(message: str) -> None:
     # The caller of the config: above check_trackers, the config's method, __post_init__ and __init__.
-    warnings.warn(message, UserWarning, stacklevel=6)
+    warnings.warn(without_secrets(message), UserWarning, stacklevel=6)
 
 
 # ---- runs ----
@@ -147,10 +149,13 @@ def _options_for(tracker: str, args: TrainingArguments) -> dict[str, Any]:
     options, project = dict(args.tracker_kwargs.get(tracker, {})), OPENERS[tracker][1]
     if args.tracker_project_name is not None and project is not None:
         options.setdefault(project, args.tracker_project_name)
-    if isinstance(options.get("experiment_config"), Mapping):
+    is_config = isinstance(options.get("experiment_config"), Mapping)
+    if is_config:
+        options["experiment_config"] = {"name": args.run_name, **options["experiment_config"]}
+    options = options_to_open(options, vars(args))
+    if is_config:
         # Comet takes an object, which JSON cannot express.
-        named = {"name": args.run_name, **options["experiment_config"]}
-        options["experiment_config"] = import_module(tracker).ExperimentConfig(**named)
+        options["experiment_config"] = import_module(tracker).ExperimentConfig(**options["experiment_config"])
     return options
 
 

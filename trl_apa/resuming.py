@@ -1,153 +1,458 @@
-"""What lets a run go on: whole checkpoints told from torn ones, the state beside the weights, a shut-down in time."""
+"""What lets a run continue after it stopped: how a checkpoint is written, and the checks when one is resumed."""
 
-import json
+import logging
 import os
 import random
-import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import sort_checkpoints
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import nn
+from transformers import EarlyStoppingCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-
-STATE_FILE = "apa_state_{process}.pt"
-# Options that a plan of optimizer steps, or the order of the prompts, was made by.
-MUST_AGREE = (
-    "loss_type",
-    "seed",
-    "batch_size",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_epochs_per_batch",
-    "num_generations",
-    "world_size",
+from trl_apa._trl import _BaseTrainer
+from trl_apa.checkpoints import (
+    PROCESS_STATE,
+    IncompleteCheckpoint,
+    checkpoints_in,
+    clean_up,
+    delete_folder,
+    delete_surplus,
+    newest_checkpoint,
+    problem_with,
+    put_in_place,
+    read_manifest,
+    staging_folder,
+    write_manifest,
 )
+from trl_apa.optimization import (
+    group_options,
+    optimizer_name,
+    use_new_group_options,
+)
+from trl_apa.run_identity import (
+    DATA,
+    NEVER_OVERRIDDEN,
+    REFERENCE,
+    REWARDS,
+    Run,
+    comparable,
+    data_fingerprint,
+    describe_networks,
+    differences,
+    say,
+)
+from trl_apa.signals import StopOnSignal
 
 
-def described(network: nn.Module) -> str:
-    """What tells the networks of one run from those of another: kinds, and numbers of weights and of trained ones."""
-    kinds = [type(part).__name__ for part in network.modules() if isinstance(part, PreTrainedModel | PeftModel)]
-    weights = [parameter.numel() for parameter in network.parameters()]
-    trained = [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
-    outermost = ", ".join(dict.fromkeys(kinds))
-    return f"{outermost} with {sum(weights):,} weights in {len(weights)} parts, {sum(trained):,} of them trained"
+logger = logging.getLogger(__name__)
+# What a checkpoint of 0.1.0 does not say.
+UNVERIFIED = "sizes and checksums of its files, its data, rewards, reference and most options"
 
 
-def save_state(folder: str, process_index: int, args: Any, networks: str, state: dict[str, Any]) -> None:
-    """Write one process's part of a checkpoint beside weights and optimizer.
-
-    Args:
-        folder: the checkpoint's.
-        process_index: whose part it is.
-        args: the options of the run, of which those in `MUST_AGREE` are kept.
-        networks: `described` before the run began.
-        state: tensors, numbers, texts and containers of these.
-    """
-    options = {name: getattr(args, name) for name in MUST_AGREE} | {"networks": networks}
-    torch.save({"options": options, **state}, _state_file(folder, process_index))
+def is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint can be resumed from: every file is there, as it was written."""
+    return problem_with(checkpoint) is None
 
 
-def load_state(folder: str, process_index: int, args: Any, networks: str) -> dict[str, Any]:
-    """What `save_state` wrote.
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The newest complete checkpoint of the run in `output_dir` that began last; warns of incomplete ones after it.
 
     Raises:
-        ValueError: if there is none, or if it is of a run with other options or networks, naming them.
+        ValueError: if there is none.
     """
-    path = _state_file(folder, process_index)
+    newest = newest_checkpoint(output_dir)
+    if newest is None:
+        raise ValueError(
+            f"resume_from_checkpoint=True, but output_dir={os.fspath(output_dir)!r} has no complete checkpoint"
+        )
+    return os.fspath(newest)
+
+
+def load_process_state(folder: str | os.PathLike, process_index: int, global_step: int) -> dict[str, Any]:
+    """What one process wrote into a checkpoint beside weights and optimizer.
+
+    Raises:
+        ValueError: if there is none, or if it is of another optimizer step.
+    """
+    path = Path(folder) / PROCESS_STATE.format(process=process_index)
     if not path.is_file():
         raise ValueError(
             f"resume_from_checkpoint={os.fspath(folder)!r} has no {path.name}: it is no checkpoint of train(), or one "
             "of fewer processes, or one written with save_only_model"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
-    then, now = state["options"], {name: getattr(args, name) for name in MUST_AGREE} | {"networks": networks}
-    differing = [name for name in now if then.get(name) != now[name]]
-    if differing:
-        was = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differing)
-        raise ValueError(f"resume_from_checkpoint={os.fspath(folder)!r} is of another run: {was}")
+    step = state.get("global_step", global_step)
+    if step != global_step:
+        raise ValueError(
+            f"resume_from_checkpoint={os.fspath(folder)!r}: {path.name} is of step {step}, {TRAINER_STATE_NAME} of "
+            f"step {global_step}"
+        )
     return state
 
 
-def _state_file(folder: str, process_index: int) -> Path:
-    return Path(folder) / STATE_FILE.format(process=process_index)
+class ResumableRuns(_BaseTrainer):
+    """The part of the trainers that writes checkpoints and continues runs; see `docs/resuming.md`.
 
-
-def is_complete(checkpoint: str) -> bool:
-    """Whether a checkpoint was written to its end, of which the Trainer's own state is the last part."""
-    try:
-        TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-    except (OSError, json.JSONDecodeError, TypeError):
-        return False
-    return True
-
-
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint in `output_dir` that was written to its end; warns of torn ones after it.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    checkpoints = sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []
-    for checkpoint in reversed(checkpoints):
-        if is_complete(checkpoint):
-            return checkpoint
-        warnings.warn(f"{checkpoint} was not written to its end; going on from the one before it", stacklevel=3)
-    raise ValueError(f"resume_from_checkpoint=True, but output_dir={output_dir!r} has no complete checkpoint")
-
-
-class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, saves a checkpoint after the current optimizer step and ends the run.
-
-    Schedulers send that signal some seconds before they end a process. All processes stop at the same step, even if
-    only some of them were told.
-
-    Args:
-        sum_over_processes: adds a tensor up over the processes.
+    A subclass says what else a process has to keep (`_process_state`, `_restore_process_state`), and which reasons
+    beside the number of steps end a run (`_why_finished`).
     """
 
-    def __init__(self, sum_over_processes: Callable[[Tensor], Tensor]):
-        self.sum_over_processes = sum_over_processes
-        self.noted = self.received = False
+    run: Run | None = None
+    _description: dict[str, Any]
+    _initial_policy: str | None = None
+    _optimizer_as_made: list[dict[str, Any]] | None = None
+    _resumed_manifest: dict[str, Any] | None = None
+    _resumed_state: dict[str, Any] | None = None
+    # Differences to the resumed checkpoint that resume_anyway has named.
+    _overridden: dict[str, tuple[Any, Any]]
+    _finished: str | None = None
+    _last_saved_step: int | None = None
+    _stop_on_signal: StopOnSignal | None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM only leaves a note; afterwards its handler is what it was.
+    # ---- the run ----
 
-        Signals reach the main thread alone: elsewhere nothing is changed. A signal that came after the last optimizer
-        step, when there is nothing to save any more, is passed on.
+    def _begin_run(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None, resume_anyway: Sequence[str] | None
+    ) -> str | None:
+        """Who this run is, and the checkpoint that it resumes, checked before anything is loaded.
+
+        Raises:
+            ValueError: if there is no checkpoint to resume, if it is incomplete, or if it is of another run.
         """
-        self.noted = self.received = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
+        self._description = self._describe_run()
+        self._resumed_manifest = self._resumed_state = self._finished = self._last_saved_step = None
+        self._overridden = {}
+        if not resume_from_checkpoint:
+            self._begin_new_run()
+            return None
+        checkpoint = self._agreed(lambda: self._find_checkpoint(resume_from_checkpoint))
+        self._on_all_processes(lambda: self._verify(checkpoint))
+        self._on_all_processes(lambda: self._compare(checkpoint, resume_anyway))
+        self._check_agreement(checkpoint)
+        self._announce(checkpoint)
+        return checkpoint
+
+    def _begin_new_run(self) -> None:
+        output_dir = self.args.output_dir
+        others = checkpoints_in(output_dir)
+        self.run = self._agreed(lambda: Run.new(other.run for other in others if other.run is not None))
+        if others and self.is_world_process_zero():
+            names = ", ".join(sorted({other.path.name for other in others}))
+            logger.warning(
+                "output_dir=%r holds checkpoints of another run (%s): this new run leaves them there, and "
+                "save_total_limit does not count them. To continue that run: train(resume_from_checkpoint=True)",
+                output_dir,
+                names,
+            )
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What a run learns from; a checkpoint with another description is another run's."""
+        args = self.args
+        options = {name: getattr(args, name) for name in args.defines_run}
+        module = self.accelerator.unwrap_model(self.model)
+        # Before an engine shards them: the numbers of weights are those of the complete networks.
+        networks = getattr(self, "_description", {}).get("networks") or describe_networks(module)
+        scorer = getattr(self, "scorer", None)
+        return comparable(
+            {
+                **options,
+                "world_size": args.world_size,
+                "networks": networks,
+                DATA: self._fingerprint_of_data(),
+                REWARDS: None if scorer is None else scorer.names,
+                REFERENCE: self._initial_policy,
+            }
+        )
+
+    def _fingerprint_of_data(self) -> str | None:
+        return data_fingerprint(self.train_dataset)
+
+    def _agreed(self, choose: Any) -> Any:
+        """What `choose` gives on the main process, on all of them; if it fails there, all raise."""
+        chosen = [self._on_all_processes(lambda: choose() if self.is_world_process_zero() else None)]
+        return broadcast_object_list(chosen)[0] if self.accelerator.num_processes > 1 else chosen[0]
+
+    # ---- resuming ----
+
+    def _find_checkpoint(self, resume: str | os.PathLike | bool) -> str:
+        """The main process looks, so that all resume the same one."""
+        if resume is True:
+            clean_up(self.args.output_dir)
+            return last_complete_checkpoint(self.args.output_dir)
+        clean_up(Path(resume).parent)
+        return os.fspath(resume)
+
+    def _verify(self, checkpoint: str) -> None:
+        if self.args.should_save and (problem := problem_with(checkpoint)) is not None:
+            raise IncompleteCheckpoint(
+                f"resume_from_checkpoint={checkpoint!r} is incomplete, or no checkpoint: {problem}"
+            )
+
+    def _compare(self, checkpoint: str, resume_anyway: Sequence[str] | None) -> None:
+        """Refuse another run's checkpoint, and find out whether this one's run has ended."""
+        self._resumed_manifest = manifest = read_manifest(checkpoint)
+        step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+        self._resumed_state = state = load_process_state(checkpoint, self.accelerator.process_index, step)
+        # A checkpoint of 0.1.0 describes its run in each process's state.
+        then = state.get("options", {}) if manifest is None else manifest["learns_from"]
+        differing = differences(then, self._description)
+        allowed = set(self.args.resume_anyway or ()) | set(resume_anyway or ())
+        if unknown := allowed - self._description.keys():
+            raise ValueError(
+                f"resume_anyway names {', '.join(sorted(unknown))}, by which no run is told from another; it can name "
+                f"{', '.join(sorted(self._description.keys() - set(NEVER_OVERRIDDEN)))}"
+            )
+        allowed -= set(NEVER_OVERRIDDEN)
+        if refused := {name: pair for name, pair in differing.items() if name not in allowed}:
+            names = sorted(refused.keys() - set(NEVER_OVERRIDDEN))
+            advice = f"; resume_anyway={names} resumes it with what is given here" if names else ""
+            raise ValueError(f"resume_from_checkpoint={checkpoint!r} is of another run: {say(refused)}{advice}")
+        self._check_optimizer(checkpoint, manifest)
+        self._check_process_state(checkpoint, state, step)
+        self._overridden = differing
+        self._finished = self._why_finished(step)
+        self.run = self._run_that_goes_on(checkpoint, manifest)
+        self._last_saved_step = step
+
+    def _run_that_goes_on(self, checkpoint: str, manifest: dict[str, Any] | None) -> Run:
+        others = [c.run for c in checkpoints_in(self.args.output_dir) if c.run is not None]
+        if manifest is None:
+            return self.run or Run.new(others)
+        return Run(**manifest["run"]).resumed(others)
+
+    def _check_optimizer(self, checkpoint: str, manifest: dict[str, Any] | None) -> None:
+        if manifest is None or self.optimizer is None or self.is_deepspeed_enabled:
             return
-        before = signal.signal(signal.SIGTERM, self._note)
+        then, now = manifest["optimizer"], optimizer_name(self.optimizer)
+        if then["name"] != now:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r}: optim was {manifest['options'].get('optim')!r} "
+                f"({then['name']}), is {str(self.args.optim.value)!r} ({now}); their states do not fit each other"
+            )
+        if len(then["groups"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r}: its optimizer has {len(then['groups'])} groups of "
+                f"parameters, this one has {len(self.optimizer.param_groups)}; was value_learning_rate set, or are "
+                "other parameters trained?"
+            )
+
+    def _check_agreement(self, checkpoint: str) -> None:
+        """Refuse a checkpoint whose processes' parts are of different moments."""
+        numbers = torch.tensor([self._numbers_to_agree()], device=self.accelerator.device)
+        everywhere = self.accelerator.gather(numbers)
+        if (everywhere != everywhere[0]).any():
+            raise IncompleteCheckpoint(
+                f"resume_from_checkpoint={checkpoint!r}: the parts of its processes are of different moments: "
+                f"{everywhere.tolist()}"
+            )
+
+    def _numbers_to_agree(self) -> list[int]:
+        return [self._last_saved_step]
+
+    def _check_process_state(self, checkpoint: str, state: dict[str, Any], step: int) -> None:
+        """Refuse numbers that do not fit each other."""
+
+    def _why_finished(self, step: int) -> str | None:
+        """Why a run of this many optimizer steps has ended under the options as they are now; None if it goes on."""
+        planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if step >= planned:
+            return f"it has made its {planned} optimizer steps; more of them continue it (max_steps, num_train_epochs)"
+        stopped = (self._resumed_manifest or {}).get("early_stopping_patience")
+        patience = [c.early_stopping_patience for c in self._early_stopping()]
+        if stopped is not None and patience and max(patience) <= stopped:
+            return f"EarlyStoppingCallback ended it after {stopped} evaluations; a larger patience continues it"
+        return None
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+    def _announce(self, checkpoint: str) -> None:
+        if self.args.should_save:
+            clean_up(self.args.output_dir, self.run)
+        if not self.is_world_process_zero():
+            return
+        logger.warning("resuming run %s from %s", self.run, checkpoint)
+        if self._resumed_manifest is None:
+            logger.warning("%s was written by version 0.1.0: %s cannot be verified", checkpoint, UNVERIFIED)
+        changed = {**differences((self._resumed_manifest or {}).get("options", {}), self._options())}
+        changed = {name: pair for name, pair in changed.items() if name not in self._description} | self._overridden
+        if changed:
+            logger.warning("changed since %s was written: %s", checkpoint, say(changed))
+        if self._finished is not None:
+            logger.warning("run %s is finished: %s. Nothing is trained", self.run, self._finished)
+
+    def _options(self) -> dict[str, Any]:
+        aliases = getattr(self.args, "alias_names", ())
+        return {name: value for name, value in comparable(self.args.to_dict()).items() if name not in aliases}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does, which makes at least one step; of a finished run none."""
+        if self._finished is not None:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called where the resumed loop takes up: random numbers, and what each process keeps beside them."""
+        super()._load_rng_state(checkpoint)
+        self._restore_resumed_state()
+
+    def _restore_resumed_state(self) -> None:
+        if self._resumed_state is not None:
+            self._restore_process_state(self._resumed_state)
+            self._resumed_state = None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As the Trainer does; notes the options of the optimizer's groups before a checkpoint replaces them."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        made = optimizer or self.optimizer
+        self._optimizer_as_made = group_options(made) if hasattr(made, "param_groups") else None
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does; then a learning rate, weight decay, ... that was changed since is used."""
+        as_made, manifest = self._optimizer_as_made, self._resumed_manifest
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or as_made is None:
+            return
+        then = None if manifest is None else manifest["optimizer"]["groups"]
+        changed = use_new_group_options(self.optimizer, self.lr_scheduler, then, as_made)
+        self._optimizer_as_made = as_made
+        if changed and self.is_world_process_zero():
+            logger.warning("the optimizer continues with %s", say(changed))
+
+    # ---- writing ----
+
+    def _process_state(self) -> dict[str, Any]:
+        """What each process keeps beside weights, optimizer and random numbers: tensors, numbers, lists, dicts."""
+        return {}
+
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
+        """The counterpart of `_process_state`."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, and rename it when it is complete and on disk.
+
+        What lay in its place, and the checkpoints before it, stay complete until then.
+
+        Raises:
+            RuntimeError: if it cannot be written, the disk being full, say.
+        """
+        self.run = self.run or self._agreed(lambda: Run.new(()))
+        step, output_dir = self.state.global_step, self._get_output_dir(trial)
+        folder = staging_folder(output_dir, step, self.run)
+        place = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        self._note_best_checkpoint(place)
+        writes = self.args.should_save
         try:
-            yield
+            self._on_all_processes(lambda: delete_folder(folder) if writes else None)
+            self._on_all_processes(lambda: self._write_files(folder))
+            self._on_all_processes(lambda: self._complete(folder, step) if writes else None)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            if writes:
+                delete_folder(folder)
+            raise RuntimeError(
+                f"{place} could not be written: {error}. Checkpoints before it are complete: make room and continue "
+                "with train(resume_from_checkpoint=True)"
+            ) from error
+        self._last_saved_step = step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.fspath(place))
+        if writes:
+            delete_surplus(output_dir, self.run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _note_best_checkpoint(self, place: Path) -> None:
+        state = self.state
+        if self.args.save_strategy == SaveStrategy.NO or not state.best_global_step:
+            return
+        best = place.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if best == place or best.is_dir():
+            state.best_model_checkpoint = os.fspath(best)
+
+    def _write_files(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = os.fspath(folder)
+        self.save_model(path, _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(path)
+            self._save_scaler(path)
+            self._save_rng_state(path)
+            state = {"global_step": self.state.global_step, **self._process_state()}
+            torch.save(state, folder / PROCESS_STATE.format(process=self.accelerator.process_index))
+        if self.args.should_save:
+            self._export_callbacks()
+            self.state.save_to_json(os.path.join(path, TRAINER_STATE_NAME))
+
+    def _export_callbacks(self) -> None:
+        """The state of the callbacks that have one, for `restore_callback_states_from_checkpoint`."""
+        states: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__].append(callback.state())
+        self.state.stateful_callbacks = {name: of[0] if len(of) == 1 else of for name, of in states.items()}
+
+    def _complete(self, folder: Path, step: int) -> None:
+        stopped = [c for c in self._early_stopping() if c.early_stopping_patience_counter >= c.early_stopping_patience]
+        content = {
+            "version": version("trl-apa"),
+            "step": step,
+            "resumable": not self.args.save_only_model,
+            "run": self.run.as_dict(),
+            "learns_from": self._description if self.is_in_train else self._describe_run(),
+            "options": self._options(),
+            "optimizer": {
+                "name": optimizer_name(self.optimizer),
+                "groups": comparable_groups(self._optimizer_as_made),
+            },
+            "early_stopping_patience": max((c.early_stopping_patience for c in stopped), default=None),
+        }
+        write_manifest(folder, content)
+        put_in_place(folder, step, self.run)
+
+    def _save_what_was_learned(self) -> None:
+        """A checkpoint between two optimizer steps, before an error is raised, unless there is one of this step."""
+        step = self.state.global_step
+        if not self.is_in_train or step == 0 or self._stop_on_signal.at_once:
+            return
+        if step == self._last_saved_step:
+            logger.warning(
+                "the run failed; all that it learned is in its checkpoint of step %d: resume from there", step
+            )
+            return
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except RuntimeError as error:  # the run's own error is the one to raise
+            logger.error("the run failed, and what it learned since its last checkpoint is lost: %s", error)
+            return
+        logger.warning("the run failed; what it learned is in %s: resume from there", self._checkpoint_place())
+
+    def _checkpoint_place(self) -> str:
+        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does, which with `save_total_limit=1` would delete other runs' checkpoints, and the last."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
         finally:
-            signal.signal(signal.SIGTERM, before)
-        if self.noted and not self.received:
-            signal.raise_signal(signal.SIGTERM)
+            self.args.save_total_limit = limit
 
-    def _note(self, signum: int, frame: Any) -> None:
-        self.noted = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Two flags, because a signal may come while the processes agree.
-        self.received = self.noted
-        if args.world_size > 1:
-            self.received = bool(self.sum_over_processes(torch.tensor(float(self.noted), device=args.device)))
-        if self.received:
-            control.should_save = control.should_training_stop = True
+def comparable_groups(groups: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return [comparable(group) for group in groups or []]
 
 
 @contextmanager

@@ -113,14 +113,60 @@ def shape_scores(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is {clip}, it should be positive")
     shaped_B = at_least_float32(scores_B)
-    size_B = shaped_B.abs()
+    divisor = _divisor(shaped_B, std)
     if mean is not None:
         shaped_B = shaped_B - torch.as_tensor(mean, dtype=shaped_B.dtype, device=shaped_B.device)
-    if std is not None:
-        divisor = torch.as_tensor(std, dtype=shaped_B.dtype, device=shaped_B.device)
-        has_spread = divisor > NO_SPREAD * size_B.amax()
-        shaped_B = shaped_B / torch.where(has_spread, divisor, torch.ones_like(divisor))
+    shaped_B = shaped_B / divisor
     return shaped_B if clip is None else shaped_B.clamp(-clip, clip)
+
+
+def _divisor(scores_B: Tensor, std: float | Tensor | None) -> Tensor:
+    """`std`, or 1 where it is not given or no more than rounding, 0-d."""
+    one = torch.ones((), dtype=scores_B.dtype, device=scores_B.device)
+    if std is None:
+        return one
+    divisor = torch.as_tensor(std, dtype=scores_B.dtype, device=scores_B.device)
+    return torch.where(divisor > NO_SPREAD * scores_B.abs().amax(), divisor, one)
+
+
+def shaped_token_rewards(
+    scores_B: Tensor,
+    response_mask_BR: Tensor,
+    given_BR: Tensor | None = None,
+    *,
+    std: float | Tensor | None = None,
+    mean: float | Tensor | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """
+    Rewards of tokens that add up to `shape_scores` of each response's score.
+
+    What was given token by token stays on its token, divided by `std`; the rest of the score, less `mean`, goes to the
+    last counted token. Where `clip` binds, all rewards of that response are scaled down together, so that each token
+    keeps its share.
+
+    Args:
+        scores_B (`Tensor` `(B,)`): the whole score of each response, what was given token by token included, reward
+            units.
+        response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
+        given_BR (`Tensor` `(B, R)`, *optional*): the part of the scores that was given token by token, reward units.
+        std, mean, clip: see `shape_scores`.
+
+    Returns:
+        `Tensor` `(B, R)`, at least float32, 0 behind the mask; without unit if `std` is given.
+
+    Raises:
+        ValueError: as `shape_scores` and `token_rewards`; if `given_BR` has not the mask's shape.
+    """
+    if given_BR is None:
+        return token_rewards(shape_scores(scores_B, std=std, mean=mean, clip=clip), response_mask_BR)
+    check_response_tensors(response_mask_BR, given_BR=given_BR)
+    totals_B = shape_scores(scores_B, std=std, mean=mean)
+    given_BR = keep_counted(given_BR, response_mask_BR) / _divisor(at_least_float32(scores_B), std)
+    rewards_BR = given_BR + token_rewards(totals_B - given_BR.sum(dim=1), response_mask_BR)
+    clipped_B = shape_scores(totals_B, clip=clip)
+    share_B = torch.where(totals_B == clipped_B, 1.0, clipped_B / totals_B)
+    return rewards_BR * share_B[:, None]
 
 
 def token_rewards(scores_B: Tensor, response_mask_BR: Tensor) -> Tensor:

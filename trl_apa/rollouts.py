@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_apa.values import why_unreadable
+
 
 @dataclass
 class Rollouts:
@@ -230,13 +232,16 @@ def without_start_tokens(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Responses of an encoder-decoder without the start token that `generate` puts before them, and their masks.
 
-    What does not begin with it stays as it is, and so does what is no 1-D tensor: others check it.
+    What does not begin with it stays as it is, and so does what is no 1-D tensor or cannot be read: others check it.
     """
     starts = [
-        isinstance(response, Tensor) and response.dim() == 1 and response[:1].tolist() == [decoder_start_token_id]
+        isinstance(response, Tensor)
+        and why_unreadable(response) is None
+        and response.dim() == 1
+        and response[:1].tolist() == [decoder_start_token_id]
         for response in responses
     ]
-    if response_masks is not None:
+    if isinstance(response_masks, list):
         lengths = [len(response) if start else -1 for response, start in zip(responses, starts, strict=True)]
         response_masks = [
             mask[1:] if isinstance(mask, Tensor) and mask.shape == (length,) else mask

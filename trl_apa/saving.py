@@ -5,17 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.engines import cuts_up_weights
 from trl_apa.models import merge_and_save
+from trl_apa.redaction import without_secrets
+from trl_apa.signals import StopOnSignal
 from trl_apa.telemetry import NoTelemetry
+from trl_apa.values import described_error
 
 
 class Saving(NoTelemetry, _BaseTrainer):
     """The part of `APATrainer` that writes policy, value model, tokenizer and card."""
 
+    # Made after the first calls of `_on_all_processes`.
+    _stop_on_signal: StopOnSignal | None = None
     _tag_names = ["trl", "apa", "rlhf"]
     _name = "APA"
     _paper = {
@@ -63,20 +69,29 @@ class Saving(NoTelemetry, _BaseTrainer):
         self._on_all_processes(write)
 
     def _on_all_processes(self, work: Callable[[], Any]) -> Any:
-        """Do `work`; if it fails in one process, all raise: none is left waiting.
+        """Do `work`; if it fails in one process, with `SystemExit` too, all raise: none is left waiting.
 
         Work that talks to other processes has to have talked to all of them before it fails.
+
+        Raises:
+            ValueError: if it failed in other processes only, with what they say.
         """
         error, result = None, None
         try:
             result = work()
-        except Exception as failed:
+        except BaseException as failed:
+            if self._stop_on_signal is not None and self._stop_on_signal.at_once:
+                raise  # the user has asked twice for the end, and is not to wait for other processes
             error = failed
         failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
+        if failures and self.accelerator.num_processes > 1:
+            process = self.accelerator.process_index
+            told = [] if error is None else [f"process {process}: {described_error(error)[:1000]}"]
+            messages = gather_object(told)
         if error is not None:
             raise error
         if failures:
-            raise ValueError(f"{int(failures)} other process(es) failed at the same point; see their messages")
+            raise ValueError(f"{int(failures)} other process(es) failed at the same point: {'; '.join(messages)}")
         return result
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
@@ -118,7 +133,8 @@ class Saving(NoTelemetry, _BaseTrainer):
             if path is not None:
                 self.args.output_dir = os.fspath(path)
             os.makedirs(self.args.output_dir, exist_ok=True)
-            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+            about = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+            super().create_model_card(**without_secrets(about, vars(self.args)))
         finally:
             self.args.output_dir = output_dir
 

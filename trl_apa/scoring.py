@@ -1,15 +1,8 @@
 """Responses to scores: reward functions in Python and reward models, weighted and summed."""
 
-import asyncio
-import inspect
-import math
 import os
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -24,7 +17,11 @@ from trl_apa.logprobs import inner_model, network_inputs
 from trl_apa.models.loaders import load_reward_model
 from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.policy_and_value import PolicyAndValue
+from trl_apa.option_checks import check_reward_weights
+from trl_apa.reward_calls import call, call_functions
+from trl_apa.reward_values import Value, check_sizes, read_answer, total
 from trl_apa.rollouts import pad_queries
+from trl_apa.texts import answer_text, as_read, end_ids, is_ended, sampled_ids, scored_ids
 
 
 # As a reward function: the reward model on the policy's own base.
@@ -38,10 +35,12 @@ class RewardModel:
 
     Args:
         model: a classifier with one label; it is frozen.
-        policy_tokenizer: the policy's, which decodes prompt and response together (decoded apart, some tokenizers lose
-            the space between them).
-        tokenizer: the classifier's own, which tokenises the text again; None if it reads the policy's token ids.
+        policy_tokenizer: the policy's, which decodes the response as it follows the prompt.
+        tokenizer: the classifier's own, which tokenises prompt and response again; None if it reads the policy's token
+            ids.
         batch_size: sequences a forward pass.
+        end_token_ids: of the policy; a response that ends with one has an end, which the classifier reads as its own.
+            The policy tokenizer's EOS by default.
 
     Raises:
         ValueError: if the classifier has several labels, or adapters that work by prompt learning.
@@ -53,6 +52,7 @@ class RewardModel:
         policy_tokenizer: PreTrainedTokenizerBase,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 8,
+        end_token_ids: Collection[int] | None = None,
     ):
         if model.config.num_labels != 1:
             raise ValueError(f"reward model {type(model).__name__} has {model.config.num_labels} labels, not one")
@@ -61,6 +61,7 @@ class RewardModel:
         self.model = model.requires_grad_(False).eval()
         self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
         self.batch_size = batch_size
+        self.end_token_ids = end_ids(end_token_ids, policy_tokenizer)
         self.__name__ = os.path.basename(model.config._name_or_path.rstrip("/")) or type(model).__name__
 
     def __call__(
@@ -72,26 +73,42 @@ class RewardModel:
         **_: Any,
     ) -> list[float]:
         rows = zip(prompts, completions, prompt_ids, completion_ids, strict=True)
-        sequences = [torch.tensor(self._tokens(*row)) for row in rows]
-        starts = range(0, len(sequences), self.batch_size)
-        return [score for start in starts for score in self._scores(sequences[start : start + self.batch_size])]
+        return self.score_ids([self._tokens(*row) for row in rows])
+
+    def score_ids(self, sequences: Sequence[list[int]]) -> list[float]:
+        """The score of each sequence of token ids that the classifier reads."""
+        tensors = [torch.tensor(sequence) for sequence in sequences]
+        starts = range(0, len(tensors), self.batch_size)
+        return [score for start in starts for score in self._scores(tensors[start : start + self.batch_size])]
+
+    def text_ids(self, prompt: Any, answer: str, ended: bool) -> list[int]:
+        """Prompt and answer as the token ids that the classifier reads: see `texts.scored_ids`."""
+        tokenizer = self.policy_tokenizer if self.tokenizer is None else self.tokenizer
+        return scored_ids(prompt, answer, ended, tokenizer, needs_frame=self._last_token_head is None)
 
     def _tokens(self, prompt: Any, completion: Any, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
         if self.tokenizer is None:
-            return prompt_ids + completion_ids
+            return sampled_ids(prompt, prompt_ids, completion_ids, self.policy_tokenizer, self.end_token_ids)
+        ended = is_ended(completion_ids, self.end_token_ids)
         if is_conversational({"prompt": prompt}):
-            return self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
-        text = self.policy_tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
-        return self.tokenizer(text)["input_ids"]
+            return self.text_ids(prompt, completion[-1]["content"], ended)
+        prompt = as_read(prompt, prompt_ids, self.policy_tokenizer)
+        query, response = torch.tensor(prompt_ids), torch.tensor(completion_ids)
+        return self.text_ids(prompt, answer_text(self.policy_tokenizer, query, response, prompt), ended)
+
+    @property
+    def _last_token_head(self) -> nn.Module | None:
+        """What makes a score of the last token's state; None for a classifier that reads its score elsewhere."""
+        head = getattr(inner_model(self.model), "score", None)
+        return head if isinstance(head, nn.Linear | ModulesToSaveWrapper) else None
 
     @torch.no_grad()
     def _scores(self, sequences: list[Tensor]) -> list[float]:
         """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
         tokens = pad_queries(sequences, self.model.config.pad_token_id or 0, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
-        network = inner_model(self.model)
-        head = getattr(network, "score", None)
-        if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
+        network, head = inner_model(self.model), self._last_token_head
+        if head is None:
             return self.model(**tokens).logits[:, 0].float().tolist()
         tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
         trunk = network.base_model
@@ -109,13 +126,22 @@ class AdapterReward:
         path: folder or hub name of an adapter with one label, trained on the policy's base; None for the adapter that
             the policy came with.
         batch_size: sequences a forward pass.
+        tokenizer: the policy's; with it a chat message that ended is read up to the end that its chat template writes.
+        end_token_ids: see `RewardModel`.
 
     Raises:
         ValueError: if the adapter does not fit the policy, has several labels, or is the second one; or if there is
             none.
     """
 
-    def __init__(self, module: PolicyAndValue, path: str | None = None, batch_size: int = 8):
+    def __init__(
+        self,
+        module: PolicyAndValue,
+        path: str | None = None,
+        batch_size: int = 8,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        end_token_ids: Collection[int] | None = None,
+    ):
         if path is not None:
             module.add_reward_adapter(path)
         elif module.reward_adapter is None:
@@ -123,11 +149,19 @@ class AdapterReward:
         if (labels := module.reward_adapter.score.out_features) != 1:
             raise ValueError(f"reward_funcs={ADAPTER!r}: the reward adapter has {labels} labels; it should have one")
         self.module, self.batch_size = module, batch_size
+        self.tokenizer, self.end_token_ids = tokenizer, end_ids(end_token_ids, tokenizer)
         self.__name__ = os.path.basename((path or "reward_adapter").rstrip("/"))
 
     @torch.no_grad()
-    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        sequences = [torch.tensor(p + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    def __call__(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        prompts: list[Any] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        rows = zip(prompts or [""] * len(prompt_ids), prompt_ids, completion_ids, strict=True)
+        sequences = [torch.tensor(sampled_ids(*row, self.tokenizer, self.end_token_ids)) for row in rows]
         by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         scores = [0.0] * len(sequences)
         device = next(self.module.policy.parameters()).device
@@ -180,7 +214,7 @@ class Scorer:
         timeout: seconds that the functions in Python may take together; no limit by default.
 
     Raises:
-        ValueError: if there are not as many weights as functions.
+        ValueError: if there are not as many weights as functions, or one is no finite number.
     """
 
     def __init__(
@@ -193,7 +227,8 @@ class Scorer:
         self.functions = list(functions)
         self.names = _different([getattr(function, "__name__", type(function).__name__) for function in functions])
         self.networks = [number for number, function in enumerate(functions) if isinstance(function, NETWORKS)]
-        self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        given = check_reward_weights(weights)
+        self.weights = [1.0] * len(self.functions) if given is None else given
         self.skip_unscored, self.timeout = skip_unscored, timeout
         if len(self.weights) != len(self.functions):
             raise ValueError(
@@ -212,7 +247,7 @@ class Scorer:
         """What each function says of each response.
 
         Args:
-            prompts: texts or chat messages.
+            prompts: texts or chat messages. Of these and all the other lists each function gets copies of its own.
             completions: texts, or for chat messages the assistant's message in a list.
             queries, responses: their token ids, 1-D.
             columns: what else the data set holds, one value a response.
@@ -221,8 +256,8 @@ class Scorer:
 
         Raises:
             ValueError: naming the function, if it gives another number of values than responses or tokens, or a value
-                that is not a finite number.
-            RuntimeError: naming the function that failed.
+                that is not a finite number, or one that is too large to learn from.
+            RuntimeError, KeyboardInterrupt: naming the function that failed.
             TimeoutError: naming the function that was at work when the time was up.
         """
         # Columns of the same names give way: UltraFeedback has `completions`, say.
@@ -230,71 +265,34 @@ class Scorer:
         arguments["completion_ids"] = [response.tolist() for response in responses]
         of_networks = {**arguments, "prompt_ids": [query.tolist() for query in queries]}
         lengths = [len(response) for response in responses]
-        values_of = on_all_processes(lambda: self._checked(self._call_functions(arguments), lengths))
+        values_of = on_all_processes(lambda: self._values_of_functions(arguments, lengths))
         if self.networks:
-            values_of |= on_all_processes(lambda: self._checked(self._call_networks(of_networks), lengths))
+            values_of |= on_all_processes(lambda: self._values_of_networks(of_networks, lengths))
         values = [values_of[number] for number in range(len(self.functions))]
-        by_function_BF = torch.tensor([[_sum(value) for value in column] for column in values]).float().T
+        on_all_processes(lambda: check_sizes(self.names, values, self.weights))
+        by_function_BF = torch.tensor([[total(value) for value in column] for column in values]).float().T
         kept_B = by_function_BF.isfinite().all(dim=1)
         total_B = torch.where(
             kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights, dtype=torch.float32), 0.0
         )
         return Scores(by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
 
-    def _call_functions(self, arguments: dict[str, Any]) -> dict[int, Any]:
-        """Every Python function's answer, under the function's number.
-
-        In a thread of its own if the time is limited, since Python cannot stop a call.
-        """
-        at_work, stopped = ["?"], threading.Event()
+    def _values_of_functions(self, arguments: dict[str, Any], lengths: list[int]) -> dict[int, list[Value]]:
+        """What every Python function gives, under the function's number."""
         numbers = [number for number in range(len(self.functions)) if number not in self.networks]
+        functions = [(self.names[number], self.functions[number]) for number in numbers]
+        answers = call_functions(functions, arguments, self.timeout)
+        return {n: self._read(n, answer, lengths) for n, answer in zip(numbers, answers, strict=True)}
 
-        def call_all() -> dict[int, Any]:
-            calls: dict[int, Any] = {}
-            for number in numbers:
-                if stopped.is_set():
-                    return calls
-                at_work[0] = self.names[number]
-                with _named(at_work[0]):
-                    calls[number] = self.functions[number](**arguments)
-            awaited = [self.names[number] for number, call in calls.items() if inspect.isawaitable(call)]
-            if stopped.is_set() or not awaited:
-                return calls
-            at_work[0] = ", ".join(awaited)
-            with _named(at_work[0]):
-                return dict(zip(calls, _run(_gather(list(calls.values()))), strict=True))
+    def _values_of_networks(self, arguments: dict[str, Any], lengths: list[int]) -> dict[int, list[Value]]:
+        answers = {n: call(self.names[n], self.functions[n], arguments) for n in self.networks}
+        return {n: self._read(n, answer, lengths) for n, answer in answers.items()}
 
-        return call_all() if self.timeout is None else _within(self.timeout, call_all, at_work, stopped)
+    def _read(self, number: int, answer: Any, lengths: list[int]) -> list[Value]:
+        return read_answer(self.names[number], answer, lengths, self.skip_unscored)
 
-    def _call_networks(self, arguments: dict[str, Any]) -> dict[int, Any]:
-        answers = {}
-        for number in self.networks:
-            with _named(self.names[number]):
-                answers[number] = self.functions[number](**arguments)
-        return answers
-
-    def _checked(self, answers: dict[int, Any], lengths: list[int]) -> dict[int, list[float | list[float]]]:
-        return {number: self._values(self.names[number], answer, lengths) for number, answer in answers.items()}
-
-    def _values(self, name: str, values: Any, lengths: list[int]) -> list[float | list[float]]:
-        if not hasattr(values, "__len__") or isinstance(values, str):
-            raise ValueError(f"reward function {name} gave {values!r}; it should give a list of numbers")
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
-        if len(values) != len(lengths):
-            raise ValueError(f"reward function {name} gave {len(values)} values for {len(lengths)} responses")
-        if len({isinstance(value, list | tuple) for value in values if not _is_missing(value)}) > 1:
-            raise ValueError(f"reward function {name} gave numbers for some rows and lists for others")
-        for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
-            if isinstance(value, list | tuple) and len(value) != length:
-                raise ValueError(
-                    f"reward function {name} gave {len(value)} values for the {length} tokens of row {row}"
-                )
-            if not _is_finite(value) and not (self.skip_unscored and _is_missing(value)):
-                raise ValueError(f"reward function {name} gave {value!r} for row {row}; it should be a finite number")
-        return [math.nan if _is_missing(value) else value for value in values]
-
-    def _per_token(self, values: list[list[Any]], lengths: list[int], kept_B: Tensor) -> list[Tensor] | None:
-        dense = [any(isinstance(value, list | tuple) for value in column) for column in values]
+    def _per_token(self, values: list[list[Value]], lengths: list[int], kept_B: Tensor) -> list[Tensor] | None:
+        dense = [any(isinstance(value, list) for value in column) for column in values]
         if not any(dense):
             return None
         sums = [torch.zeros(length) for length in lengths]
@@ -304,77 +302,11 @@ class Scorer:
         return sums
 
 
-def _sum(value: float | list[float]) -> float:
-    return sum(value) if isinstance(value, list | tuple) else float(value)
-
-
-def _is_finite(value: Any) -> bool:
-    values = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(number, Real) and math.isfinite(number) for number in values)
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a value, or one of those for the tokens, is None or NaN."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(number is None or (isinstance(number, float) and math.isnan(number)) for number in values)
-
-
 def _different(names: list[str]) -> list[str]:
     """Functions of one name (lambdas, say) get a number each after the first."""
     return [
         name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)
     ]
-
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, also where a loop is running already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which function failed."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
-
-
-def _within(seconds: float, work: Callable[[], Any], at_work: list[str], stopped: threading.Event) -> Any:
-    """The result of `work` if it comes in time; a call that hangs is left behind and ends with the process.
-
-    `stopped` tells what is left behind to begin with nothing more.
-    """
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((work(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        stopped.set()
-        raise TimeoutError(f"reward function {at_work[0]} gave no answer within reward_timeout={seconds} seconds")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
-
-
-async def _gather(calls: list[Any]) -> list[Any]:
-    async def settle(call: Any) -> Any:
-        return await call if inspect.isawaitable(call) else call
-
-    return await asyncio.gather(*(settle(call) for call in calls))
 
 
 def reward_functions(
@@ -383,6 +315,7 @@ def reward_functions(
     policy_tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     module: PolicyAndValue,
+    end_token_ids: Collection[int] | None = None,
 ) -> list[Callable]:
     """What the trainer's `reward_funcs` and `reward_processing_classes` mean.
 
@@ -394,6 +327,7 @@ def reward_functions(
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
         device: where classifiers are put.
         module: holds the policy.
+        end_token_ids: of the policy, see `RewardModel`.
 
     Raises:
         ValueError: naming what is of another type; if the lists differ in length; for a name without a trained
@@ -409,13 +343,15 @@ def reward_functions(
     made: list[Callable] = []
     for function, tokenizer in zip(functions, processing_classes, strict=True):
         if function == ADAPTER or (isinstance(function, str) and function.startswith(f"{ADAPTER}:")):
-            function = AdapterReward(module, function.removeprefix(ADAPTER).removeprefix(":") or None)
+            path = function.removeprefix(ADAPTER).removeprefix(":") or None
+            function = AdapterReward(module, path, tokenizer=policy_tokenizer, end_token_ids=end_token_ids)
         elif isinstance(function, str | os.PathLike):
             function = load_reward_model(os.fspath(function))
         if isinstance(function, PreTrainedModel | PeftModel):
             tokenizer = tokenizer or _tokenizer_of(function)
             same = tokenizer is None or _agree(tokenizer, policy_tokenizer)
-            function = RewardModel(function.to(device), policy_tokenizer, None if same else tokenizer)
+            own = None if same else tokenizer
+            function = RewardModel(function.to(device), policy_tokenizer, own, end_token_ids=end_token_ids)
         elif not callable(function):
             raise ValueError(
                 f"reward_funcs has a {type(function).__name__}; it should hold functions, classifiers or their names"

@@ -35,16 +35,17 @@ from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.masking import keep_counted, masked_mean
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
-from trl_apa.optimization import split_off_value_groups
+from trl_apa.optimization import check_optimizer_is_finite, split_off_value_groups
 from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
-from trl_apa.resuming import StopOnSigterm
 from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
+from trl_apa.run_identity import initial_policy_fingerprint
 from trl_apa.saving import Saving
 from trl_apa.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.signals import StopOnSignal
 from trl_apa.statistics import (
     StageTimer,
     UpdateRecord,
@@ -58,8 +59,8 @@ from trl_apa.update import Update
 from trl_apa.validation import (
     check_fp16,
     check_has,
+    check_queries,
     check_step_inputs,
-    check_tokens,
     check_type,
     one_of,
 )
@@ -180,6 +181,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         module, self.ref_model, processing_class = assemble(
             args, model, ref_model, processing_class, value_model, peft_config, num_shared_layers, optimizer
         )
+        self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         if module.base_is_shared:
             args.ddp_find_unused_parameters = True  # each of the two passes leaves the other's adapter out
         self._choose_special_tokens(processing_class, module.policy, args.stop_token_id)
@@ -235,7 +237,12 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         if reward_funcs is None:
             return None
         functions = reward_functions(
-            reward_funcs, processing_classes, self.processing_class, self.accelerator.device, self.model
+            reward_funcs,
+            processing_classes,
+            self.processing_class,
+            self.accelerator.device,
+            self.model,
+            self._end_token_ids,
         )
         for function in functions:
             if isinstance(function, RewardModel):
@@ -261,11 +268,11 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self._unseen = []
         self._unlogged: list[dict[str, Any]] = []
         self._best_mean_score = -math.inf
-        self._stop_on_sigterm = StopOnSigterm(self._sum_over_processes)
+        self._stop_on_signal = StopOnSignal(self._sum_over_processes)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
-        self.add_callback(self._stop_on_sigterm)
+        self.add_callback(self._stop_on_signal)
 
     # ---- what classic scripts read ----
 
@@ -364,14 +371,14 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             stop string). For one query a tensor `(1, L)`. With `generate_ref_response` a pair of these, policy first.
 
         Raises:
-            ValueError: if a query is not a 1-D tensor of known token ids, if query and response together exceed the
-                model's positions, or for an option under which a query has not one response (beams, say).
+            ValueError: if there is no query, if one is not a 1-D tensor of known token ids, if query and response
+                together exceed the model's positions, or for an option under which a query has not one response
+                (beams, say).
         """
         single = isinstance(query_tensor, Tensor)
-        queries = [query_tensor] if single else list(query_tensor)
+        queries = [query_tensor] if single else query_tensor
         policy = self.accelerator.unwrap_model(self.model).policy
-        for row, query in enumerate(queries):
-            check_tokens(f"query_tensor[{row}]", query, policy)
+        queries = check_queries("query_tensor", queries, policy)
         options = self._generation_options(generation_kwargs)
         options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
         batching = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
@@ -456,7 +463,9 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         Raises:
             ValueError: on input that cannot be trained on, before any forward pass; nothing has changed then.
             FloatingPointError: if a gradient is not finite; that update was not made.
+            RuntimeError: if `train` runs, in a callback or a reward function.
         """
+        self._refuse_while_training("step")
         timer = StageTimer()
         if self.is_encoder_decoder and isinstance(responses, list):
             responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
@@ -611,6 +620,8 @@ def _check_places(model: Any, training_data_collator: Any) -> None:
 
 def _check_objects(args: APAConfig, optimizer: Any, dataset: Any, data_collator: Any, lr_scheduler: Any) -> None:
     check_type("optimizer", optimizer, torch.optim.Optimizer, optional=True)
+    if optimizer is not None:
+        check_optimizer_is_finite("optimizer", optimizer)
     check_has("dataset", dataset, "__getitem__", "__iter__")
     check_has("data_collator", data_collator, "__call__")
     check_has("lr_scheduler", lr_scheduler, "step")

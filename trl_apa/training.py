@@ -2,13 +2,11 @@
 
 import logging
 import os
-import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
@@ -16,34 +14,28 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import is_conversational
+from transformers.trainer_utils import SaveStrategy
 
-from trl_apa._trl import _BaseTrainer
+from trl_apa.checkpoints import IncompleteCheckpoint
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.lost_trackers import go_on_without, go_on_without_report
 from trl_apa.models import load_policy_and_value
-from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, prompt_of, query_of
+from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
-from trl_apa.resuming import (
-    described,
-    is_complete,
-    last_complete_checkpoint,
-    load_state,
-    random_state_restored_on_error,
-    save_state,
-)
+from trl_apa.resuming import ResumableRuns, random_state_restored_on_error
 from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
+from trl_apa.texts import Texts, prompts_and_completions
+from trl_apa.tracker_secrets import hide_secrets_from
+from trl_apa.validation import check_score_inputs
 
 
 logger = logging.getLogger(__name__)
-# Prompts and completions: texts, or lists of chat messages.
-Texts = tuple[list[Any], list[Any]]
+# Options that the coefficient of the KL penalty, and what adapts it, are made from.
+CONTROLLER_OPTIONS = {"loss_type", "kl_coef", "adap_kl_ctrl", "target", "horizon"}
 
 
 class EndOfIteration(TrainerCallback):
@@ -56,9 +48,14 @@ class EndOfIteration(TrainerCallback):
         kl = self.trainer._close_iteration()
         if args.max_kl is not None and kl is not None and kl > args.max_kl:
             logger.warning("training stops: KL to pi_init is %.2f nats a response, above max_kl=%s", kl, args.max_kl)
-            control.should_training_stop = True
+            self._stop(args, control)
         if args.total_episodes is not None and self.trainer._episodes_done >= args.total_episodes:
-            control.should_training_stop = True  # before max_steps where early stopping left epochs out
+            self._stop(args, control)  # before max_steps where early stopping left epochs out
+
+    def _stop(self, args: Any, control: Any) -> None:
+        """With a checkpoint, as at the last of `max_steps`: a run that has ended is told by it when it is resumed."""
+        control.should_training_stop = True
+        control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
 
 
 class Tickets(IterableDataset):
@@ -69,7 +66,7 @@ class Tickets(IterableDataset):
             yield 0
 
 
-class TrainingLoop(_BaseTrainer):
+class TrainingLoop(ResumableRuns):
     """The part of `APATrainer` that the Hugging Face Trainer calls.
 
     Its loop counts micro-batches and takes the optimizer steps; `training_step` asks here for the next rollouts when
@@ -77,12 +74,13 @@ class TrainingLoop(_BaseTrainer):
     """
 
     _source: PromptSource | None = None
-    _resumed_state: dict[str, Any] | None = None
     _timer: StageTimer | None = None
     _reporters_started = False
     _first_iteration = 0
-    _networks = ""
-    _last_saved_step: int | None = None
+    # Optimizer steps that were made when the iteration began.
+    _iteration_began_at = 0
+    # Of the iteration that ended last, nats a response.
+    _last_kl: float | None = None
     _engine_is_made = False
     _kept_engine: Any = None
 
@@ -93,27 +91,39 @@ class TrainingLoop(_BaseTrainer):
     @callback_handler.setter
     def callback_handler(self, handler: CallbackHandler) -> None:
         """Set by the Trainer, which at once tells all callbacks that it is made."""
+        hide_secrets_from(handler.callbacks)
         go_on_without(handler.callbacks)
         self._callback_handler = handler
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As in [`~transformers.Trainer.add_callback`]."""
         super().add_callback(callback)
+        hide_secrets_from(self.callback_handler.callbacks)
         go_on_without(self.callback_handler.callbacks)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        resume_anyway: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
 
         One optimizer step of the Trainer is one mini-batch of `step`; `max_steps`, `logging_steps`, `save_steps` and
         `eval_steps` count those. An epoch is a pass over `train_dataset`.
 
-        On SIGTERM a checkpoint is written after the current optimizer step and the process ends. If prompts, reward
-        functions or sampling fail, a checkpoint of what was learned so far is written before the error is raised.
+        On SIGTERM or Ctrl-C a checkpoint is written after the current optimizer step and the process ends. If prompts,
+        reward functions or sampling fail, a checkpoint of what was learned so far is written before the error is
+        raised.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the last one in
-                `args.output_dir` that was written to its end. The run goes on as if it had not stopped, in the middle
-                of an iteration too.
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the newest
+                complete one of the run in `args.output_dir` that began last. The run continues as if it had not
+                stopped, in the middle of an iteration too. A finished run stays as it is.
+            resume_anyway (`list[str]`, *optional*): options in which the checkpoint may differ from this trainer
+                although they make another run of it, beside those in `args.resume_anyway`. The rest of an iteration
+                that was sampled under the old ones is left out.
             kwargs: as in [`~transformers.Trainer.train`].
 
         Returns:
@@ -121,10 +131,13 @@ class TrainingLoop(_BaseTrainer):
 
         Raises:
             ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`; for a checkpoint that is
-                torn, or of a run with other options.
-            SystemExit: after SIGTERM.
+                incomplete, or of another run.
+            SystemExit: after SIGTERM or Ctrl-C.
+            KeyboardInterrupt: after a second Ctrl-C.
             FloatingPointError: if a gradient is not finite; that update was not made.
+            RuntimeError: if it is called while it runs, by a callback or a reward function.
         """
+        self._refuse_while_training("train")
         if self.train_dataset is None:
             raise ValueError("train() needs train_dataset, the prompts to ask")
         if self.scorer is None:
@@ -141,11 +154,9 @@ class TrainingLoop(_BaseTrainer):
             raise ValueError(
                 "fp16 with loss_type='ppo': train() cannot leave out a mini-batch then; use bf16, or step"
             )
-        self._iteration, self._unlogged, self._last_saved_step = None, [], None
+        self._iteration, self._unlogged, self._last_kl = None, [], None
         self._first_iteration = self.num_iterations_done
-        # Before a distributed engine takes them apart.
-        self._networks = self._networks or described(self.accelerator.unwrap_model(self.model))
-        checkpoint = self._on_all_processes(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
+        checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
         if self._engine_is_made and self.is_deepspeed_enabled:
@@ -155,16 +166,19 @@ class TrainingLoop(_BaseTrainer):
                 None,
             )
         try:
-            with self._stop_on_sigterm.listening():
+            with self._stop_on_signal.listening():
                 result = super().train(checkpoint, **kwargs)
         finally:
             self._forget_gradients_unseen()
             # The end of training closes the trackers' runs; schedule and optimizer are made ready anew for `step`.
             self.is_in_train = self._reporters_started = self._prepared = False
-        if self._stop_on_sigterm.received:
-            logger.warning("SIGTERM: a checkpoint of step %d is in %s", self.state.global_step, args.output_dir)
-            raise SystemExit(128 + signal.SIGTERM)
+        self._restore_resumed_state()  # of a finished run, whose loop was not entered
+        self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
+
+    def _refuse_while_training(self, method: str) -> None:
+        if self.is_in_train:
+            raise RuntimeError(f"{method}() was called while train() runs, which makes its own updates")
 
     @property
     def _is_sharded(self) -> bool:
@@ -194,20 +208,6 @@ class TrainingLoop(_BaseTrainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model_wrapped, train_dataloader
 
-    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Refused here, before a model is loaded, if it cannot be gone on from."""
-        self._resumed_state = None
-        if not resume_from_checkpoint:
-            return None
-        if resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(self.args.output_dir)
-        else:
-            checkpoint = os.fspath(resume_from_checkpoint)
-            if not is_complete(checkpoint):
-                raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no checkpoint that was written to its end")
-        self._resumed_state = load_state(checkpoint, self.accelerator.process_index, self.args, self._networks)
-        return checkpoint
-
     def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
         if not self._reporters_started:
             callbacks = self.callback_handler.callbacks
@@ -216,7 +216,7 @@ class TrainingLoop(_BaseTrainer):
 
     @property
     def _episodes_done(self) -> int:
-        """Rollouts of all processes since `train` was called."""
+        """Rollouts of all processes since the run began, those before it was resumed included."""
         return (self.num_iterations_done - self._first_iteration) * self.args.global_batch_size
 
     def get_train_dataloader(self) -> DataLoader:
@@ -237,7 +237,7 @@ class TrainingLoop(_BaseTrainer):
         try:
             with random_state_restored_on_error():
                 queries, responses, texts, scores = self._scored_responses(timer)
-        except Exception:
+        except BaseException:
             self._save_what_was_learned()
             raise
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
@@ -245,6 +245,7 @@ class TrainingLoop(_BaseTrainer):
         if scores.per_token is not None:
             rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
         self._prepare_iteration(rollouts, ended_B, timer)
+        self._iteration_began_at = self.state.global_step
         if self.args.log_completions:
             self._log_completions(texts, scores)
 
@@ -317,13 +318,6 @@ class TrainingLoop(_BaseTrainer):
         rows = [row for row in rows for _ in range(self.args.num_generations)]
         return rows, [self._query(row) for row in rows]
 
-    def _save_what_was_learned(self) -> None:
-        """A checkpoint between two optimizer steps, unless this run has saved one of this step already."""
-        folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.is_in_train and self.state.global_step not in (0, self._last_saved_step):
-            self._save_checkpoint(self.model, trial=None)
-            logger.warning("the run failed; what it learned is in %s: resume from there", folder)
-
     def _close_iteration(self) -> float | None:
         """After an optimizer step: the KL of the iteration, nats a response, if that was its last."""
         self._stop_if_moved_too_far()
@@ -331,11 +325,13 @@ class TrainingLoop(_BaseTrainer):
             return None
         stats = self._finish_iteration(self._timer)
         self._unlogged.append(mean_of_numbers([stats]))
-        return stats["objective/kl"]
+        self._last_kl = float(stats["objective/kl"])
+        return self._last_kl
 
     def _query(self, row: dict[str, Any]) -> Tensor:
         args = self.args
-        return query_of(row, self.processing_class, args.max_prompt_length, args.chat_template_kwargs)
+        options = (args.max_prompt_length, args.chat_template_kwargs, self.is_encoder_decoder)
+        return query_of(row, self.processing_class, *options)
 
     def _respond(self, queries: list[Tensor], **options: Any) -> Any:
         """As `generate`, responses without prompt or start token."""
@@ -356,16 +352,7 @@ class TrainingLoop(_BaseTrainer):
 
     def _texts(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Texts:
         """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
-        prompts = [prompt_of(row) for row in rows]
-        if any(prompt is None for prompt in prompts):
-            prompts = self.processing_class.batch_decode(queries, skip_special_tokens=True)
-        texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        if not (prompts and is_conversational({"prompt": prompts[0]})):
-            return prompts, texts
-        # What the assistant was made to begin with belongs to its answer.
-        begun = [prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else "" for prompt in prompts]
-        prompts = [prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt for prompt in prompts]
-        return prompts, [[{"role": "assistant", "content": a + b}] for a, b in zip(begun, texts, strict=True)]
+        return prompts_and_completions(rows, queries, responses, self.processing_class)
 
     def _scores(
         self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
@@ -393,12 +380,14 @@ class TrainingLoop(_BaseTrainer):
             One 0-D tensor a response, reward units.
 
         Raises:
-            ValueError: without `reward_funcs` or `reward_model`, or if one gives what is not a finite number
-                (`step` cannot leave out a response, so `skip_unscored` does not count here).
+            ValueError: without `reward_funcs` or `reward_model`; on input that `step` would not take; or if a function
+                gives what is not a finite number (`step` cannot leave out a response, so `skip_unscored` does not
+                count here).
             RuntimeError, TimeoutError: if one fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
+        check_score_inputs(queries, responses, prompts, columns, self.accelerator.unwrap_model(self.model).policy)
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
@@ -445,7 +434,7 @@ class TrainingLoop(_BaseTrainer):
             self._start_reporters()
         try:
             measured = held_out_metrics(self, rows)
-        except Exception:
+        except BaseException:
             self._save_what_was_learned()
             raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
@@ -456,51 +445,60 @@ class TrainingLoop(_BaseTrainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer does; but one that is written over is torn until it is whole again.
-
-        Raises:
-            RuntimeError: if it cannot be written, the disk being full, say.
-        """
         self._look_at_gradients()
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise RuntimeError(
-                f"{folder} could not be written: {error}. Checkpoints before it are whole: make room and go on with "
-                "train(resume_from_checkpoint=True)"
-            ) from error
+        super()._save_checkpoint(model, trial)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Called in the middle of writing a checkpoint: what a resumed run needs beside weights and optimizer."""
-        self._last_saved_step = self.state.global_step
-        super()._save_rng_state(output_dir)
+    def _process_state(self) -> dict[str, Any]:
         unfinished = self._iteration is not None and not self._iteration.finished
-        state = {
+        return {
             "iteration": self._iteration.state_dict() if unfinished else None,
             "num_iterations_done": self.num_iterations_done,
+            "first_iteration": self._first_iteration,
+            "iteration_began_at": self._iteration_began_at,
+            "last_kl": self._last_kl,
             "running_scores": self.running_scores.state_dict(),
             "kl_ctl": self.kl_ctl.state_dict(),
             "unlogged": self._unlogged,
         }
-        save_state(output_dir, self.accelerator.process_index, self.args, self._networks, state)
-        # What makes the checkpoint complete is written next, by one process.
-        self.accelerator.wait_for_everyone()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called where the resumed loop takes up: the counterpart of `_save_rng_state`."""
-        super()._load_rng_state(checkpoint)
-        if (state := self._resumed_state) is None:
-            return
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
         self.num_iterations_done, self._unlogged = state["num_iterations_done"], state["unlogged"]
+        self._first_iteration, self._last_kl = state.get("first_iteration", 0), state.get("last_kl")
+        self._iteration_began_at = state.get("iteration_began_at", self.state.global_step)
         self.running_scores.load_state_dict(state["running_scores"])
-        self.kl_ctl.load_state_dict(state["kl_ctl"])
-        if state["iteration"] is not None:
+        if not self._overridden.keys() & CONTROLLER_OPTIONS:
+            self.kl_ctl.load_state_dict(state["kl_ctl"])
+        if state["iteration"] is not None and not self._overridden:
             self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
             self._timer = StageTimer()
+
+    def _check_process_state(self, checkpoint: str, state: dict[str, Any], step: int) -> None:
+        iteration = state["iteration"]
+        if iteration is None:
+            return
+        plan, position = iteration["plan"], iteration["position"]
+        steps, rest = divmod(position, -(-len(plan[0]) // iteration["micro_batch_size"]))
+        began_at = state.get("iteration_began_at", step - steps)
+        if rest or not 0 <= steps < len(plan) or began_at + steps != step:
+            raise IncompleteCheckpoint(
+                f"resume_from_checkpoint={checkpoint!r}: micro-batch {position} of an iteration of {len(plan)} "
+                f"optimizer steps that began at step {began_at} does not fit step {step}"
+            )
+
+    def _numbers_to_agree(self) -> list[int]:
+        iteration = self._resumed_state["iteration"]
+        position = -1 if iteration is None else iteration["position"]
+        return [*super()._numbers_to_agree(), self._resumed_state["num_iterations_done"], position]
+
+    def _why_finished(self, step: int) -> str | None:
+        args, state = self.args, self._resumed_state
+        episodes = (state["num_iterations_done"] - state.get("first_iteration", 0)) * args.global_batch_size
+        if args.total_episodes is not None and episodes >= args.total_episodes:
+            return f"it has made its total_episodes={args.total_episodes}; more of them continue it"
+        kl = state.get("last_kl")
+        if args.max_kl is not None and kl is not None and state["iteration"] is None and kl > args.max_kl:
+            return f"its KL, {kl:.2f} nats a response, is above max_kl={args.max_kl}; a larger one continues it"
+        return super()._why_finished(step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights of policy and value model, whatever the engine; all processes call it."""

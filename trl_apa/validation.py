@@ -1,7 +1,7 @@
 """What a caller may hand to the trainer, checked before any forward pass and before any state changes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.models.value_model import ValueModel
+from trl_apa.values import why_unreadable
 
 
 # In the losses scores are squared, and squares are added up; float32 ends at 3.4e38.
 LARGEST_SCORE = 1e18
+# Integers that torch computes with. Of the other ones (uint16, ...) it takes neither the least nor the largest.
+TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
@@ -106,6 +109,7 @@ def check_step_inputs(
         for row, tokens in enumerate(named[name]):
             check_tokens(f"{name}[{row}]", tokens, policy)
     for row, score in enumerate(scores):
+        check_readable(f"scores[{row}]", score)
         if score.numel() != 1:
             raise ValueError(
                 f"scores[{row}] has shape {tuple(score.shape)}; a response has one score: shape () or (1,)"
@@ -118,13 +122,40 @@ def check_step_inputs(
                 "overflows float32"
             )
     for row, mask in enumerate(response_masks or []):
-        if mask.shape != responses[row].shape:
-            raise ValueError(
-                f"response_masks[{row}] has shape {tuple(mask.shape)}; its response has {tuple(responses[row].shape)}"
-            )
-        if not mask.any():
-            raise ValueError(f"response_masks[{row}] drops every token of its response; at least one should count")
+        _check_mask(f"response_masks[{row}]", mask, responses[row])
     check_positions(queries, [len(response) for response in responses], policy, "queries + responses")
+
+
+def _check_mask(name: str, mask: Tensor, response: Tensor) -> None:
+    check_readable(name, mask)
+    if mask.shape != response.shape:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; its response has {tuple(response.shape)}")
+    values = mask.float()  # some integer types cannot be compared
+    neither = values[(values != 0) & (values != 1)]
+    if len(neither):
+        raise ValueError(f"{name} holds {neither[0].item():g}; it should be bool, or hold 0 and 1")
+    if not values.any():
+        raise ValueError(f"{name} drops every token of its response; at least one should count")
+
+
+def check_readable(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor holds real numbers that can be read."""
+    problem = why_unreadable(tensor)
+    if problem is None and tensor.is_complex():
+        problem = "complex"
+    if problem is not None:
+        raise ValueError(f"{name} is {problem}; it should be a dense tensor of numbers")
+
+
+def check_score_inputs(
+    queries: Any, responses: Any, prompts: Any, columns: Mapping[str, Any], policy: nn.Module
+) -> None:
+    """Raise ValueError, naming the argument, unless `score` can read queries and responses, and all are as many."""
+    count = len(check_queries("queries", queries, policy))
+    check_queries("responses", responses, policy)
+    for name, column in {"responses": responses, "prompts": prompts, **columns}.items():
+        if hasattr(column, "__len__") and len(column) != count:
+            raise ValueError(f"{name} has {len(column)} elements; there are {count} queries")
 
 
 def check_positions(queries: Sequence[Tensor], response_lengths: Sequence[int], model: nn.Module, what: str) -> None:
@@ -155,16 +186,29 @@ def _check_list(name: str, tensors: Any, batch_size: int) -> None:
         raise ValueError(f"{name} has {len(tensors)} elements; it should have config.batch_size = {batch_size}")
 
 
+def check_queries(name: str, queries: Any, model: nn.Module) -> list[Tensor]:
+    """The queries, or responses, as a list; ValueError unless there is one and each is what `check_tokens` takes."""
+    if isinstance(queries, str | bytes | Mapping) or not isinstance(queries, Iterable):
+        raise ValueError(f"{name} is a {type(queries).__name__}; it should be a list of tensors")
+    rows = list(queries)
+    if not rows:
+        raise ValueError(f"{name} is empty; it should hold at least one tensor of token ids")
+    for row, tokens in enumerate(rows):
+        check_tokens(f"{name}[{row}]", tokens, model)
+    return rows
+
+
 def check_tokens(name: str, tokens: Any, model: nn.Module) -> None:
-    """Raise ValueError unless `tokens` is a 1-D tensor of at least one id that the model knows."""
+    """Raise ValueError unless `tokens` is a dense 1-D tensor of at least one id that the model knows."""
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{name} is a {type(tokens).__name__}; it should be a tensor")
+    check_readable(name, tokens)
     if tokens.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(tokens.shape)}; it should be 1-D")
     if len(tokens) == 0:
         raise ValueError(f"{name} is empty; it should have at least one token")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {tokens.dtype}; token ids should be integers")
+    if tokens.dtype not in TOKEN_DTYPES:
+        raise ValueError(f"{name} has dtype {tokens.dtype}; token ids should be integers, int64 say")
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if vocabulary is not None and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
         raise ValueError(

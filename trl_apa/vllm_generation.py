@@ -17,6 +17,7 @@ from trl_apa.generation import ResponseLengths, response_limits, row_criteria
 from trl_apa.logprobs import inner_model
 from trl_apa.models import merged_parameters
 from trl_apa.models.adapters import adapts_tied_weights
+from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
 from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
 
@@ -141,7 +142,8 @@ class VLLMSampler:
         check_vllm_can_follow(accelerator, policy)
         self.policy, self.accelerator, self.tokenizer, self.args = policy, accelerator, tokenizer, args
         self.on_all_processes = on_all_processes
-        self.engine = vllm_engine(policy, accelerator, tokenizer, args)
+        with errors_without_secrets(vars(args)):
+            self.engine = vllm_engine(policy, accelerator, tokenizer, args)
         self._failure: Exception | None = None
         if (client := getattr(self.engine, "vllm_client", None)) is not None:
             self._ask_server, client.generate = client.generate, self._ask_server_noting_failure
@@ -224,8 +226,12 @@ class VLLMSampler:
         now = (step, sum(parameter._version for parameter in self.policy.parameters()))
         if now != self._synced_at:
             with torch.no_grad():
-                self.on_all_processes(self.engine.sync_weights)
+                self.on_all_processes(self._send_weights)
             self._synced_at = now
+
+    def _send_weights(self) -> None:
+        with errors_without_secrets(vars(self.args)):
+            self.engine.sync_weights()
 
     def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
         self._failure = None
@@ -249,7 +255,8 @@ class VLLMSampler:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise RuntimeError(f"the vLLM server failed: {type(self._failure).__name__}: {self._failure}")
+            said = without_secrets_in_error(str(self._failure), vars(self.args))
+            raise RuntimeError(f"the vLLM server failed: {type(self._failure).__name__}: {said}")
 
 
 def vllm_sampling(

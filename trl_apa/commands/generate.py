@@ -1,25 +1,36 @@
 """`trl-apa generate`: responses of a model to prompts, as JSON lines."""
 
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
 from trl_apa.commands.groups import apa_part, model_part
-from trl_apa.commands.models import load_policy, load_tokenizer
+from trl_apa.commands.models import checkpoint_stamp, load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.row_file import RowFile, Write, digest
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.config import APAConfig
+from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.prompts import prompt_of, query_of
+from trl_apa.redaction import without_secrets
+from trl_apa.texts import answer_text, is_ended
+from trl_apa.validation import check_positions
+
+
+BATCH_SIZE = 8
+STANDARD_OUTPUT = (None, "-", "/dev/stdout")
 
 
 @dataclass
@@ -27,8 +38,20 @@ class GenerateArguments:
     """What is asked, and where the answers go."""
 
     prompt: list[str] | None = field(default=None, metadata={"help": "Prompts, in place of those of a data set."})
-    output: str | None = field(default=None, metadata={"help": "File for the JSON lines; stdout by default."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "File for the JSON lines; stdout by default. What this command wrote there before it was killed "
+            "is not made again."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Begin anew, whatever the file holds."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
+
+    def __post_init__(self):
+        name = (self.output or "").lower()
+        if name.endswith(tuple(TABLE_READERS)) and not name.endswith(LINE_SUFFIXES[0]):
+            raise ValueError(f"output={self.output!r} will hold JSON lines: its name should end with .jsonl")
 
 
 def make_parser() -> CommandParser:
@@ -54,22 +77,63 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model")
         if (arguments.prompt is None) == (data.dataset_name is None):
             raise ValueError("set either prompt or dataset_name: the prompts to ask")
+    with parser.errors_end_the_command():
         prompts = Dataset.from_dict({"prompt": arguments.prompt}) if arguments.prompt else load_prompts(data)
+        rows = [row for row in prompts for _ in range(config.num_generations)]
+        file, done = None, 0
+        if arguments.output not in STANDARD_OUTPUT:
+            about = _what_rows_depend_on(values, rows, config)
+            file = RowFile(arguments.output, about, [prompt_of(row) for row in rows], arguments.overwrite)
+            if done := file.count():
+                print(f"{arguments.output}: {done} of {len(rows)} responses are there", file=sys.stderr, flush=True)
+        if done == len(rows):
+            return 0
         name, trust = model.model_name_or_path, arguments.trust_remote_code
         policy, tokenizer = load_policy(name, model, trust), load_tokenizer(name, model, trust)
-    rows = [row for row in prompts for _ in range(config.num_generations)]
-    responses = _responses(policy, tokenizer, rows, config)
-    with open(arguments.output, "w", encoding="utf-8") if arguments.output else nullcontext(sys.stdout) as file:
-        for row, text in zip(rows, responses, strict=True):
-            file.write(json.dumps({"prompt": prompt_of(row), "completion": text}, ensure_ascii=False) + "\n")
+        answers = _answers(policy, tokenizer, rows, config, done)
+        with file.writing(done) if file else _standard_output() as write:
+            for row, answer in zip(rows[done:], answers, strict=True):
+                write({"prompt": prompt_of(row), **answer})
     return 0
 
 
-def _responses(
-    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], config: APAConfig
-) -> list[str]:
-    """One text a row, sampled as `APATrainer.generate` does."""
-    queries = [query_of(row, tokenizer, config.max_prompt_length, config.chat_template_kwargs) for row in rows]
+def _what_rows_depend_on(values: dict[str, Any], rows: Sequence[dict[str, Any]], config: APAConfig) -> dict[str, Any]:
+    """By name of the option, with what was found for it where that can change: files, rows, the device."""
+    name = values["model_name_or_path"]
+    loading = {option: values[option] for option in sorted({*MODEL_NAMES, "model_revision"})}
+    sampling = {
+        option: getattr(config, option) for option in sorted({*SAMPLING_NAMES, "num_generations"} - {"use_cpu"})
+    }
+    return {
+        "command": "generate",
+        "model_name_or_path": os.path.normpath(name) if os.path.isdir(name) else name,
+        "files of the model": checkpoint_stamp(name, values["model_revision"]),
+        "prompts": digest([[prompt_of(row), row.get("input_ids")] for row in rows]),
+        **without_secrets({**loading, **sampling}),
+        "generation_batch_size": config.generation_batch_size or BATCH_SIZE,
+        "device": config.device.type,
+    }
+
+
+@contextmanager
+def _standard_output() -> Iterator[Write]:
+    yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _answers(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    config: APAConfig,
+    first: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """A response to each row from `first` on, sampled as `APATrainer.generate` does: see `_answer`.
+
+    A batch is of rows that follow each other, and its random numbers depend on the seed and its own number alone, so
+    that it does not matter where a command was interrupted. A batch is sampled whole, though its first rows be known.
+    """
+    of_prompts = (config.max_prompt_length, config.chat_template_kwargs, policy.config.is_encoder_decoder)
+    queries = [query_of(row, tokenizer, *of_prompts) for row in rows]
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     if pad is None and not ends:
         raise ValueError("the tokenizer has neither a pad nor an EOS token")
@@ -77,19 +141,27 @@ def _responses(
     options |= {"max_new_tokens": config.max_completion_length, "pad_token_id": ends[0] if pad is None else pad}
     options |= {"eos_token_id": ends or None, "decoder_start_token_id": decoder_start_token_id(policy)}
     options = generation_options(options, {"stop_strings": config.stop_strings})
+    check_positions(queries, [config.max_completion_length] * len(queries), policy, "query + max_completion_length")
     if not getattr(policy, "is_quantized", False):
         policy.to(config.device)
-    set_seed(config.seed)
-    responses = generate_responses(
-        policy.eval(), queries, tokenizer=tokenizer, batch_size=config.generation_batch_size or 8, **options
-    )
-    return [answer_text(tokenizer, query, response) for query, response in zip(queries, responses, strict=True)]
+    policy.eval()
+    size = config.generation_batch_size or BATCH_SIZE
+    for start in range(first - first % size, len(queries), size):
+        batch = queries[start : start + size]
+        set_seed(_batch_seed(config.seed, start // size))
+        responses = generate_responses(policy, batch, tokenizer=tokenizer, batch_size=size, **options)
+        sampled = list(zip(rows[start : start + size], batch, responses, strict=True))
+        for row, query, response in sampled[max(first - start, 0) :]:
+            yield _answer(tokenizer, prompt_of(row), query, response, ends)
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor) -> str:
-    """The text of a response. Decoded by itself it would lose the space before its first word with some tokenizers."""
-    prompt = tokenizer.decode(query, skip_special_tokens=True)
-    whole = tokenizer.decode([*query.tolist(), *response.tolist()], skip_special_tokens=True)
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    return tokenizer.decode(response, skip_special_tokens=True)
+def _batch_seed(seed: int, batch: int) -> int:
+    return int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, query: Tensor, response: Tensor, ends: Collection[int]
+) -> dict[str, Any]:
+    """A response as text; with `ended: False` if it met a limit, or a stop string, before its end."""
+    answer: dict[str, Any] = {"completion": answer_text(tokenizer, query, response, prompt)}
+    return answer if is_ended(response, ends) else {**answer, "ended": False}

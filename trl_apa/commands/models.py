@@ -1,5 +1,6 @@
 """Models, tokenizers and reward functions by name, as the commands' options say."""
 
+import hashlib
 import logging
 import os
 import sys
@@ -7,15 +8,20 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftConfig
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
 from trl_apa.models import load_language_model, load_reward_model
@@ -82,6 +88,33 @@ def load_tokenizer(path: str, arguments: ModelConfig, trust_remote_code: bool) -
     revision = arguments.model_revision if path == arguments.model_name_or_path else "main"
     with loading("tokenizer of", path):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+# What a checkpoint is made of, as patterns of names. Logs, and answers that someone keeps beside it, are not.
+CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "tokenizer*", "special_tokens_map.json")
+CHECKPOINT_FILES += ("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "*.py")
+
+
+def checkpoint_stamp(name: str, revision: str = "main") -> str:
+    """Tells a checkpoint from one that was trained into the same folder later, or a later commit on the hub.
+
+    Args:
+        name: folder or hub name of a model or an adapter, whose base is looked at too.
+        revision: on the hub.
+    """
+    try:
+        adapter = find_adapter_config_file(name, revision=revision)
+        config = adapter or cached_file(name, "config.json", revision=revision)
+    except OSError:
+        return ""  # whoever loads it says why
+    stamps = [extract_commit_hash(config, None) or ""]
+    if Path(name).is_dir():
+        files = [file for file in sorted(Path(name).iterdir()) if any(map(file.match, CHECKPOINT_FILES))]
+        stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    if adapter is not None:
+        base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+        stamps.append(checkpoint_stamp(base) if base else "")
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
 
 
 def import_reward_function(name: str) -> Callable:

@@ -13,6 +13,7 @@ import yaml
 from trl import TrlParser
 
 from trl_apa.commands.parsing import OneLineParser
+from trl_apa.redaction import without_secrets, without_secrets_in_error
 
 
 # Groups of `--help` in their order; those that are not here come last.
@@ -115,7 +116,8 @@ class CommandParser:
             try:
                 values[name] = self._checked(name, value)
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                raise ValueError(f"{path}: {key}: {value!r} is of the wrong type or not a choice ({error})") from error
+                shown, why = without_secrets({name: value})[name], without_secrets(str(error), {name: value})
+                raise ValueError(f"{path}: {key}: {shown!r} is of the wrong type or not a choice ({why})") from error
         return values
 
     def _checked(self, name: str, value: Any) -> Any:
@@ -133,9 +135,20 @@ class CommandParser:
 
 
 class _Parser(TrlParser):
+    def format_help(self) -> str:
+        """Without the secrets of a file, whose options are defaults."""
+        defaults = {action: action.default for action in self._actions}
+        try:
+            for action, default in defaults.items():
+                action.default = without_secrets({action.dest: default})[action.dest]
+            return super().format_help()
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+
     def error(self, message: str) -> None:
         """Without the usage, which is a page long."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:

@@ -51,7 +51,7 @@ def checkpoint_to_resume(resume: str | None, output_dir: str | Path) -> str | bo
     if asked in ("false", "no", "none"):
         return None
     if asked in ("true", "yes", "last"):
-        if not any(Path(output_dir).glob("checkpoint-*")):
+        if not any(Path(output_dir).glob("*checkpoint-*")):  # one that is complete may still lack its name
             raise ValueError(f"resume_from_checkpoint={resume}: there is no checkpoint in output_dir={output_dir!r}")
         return True
     if not Path(str(resume)).is_dir():

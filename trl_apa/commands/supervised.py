@@ -11,6 +11,7 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.commands.rows import DataArguments
+from trl_apa.tracker_secrets import hide_secrets_from
 
 
 def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:
@@ -44,6 +45,7 @@ def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
     config = trainer.args
     if len(trainer.train_dataset) == 0:
         raise ValueError(f"no row is left to train on: all have more than max_length={config.max_length} tokens")
+    hide_secrets_from(trainer.callback_handler.callbacks)
     print_lines(trainer, columns)
     trainer.accelerator.print(f"{len(trainer.train_dataset)} rows to train on")
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir))

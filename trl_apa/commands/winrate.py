@@ -3,18 +3,20 @@
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_apa.commands.models import checkpoint_stamp
 from trl_apa.commands.rows import demonstration
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import iter_rows
+from trl_apa.files import replace_text
 from trl_apa.models import load_language_model, load_reward_model
 from trl_apa.winrate import (
     Judge,
@@ -53,8 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--references_data_dir", help="folder inside a hub data set")
     add("--references_split", default="train", help="split of a hub data set (default: %(default)s)")
     add("--cut_at", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
-    add("--output", metavar="FILE", help="file for the result and every verdict, as JSON")
-    add("--cache", metavar="FILE", help="file of the verdicts given (default: winrate_cache.jsonl beside A)")
+    add("--output", metavar="FILE", help="file for the result and every verdict, as JSON; written at the end")
+    add(
+        "--cache",
+        metavar="FILE",
+        help="file of the verdicts, each written as it comes, which are not asked for again (default: "
+        "winrate_cache.jsonl beside A)",
+    )
     add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     add("--confidence", type=float, default=0.95, help="of the interval (default: %(default)s)")
     openai = parser.add_argument_group("--judge openai")
@@ -63,7 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     openai.add_argument("--request", type=_json_object, default={}, help="JSON: more fields of the request")
     openai.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
     openai.add_argument("--retries", type=int, default=6, help="of a request (default: %(default)s)")
-    openai.add_argument("--timeout", type=float, default=120.0, help="of a request, seconds (default: %(default)s)")
+    openai.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="of a request, seconds from connecting to the last byte; of each retry anew (default: %(default)s)",
+    )
     local = parser.add_argument_group("--judge local")
     local.add_argument(
         "--tie_margin", type=float, default=0.0, help="scores so close are a tie (default: %(default)s)"
@@ -81,25 +93,57 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         ours, theirs = read_answers(options.ours), read_answers(options.theirs)
-        references = read_references(options, {json.dumps(prompt) for prompt, _ in ours})
+        references = read_references(options, {json.dumps(answer.prompt) for answer in ours})
         pairs = make_pairs(ours, theirs, references, options.cut_at)
         judge = make_judge(options)
-        cache = VerdictCache(options.cache or Path(options.ours).parent / "winrate_cache.jsonl")
+        cache = open_cache(options)
         judgements = compare(pairs, judge, cache)
+        for reason, number in getattr(judge, "without_verdict", Counter()).most_common():
+            print(f"{number} replies without a verdict: {reason}")
         result = win_rate(judgements, options.seed, confidence=options.confidence)
+        if options.output is not None:
+            write(options.output, options, result, judgements)
     except JudgeError as error:
         print(f"{parser.prog}: {error}\nthe verdicts so far are in {cache.path}: run it again", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(describe(options, result))
-    if options.output is not None:
-        write(options.output, options, result, judgements)
     return 0
 
 
-def read_answers(path: str) -> list[tuple[Any, str]]:
-    """Prompt and completion of each line, as `trl-apa generate` writes them.
+def open_cache(options: argparse.Namespace) -> VerdictCache:
+    """The verdicts so far. Whether new ones and the result can be written is found out before anybody is asked.
+
+    Raises:
+        ValueError: if the output is a folder.
+        OSError: if the cache cannot be read or written.
+    """
+    cache = VerdictCache(options.cache or Path(options.ours).parent / "winrate_cache.jsonl")
+    if options.output is not None and Path(options.output).is_dir():
+        raise ValueError(f"output={options.output!r} is a folder; it should be a file")
+    for path in (cache.path, Path(options.output or cache.path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache.path, "ab"):
+        return cache
+
+
+class Answer(NamedTuple):
+    """A line of `trl-apa generate`.
+
+    Args:
+        prompt: text or chat messages.
+        text: the answer.
+        ended: False if it met a limit.
+    """
+
+    prompt: Any
+    text: str
+    ended: bool = True
+
+
+def read_answers(path: str) -> list[Answer]:
+    """Prompt and completion of each line, as `trl-apa generate` writes them; `ended` is true where it is not there.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -110,7 +154,7 @@ def read_answers(path: str) -> list[tuple[Any, str]]:
         fields = row.fields or {}
         if row.problem or fields.get("prompt") is None or not isinstance(fields.get("completion"), str):
             raise ValueError(f"{path}, row {row.number}: {row.problem or 'it should have prompt and completion'}")
-        answers.append((fields["prompt"], fields["completion"]))
+        answers.append(Answer(fields["prompt"], fields["completion"], fields.get("ended") is not False))
     if not answers:
         raise ValueError(f"{path} has no row")
     return answers
@@ -153,8 +197,8 @@ def read_references(options: argparse.Namespace, prompts: Collection[str]) -> di
 
 
 def make_pairs(
-    ours: Sequence[tuple[Any, str]],
-    theirs: Sequence[tuple[Any, str]],
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
     references: dict[str, str] | None,
     cut_at: Sequence[str],
 ) -> list[Pair]:
@@ -163,15 +207,16 @@ def make_pairs(
     Raises:
         ValueError: if they have no prompt in common.
     """
-    waiting: dict[str, list[str]] = defaultdict(list)
-    for prompt, answer in reversed(theirs):
-        waiting[json.dumps(prompt)].append(answer)
+    waiting: dict[str, list[Answer]] = defaultdict(list)
+    for answer in reversed(theirs):
+        waiting[json.dumps(answer.prompt)].append(answer)
     pairs = []
-    for prompt, answer in ours:
-        key = json.dumps(prompt)
+    for answer in ours:
+        key = json.dumps(answer.prompt)
         if waiting[key]:
             reference = None if references is None else references.get(key)
-            pairs.append(Pair(prompt, _cut(answer, cut_at), _cut(waiting[key].pop(), cut_at), reference))
+            one, other = _cut(answer, cut_at), _cut(waiting[key].pop(), cut_at)
+            pairs.append(Pair(answer.prompt, one.text, other.text, reference, one.ended, other.ended))
     if not pairs:
         raise ValueError("A and B have no prompt in common: generate both from the same data")
     left_out = len(ours) + len(theirs) - 2 * len(pairs)
@@ -183,8 +228,10 @@ def make_pairs(
     return pairs
 
 
-def _cut(answer: str, cut_at: Sequence[str]) -> str:
-    return answer[: min((answer.find(text) for text in cut_at if text in answer), default=len(answer))]
+def _cut(answer: Answer, cut_at: Sequence[str]) -> Answer:
+    """The answer up to the first of the texts, where it ended then."""
+    place = min((answer.text.find(text) for text in cut_at if text in answer.text), default=None)
+    return answer if place is None else answer._replace(text=answer.text[:place], ended=True)
 
 
 def make_judge(options: argparse.Namespace) -> Judge:
@@ -216,9 +263,7 @@ def make_judge(options: argparse.Namespace) -> Judge:
 
 def _fingerprint(name: str, model: torch.nn.Module) -> str:
     """Tells a checkpoint from one that was trained into the same folder later, whose verdicts are others."""
-    files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
-    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
-    return " ".join([name, str(model.dtype), getattr(model.config, "_commit_hash", None) or "", *stamps])
+    return f"{name} {model.dtype} {checkpoint_stamp(name)}"
 
 
 def _is_classifier(name: str, trust_remote_code: bool) -> bool:
@@ -252,8 +297,7 @@ def write(path: str, options: argparse.Namespace, result: dict[str, float], judg
     rows = [{**judgement.pair._asdict(), "verdicts": judgement.verdicts} for judgement in judgements]
     about = {name: getattr(options, name) for name in ("ours", "theirs", "judge", "judge_model", "references", "seed")}
     text = json.dumps({**about, **result, "judgements": rows}, indent=2, ensure_ascii=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    replace_text(path, text + "\n")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 if line.strip():
                     yield _decoded(number, line)
     except NO_GZIP as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error} (after line {number})") from error
+        raise ValueError(f"{path} is not a complete gzip file: {error} (after line {number})") from error
 
 
 def _decoded(number: int, line: bytes) -> Row:
@@ -154,7 +154,7 @@ def _json_list(path: Path) -> Iterator[Row]:
         try:
             values = json.loads(file.read())
         except NO_GZIP as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not one JSON document: {error} (JSON lines belong in a .jsonl file)"

@@ -266,7 +266,14 @@ def load_network(network: nn.Module, path: str | Path, adapter: str | None = Non
         if unexpected:
             raise ValueError(f"the adapter in {path} does not fit the model: it has {unexpected[0]!r}")
         return
-    network.load_state_dict(type(network).from_pretrained(path, dtype=network.dtype).state_dict())
+    # Its own config, whatever lies beside the weights; and transformers' loader, because it writes some families under
+    # other names, or transposed.
+    loaded, info = type(network).from_pretrained(
+        path, config=network.config, dtype=network.dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"{path} does not fit the model: it has no {sorted(info['missing_keys'])[0]!r}")
+    network.load_state_dict(loaded.state_dict())
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -6,17 +6,25 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
+from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.redaction import RedactedOptions
 
 
 LOSS_TYPES = ("apa", "awr", "ilql")
+# What a checkpoint's run must agree in with the run that resumes it.
+DEFINES_RUN = (
+    *("loss_type", "kl_coef", "gamma", "gae_lambda", "whiten_advantages", "value_epochs", "value_learning_rate"),
+    *("freeze_value", "vf_coef", "learn_state_normaliser", "expectile", "cql_coef", "polyak", "bc_coef", "ilql_beta"),
+    *("max_prompt_length", "max_completion_length", "add_eos", "temperature", "num_unfrozen_layers", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "chat_template_kwargs"),
+)
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass(repr=False)  # a generated one would show keys
+@dataclass
 class OfflineConfig(RedactedOptions, _BaseConfig):
     """
     Configuration of [`OfflineAPATrainer`]. Everything of [`~transformers.TrainingArguments`] works too; only the
@@ -70,16 +78,18 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         reward_weights (`list[float]`, *optional*):
             Of the reward functions, whose weighted sum is the reward. Defaults to 1 each.
         num_unfrozen_layers (`int`, *optional*), model_adapter_name (`str`, *optional*), ref_adapter_name (`str`,
-            *optional*), chat_template_kwargs (`dict`, *optional*):
+            *optional*), chat_template_kwargs (`dict`, *optional*), resume_anyway (`list[str]`, *optional*):
             As in [`APAConfig`].
         learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
             `"constant"`), gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
 
     Raises:
-        ValueError: naming the option, when one is out of range or does not fit another.
+        ValueError: naming the option, when one is out of range or not finite, or does not fit another.
     """
 
+    defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
 
     loss_type: str = _option("awr", "'apa', 'awr' or 'ilql'.")
@@ -110,12 +120,17 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     model_adapter_name: str | None = _option(None, "Adapter of a PEFT model that is trained.")
     ref_adapter_name: str | None = _option(None, "Adapter of a PEFT model that pi_init is.")
     chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "More for the chat template."})
+    resume_anyway: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options in which a resumed checkpoint may differ although they define its run."},
+    )
 
     learning_rate: float = _option(1.41e-5, "Initial learning rate.")
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
     gradient_checkpointing: bool = _option(False, "Trade compute for memory.")
 
     def __post_init__(self):
+        check_finite_options(self)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
         if self.kl_coef is None:
@@ -139,6 +154,8 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
+        check_optimizer_options(self)
+        check_reward_weights(self.reward_weights)
         for name in ("value_epochs", "vf_coef", "cql_coef", "bc_coef", "ilql_beta", "top_k"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")

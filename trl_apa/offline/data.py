@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,9 +12,12 @@ from trl_apa.data.pairs import Demonstration, Preference
 from trl_apa.data.sources import BadRow, report
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.prompts import as_rows, prompt_of, query_of
+from trl_apa.reward_values import as_float
 from trl_apa.rollouts import Rollouts, response_mask
 from trl_apa.scoring import ADAPTER, Scorer, reward_functions
-from trl_apa.validation import check_positions, check_tokens
+from trl_apa.texts import Texts, as_completion, prompts_and_completions
+from trl_apa.validation import LARGEST_SCORE, check_positions, check_tokens
+from trl_apa.values import shown
 
 
 def label_pairs(
@@ -75,8 +77,8 @@ def label_rows(
         responses = [completion_ids(row, tokenizer, add_eos=True) for row in batch]
         names = [name for name in batch[0] if name not in ("prompt", "completion", "query", "input_ids")]
         columns = {name: [row[name] for row in batch] for name in names}
-        completions = [row["completion"] for row in batch]
-        scores = scorer([prompt_of(row) for row in batch], completions, queries, responses, columns)
+        prompts, completions = given_texts(batch, queries, responses, tokenizer)
+        scores = scorer(prompts, completions, queries, responses, columns)
         labelled += [{**row, "reward": score} for row, score in zip(batch, scores.total_B.tolist(), strict=True)]
     return labelled
 
@@ -90,10 +92,8 @@ def completion_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, add_
     if row.get("completion_ids") is not None:
         ids = list(row["completion_ids"])
     else:
-        completion = row.get("completion")
-        if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-            completion = completion[0].get("content")
-        if not isinstance(completion, str):
+        completion = _completion_text(row)
+        if completion is None:
             raise ValueError("it should have completion, a text or one assistant's message, or completion_ids")
         ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
         end = tokenizer.eos_token_id
@@ -102,6 +102,25 @@ def completion_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, add_
     if len(ids) == 0:
         raise ValueError("the response has no token")
     return torch.as_tensor(ids, dtype=torch.long)
+
+
+def _completion_text(row: dict[str, Any]) -> str | None:
+    """A response that is given as text or as one message of the assistant; None if it is not."""
+    completion = row.get("completion")
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        completion = completion[0].get("content")
+    return completion if isinstance(completion, str) else None
+
+
+def given_texts(
+    rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor], tokenizer: PreTrainedTokenizerBase
+) -> Texts:
+    """What reward functions read of rows with given responses: in the form of `texts.prompts_and_completions`."""
+    prompts, completions = prompts_and_completions(rows, queries, responses, tokenizer)
+    for number, row in enumerate(rows):
+        if (text := _completion_text(row)) is not None and (prompt := prompt_of(row)) is not None:
+            prompts[number], completions[number] = as_completion(prompt, text)
+    return prompts, completions
 
 
 def rollouts_of(
@@ -122,9 +141,11 @@ def rollouts_of(
     queries, responses, rewards, bad_rows = [], [], [], []
     for number, row in enumerate(as_rows(rows), start=1):
         try:
-            reward = row.get("reward")
-            if not isinstance(reward, Real) or not math.isfinite(reward):
-                raise ValueError(f"reward is {reward!r}, it should be a finite number")
+            reward = as_float(row.get("reward"))
+            if reward is None or math.isnan(reward):
+                raise ValueError(f"reward is {shown(row.get('reward'))}, it should be a finite number")
+            if abs(reward) > LARGEST_SCORE:
+                raise ValueError(f"reward is {reward:g}, it should be at most {LARGEST_SCORE:g} in size")
             query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
             response = completion_ids(row, tokenizer, args.add_eos)[: args.max_completion_length]
             check_tokens("the prompt", query, policy)
@@ -135,7 +156,7 @@ def rollouts_of(
             continue
         queries.append(query)
         responses.append(response)
-        rewards.append(float(reward))
+        rewards.append(reward)
     if bad_rows or not queries:
         raise ValueError(report("train_dataset", len(queries), "rows to learn from", bad_rows))
     return Rollouts(queries, responses, response_mask(responses), torch.tensor(rewards))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trl_apa.logprobs import forward_parameters, inner_model, last_hidden_states
+from trl_apa.logprobs import forward_parameters, forward_replaced, inner_model, last_hidden_states
+from trl_apa.masking import at_least_float32
 from trl_apa.offline.networks import QValueModel
 
 
@@ -20,7 +21,7 @@ def advantage_shifted(policy: nn.Module, q_model: QValueModel, beta: float) -> I
 
         log pi(a|s) = log pi_beta(a|s) + beta (Q^(s,a) - V(s)) + a constant
 
-    Its logits are moved in every forward pass, so that `generate` and log-probs see the same policy.
+    Its logits are moved in every forward pass, in float32, so that `generate` and log-probs see the same policy.
 
     Args:
         policy: pi_beta, a decoder that was fine-tuned on the data. Used as it is, with its cache and its padding.
@@ -32,7 +33,8 @@ def advantage_shifted(policy: nn.Module, q_model: QValueModel, beta: float) -> I
     had_its_own, forward = "forward" in vars(network), network.forward
     network.forward = _Shifted(forward, q_model, beta)
     try:
-        yield policy
+        with forward_replaced(network):
+            yield policy
     finally:
         if had_its_own:
             network.forward = forward
@@ -54,7 +56,7 @@ class _Shifted:
             hidden_BTH = self._hidden_states(kwargs, output)
             kept = output.logits.shape[1]
             advantages_BKV = self.q_model.advantages(hidden_BTH[:, -kept:])
-        output.logits = output.logits + self.beta * advantages_BKV.to(output.logits.dtype)
+        output.logits = at_least_float32(output.logits) + self.beta * advantages_BKV
         return output
 
     def _hidden_states(self, kwargs: dict[str, Any], output: Any) -> Tensor:

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl import is_conversational
 
 from trl_apa.evaluation import distinct_ngrams, random_numbers_of_its_own
 from trl_apa.generation import generate_responses, generation_options
 from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.models import reference_policy
-from trl_apa.prompts import PROMPT_COLUMNS, prompt_of, query_of
+from trl_apa.prompts import PROMPT_COLUMNS, query_of
 from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.texts import prompts_and_completions
 
 
 if TYPE_CHECKING:
@@ -33,18 +33,21 @@ def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) ->
         `evaluation.distinct_ngrams`.
 
     Raises:
-        ValueError: if there is no prompt.
+        ValueError: if there is no prompt; or what the reward functions raise, in all processes.
     """
     if not rows:
         raise ValueError("eval_dataset has no rows")
     process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
     numbers = list(range(process, len(rows), count))
     size = trainer.args.per_device_eval_batch_size
-    measured = []
+    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def measure() -> list[tuple[Any, ...]]:
+        return [row for part in parts for row in zip(part, *_measure(trainer, [rows[n] for n in part]), strict=True)]
+
     with random_numbers_of_its_own(trainer.args.seed, process):
-        for start in range(0, len(numbers), size):
-            part = numbers[start : start + size]
-            measured += zip(part, *_measure(trainer, [rows[number] for number in part]), strict=True)
+        # Together: processes may have different numbers of parts.
+        measured = trainer._on_all_processes(measure)
     everything = sorted(gather_object(measured))
     _, rewards, kls, lengths, ended, texts = zip(*everything, strict=True)
     rewards_B = torch.tensor(rewards, dtype=torch.float64)
@@ -66,12 +69,7 @@ def _measure(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> tuple[
         options = generation_options(_sampling(trainer), {"stop_strings": args.stop_strings})
         responses = generate_responses(policy, queries, tokenizer=tokenizer, batch_size=len(queries), **options)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    prompts = [prompt_of(row) for row in rows]
-    if any(prompt is None for prompt in prompts):
-        prompts = tokenizer.batch_decode(queries, skip_special_tokens=True)
-    completions: list[Any] = texts
-    if is_conversational({"prompt": prompts[0]}):
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    prompts, completions = prompts_and_completions(rows, queries, responses, tokenizer)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in PROMPT_COLUMNS}
     scores = trainer.scorer(prompts, completions, queries, responses, columns)
     ended = [float(int(response[-1]) in trainer._end_token_ids) for response in responses]

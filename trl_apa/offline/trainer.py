@@ -1,7 +1,7 @@
 """`OfflineAPATrainer`: APA, AWR and ILQL on a fixed data set, in the Hugging Face Trainer's own loop."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,6 @@ from accelerate.utils import gather_object, set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from trl_apa._trl import is_peft_model
 from trl_apa.advantages import gae
@@ -29,10 +28,15 @@ from trl_apa.offline.held_out import held_out_reward
 from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, QValueModel
 from trl_apa.offline.value_fitting import fit_value_model
+from trl_apa.optimization import check_optimizer_is_finite
 from trl_apa.prompts import as_rows
+from trl_apa.resuming import ResumableRuns
 from trl_apa.rewards import token_rewards
+from trl_apa.run_identity import data_fingerprint, initial_policy_fingerprint
 from trl_apa.saving import Saving
 from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.signals import StopOnSignal
+from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_fp16, check_type
 
 
@@ -51,7 +55,7 @@ class BetweenSteps(TrainerCallback):
             self.trainer.networks.value_model.move_targets(args.polyak)
 
 
-class OfflineAPATrainer(CountsTokens, Saving):
+class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     """
     Learns from fixed prompts, responses and rewards, without sampling: the setting of figure 9 of the paper.
 
@@ -109,12 +113,15 @@ class OfflineAPATrainer(CountsTokens, Saving):
         module, self.ref_model, tokenizer = assemble(
             args, model, ref_model, processing_class, value_model, peft_config, None, None
         )
+        self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         networks = _networks(args, module)
         self._end_token_ids = end_token_ids(networks.policy, tokenizer)
         self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if self._pad_token_id is None:
             raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
-        self.rollouts = rollouts_of(train_dataset, tokenizer, networks.policy, args)
+        rows = as_rows(train_dataset)
+        self._data_fingerprint = data_fingerprint(rows)
+        self.rollouts = rollouts_of(rows, tokenizer, networks.policy, args)
         use_cache = networks.config.use_cache
         super().__init__(
             model=networks,
@@ -125,6 +132,7 @@ class OfflineAPATrainer(CountsTokens, Saving):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
         self._fill_in_returns()
         networks.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
@@ -133,14 +141,17 @@ class OfflineAPATrainer(CountsTokens, Saving):
         self.scorer: Scorer | None = None
         if reward_funcs is not None:
             device = self.accelerator.device
-            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks)
+            ends = self._end_token_ids
+            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks, ends)
             self.scorer = Scorer(functions, args.reward_weights)
         self._value_is_fitted = False
         # Frozen layers and a quantised base stay as they are when the value model is thawed.
         self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
+        self._stop_on_signal = StopOnSignal(self._sum_over_processes)
         self.add_callback(BetweenSteps(self))
+        self.add_callback(self._stop_on_signal)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -163,25 +174,31 @@ class OfflineAPATrainer(CountsTokens, Saving):
 
     # ---- before the policy is trained ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        resume_anyway: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Fit the value model and estimate the advantages, unless the loss is ILQL's; then train.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the last one in
-                `args.output_dir`. Its value model is taken as it is.
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the newest
+                complete one of the run in `args.output_dir` that began last. Its value model is taken as it is. A
+                finished run stays as it is.
+            resume_anyway (`list[str]`, *optional*): see [`APATrainer.train`].
             kwargs: as in [`~transformers.Trainer.train`].
 
         Returns:
             As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if there is no checkpoint to resume from.
+            ValueError: for a checkpoint that is incomplete, or of another run; if there is none to resume.
+            SystemExit: after SIGTERM or Ctrl-C, with a checkpoint.
+            KeyboardInterrupt: after a second Ctrl-C, without one.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint=True, but there is no checkpoint in {self.args.output_dir}")
+        checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
         if self.args.loss_type != "ilql":
             self._prepare_value_model(checkpoint)
             self.estimate_advantages()
@@ -189,7 +206,14 @@ class OfflineAPATrainer(CountsTokens, Saving):
                 self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
         self._sums.clear()
         self._last_logged_step = 0
-        return super().train(checkpoint, **kwargs)
+        hide_secrets_from(self.callback_handler.callbacks)  # also from those that were added
+        with self._stop_on_signal.listening():
+            result = super().train(checkpoint, **kwargs)
+        self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
+        return result
+
+    def _fingerprint_of_data(self) -> str | None:
+        return self._data_fingerprint
 
     def _prepare_value_model(self, checkpoint: str | None) -> None:
         args = self.args
@@ -353,6 +377,8 @@ class OfflineAPATrainer(CountsTokens, Saving):
 
         Raises:
             ValueError: without prompts or reward functions.
+            RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
+                first.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.scorer is None:
@@ -360,7 +386,11 @@ class OfflineAPATrainer(CountsTokens, Saving):
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        measured = held_out_reward(self, as_rows(dataset))
+        try:
+            measured = held_out_reward(self, as_rows(dataset))
+        except BaseException:
+            self._save_what_was_learned()
+            raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -370,6 +400,13 @@ class OfflineAPATrainer(CountsTokens, Saving):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.networks.load_weights(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does; refused by name if the optimizer's state is not finite."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            name = f"the optimizer of {checkpoint}"
+            self._on_all_processes(lambda: check_optimizer_is_finite(name, self.optimizer))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -17,6 +17,7 @@ from trl_apa.demo.networks import decode, encode, sample
 from trl_apa.demo.options import DemoOptions
 from trl_apa.demo.pipeline import Ingredients, measure, prepare, quiet_libraries, torch_threads
 from trl_apa.demo.report import Report
+from trl_apa.files import replace_text
 from trl_apa.models import independent_copy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.paper.figures import Curve
@@ -253,7 +254,4 @@ def _is_due(number: int, last: int, evaluations: int) -> bool:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Whole, or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from trl_apa.paper.figures import Curve, Figure, file_name
 from trl_apa.paper.sizes import MiniSizes
+from trl_apa.redaction import without_secrets
 
 
 class Job(NamedTuple):
@@ -56,7 +57,7 @@ def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int
         command += ["--seed", str(job.seed), "--output_dir", str(job.folder), *options]
         if any(job.folder.glob("checkpoint-*")):
             command += ["--resume_from_checkpoint", "true"]
-        print(f"{job.panel}, {job.label}, seed {job.seed}: {' '.join(command[1:])}", flush=True)
+        print(f"{job.panel}, {job.label}, seed {job.seed}: {' '.join(without_secrets(command[1:]))}", flush=True)
         if status := subprocess.run(command, check=False).returncode:
             print(f"{job.folder} ended with status {status}; run this again to go on", file=sys.stderr)
             return status

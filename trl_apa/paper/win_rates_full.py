@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from trl_apa.commands import generate, winrate
 from trl_apa.commands.options import did_you_mean, read_yaml
+from trl_apa.commands.row_file import record_of
 from trl_apa.paper.win_rates import Comparison, WinRates, answers_file, sampling_seed, summarize, verdicts_file
 from trl_apa.winrate import Judgement, Pair
 
@@ -134,23 +135,41 @@ def compare_at_full_size(
 def _make(command: Sequence[str], path: Path, sources: Iterable[Path]) -> None:
     """Run a command of `trl-apa` that writes one file, unless the file is there, by this command and these sources.
 
-    The file bears its name only when it is whole. Beside it lies the command, with what its file of options says.
+    The file bears its name only when it is complete. Beside it lies the command, with what its file of options says.
+    What a process that was killed left of the file is kept for the same command, which may continue it, and for no
+    other.
     """
-    made_by = path.with_name(f"{path.name}.command")
     given = Path(command[command.index("--config") + 1]).read_text(encoding="utf-8") if "--config" in command else None
     record = json.dumps({"command": list(command), "config": given}, indent=1) + "\n"
-    if path.is_file() and made_by.is_file() and made_by.read_text(encoding="utf-8") == record:
-        made_at = path.stat().st_mtime
-        if all(source.stat().st_mtime <= made_at for source in sources if source.is_file()):
-            return
+    sources = [source for source in sources if source.is_file()]
+    if _is_made(path, record, sources):
+        return
     part = path.with_name(f"{path.name}.part")
+    if not _is_made(part, record, sources):
+        part.unlink(missing_ok=True)
+        _made_by(part).write_text(record, encoding="utf-8")
     whole = [sys.executable, "-m", "trl_apa.cli", *command, "--output", str(part)]
     print(" ".join(whole[1:]), flush=True)
     subprocess.run(whole, check=True)
+    _made_by(path).unlink(missing_ok=True)
     part.replace(path)
-    made_by.write_text(record, encoding="utf-8")
+    _made_by(part).replace(_made_by(path))
+    record_of(part).unlink(missing_ok=True)
+
+
+def _made_by(path: Path) -> Path:
+    return path.with_name(f"{path.name}.command")
+
+
+def _is_made(path: Path, record: str, sources: Sequence[Path]) -> bool:
+    """Whether a file was made, or begun, by the command of `record` when its sources were as they are."""
+    made_by = _made_by(path)
+    if not (path.is_file() and made_by.is_file() and made_by.read_text(encoding="utf-8") == record):
+        return False
+    return all(source.stat().st_mtime <= made_by.stat().st_mtime for source in sources)
 
 
 def _read_judgements(path: Path) -> list[Judgement]:
     rows = json.loads(path.read_text(encoding="utf-8"))["judgements"]
-    return [Judgement(Pair(*(row[name] for name in Pair._fields)), tuple(row["verdicts"])) for row in rows]
+    pairs = [Pair(**{name: row[name] for name in Pair._fields if name in row}) for row in rows]
+    return [Judgement(pair, tuple(row["verdicts"])) for pair, row in zip(pairs, rows, strict=True)]

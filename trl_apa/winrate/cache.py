@@ -1,4 +1,4 @@
-"""Verdicts on disk, one a line, so that a comparison that was cut goes on where it stopped."""
+"""Verdicts on disk, one a line, so that a comparison that was interrupted continues where it stopped."""
 
 import hashlib
 import json
@@ -6,25 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_apa.files import write_all
+from trl_apa.winrate.verdicts import WORTH
+
 
 class VerdictCache:
     """A file of JSON lines `{"key": ..., "verdict": ...}` that only grows.
 
     A key is a digest of the judge's identity and the question; neither texts nor addresses are written. A line that
-    cannot be read, as a run that was killed leaves it, counts for nothing.
+    is not such an entry counts for nothing, whatever it holds: the half line of a run that was killed, other JSON,
+    bytes that are no text, a verdict that there is not.
 
     Args:
         path: the file; it and its folder are made with the first verdict.
+
+    Raises:
+        OSError: if `path` is there and cannot be read.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._verdicts: dict[str, str] = {}
-        self._ends_within_a_line = False
-        if self.path.exists():
-            content = self.path.read_bytes()
-            self._ends_within_a_line = bool(content) and not content.endswith(b"\n")
-            self._verdicts = dict(filter(None, map(_entry, content.splitlines())))
+        if self.path.is_file():
+            self._verdicts = dict(filter(None, map(_entry, self.path.read_bytes().splitlines())))
 
     def __len__(self) -> int:
         return len(self._verdicts)
@@ -33,25 +37,36 @@ class VerdictCache:
     def key(identity: dict[str, Any], question: Sequence[Any]) -> str:
         """What a verdict on a question is filed under: the same for the same judge and the same texts only."""
         text = json.dumps([identity, list(question)], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        # JSON may hold halves of surrogate pairs, which UTF-8 has no bytes for.
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     def get(self, key: str) -> str | None:
         """The verdict, if there is one."""
         return self._verdicts.get(key)
 
     def put(self, key: str, verdict: str) -> None:
-        """Remember a verdict, on disk too."""
-        self._verdicts[key] = verdict
+        """Remember a verdict, on disk too.
+
+        Raises:
+            ValueError: if it is none of `WORTH`.
+            OSError: if the file cannot be written.
+        """
+        if verdict not in WORTH:
+            raise ValueError(f"verdict={verdict!r}: it should be one of {', '.join(WORTH)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            line = json.dumps({"key": key, "verdict": verdict})
-            file.write(f"\n{line}\n" if self._ends_within_a_line else f"{line}\n")
-        self._ends_within_a_line = False
+        line = json.dumps({"key": key, "verdict": verdict}).encode() + b"\n"
+        # Looked at each time: the last writer, this process or another, may have failed within a line.
+        with open(self.path, "ab+", buffering=0) as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - 1, 0))
+            write_all(file, line if file.read(1) in (b"", b"\n") else b"\n" + line)
+        self._verdicts[key] = verdict
 
 
 def _entry(line: bytes) -> tuple[str, str] | None:
     try:
-        value = json.loads(line)
-        return value["key"], value["verdict"]
-    except (ValueError, TypeError, KeyError):
+        value = json.loads(line.decode())
+        key, verdict = value["key"], value["verdict"]
+        return (key, verdict) if isinstance(key, str) and verdict in WORTH else None
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None

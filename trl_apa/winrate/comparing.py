@@ -1,16 +1,14 @@
 """Pairs of answers to verdicts, each pair in both orders, and verdicts to a win rate with its interval."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from trl_apa.winrate.cache import VerdictCache
-
-
-FIRST, SECOND, TIE = "first", "second", "tie"
-# What the verdict on a question is worth to the answer that stood first in it.
-WORTH = {FIRST: 1.0, TIE: 0.5, SECOND: 0.0}
+from trl_apa.winrate.verdicts import FIRST as FIRST
+from trl_apa.winrate.verdicts import SECOND as SECOND
+from trl_apa.winrate.verdicts import TIE, WORTH
 
 
 class Pair(NamedTuple):
@@ -20,12 +18,15 @@ class Pair(NamedTuple):
         prompt: text or chat messages.
         ours, theirs: the answers of the model whose win rate is asked for, and of the other.
         reference: an answer that people chose, for the judge to measure by; None if there is none.
+        ours_ended, theirs_ended: whether the answers came to their end; False if they met a limit.
     """
 
     prompt: Any
     ours: str
     theirs: str
     reference: str | None = None
+    ours_ended: bool = True
+    theirs_ended: bool = True
 
 
 class Question(NamedTuple):
@@ -35,6 +36,8 @@ class Question(NamedTuple):
     first: str
     second: str
     reference: str | None = None
+    first_ended: bool = True
+    second_ended: bool = True
 
 
 class Judge(Protocol):
@@ -44,6 +47,8 @@ class Judge(Protocol):
         identity: everything that its verdicts depend on, as JSON types and without secrets; verdicts of another
             identity are not taken from a cache.
         sees_order: whether a verdict could depend on which answer comes first; both orders are asked then.
+        batch_size (*optional*): questions that it judges together. A batch that was interrupted is asked again as it
+            was, because the last bits of a score can depend on what is beside it.
     """
 
     identity: dict[str, Any]
@@ -78,38 +83,61 @@ def _worth(order: int, verdict: str) -> float:
 
 
 def compare(pairs: Sequence[Pair], judge: Judge, cache: VerdictCache | None = None) -> list[Judgement]:
-    """Ask the judge about every pair, in both orders.
+    """Ask the judge about every pair, in both orders; questions that are the same are asked once.
 
     Args:
         pairs: what is compared.
         judge: see `Judge`.
         cache: verdicts that were given before are taken from it, and every new one is written to it as it comes, so
-            that a run that was cut goes on where it stopped. A question without a verdict is asked again then.
+            that a comparison that was interrupted continues where it stopped. A question without a verdict is asked
+            again then.
 
     Returns:
         One judgement a pair, in their order.
+
+    Raises:
+        ValueError: if the judge gives a verdict that is none of `WORTH`.
     """
     orders = 2 if judge.sees_order else 1
     questions = [question for pair in pairs for question in _both_orders(pair)[:orders]]
-    verdicts: list[str | None] = [None] * len(questions)
-    keys = [] if cache is None else [cache.key(judge.identity, question) for question in questions]
-    asked = []
-    for number in range(len(questions)):
-        verdicts[number] = cache.get(keys[number]) if cache is not None else None
-        if verdicts[number] is None:
-            asked.append(number)
-    for place, verdict in judge([questions[number] for number in asked]):
+    keys = [VerdictCache.key(judge.identity, _filed_under(question)) for question in questions]
+    different = dict(zip(keys, questions, strict=True))
+    found = {} if cache is None else {key: cache.get(key) for key in different}
+    verdicts = {key: verdict for key, verdict in found.items() if verdict is not None}
+    asked = _batches_with_gaps(list(different), verdicts, getattr(judge, "batch_size", 1))
+    for place, verdict in judge([different[key] for key in asked]):
+        if verdict is not None and verdict not in WORTH:
+            raise ValueError(
+                f"the judge gave the verdict {verdict!r}; it should be one of {', '.join(WORTH)}, or None"
+            )
+        if verdict is None or asked[place] in verdicts:
+            continue
         verdicts[asked[place]] = verdict
-        if cache is not None and verdict is not None:
-            cache.put(keys[asked[place]], verdict)
+        if cache is not None:
+            cache.put(asked[place], verdict)
+    in_order = [verdicts.get(key) for key in keys]
     return [
-        Judgement(pair, tuple(verdicts[number * orders : (number + 1) * orders])) for number, pair in enumerate(pairs)
+        Judgement(pair, tuple(in_order[number * orders : (number + 1) * orders])) for number, pair in enumerate(pairs)
     ]
 
 
+def _batches_with_gaps(keys: Sequence[str], verdicts: Mapping[str, str], batch_size: int) -> list[str]:
+    """The keys of every batch that lacks a verdict."""
+    batches = (keys[start : start + batch_size] for start in range(0, len(keys), batch_size))
+    return [key for batch in batches if any(key not in verdicts for key in batch) for key in batch]
+
+
 def _both_orders(pair: Pair) -> list[Question]:
-    prompt, ours, theirs, reference = pair
-    return [Question(prompt, ours, theirs, reference), Question(prompt, theirs, ours, reference)]
+    prompt, ours, theirs, reference, *ended = pair
+    return [
+        Question(prompt, ours, theirs, reference, *ended),
+        Question(prompt, theirs, ours, reference, *reversed(ended)),
+    ]
+
+
+def _filed_under(question: Question) -> Sequence[Any]:
+    """In the cache the ends stand only where an answer has none."""
+    return question if not (question.first_ended and question.second_ended) else question[:4]
 
 
 def win_rate(

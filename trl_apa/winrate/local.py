@@ -1,5 +1,6 @@
 """Judges on this machine: a reward model, and a language model that says which answer it would call better."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,17 +12,19 @@ from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.rollouts import pad_tokens, response_mask
 from trl_apa.scoring import RewardModel
+from trl_apa.tokenizing import prompt_ids
 from trl_apa.validation import check_positions
-from trl_apa.winrate.comparing import FIRST, SECOND, TIE, Question
+from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.prompting import IN_ONE_LETTER, VERDICTS, judging_text
+from trl_apa.winrate.verdicts import FIRST, SECOND, TIE
 
 
 class RewardModelJudge:
-    """The answer with the higher score wins. The reference answer is not read.
+    """The answer with the higher score wins; equal answers tie. The reference answer is not read.
 
     Args:
         model: a classifier with one label.
-        tokenizer: its tokenizer. Prompt, answer and EOS are read together, as TRL's RewardTrainer trains it.
+        tokenizer: its tokenizer. Prompt and answer are read as `scoring.RewardModel` reads them in training.
         name: where the model came from.
         tie_margin: a difference in scores that counts as none, reward units.
         batch_size: answers a forward pass.
@@ -42,37 +45,36 @@ class RewardModelJudge:
     ):
         if tie_margin < 0:
             raise ValueError(f"tie_margin={tie_margin}: it should not be negative")
-        self.tokenizer, self.tie_margin = tokenizer, tie_margin
+        self.tie_margin, self.batch_size = tie_margin, batch_size
         self.score = RewardModel(model, tokenizer, batch_size=batch_size)
         self.identity = {"judge": "reward model", "model": name, "tie_margin": tie_margin}
 
-    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
-        size = self.score.batch_size
-        for start in range(0, len(questions), size):
-            batch = questions[start : start + size]
-            firsts = self._scores([(question.prompt, question.first) for question in batch])
-            seconds = self._scores([(question.prompt, question.second) for question in batch])
+    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+        for start in range(0, len(questions), self.batch_size):
+            batch = questions[start : start + self.batch_size]
+            firsts = self._scores([(asked.prompt, asked.first, asked.first_ended) for asked in batch])
+            seconds = self._scores([(asked.prompt, asked.second, asked.second_ended) for asked in batch])
             for number, (first, second) in enumerate(zip(firsts, seconds, strict=True), start=start):
-                difference = first - second
-                tie = abs(difference) <= self.tie_margin
-                yield number, TIE if tie else (FIRST if difference > 0 else SECOND)
+                # Equal answers may stand beside different padding, which can move the last bit of a score.
+                asked = questions[number]
+                same = (asked.first, asked.first_ended) == (asked.second, asked.second_ended)
+                yield number, TIE if same else self._verdict(first - second)
 
-    def _scores(self, answers: list[tuple[Any, str]]) -> list[float]:
-        ids = [self._ids(prompt, answer) for prompt, answer in answers]
-        prompts, completions = zip(*answers, strict=True)
-        return self.score(list(prompts), list(completions), prompt_ids=ids, completion_ids=[[]] * len(ids))
+    def _verdict(self, difference: float) -> str | None:
+        """None if a score is not a number."""
+        if math.isnan(difference):
+            return None
+        return TIE if abs(difference) <= self.tie_margin else (FIRST if difference > 0 else SECOND)
 
-    def _ids(self, prompt: Any, answer: str) -> list[int]:
-        if not isinstance(prompt, str):
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-        return self.tokenizer(prompt + answer + (self.tokenizer.eos_token or ""))["input_ids"]
+    def _scores(self, answers: list[tuple[Any, str, bool]]) -> list[float]:
+        return self.score.score_ids([self.score.text_ids(*answer) for answer in answers])
 
 
 class LanguageModelJudge:
     """Reads both answers and the reference; the verdict is the letter that it holds most probable.
 
-    No text is sampled: the log-probs of the three letters are compared, so that every question has a verdict.
+    No text is sampled: the log-probs of the three letters are compared, so that every question has a verdict, unless
+    they are not numbers.
 
     Args:
         model: a language model.
@@ -93,16 +95,16 @@ class LanguageModelJudge:
         letters = [tokenizer(space + letter, add_special_tokens=False)["input_ids"] for letter in VERDICTS]
         self._letters = [torch.tensor(ids, dtype=torch.long) for ids in letters]
 
-    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
+    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         """Raises ValueError, naming the row, if a question is longer than the model's positions."""
         names = list(VERDICTS.values())
         queries = [self._query(question) for question in questions]
         longest = max(len(letter) for letter in self._letters)
         check_positions(queries, [longest] * len(queries), self.model, "the judge's questions")
         for start in range(0, len(questions), self.batch_size):
-            best_B = self._logprobs(queries[start : start + self.batch_size]).argmax(dim=1)
-            for number, best in enumerate(best_B.tolist(), start=start):
-                yield number, names[best]
+            logprobs_B3 = self._logprobs(queries[start : start + self.batch_size])
+            for number, logprobs in enumerate(logprobs_B3.tolist(), start=start):
+                yield number, None if any(map(math.isnan, logprobs)) else names[logprobs.index(max(logprobs))]
 
     def _query(self, question: Question) -> Tensor:
         text = judging_text(question, IN_ONE_LETTER)
@@ -112,7 +114,7 @@ class LanguageModelJudge:
                 messages, tokenize=True, return_dict=False, add_generation_prompt=True
             )
         else:
-            ids = self.tokenizer(f"{text}\n\nVerdict:")["input_ids"]
+            ids = prompt_ids(f"{text}\n\nVerdict:", self.tokenizer)
         return torch.tensor(ids, dtype=torch.long)
 
     @torch.no_grad()

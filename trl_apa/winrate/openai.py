@@ -1,17 +1,40 @@
 """A judge behind an OpenAI-compatible endpoint: OpenAI's own, or a server of your own (vLLM, llama.cpp, ...)."""
 
+import asyncio
+import json
+import math
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
+from trl_apa.redaction import without_secrets, without_secrets_in_error
 from trl_apa.winrate.comparing import Question
-from trl_apa.winrate.prompting import IN_WORDS, VERDICTS, judging_text
+from trl_apa.winrate.parallel import as_they_come, loop_in_a_thread
+from trl_apa.winrate.prompting import IN_WORDS, judging_text
+from trl_apa.winrate.replies import NotACompletion, Reading, read_completion
+from trl_apa.winrate.replies import read_verdict as read_verdict
+
+
+OPENAI_URL = "https://api.openai.com/v1"
+# Fields of the request that the judge sets, or of whose replies it would read one part; with the value they may have.
+OWN_FIELDS = {"model": None, "messages": None, "stream": False, "n": 1}
+# Codes of errors that are about the one question: another may get an answer.
+ABOUT_THE_QUESTION = ("content_filter", "content_policy_violation", "context_length_exceeded")
+EXCERPT = 300
 
 
 class JudgeError(RuntimeError):
-    """The endpoint gave no answer, retries included."""
+    """The endpoint gave no answer, retries included, or one that is no chat completion."""
+
+
+class _Unreadable(Exception):
+    """The endpoint's answer, which is no chat completion although its status is that of a success."""
+
+    def __init__(self, response: Any, problem: str):
+        super().__init__(problem)
+        self.response = response
 
 
 class OpenAIJudge:
@@ -27,12 +50,16 @@ class OpenAIJudge:
             of your own it may be unset.
         request: more fields of the request, over `{"temperature": 0}`; None leaves a field out.
         max_retries: how often a request is made again.
-        timeout: seconds for one request.
+        timeout: seconds for one request, from connecting to the last byte of its answer. One that took longer is
+            given up, and made again as `max_retries` says.
         workers: requests at a time.
+
+    Attributes:
+        without_verdict: why replies had no verdict, and how many each.
 
     Raises:
         ImportError: without the `openai` package.
-        ValueError: if the endpoint is OpenAI's and there is no key.
+        ValueError: if the endpoint is OpenAI's and there is no key, or an option is out of range.
     """
 
     sees_order = True
@@ -48,17 +75,18 @@ class OpenAIJudge:
         workers: int = 8,
     ):
         try:
-            from openai import OpenAI
+            import openai  # noqa: F401
         except ImportError as error:
             raise ImportError("--judge openai needs the openai package: pip install 'trl-apa[judge]'") from error
-        if workers < 1:
-            raise ValueError(f"workers={workers}: it should be at least 1")
-        self._key = os.environ.get(api_key_env, "")
+        _check_options(base_url, request or {}, max_retries, timeout, workers)
+        self._key = _read_key(api_key_env)
         if not self._key and base_url is None:
             raise ValueError(f"the environment variable {api_key_env} is not set: it should hold the key")
         self.model, self.workers = model, workers
+        self.base_url, self.max_retries, self.timeout = base_url, max_retries, timeout
         fields = {"temperature": 0, **(request or {})}
         self.request = {name: value for name, value in fields.items() if value is not None}
+        self.without_verdict: Counter[str] = Counter()
         text = judging_text(Question("", "", "", ""), IN_WORDS)
         self.identity = {
             "judge": "openai",
@@ -67,51 +95,134 @@ class OpenAIJudge:
             "request": self.request,
             "text": text,
         }
-        # The package refuses to start without a key, which many servers of one's own do not ask for.
-        self._client = OpenAI(
-            api_key=self._key or "none",
-            base_url=base_url or "https://api.openai.com/v1",
-            max_retries=max_retries,
-            timeout=timeout,
-        )
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         """Verdicts as they come; None where the reply has none.
 
         Raises:
-            JudgeError: after the verdicts that came, if a question got no answer at all. It does not hold the key.
+            JudgeError: after the verdicts that came, if a question got no answer that can be read. It says what the
+                endpoint answered, and does not hold the key.
         """
-        error: BaseException | None = None
-        pool = ThreadPoolExecutor(self.workers)
+        from openai import OpenAIError
+
+        failed: Exception | None = None
         try:
-            numbers = {pool.submit(self._verdict, question): number for number, question in enumerate(questions)}
-            for future in as_completed(numbers):
-                if future.cancelled():
-                    continue
-                if (failed := future.exception()) is None:
-                    yield numbers[future], future.result()
-                elif error is None:
-                    error = failed
-                    for waiting in numbers:
-                        waiting.cancel()
-        finally:
-            pool.shutdown(cancel_futures=True)
-        if error is not None:
-            raise JudgeError(self._without_key(f"{self.model} gave no answer: {type(error).__name__}: {error}"))
+            for number, reading in self._readings(questions):
+                if reading.verdict is None:
+                    self.without_verdict[reading.reason] += 1
+                yield number, reading.verdict
+        except (OpenAIError, _Unreadable) as error:
+            failed = error
+        # Raised out here it does not carry along the error in which the key may stand.
+        if failed is not None:
+            raise JudgeError(self._failure(failed))
 
-    def _verdict(self, question: Question) -> str | None:
-        text = judging_text(question, IN_WORDS)
-        reply = self._client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": text}], **self.request
-        )
-        return read_verdict(reply.choices[0].message.content or "")
+    def _readings(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reading]]:
+        from trl_apa.winrate.client import bounded_client
 
-    def _without_key(self, text: str) -> str:
+        with loop_in_a_thread() as loop:
+            # The package refuses to start without a key, which many servers of one's own do not ask for.
+            client = bounded_client(self._key or "none", self.base_url or OPENAI_URL, self.max_retries, self.timeout)
+            try:
+                yield from as_they_come(loop, partial(self._reading, client), questions, self.workers)
+            finally:
+                asyncio.run_coroutine_threadsafe(client.close(), loop).result()
+
+    async def _reading(self, client: Any, question: Question) -> Reading:
+        from openai import BadRequestError
+
+        messages = [{"role": "user", "content": judging_text(question, IN_WORDS)}]
+        try:
+            raw = await client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, extra_body=self.request
+            )
+        except BadRequestError as error:
+            if error.code not in ABOUT_THE_QUESTION:
+                raise
+            return Reading(None, f"refused by the endpoint ({error.code})")
+        try:
+            return read_completion(raw.http_response.content)
+        except NotACompletion as error:
+            raise _Unreadable(raw.http_response, str(error)) from None
+
+    def _failure(self, error: Exception) -> str:
+        """What went wrong, for people. All that an endpoint says comes into a message here, and nowhere else."""
+        from openai import APIConnectionError
+
+        tries = f" (asked {self.max_retries + 1} times)" if isinstance(error, APIConnectionError) else ""
+        return f"{self.model} gave no answer: " + _excerpt(self._without_secrets(_description(error))) + tries
+
+    def _without_secrets(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
-        return text.replace(self._key, "<key>") if self._key else text
+        return without_secrets_in_error(text, {"api_key": self._key}, self.identity)
 
 
-def read_verdict(reply: str) -> str | None:
-    """The last `[[A]]`, `[[B]]` or `[[C]]` of a reply, as a verdict; None if there is none."""
-    letters = re.findall(r"\[\[([ABC])\]\]", reply)
-    return VERDICTS[letters[-1]] if letters else None
+def _check_options(
+    base_url: str | None, request: dict[str, Any], max_retries: int, timeout: float, workers: int
+) -> None:
+    if base_url is not None and not _is_address(base_url):
+        raise ValueError(f"base_url={without_secrets(base_url)!r}: it should be http://HOST... or https://HOST...")
+    for name, allowed in OWN_FIELDS.items():
+        if request.get(name) not in (None, allowed):
+            raise ValueError(f"request has {name}={request[name]!r}, which the judge sets itself")
+    try:
+        json.dumps(request, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"request={without_secrets(request)!r} cannot be sent as JSON: {error}") from error
+    if workers < 1:
+        raise ValueError(f"workers={workers}: it should be at least 1")
+    if max_retries < 0:
+        raise ValueError(f"max_retries={max_retries}: it should not be negative")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout={timeout}: it should be a number of seconds above 0")
+
+
+def _is_address(text: str) -> bool:
+    from trl_apa.winrate.client import httpx
+
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, ValueError):
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and (url.port or 0) < 2**16
+
+
+def _read_key(variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {variable} should hold a key: it has characters that no key has")
+    return key
+
+
+def _description(error: Exception) -> str:
+    """The error's kind, and what the endpoint said, all of it."""
+    from openai import APIConnectionError, APIStatusError
+
+    kind = type(error).__name__
+    if isinstance(error, _Unreadable):
+        status = error.response.status_code
+        return (
+            f"{_asked(error.response)} answered HTTP {status}, but no chat completion ({error}){_body(error.response)}"
+        )
+    if isinstance(error, APIStatusError):
+        return f"{kind}: {_asked(error.response)} answered HTTP {error.response.status_code}{_body(error.response)}"
+    if isinstance(error, APIConnectionError) and error.__cause__ is not None:
+        return f"{kind}: {error.request.url}: {type(error.__cause__).__name__}: {error.__cause__}"
+    return f"{kind}: {error}"
+
+
+def _asked(response: Any) -> str:
+    """The address that answered, and the one that was asked if it is another."""
+    first = response.history[0].url if response.history else response.url
+    return f"{response.url}" + (f", to which {first} redirects," if first != response.url else "")
+
+
+def _body(response: Any) -> str:
+    text = response.content.decode("utf-8", "replace")
+    return f": {text}" if text.strip() else ""
+
+
+def _excerpt(text: str) -> str:
+    """The beginning, in one line, without what a terminal would obey."""
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return line if len(line) <= EXCERPT else f"{line[:EXCERPT]}..."

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from trl_apa.winrate.comparing import FIRST, SECOND, TIE, Question
+from trl_apa.winrate.comparing import Question
+from trl_apa.winrate.verdicts import FIRST, SECOND, TIE
 
 
 # The letter that a judge answers with -> what it means.
