@@ -167,7 +167,7 @@ def attempt(setup: Setup, folder: Path, kill_after: float | None, chance: random
 
 
 def _moment(folder: Path) -> str:
-    if any(folder.glob("incomplete-*")):
+    if any(folder.glob("_incomplete-*")):
         return "while a checkpoint was written"
     return "between" if checkpoints_in(folder) else "before the first checkpoint"
 

@@ -53,7 +53,7 @@ def names(output_dir):
 
 def test_a_checkpoint_has_its_name_only_when_it_is_complete(tmp_path):
     folder = written(tmp_path, 4, A)
-    assert names(tmp_path) == ["incomplete-checkpoint-4-aaaaaaaaaaaa"] and newest_checkpoint(tmp_path) is None
+    assert names(tmp_path) == ["_incomplete-checkpoint-4-aaaaaaaaaaaa"] and newest_checkpoint(tmp_path) is None
     place = put_in_place(folder, 4, A)
     assert names(tmp_path) == ["checkpoint-4"] and problem_with(place) is None
     assert Run(**read_manifest(place)["run"]) == A
@@ -145,13 +145,15 @@ def test_the_predecessor_of_a_rewritten_checkpoint_is_there_until_the_new_one_ha
 
 def test_another_runs_checkpoint_of_the_same_step_is_moved_not_deleted(tmp_path):
     saved(tmp_path, 4, A, content="of a")
-    with pytest.warns(UserWarning, match=r"checkpoint-4 is of another run; it was moved to .*older-runs/aaaaaaaaaaaa"):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-4 is of another run; it was moved to .*_older-runs/aaaaaaaaaaaa"
+    ):
         saved(tmp_path, 4, B, content="of b")
-    with pytest.warns(UserWarning, match="older-runs/bbbbbbbbbbbb"):
+    with pytest.warns(UserWarning, match="_older-runs/bbbbbbbbbbbb"):
         saved(tmp_path, 4, A, content="of a again")
-    with pytest.warns(UserWarning, match=r"older-runs/aaaaaaaaaaaa/checkpoint-4\.1"):
+    with pytest.warns(UserWarning, match=r"_older-runs/aaaaaaaaaaaa/checkpoint-4\.1"):
         saved(tmp_path, 4, B, content="of b again")
-    moved = tmp_path / "older-runs"
+    moved = tmp_path / "_older-runs"
     places = [moved / A.id / "checkpoint-4", moved / B.id / "checkpoint-4", moved / A.id / "checkpoint-4.1"]
     places.append(tmp_path / "checkpoint-4")
     texts = [(place / "model.safetensors").read_text() for place in places]
@@ -215,7 +217,7 @@ def test_what_a_killed_process_left_is_deleted_by_its_own_run_alone(tmp_path):
     unfinished = written(tmp_path, 6, A)
     (unfinished / MANIFEST).unlink()
     for kind in ("replaced", "deleted"):
-        shutil.copytree(saved(tmp_path, 2, A), tmp_path / f"{kind}-checkpoint-2-{A.id}", dirs_exist_ok=True)
+        shutil.copytree(saved(tmp_path, 2, A), tmp_path / f"_{kind}-checkpoint-2-{A.id}", dirs_exist_ok=True)
     left = names(tmp_path)
     clean_up(tmp_path)
     clean_up(tmp_path, B)

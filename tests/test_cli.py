@@ -466,6 +466,7 @@ def pipeline(tmp_path_factory):
     (folder / "preferences.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     (functions,) = documented("python")
     (folder / "my_rewards.py").write_text(functions)
+    sys.modules.pop("my_rewards", None)  # another test's
     (folder / "examples").symlink_to(ROOT / "examples")
     make_model(folder / "base")
     before, path = os.getcwd(), list(sys.path)

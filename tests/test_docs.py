@@ -301,9 +301,9 @@ def test_the_script_of_the_page_on_training_runs_and_that_on_resuming_goes_on(tr
     assert [row["step"] for row in trainer.state.log_history if "eval_kl" in row] == [4, 8]
     AutoModelForCausalLM.from_pretrained(folder / "ten-words")
     trainer.args.max_steps = 12
-    (resume,) = fenced(ROOT / "docs" / "resuming.md", "python")
-    run_block(resume, dict(namespace), checkpoints)
-    assert trainer.state.global_step == 12
+    for block in fenced(ROOT / "docs" / "resuming.md", "python"):
+        run_block(block, dict(namespace), checkpoints)
+        assert trainer.state.global_step == 12
 
 
 def test_the_snippets_on_rewards_run(training_page, checkpoints, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_a_checkpoint_that_was_being_written_when_the_process_was_killed_is_no_c
     process = start(tmp_path, "killed while writing")
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    (left,) = tmp_path.glob("incomplete-checkpoint-6-*")
+    (left,) = tmp_path.glob("_incomplete-checkpoint-6-*")
     assert (left / "model.safetensors").is_file() and not is_complete(left)
     assert not (tmp_path / "checkpoint-6").exists() and is_complete(tmp_path / "checkpoint-3")
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)

@@ -1,5 +1,6 @@
 """Runs that are resumed: a finished one stays finished, none is taken for another, and what may change does."""
 
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,13 @@ def uninterrupted(tmp_path_factory):
     trainer = trainer_for(tmp_path_factory.mktemp("uninterrupted"), max_steps=12)
     trainer.train()
     return parameters(trainer)
+
+
+def away(completions, **kwargs):
+    raise ConnectionError("the judge is away")
+
+
+away.__name__ = "few_nines"
 
 
 # ---- finished runs ----
@@ -148,7 +156,7 @@ def test_a_new_run_says_whose_checkpoints_lie_there_and_leaves_them(tmp_path, ca
     assert "holds checkpoints of another run (checkpoint-2, checkpoint-4, checkpoint-6)" in caplog.text
     moved = sorted(str(warning.message) for warning in warned if "is of another run" in str(warning.message))
     assert len(moved) == 2 and "checkpoint-2 " in moved[0] and "checkpoint-4 " in moved[1]
-    kept = [tmp_path / "older-runs" / old.run.id / f"checkpoint-{step}" for step in (2, 4)] + [
+    kept = [tmp_path / "_older-runs" / old.run.id / f"checkpoint-{step}" for step in (2, 4)] + [
         tmp_path / "checkpoint-6"
     ]
     assert all(is_complete(path) for path in kept)
@@ -326,7 +334,7 @@ def rewrite_state(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_step": 5}, "apa_state_0.pt is of step 5, trainer_state.json of step 6"),
+        ({"global_step": 5}, "apa_state_0.pt: it is of step 5, trainer_state.json of step 6"),
         ({"iteration__position": 99}, "micro-batch 99 of an iteration of 4 optimizer steps"),
         ({"iteration__position": 3}, "micro-batch 3 of an iteration .* that began at step 4 does not fit step 6"),
     ],
@@ -335,6 +343,24 @@ def test_numbers_that_do_not_fit_each_other_are_refused(tmp_path, checkpoint_6, 
     shutil.copytree(checkpoint_6, tmp_path / "checkpoint-6")
     rewrite_state(tmp_path / "checkpoint-6", **changes)
     with pytest.raises(ValueError, match=message):
+        trainer_for(tmp_path, max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    shutil.copytree(checkpoint_6, tmp_path / "checkpoint-4")
+    rewrite_trainer_state(tmp_path / "checkpoint-4", global_step=4)
+    rewrite_state(tmp_path / "checkpoint-4", global_step=4, iteration__position=0)
+    with pytest.warns(UserWarning, match=rf"checkpoint-6 is incomplete \((apa_state_0.pt: )?{message}"):
+        assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-4")
+
+
+def rewrite_trainer_state(folder, **changes):
+    path = Path(folder) / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_state_that_torch_cannot_read_is_named(tmp_path, checkpoint_6):
+    shutil.copytree(checkpoint_6, tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / MANIFEST).unlink()
+    (tmp_path / "checkpoint-6" / "apa_state_0.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"checkpoint-6: apa_state_0\.pt: it cannot be read"):
         trainer_for(tmp_path, max_steps=12).train(resume_from_checkpoint=True)
 
 
@@ -356,14 +382,99 @@ def test_a_checkpoint_of_0_1_0_is_resumed_and_what_it_does_not_say_is_said(tmp_p
         trainer_for(tmp_path / "old", batch_size=8).train(resume_from_checkpoint=True)
 
 
+# ---- among several runs ----
+
+
+BY_REWARD = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": ["w3"]}
+BY_REWARD |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
+
+
+def test_a_run_that_had_no_time_to_save_is_not_taken_for_an_older_one(tmp_path):
+    trainer_for(tmp_path, max_steps=4, **SAVING).train()
+    with pytest.raises(RuntimeError, match="ConnectionError"):
+        trainer_for(tmp_path, max_steps=8, reward_funcs=away, **SAVING).train()
+    with pytest.raises(ValueError, match=r"no complete checkpoint of run .*; name one of an older run .*checkpoint-4"):
+        trainer_for(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+    trainer_for(tmp_path, max_steps=8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_the_run_that_was_resumed_last_is_the_one_to_resume(tmp_path):
+    older = trainer_for(tmp_path, max_steps=6, **SAVING)
+    older.train()
+    with pytest.warns(UserWarning, match="is of another run"):
+        trainer_for(tmp_path, max_steps=4, **SAVING).train()
+    again = trainer_for(tmp_path, max_steps=8, **SAVING)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.run.id == older.run.id
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
+    os.remove(tmp_path / "checkpoint-8" / "optimizer.pt")
+    os.remove(tmp_path / "checkpoint-6" / "optimizer.pt")
+    # That of step 4 had to make room.
+    with pytest.warns(UserWarning, match="checkpoint-6 is incomplete"):
+        assert last_complete_checkpoint(str(tmp_path)).endswith(f"_older-runs/{older.run.id}/checkpoint-4")
+
+
+def test_the_best_checkpoint_is_the_runs_own(tmp_path):
+    trainer_for(tmp_path, max_steps=2, **SAVING).train()
+
+    def worse_each_time(completions, **kwargs):
+        calls.append(1)
+        return [-float(len(calls))] * len(completions)
+
+    calls = []
+    options = {"save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True, **BY_REWARD}
+    trainer = trainer_for(tmp_path, max_steps=4, kl_coef=1.0, reward_funcs=worse_each_time, **options)
+    trainer.train()
+    # The best is at step 2, where only the other run has a checkpoint.
+    assert trainer.state.best_global_step == 2 and trainer.state.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize("strategy", ["best", "steps"])
+def test_a_run_that_ends_between_two_checkpoints_is_saved_where_it_ended(tmp_path, strategy):
+    """Ended by a callback or a signal; `save_strategy="best"` takes back what they ask for."""
+
+    class Terminated(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    def worse_each_time(completions, **kwargs):
+        calls.append(1)
+        return [-float(len(calls))] * len(completions)
+
+    calls, options = [], {"save_strategy": strategy, "save_steps": 100, "load_best_model_at_end": False, **BY_REWARD}
+    options |= {"max_steps": 12, "reward_funcs": worse_each_time}
+    with pytest.raises(SystemExit) as ended:
+        trainer_for(tmp_path, callbacks=[Terminated()], **options).train()
+    assert ended.value.code == 143 and is_complete(tmp_path / "checkpoint-4")
+    patient = trainer_for(tmp_path, callbacks=[EarlyStoppingCallback(4)], **options)
+    patient.train(resume_from_checkpoint=True)
+    assert is_complete(tmp_path / f"checkpoint-{patient.state.global_step}")
+
+
+def test_resume_anyway_takes_one_name_and_classics_names(tmp_path, checkpoint_6):
+    options = {"max_steps": 8, "mini_batch_size": 4, "ppo_epochs": 4}
+    trainer_for(tmp_path, **options, resume_anyway=["ppo_epochs"]).train(
+        resume_from_checkpoint=checkpoint_6, resume_anyway="mini_batch_size"
+    )
+
+
+def test_episodes_count_by_what_each_iteration_had(tmp_path):
+    trainer_for(tmp_path, max_steps=-1, total_episodes=8, **SAVING).train()
+    again = trainer_for(tmp_path, max_steps=-1, total_episodes=16, batch_size=8, resume_anyway=["batch_size"])
+    again.train(resume_from_checkpoint=True)
+    assert again._episodes_done == 16 and again.num_iterations_done == 3
+
+
+def test_a_secret_among_the_options_that_define_a_run_is_in_no_manifest(tmp_path):
+    secret = "sk-0123456789abcdefghij"
+    trainer = trainer_for(tmp_path, max_steps=2, chat_template_kwargs={"api_key": secret}, **SAVING)
+    trainer.train()
+    assert secret not in (tmp_path / "checkpoint-2" / MANIFEST).read_text()
+    trainer.train(resume_from_checkpoint=True)
+
+
 # ---- what a failure leaves ----
-
-
-def away(completions, **kwargs):
-    raise ConnectionError("the judge is away")
-
-
-away.__name__ = "few_nines"
 
 
 @pytest.mark.parametrize("disk_is_full", [False, True])
@@ -397,7 +508,8 @@ def test_the_error_of_the_run_is_raised_where_its_checkpoint_cannot_be_written(t
     with pytest.raises(RuntimeError, match="third_fails failed: ConnectionError"):
         trainer_for(tmp_path, max_steps=12, reward_funcs=third_fails, save_strategy="steps", save_steps=3).train()
     assert "is lost: " in caplog.text and "No space left" in caplog.text
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-6"] and is_complete(tmp_path / "checkpoint-6")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-3", "checkpoint-6"]
+    assert is_complete(tmp_path / "checkpoint-6")
 
 
 class CallsDuringTraining(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
+from trl_apa.checkpoints import MANIFEST
 from trl_apa.models.value_adapter import VALUE_ADAPTER
 from trl_apa.resuming import is_complete, last_complete_checkpoint
 
@@ -197,6 +199,16 @@ def train_on_two_ranks(rank, folder):
     return whole, resumed, terminated, resumed_again, train_with_one_server(rank, folder)
 
 
+def resume_without_manifest(rank, folder):
+    """From a checkpoint as 0.1.0 wrote it: the weights, and the files of the next checkpoint."""
+    if rank == 0:
+        shutil.copytree(f"{folder}/cut/checkpoint-3", f"{folder}/old/checkpoint-3")
+        os.remove(f"{folder}/old/checkpoint-3/{MANIFEST}")
+    dist.barrier()
+    resumed, _ = train_here(f"{folder}/old", 2, resume=True, save_strategy="steps", save_steps=1)
+    return resumed, set(os.listdir(f"{folder}/old/checkpoint-4"))
+
+
 def sample_on_two_ranks(folder):
     whole = sample_here(f"{folder}/sampled")
     sample_here(f"{folder}/sampled-cut", stop=3)
@@ -234,6 +246,7 @@ def everything(rank, folder):
     results["spoilt"] = spoil_in_one_process(rank, f"{own}/spoilt")
     results["sample"] = sample_on_two_ranks(folder)
     results["train"] = train_on_two_ranks(rank, folder)
+    results["without manifest"] = resume_without_manifest(rank, folder)
     return results
 
 
@@ -337,6 +350,16 @@ def test_train_on_two_ranks_equals_one_process_and_goes_on_where_it_stopped(tmp_
         for row, alone_row in zip(rows, alone_rows, strict=True):
             for name in ("apa/mean_scores", "objective/kl", "apa/loss/total", "tokens/responses_len_mean"):
                 assert row[name] == pytest.approx(alone_row[name], rel=1e-4, abs=1e-5), name
+
+
+def test_two_ranks_resume_a_checkpoint_without_manifest_and_write_one_for_both(ranks, folder):
+    for rank in ranks:
+        weights, files = rank["without manifest"]
+        assert_same(weights, rank["train"][0][0], tolerance=1e-30)
+        assert {f"{kind}_{number}" for kind in ("apa_state", "rng_state") for number in range(2)} <= {
+            file.partition(".")[0] for file in files
+        }
+    assert is_complete(folder / "old" / "checkpoint-4") and not list((folder / "old").glob("_*"))
 
 
 def test_two_ranks_that_sample_go_on_with_the_same_bits(ranks):

@@ -6,10 +6,13 @@ every other one. All names below are relative to the output folder:
 | name | what it is |
 | --- | --- |
 | `checkpoint-6` | a checkpoint |
-| `incomplete-checkpoint-6-<run>` | one that is being written |
-| `replaced-checkpoint-6-<run>` | its predecessor of the same run, until the new one has its name |
-| `deleted-checkpoint-6-<run>` | one that is being deleted |
-| `older-runs/<run>/checkpoint-6` | another run's, which had the name that a new one was to get |
+| `_incomplete-checkpoint-6-<run>` | one that is being written |
+| `_replaced-checkpoint-6-<run>` | its predecessor of the same run, until the new one has its name |
+| `_deleted-checkpoint-6-<run>` | one that is being deleted |
+| `_older-runs/<run>/checkpoint-6` | another run's, which had the name that a new one was to get |
+| `apa_run.json` | the run that began last |
+
+What begins with an underscore is not uploaded to the hub.
 """
 
 import json
@@ -41,6 +44,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from trl_apa.files import replace_text
 from trl_apa.models import VALUE_MODEL_FOLDER
 from trl_apa.models.summary_head import HEAD_WEIGHTS as CLASSIC_HEAD_WEIGHTS
 from trl_apa.models.value_model import DESCRIPTION
@@ -51,9 +55,11 @@ from trl_apa.run_identity import Run
 MANIFEST = "apa_checkpoint.json"
 MANIFEST_FORMAT = 1
 PROCESS_STATE = "apa_state_{process}.pt"
-OLDER_RUNS = "older-runs"
+RANDOM_STATES = ("rng_state*.pth", "rng_state.pth")
+OLDER_RUNS = "_older-runs"
+RUN_RECORD = "apa_run.json"
 NAME = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
-UNFINISHED_NAME = re.compile(rf"^(incomplete|replaced|deleted)-{PREFIX_CHECKPOINT_DIR}-(\d+)-(\w+)$")
+UNFINISHED_NAME = re.compile(rf"^_(incomplete|replaced|deleted)-{PREFIX_CHECKPOINT_DIR}-(\d+)-(\w+)$")
 CHUNK = 1 << 24
 WORKERS = 8
 
@@ -82,7 +88,7 @@ class Checkpoint:
 
 def staging_folder(output_dir: str | os.PathLike, step: int, run: Run) -> Path:
     """Where a checkpoint is written until it is complete."""
-    return Path(output_dir) / f"incomplete-{PREFIX_CHECKPOINT_DIR}-{step}-{run.id}"
+    return Path(output_dir) / f"_incomplete-{PREFIX_CHECKPOINT_DIR}-{step}-{run.id}"
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -117,7 +123,7 @@ def put_in_place(folder: Path, step: int, run: Run) -> Path:
     if place.exists():
         owner = run_of(place)
         if owner is not None and owner.id == run.id:
-            replaced = output_dir / f"replaced-{PREFIX_CHECKPOINT_DIR}-{step}-{run.id}"
+            replaced = output_dir / f"_replaced-{PREFIX_CHECKPOINT_DIR}-{step}-{run.id}"
             delete_folder(replaced)
             place.rename(replaced)
         else:
@@ -136,7 +142,8 @@ def _move_to_older_runs(place: Path, owner: Run | None) -> None:
     while target.exists():
         target, number = shelf / f"{place.name}.{number}", number + 1
     place.rename(target)
-    warnings.warn(f"{place} is of another run; it was moved to {target}", stacklevel=2)
+    whose = "has no readable manifest" if owner is None else "is of another run"
+    warnings.warn(f"{place} {whose}; it was moved to {target}", stacklevel=2)
 
 
 def delete_surplus(output_dir: str | os.PathLike, run: Run, limit: int | None, keep: str | None) -> None:
@@ -154,7 +161,7 @@ def delete_surplus(output_dir: str | os.PathLike, run: Run, limit: int | None, k
     kept |= {checkpoint.path for checkpoint in own if keep and Path(keep).name == checkpoint.path.name}
     surplus = max(0, len(own) - max(limit, len(kept)))
     for checkpoint in [checkpoint for checkpoint in own if checkpoint.path not in kept][:surplus]:
-        doomed = checkpoint.path.parent / f"deleted-{checkpoint.path.name}-{run.id}"
+        doomed = checkpoint.path.parent / f"_deleted-{checkpoint.path.name}-{run.id}"
         delete_folder(doomed)
         checkpoint.path.rename(doomed)  # it is a checkpoint, or it is not: never a part of one under its name
         delete_folder(doomed)
@@ -168,7 +175,7 @@ def clean_up(output_dir: str | os.PathLike, run: Run | None = None) -> None:
     """
     if not Path(output_dir).is_dir():
         return
-    # "incomplete-" before "replaced-": a successor before its predecessor.
+    # "_incomplete-" before "_replaced-": a successor before its predecessor.
     for folder in sorted(Path(output_dir).iterdir()):
         name = UNFINISHED_NAME.match(folder.name)
         if name is None or not folder.is_dir():
@@ -315,8 +322,11 @@ def _wrong_steps(folder: Path, manifest: dict[str, Any] | None) -> Iterator[str]
 
 def missing_files(folder: Path) -> Iterator[str]:
     """What any checkpoint must hold, by name; of an engine that shards weights, only what is ours."""
-    yield from _absent(folder, TRAINER_STATE_NAME, PROCESS_STATE.format(process=0))
-    yield from _absent_one_of(folder, "rng_state.pth", "rng_state_0.pth")
+    # Of which processes, depends on the node that a folder lies on: each looks for its own.
+    yield from _absent(folder, TRAINER_STATE_NAME)
+    for pattern, name in ((PROCESS_STATE.format(process="*"), PROCESS_STATE.format(process=0)), RANDOM_STATES):
+        if not any(folder.glob(pattern)):
+            yield f"{name} is missing"
     sharded = (folder / "latest").is_file() or any(folder.glob("pytorch_model_fsdp*"))
     if sharded:
         return
@@ -352,9 +362,22 @@ def _absent(folder: Path, *names: str, prefix: str = "") -> Iterator[str]:
     yield from (f"{prefix}{name} is missing" for name in names if not (folder / name).is_file())
 
 
-def _absent_one_of(folder: Path, *names: str) -> Iterator[str]:
-    if not any((folder / name).is_file() for name in names):
-        yield f"{names[0]} is missing"
+def record_run(output_dir: str | os.PathLike, run: Run) -> None:
+    """Note in a folder which run began, or was resumed, last, before it has a checkpoint there."""
+    path = Path(output_dir) / RUN_RECORD
+    recorded = recorded_run(output_dir)
+    if recorded is not None and recorded.id == run.id:
+        return  # its attempts are counted by its checkpoints
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(run.as_dict()) + "\n")
+    flush_directory(path.parent)
+
+
+def recorded_run(output_dir: str | os.PathLike) -> Run | None:
+    """What `record_run` noted; None if there is nothing that can be read."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return Run(**json.loads((Path(output_dir) / RUN_RECORD).read_text()))
+    return None
 
 
 def newest_checkpoint(
@@ -362,14 +385,21 @@ def newest_checkpoint(
 ) -> Path | None:
     """The newest complete checkpoint of the run in `output_dir` that began last; None if there are no checkpoints.
 
-    Checkpoints without a manifest are older than all others. Warns of each incomplete one that is passed over.
+    Which run that is, `record_run` has noted; otherwise the checkpoints say it. Those without a manifest are older
+    than all others. Warns of each incomplete one that is passed over.
+
+    Args:
+        output_dir: where to look.
+        problem: why a checkpoint cannot be resumed, or None.
 
     Raises:
         IncompleteCheckpoint: if that run has no complete checkpoint, while there are checkpoints.
     """
     found = checkpoints_in(output_dir)
     runs = {checkpoint.run.id: checkpoint.run for checkpoint in found if checkpoint.run is not None}
-    newest_run = max(runs.values(), key=lambda run: run.started, default=None)
+    newest_run = recorded_run(output_dir) or max(runs.values(), key=lambda run: run.started, default=None)
+    if newest_run is not None:
+        found += checkpoints_in(Path(output_dir) / OLDER_RUNS / newest_run.id)
     of_newest = [c for c in found if newest_run is None or c.run is None or c.run.id == newest_run.id]
     passed_over = []
     for checkpoint in sorted(of_newest, key=_age, reverse=True):
@@ -382,8 +412,9 @@ def newest_checkpoint(
         warnings.warn(f"{checkpoint.path} is incomplete ({why}); looking at the one before it", stacklevel=2)
     if not found:
         return None
-    others = sorted({str(c.path) for c in found if c.run is not None and c.run.id != getattr(newest_run, "id", None)})
+    others = sorted(str(c.path) for c in found if newest_run is not None and c not in of_newest)
+    others += [str(c.path) for c in of_newest if c.run is None and not (c.path / MANIFEST).exists() and newest_run]
     whose = "" if newest_run is None else f" of run {newest_run}"
+    why = f" ({'; '.join(passed_over)})" if passed_over else ""
     advice = f"; name one of an older run to resume that: {', '.join(others)}" if others else ""
-    why = f" ({'; '.join(passed_over)})"
     raise IncompleteCheckpoint(f"{os.fspath(output_dir)!r} has no complete checkpoint{whose}{why}{advice}")

@@ -230,7 +230,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     """
 
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
-    alias_names: ClassVar[frozenset[str]] = frozenset(ALIASES)
+    aliases: ClassVar[dict[str, str]] = ALIASES
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
     _default_batch_size: ClassVar[int] = 64

@@ -4,7 +4,7 @@ import logging
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,8 @@ from trl_apa.checkpoints import (
     problem_with,
     put_in_place,
     read_manifest,
+    record_run,
+    run_of,
     staging_folder,
     write_manifest,
 )
@@ -40,6 +42,7 @@ from trl_apa.optimization import (
     optimizer_name,
     use_new_group_options,
 )
+from trl_apa.redaction import without_secrets
 from trl_apa.run_identity import (
     DATA,
     NEVER_OVERRIDDEN,
@@ -60,9 +63,45 @@ logger = logging.getLogger(__name__)
 UNVERIFIED = "sizes and checksums of its files, its data, rewards, reference and most options"
 
 
+def problem_resuming(folder: str | os.PathLike) -> str | None:
+    """Why a checkpoint cannot be resumed: what `problem_with` finds, or states of processes that do not fit it."""
+    if (problem := problem_with(folder)) is not None:
+        return problem
+    step = _step_of(folder)
+    for path in sorted(Path(folder).glob(PROCESS_STATE.format(process="*"))):
+        try:
+            problem = problem_with_state(torch.load(path, map_location="cpu", weights_only=True), step)
+        except Exception as error:
+            problem = f"it cannot be read: {type(error).__name__}: {error}"
+        if problem is not None:
+            return f"{path.name}: {problem}"
+    return None
+
+
+def problem_with_state(state: dict[str, Any], step: int) -> str | None:
+    """What in a process's state does not fit the optimizer steps of its checkpoint; None if all does."""
+    if (own := state.get("global_step", step)) != step:
+        return f"it is of step {own}, {TRAINER_STATE_NAME} of step {step}"
+    if (iteration := state.get("iteration")) is None:
+        return None
+    plan, position = iteration["plan"], iteration["position"]
+    steps, rest = divmod(position, -(-len(plan[0]) // iteration["micro_batch_size"]))
+    began_at = state.get("iteration_began_at", step - steps)
+    if rest or not 0 <= steps < len(plan) or began_at + steps != step:
+        return (
+            f"micro-batch {position} of an iteration of {len(plan)} optimizer steps that began at step {began_at} "
+            f"does not fit step {step}"
+        )
+    return None
+
+
+def _step_of(folder: str | os.PathLike) -> int:
+    return TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+
+
 def is_complete(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint can be resumed from: every file is there, as it was written."""
-    return problem_with(checkpoint) is None
+    return problem_resuming(checkpoint) is None
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
@@ -71,7 +110,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     Raises:
         ValueError: if there is none.
     """
-    newest = newest_checkpoint(output_dir)
+    newest = newest_checkpoint(output_dir, problem_resuming)
     if newest is None:
         raise ValueError(
             f"resume_from_checkpoint=True, but output_dir={os.fspath(output_dir)!r} has no complete checkpoint"
@@ -79,25 +118,21 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     return os.fspath(newest)
 
 
-def load_process_state(folder: str | os.PathLike, process_index: int, global_step: int) -> dict[str, Any]:
+def load_process_state(folder: str | os.PathLike, process_index: int) -> dict[str, Any]:
     """What one process wrote into a checkpoint beside weights and optimizer.
 
     Raises:
-        ValueError: if there is none, or if it is of another optimizer step.
+        ValueError: if there is none, or if it does not fit the checkpoint.
     """
-    path = Path(folder) / PROCESS_STATE.format(process=process_index)
+    path, where = Path(folder) / PROCESS_STATE.format(process=process_index), repr(os.fspath(folder))
     if not path.is_file():
         raise ValueError(
-            f"resume_from_checkpoint={os.fspath(folder)!r} has no {path.name}: it is no checkpoint of train(), or one "
-            "of fewer processes, or one written with save_only_model"
+            f"resume_from_checkpoint={where} has no {path.name}: it is no checkpoint of train(), or one of fewer "
+            "processes, or one written with save_only_model"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
-    step = state.get("global_step", global_step)
-    if step != global_step:
-        raise ValueError(
-            f"resume_from_checkpoint={os.fspath(folder)!r}: {path.name} is of step {step}, {TRAINER_STATE_NAME} of "
-            f"step {global_step}"
-        )
+    if (problem := problem_with_state(state, _step_of(folder))) is not None:
+        raise IncompleteCheckpoint(f"resume_from_checkpoint={where}: {path.name}: {problem}")
     return state
 
 
@@ -136,10 +171,14 @@ class ResumableRuns(_BaseTrainer):
         if not resume_from_checkpoint:
             self._begin_new_run()
             return None
+        self._on_all_processes(lambda: self._name_complete_checkpoints(resume_from_checkpoint))
         checkpoint = self._agreed(lambda: self._find_checkpoint(resume_from_checkpoint))
         self._on_all_processes(lambda: self._verify(checkpoint))
         self._on_all_processes(lambda: self._compare(checkpoint, resume_anyway))
         self._check_agreement(checkpoint)
+        self.run = self._agreed(lambda: self._run_that_goes_on(self._resumed_manifest))
+        if self._resumed_manifest is not None:
+            self._record_run()
         self._announce(checkpoint)
         return checkpoint
 
@@ -147,6 +186,7 @@ class ResumableRuns(_BaseTrainer):
         output_dir = self.args.output_dir
         others = checkpoints_in(output_dir)
         self.run = self._agreed(lambda: Run.new(other.run for other in others if other.run is not None))
+        self._record_run()
         if others and self.is_world_process_zero():
             names = ", ".join(sorted({other.path.name for other in others}))
             logger.warning(
@@ -163,17 +203,21 @@ class ResumableRuns(_BaseTrainer):
         module = self.accelerator.unwrap_model(self.model)
         # Before an engine shards them: the numbers of weights are those of the complete networks.
         networks = getattr(self, "_description", {}).get("networks") or describe_networks(module)
-        scorer = getattr(self, "scorer", None)
         return comparable(
             {
-                **options,
+                **without_secrets(options),
                 "world_size": args.world_size,
                 "networks": networks,
                 DATA: self._fingerprint_of_data(),
-                REWARDS: None if scorer is None else scorer.names,
+                REWARDS: self._names_of_rewards(),
                 REFERENCE: self._initial_policy,
             }
         )
+
+    def _names_of_rewards(self) -> list[str] | None:
+        """Of the functions that a run learns from; None if there is none."""
+        scorer = getattr(self, "scorer", None)
+        return None if scorer is None else scorer.names
 
     def _fingerprint_of_data(self) -> str | None:
         return data_fingerprint(self.train_dataset)
@@ -187,14 +231,15 @@ class ResumableRuns(_BaseTrainer):
 
     def _find_checkpoint(self, resume: str | os.PathLike | bool) -> str:
         """The main process looks, so that all resume the same one."""
-        if resume is True:
-            clean_up(self.args.output_dir)
-            return last_complete_checkpoint(self.args.output_dir)
-        clean_up(Path(resume).parent)
-        return os.fspath(resume)
+        return last_complete_checkpoint(self.args.output_dir) if resume is True else os.fspath(resume)
+
+    def _name_complete_checkpoints(self, resume: str | os.PathLike | bool) -> None:
+        """A process that was killed may have left one without its name, on any of the nodes."""
+        if self.args.should_save and (resume is True or not Path(resume).exists()):
+            clean_up(self.args.output_dir if resume is True else Path(resume).parent)
 
     def _verify(self, checkpoint: str) -> None:
-        if self.args.should_save and (problem := problem_with(checkpoint)) is not None:
+        if self.args.should_save and (problem := problem_resuming(checkpoint)) is not None:
             raise IncompleteCheckpoint(
                 f"resume_from_checkpoint={checkpoint!r} is incomplete, or no checkpoint: {problem}"
             )
@@ -202,12 +247,12 @@ class ResumableRuns(_BaseTrainer):
     def _compare(self, checkpoint: str, resume_anyway: Sequence[str] | None) -> None:
         """Refuse another run's checkpoint, and find out whether this one's run has ended."""
         self._resumed_manifest = manifest = read_manifest(checkpoint)
-        step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
-        self._resumed_state = state = load_process_state(checkpoint, self.accelerator.process_index, step)
+        step = _step_of(checkpoint)
+        self._resumed_state = state = load_process_state(checkpoint, self.accelerator.process_index)
         # A checkpoint of 0.1.0 describes its run in each process's state.
         then = state.get("options", {}) if manifest is None else manifest["learns_from"]
         differing = differences(then, self._description)
-        allowed = set(self.args.resume_anyway or ()) | set(resume_anyway or ())
+        allowed = {*self._named(self.args.resume_anyway), *self._named(resume_anyway)}
         if unknown := allowed - self._description.keys():
             raise ValueError(
                 f"resume_anyway names {', '.join(sorted(unknown))}, by which no run is told from another; it can name "
@@ -219,17 +264,26 @@ class ResumableRuns(_BaseTrainer):
             advice = f"; resume_anyway={names} resumes it with what is given here" if names else ""
             raise ValueError(f"resume_from_checkpoint={checkpoint!r} is of another run: {say(refused)}{advice}")
         self._check_optimizer(checkpoint, manifest)
-        self._check_process_state(checkpoint, state, step)
         self._overridden = differing
         self._finished = self._why_finished(step)
-        self.run = self._run_that_goes_on(checkpoint, manifest)
         self._last_saved_step = step
 
-    def _run_that_goes_on(self, checkpoint: str, manifest: dict[str, Any] | None) -> Run:
+    def _run_that_goes_on(self, manifest: dict[str, Any] | None) -> Run:
         others = [c.run for c in checkpoints_in(self.args.output_dir) if c.run is not None]
-        if manifest is None:
-            return self.run or Run.new(others)
-        return Run(**manifest["run"]).resumed(others)
+        return Run.new(others) if manifest is None else Run(**manifest["run"]).resumed(others)
+
+    def _record_run(self) -> None:
+        if not self.args.should_save:
+            return
+        try:
+            record_run(self.args.output_dir, self.run)
+        except OSError as error:  # a run that saves nothing may do so
+            logger.warning("output_dir=%r cannot be written to: %s", self.args.output_dir, error)
+
+    def _named(self, names: str | Sequence[str] | None) -> list[str]:
+        """The options of `resume_anyway`, by their own names."""
+        aliases = getattr(self.args, "aliases", {})
+        return [aliases.get(name, name) for name in ([names] if isinstance(names, str) else names or ())]
 
     def _check_optimizer(self, checkpoint: str, manifest: dict[str, Any] | None) -> None:
         if manifest is None or self.optimizer is None or self.is_deepspeed_enabled:
@@ -259,9 +313,6 @@ class ResumableRuns(_BaseTrainer):
 
     def _numbers_to_agree(self) -> list[int]:
         return [self._last_saved_step]
-
-    def _check_process_state(self, checkpoint: str, state: dict[str, Any], step: int) -> None:
-        """Refuse numbers that do not fit each other."""
 
     def _why_finished(self, step: int) -> str | None:
         """Why a run of this many optimizer steps has ended under the options as they are now; None if it goes on."""
@@ -293,7 +344,7 @@ class ResumableRuns(_BaseTrainer):
             logger.warning("run %s is finished: %s. Nothing is trained", self.run, self._finished)
 
     def _options(self) -> dict[str, Any]:
-        aliases = getattr(self.args, "alias_names", ())
+        aliases = getattr(self.args, "aliases", ())
         return {name: value for name, value in comparable(self.args.to_dict()).items() if name not in aliases}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -302,6 +353,19 @@ class ResumableRuns(_BaseTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does, which forgets how patient an `EarlyStoppingCallback` has been."""
+        initial = super()._init_training_state(*args, **kwargs)
+        if self._resumed_manifest is not None:
+            state = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+            states = state if isinstance(state, list) else [state] * (state is not None)
+            for callback, kept in zip(self._early_stopping(), states, strict=False):
+                callback.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+            best = self.state.best_model_checkpoint
+            if best is not None and not self._is_of_this_run(best):
+                self.state.best_model_checkpoint = None
+        return initial
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called where the resumed loop takes up: random numbers, and what each process keeps beside them."""
@@ -332,6 +396,10 @@ class ResumableRuns(_BaseTrainer):
         if changed and self.is_world_process_zero():
             logger.warning("the optimizer continues with %s", say(changed))
 
+    def _refuse_while_training(self, method: str) -> None:
+        if self.is_in_train:
+            raise RuntimeError(f"{method}() was called while train() runs, which makes its own updates")
+
     # ---- writing ----
 
     def _process_state(self) -> dict[str, Any]:
@@ -359,7 +427,8 @@ class ResumableRuns(_BaseTrainer):
         writes = self.args.should_save
         try:
             self._on_all_processes(lambda: delete_folder(folder) if writes else None)
-            self._on_all_processes(lambda: self._write_files(folder))
+            for write in self._parts_of_a_checkpoint(folder):
+                self._on_all_processes(write)
             self._on_all_processes(lambda: self._complete(folder, step) if writes else None)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             if writes:
@@ -369,32 +438,51 @@ class ResumableRuns(_BaseTrainer):
                 "with train(resume_from_checkpoint=True)"
             ) from error
         self._last_saved_step = step
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.fspath(place))
-        if writes:
-            delete_surplus(output_dir, self.run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._after_saving(place)
+
+    def _after_saving(self, place: Path) -> None:
+        """What may fail without a loss: the upload, and deleting old checkpoints."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        try:
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(os.fspath(place))
+            if self.args.should_save:
+                delete_surplus(place.parent, self.run, limit, best)
+        except Exception as error:
+            logger.warning("%s is complete, but what follows failed: %s: %s", place, type(error).__name__, error)
 
     def _note_best_checkpoint(self, place: Path) -> None:
         state = self.state
         if self.args.save_strategy == SaveStrategy.NO or not state.best_global_step:
             return
         best = place.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if best == place or best.is_dir():
+        if best == place or self._is_of_this_run(best):
             state.best_model_checkpoint = os.fspath(best)
 
-    def _write_files(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _is_of_this_run(self, checkpoint: str | os.PathLike) -> bool:
+        owner = run_of(checkpoint)
+        return owner is not None and self.run is not None and owner.id == self.run.id
+
+    def _parts_of_a_checkpoint(self, folder: Path) -> Iterator[Callable[[], None]]:
+        """Each is written by all processes before the next, so that one that fails leaves none waiting in it."""
         path = os.fspath(folder)
-        self.save_model(path, _internal_call=True)
+        yield lambda: folder.mkdir(parents=True, exist_ok=True)
+        yield lambda: self.save_model(path, _internal_call=True)
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(path)
-            self._save_scaler(path)
-            self._save_rng_state(path)
-            state = {"global_step": self.state.global_step, **self._process_state()}
-            torch.save(state, folder / PROCESS_STATE.format(process=self.accelerator.process_index))
+            yield lambda: self._save_optimizer_and_scheduler(path)
+            yield lambda: self._save_small_files(folder)
+        yield lambda: self._save_trainer_state(folder)
+
+    def _save_small_files(self, folder: Path) -> None:
+        self._save_scaler(os.fspath(folder))
+        self._save_rng_state(os.fspath(folder))
+        state = {"global_step": self.state.global_step, **self._process_state()}
+        torch.save(state, folder / PROCESS_STATE.format(process=self.accelerator.process_index))
+
+    def _save_trainer_state(self, folder: Path) -> None:
         if self.args.should_save:
             self._export_callbacks()
-            self.state.save_to_json(os.path.join(path, TRAINER_STATE_NAME))
+            self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
     def _export_callbacks(self) -> None:
         """The state of the callbacks that have one, for `restore_callback_states_from_checkpoint`."""
@@ -437,13 +525,18 @@ class ResumableRuns(_BaseTrainer):
         except RuntimeError as error:  # the run's own error is the one to raise
             logger.error("the run failed, and what it learned since its last checkpoint is lost: %s", error)
             return
-        logger.warning("the run failed; what it learned is in %s: resume from there", self._checkpoint_place())
+        advice = "its weights alone (save_only_model)" if self.args.save_only_model else "resume from there"
+        logger.warning("the run failed; what it learned is in %s: %s", self._checkpoint_place(), advice)
 
     def _checkpoint_place(self) -> str:
         return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, which with `save_total_limit=1` would delete other runs' checkpoints, and the last."""
+        asked = self.args.save_strategy != SaveStrategy.NO or self._stop_on_signal.received
+        if asked and self._finished is None and self.state.global_step not in (0, self._last_saved_step):
+            # A callback ended the run between two checkpoints; or save_strategy="best" took back what was asked for.
+            self._save_checkpoint(self.model, trial=None)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)

@@ -110,7 +110,8 @@ def data_fingerprint(dataset: Any) -> str | None:
 def _serialised(table: pa.Table) -> bytes:
     """The same bytes for the same rows, however the table was cut into chunks."""
     sink = pa.BufferOutputStream()
-    plain = table.combine_chunks().replace_schema_metadata(None)
+    # Taken row by row, or a slice of a column would keep the offsets that it has in the column.
+    plain = table.take(pa.array(range(len(table)), pa.int64())).combine_chunks().replace_schema_metadata(None)
     with pa.ipc.new_stream(sink, plain.schema) as stream:
         stream.write_table(plain)
     return sink.getvalue().to_pybytes()
@@ -147,9 +148,9 @@ def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two descriptions say differently of what both speak about: name to (then, now).
 
-    A value that is unknown (None) in either of fingerprints and names of rewards is no difference.
+    A fingerprint, or the names of the rewards, that is unknown (None) in either is no difference.
     """
-    unknown = (DATA, REFERENCE)
+    unknown = (DATA, REWARDS, REFERENCE)
     differing = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
     return {name: pair for name, pair in differing.items() if not (name in unknown and None in pair)}
 

@@ -17,7 +17,6 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
-from trl_apa.checkpoints import IncompleteCheckpoint
 from trl_apa.evaluation import held_out_metrics
 from trl_apa.iteration import Iteration
 from trl_apa.lost_trackers import go_on_without, go_on_without_report
@@ -76,7 +75,8 @@ class TrainingLoop(ResumableRuns):
     _source: PromptSource | None = None
     _timer: StageTimer | None = None
     _reporters_started = False
-    _first_iteration = 0
+    # Of the run: where its counting began, and the rollouts that were counted before.
+    _first_iteration = _episodes_before = 0
     # Optimizer steps that were made when the iteration began.
     _iteration_began_at = 0
     # Of the iteration that ended last, nats a response.
@@ -155,7 +155,7 @@ class TrainingLoop(ResumableRuns):
                 "fp16 with loss_type='ppo': train() cannot leave out a mini-batch then; use bf16, or step"
             )
         self._iteration, self._unlogged, self._last_kl = None, [], None
-        self._first_iteration = self.num_iterations_done
+        self._first_iteration, self._episodes_before = self.num_iterations_done, 0
         checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
@@ -175,10 +175,6 @@ class TrainingLoop(ResumableRuns):
         self._restore_resumed_state()  # of a finished run, whose loop was not entered
         self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
-
-    def _refuse_while_training(self, method: str) -> None:
-        if self.is_in_train:
-            raise RuntimeError(f"{method}() was called while train() runs, which makes its own updates")
 
     @property
     def _is_sharded(self) -> bool:
@@ -217,7 +213,8 @@ class TrainingLoop(ResumableRuns):
     @property
     def _episodes_done(self) -> int:
         """Rollouts of all processes since the run began, those before it was resumed included."""
-        return (self.num_iterations_done - self._first_iteration) * self.args.global_batch_size
+        iterations = self.num_iterations_done - self._first_iteration
+        return self._episodes_before + iterations * self.args.global_batch_size
 
     def get_train_dataloader(self) -> DataLoader:
         """As many empty rows as a pass over the prompts has micro-batches."""
@@ -453,7 +450,7 @@ class TrainingLoop(ResumableRuns):
         return {
             "iteration": self._iteration.state_dict() if unfinished else None,
             "num_iterations_done": self.num_iterations_done,
-            "first_iteration": self._first_iteration,
+            "episodes_done": self._episodes_done,
             "iteration_began_at": self._iteration_began_at,
             "last_kl": self._last_kl,
             "running_scores": self.running_scores.state_dict(),
@@ -463,7 +460,8 @@ class TrainingLoop(ResumableRuns):
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         self.num_iterations_done, self._unlogged = state["num_iterations_done"], state["unlogged"]
-        self._first_iteration, self._last_kl = state.get("first_iteration", 0), state.get("last_kl")
+        self._first_iteration, self._episodes_before = self.num_iterations_done, self._episodes_in(state)
+        self._last_kl = state.get("last_kl")
         self._iteration_began_at = state.get("iteration_began_at", self.state.global_step)
         self.running_scores.load_state_dict(state["running_scores"])
         if not self._overridden.keys() & CONTROLLER_OPTIONS:
@@ -472,18 +470,9 @@ class TrainingLoop(ResumableRuns):
             self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
             self._timer = StageTimer()
 
-    def _check_process_state(self, checkpoint: str, state: dict[str, Any], step: int) -> None:
-        iteration = state["iteration"]
-        if iteration is None:
-            return
-        plan, position = iteration["plan"], iteration["position"]
-        steps, rest = divmod(position, -(-len(plan[0]) // iteration["micro_batch_size"]))
-        began_at = state.get("iteration_began_at", step - steps)
-        if rest or not 0 <= steps < len(plan) or began_at + steps != step:
-            raise IncompleteCheckpoint(
-                f"resume_from_checkpoint={checkpoint!r}: micro-batch {position} of an iteration of {len(plan)} "
-                f"optimizer steps that began at step {began_at} does not fit step {step}"
-            )
+    def _episodes_in(self, state: dict[str, Any]) -> int:
+        """Rollouts before a checkpoint; 0.1.0 did not count them."""
+        return state.get("episodes_done", state["num_iterations_done"] * self.args.global_batch_size)
 
     def _numbers_to_agree(self) -> list[int]:
         iteration = self._resumed_state["iteration"]
@@ -492,8 +481,7 @@ class TrainingLoop(ResumableRuns):
 
     def _why_finished(self, step: int) -> str | None:
         args, state = self.args, self._resumed_state
-        episodes = (state["num_iterations_done"] - state.get("first_iteration", 0)) * args.global_batch_size
-        if args.total_episodes is not None and episodes >= args.total_episodes:
+        if args.total_episodes is not None and self._episodes_in(state) >= args.total_episodes:
             return f"it has made its total_episodes={args.total_episodes}; more of them continue it"
         kl = state.get("last_kl")
         if args.max_kl is not None and kl is not None and state["iteration"] is None and kl > args.max_kl:

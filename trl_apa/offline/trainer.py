@@ -48,7 +48,7 @@ class BetweenSteps(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.loss_type != "ilql" and not args.freeze_value:
-            self.trainer.estimate_advantages()
+            self.trainer.begin_epoch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.loss_type == "ilql":
@@ -145,6 +145,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks, ends)
             self.scorer = Scorer(functions, args.reward_weights)
         self._value_is_fitted = False
+        self._resumed_estimates: dict[str, Tensor] = {}
         # Frozen layers and a quantised base stay as they are when the value model is thawed.
         self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
@@ -198,6 +199,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             SystemExit: after SIGTERM or Ctrl-C, with a checkpoint.
             KeyboardInterrupt: after a second Ctrl-C, without one.
         """
+        self._refuse_while_training("train")
         checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
         if self.args.loss_type != "ilql":
             self._prepare_value_model(checkpoint)
@@ -206,14 +208,34 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
                 self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
         self._sums.clear()
         self._last_logged_step = 0
+        self._resumed_estimates = (self._resumed_state or {}).get("estimates", {})
         hide_secrets_from(self.callback_handler.callbacks)  # also from those that were added
-        with self._stop_on_signal.listening():
-            result = super().train(checkpoint, **kwargs)
+        try:
+            with self._stop_on_signal.listening():
+                result = super().train(checkpoint, **kwargs)
+        finally:
+            self.is_in_train = False
         self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
 
     def _fingerprint_of_data(self) -> str | None:
         return self._data_fingerprint
+
+    def _names_of_rewards(self) -> None:
+        """The rewards stand in the data; functions only measure."""
+        return
+
+    def _process_state(self) -> dict[str, Any]:
+        """Sums since the last log; within an epoch also the advantages that it was begun with, if V still learns."""
+        in_epoch = not self.args.freeze_value and not float(self.state.epoch or 0).is_integer()
+        names = ("values_BR", "advantages_BR") if in_epoch else ()
+        estimates = {name: getattr(self.rollouts, name) for name in names}
+        return {"sums": dict(self._sums), "last_logged_step": self._last_logged_step, "estimates": estimates}
+
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.get("sums", {}).items():
+            self._sums[name] = value.to(self.accelerator.device)
+        self._last_logged_step = state.get("last_logged_step", 0)
 
     def _prepare_value_model(self, checkpoint: str | None) -> None:
         args = self.args
@@ -224,6 +246,17 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._value_is_fitted = True
         for parameter in self._value_parameters:
             parameter.requires_grad_(not args.freeze_value)
+
+    def begin_epoch(self) -> None:
+        """Advantages of an epoch in which V learns; of one that is resumed, those that it was begun with.
+
+        Before its first batch is collated, which is earlier than `_restore_process_state`.
+        """
+        estimates, self._resumed_estimates = self._resumed_estimates, {}
+        for name, estimate in estimates.items():
+            setattr(self.rollouts, name, estimate)
+        if not estimates:
+            self.estimate_advantages()
 
     @torch.no_grad()
     def estimate_advantages(self) -> None:

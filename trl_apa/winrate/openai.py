@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from trl_apa.redaction import without_secrets, without_secrets_in_error
+from trl_apa.secret_patterns import HIDDEN
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.parallel import as_they_come, loop_in_a_thread
 from trl_apa.winrate.prompting import IN_WORDS, judging_text
@@ -154,6 +155,7 @@ class OpenAIJudge:
 
     def _without_secrets(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
+        text = text.replace(self._key, HIDDEN) if self._key else text
         return without_secrets_in_error(text, {"api_key": self._key}, self.identity)
 
 
