@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from tests import _cli
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa import APAConfig
 from trl_apa.commands import generate, row_file
@@ -42,7 +43,7 @@ def policies(tmp_path_factory):
 
 def call(*argv, prompts=PROMPTS, model="policy"):
     argv = ["--model_name_or_path", model, "--prompt", *prompts, "--use_cpu", "--max_completion_length", 6, *argv]
-    return generate.main(list(map(str, argv)))
+    return _cli.run("generate", *argv)
 
 
 @pytest.fixture
@@ -54,12 +55,9 @@ def run(policies, tmp_path, monkeypatch, capsys):
 
     def run(*argv, **options):
         capsys.readouterr()
-        try:
-            assert call(*argv, **options) == 0
-        except SystemExit as ended:
-            assert ended.code == 2
-            return capsys.readouterr().err
-        return None
+        status = call(*argv, **options)
+        assert status in (0, 2)
+        return capsys.readouterr().err if status else None
 
     return run
 
@@ -280,10 +278,11 @@ def test_a_folder_is_refused(run, tmp_path, monkeypatch):
     assert "is a folder; it should be a file" in run("--output", tmp_path)
 
 
-def test_a_prompt_longer_than_the_model_can_read_is_refused_before_a_row_is_sampled(run, tmp_path):
+def test_a_prompt_longer_than_the_model_can_read_is_refused_before_it_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load_policy", lambda *args: pytest.fail("weights are loaded"))
     message = run("--output", tmp_path / "rows.jsonl", prompts=[*PROMPTS, "x" * 70])
-    assert "row 5 has 76 tokens, but the model has 64 positions" in message
-    assert lines(tmp_path / "rows.jsonl") == []
+    assert "the prompt of row 6 has 70 tokens; the model has 64 positions" in message
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 # ---- the file itself ----

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from tests import _cli
 from tests.endpoint import KEY, Endpoint, completion, prefers_longer, section, servers
 from tests.tiny import byte_tokenizer
 from trl_apa.commands import winrate as command
@@ -386,7 +387,7 @@ def endpoint(monkeypatch):
 
 
 def run(capsys, *argv):
-    status = command.main([str(argument) for argument in argv])
+    status = _cli.run("winrate", *argv)
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -427,11 +428,9 @@ def test_why_replies_had_no_verdict_is_said(endpoint, answers, tmp_path, capsys)
     assert "1 replies without a verdict: several verdicts: [[A]], [[B]]" in said
     server = endpoint(lambda text: completion("[[A]]", "length"))
     options[5] = server.url
-    with pytest.raises(SystemExit) as ended:
-        run(capsys, ours, theirs, *options)
-    printed = capsys.readouterr()
-    assert ended.value.code == 2 and "8 replies without a verdict: cut by length" in printed.out
-    assert "no verdict on any of the 4 pairs" in printed.err
+    status, said, problem = run(capsys, ours, theirs, *options)
+    assert status == 2 and "8 replies without a verdict: cut by length" in said
+    assert "no verdict on any of the 4 pairs" in problem
 
 
 def test_what_cannot_be_written_is_found_out_before_anybody_is_asked(endpoint, answers, tmp_path, capsys):
@@ -440,12 +439,10 @@ def test_what_cannot_be_written_is_found_out_before_anybody_is_asked(endpoint, a
     (tmp_path / "file").write_text("")
     options = ["--judge", "openai", "--judge_model", "m", "--base_url", server.url]
     for name, problem in [("--output", "is a folder"), ("--cache", "Is a directory")]:
-        with pytest.raises(SystemExit) as ended:
-            run(capsys, ours, theirs, *options, name, tmp_path)
-        assert ended.value.code == 2 and problem in capsys.readouterr().err
-        with pytest.raises(SystemExit):
-            run(capsys, ours, theirs, *options, name, tmp_path / "file" / "x")
-        assert "file" in capsys.readouterr().err
+        status, _, said = run(capsys, ours, theirs, *options, name, tmp_path)
+        assert status == 2 and problem in said
+        status, _, said = run(capsys, ours, theirs, *options, name, tmp_path / "file" / "x")
+        assert status == 2 and "file" in said
     assert server.requests == []
 
 
@@ -483,10 +480,8 @@ def test_what_the_command_cannot_use_is_said_in_one_line(answers, tmp_path, caps
         ([ours, theirs, "--request", "[1]"], "invalid JSON object value: '[1]'"),
         ([ours, theirs, "--xyzzy"], "unrecognized arguments: --xyzzy"),
     ]:
-        with pytest.raises(SystemExit) as ended:
-            run(capsys, *argv, *local)
-        assert ended.value.code == 2
-        assert problem in capsys.readouterr().err
+        status, _, said = run(capsys, *argv, *local)
+        assert status == 2 and problem in said
 
 
 def test_references_come_in_every_layout(tmp_path):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import trl_apa
 from trl_apa.commands.parsing import DEBUG, OneLineParser
 from trl_apa.commands.streams import nobody_reads, streams_that_may_be_lost
+from trl_apa.redaction import without_secrets_in_error
 
 
 COMMANDS = {
@@ -44,7 +45,7 @@ WITH_TRAINER = ("sft", "reward", "train", "offline")
 PRINT_ALONE = ("generate", "memory", "env")
 
 MISTAKE, BUG, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
-LONGEST = 600  # characters of a message
+LONGEST = 1000  # characters of a message
 SHOW_TRACEBACK = "--debug shows the traceback"
 # How libraries that raise no OSError speak of it.
 FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
@@ -105,11 +106,11 @@ def _run(argv: Sequence[str] | None) -> int:
             return status
         except SystemExit as ended:
             if debug and isinstance(ended.__context__, Exception) and not ended.__suppress_context__:
-                traceback.print_exception(ended.__context__)
+                _show_traceback(ended.__context__)
             raise
         except (Exception, KeyboardInterrupt) as error:
             if debug:
-                traceback.print_exception(error)
+                _show_traceback(error)
             return _end(program, error)
 
 
@@ -162,9 +163,11 @@ def explain(error: Exception) -> Told:
     if not is_mistake(error, frames, is_running):
         place = _last_place(frames, lambda frame: not _is_of_a_library(frame))
         return Told([f"unexpected {type(error).__name__}: {_text(error)}", *place, f"  {SHOW_TRACEBACK}"], BUG)
+    if isinstance(error, OSError):
+        return Told([_text(error)], MISTAKE)
     of_the_user = [_last_place(traceback.extract_tb(cause.__traceback__), _is_the_users) for cause in causes]
     hint = next((place for place in reversed(of_the_user) if place), [])
-    if not hint and not _explains_itself(causes):
+    if not hint and not _is_refusal(error):
         hint = [f"  {SHOW_TRACEBACK}"]
     return Told([_text(error), *hint], MISTAKE)
 
@@ -191,13 +194,6 @@ def _is_refusal(error: BaseException) -> bool:
     return bool(frames) and _is_ours(frames[-1]) and str(frames[-1].line).startswith("raise ")
 
 
-def _explains_itself(causes: Sequence[BaseException]) -> bool:
-    """Whether the message needs no traceback: that of a file or of our code, whose cause, if any, is plain too."""
-    first, *others = causes
-    plain = all(isinstance(cause, OSError | ValueError | ImportError | SyntaxError) for cause in others)
-    return plain and (isinstance(first, OSError) or _is_refusal(first))
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, what it was raised from, and so on."""
     while error is not None:
@@ -213,15 +209,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """Its message on one line, not too long, without keys that it may quote."""
-    from trl_apa.redaction import without_secrets_in_error
-
-    text = " ".join(without_secrets_in_error(str(error)).split())
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    elif not text:
-        text = type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    """Its message on one line, not too long."""
+    text = " ".join(without_secrets_in_error(str(error)).split()) or type(error).__name__
+    # Where it is cut, the end stays, which says what to do.
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-300:]}"
 
 
 def _last_place(
@@ -267,6 +258,10 @@ def _end(program: str, error: Exception | KeyboardInterrupt) -> int:
         time.sleep(2 * GRACE if ECHO in str(error) else GRACE if local_rank != "0" else 0)
     _say(f"{program}: " + "\n".join(told.lines))
     return told.status
+
+
+def _show_traceback(error: BaseException) -> None:
+    _say(without_secrets_in_error("".join(traceback.format_exception(error)).rstrip()))
 
 
 def _say(text: str) -> None:

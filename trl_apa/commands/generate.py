@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
 from trl_apa.commands.groups import apa_part, model_part
+from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import checkpoint_stamp, load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_file
@@ -70,32 +71,32 @@ def make_parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
-    with parser.errors_end_the_command(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         values = parser.parse(argv)
         batch_size = values["num_generations"]
         arguments, data, model, config = parser.build({**values, "output_dir": scratch, "batch_size": batch_size})
-        if model.model_name_or_path is None:
-            raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model")
-        if (arguments.prompt is None) == (data.dataset_name is None):
-            raise ValueError("set either prompt or dataset_name: the prompts to ask")
-    with parser.errors_end_the_command():
-        prompts = Dataset.from_dict({"prompt": arguments.prompt}) if arguments.prompt else load_prompts(data)
-        rows = [row for row in prompts for _ in range(config.num_generations)]
-        file, done = None, 0
-        if arguments.output not in STANDARD_OUTPUT:
-            check_output_file("output", arguments.output)
-            about = _what_rows_depend_on(values, rows, config)
-            file = RowFile(arguments.output, about, [prompt_of(row) for row in rows], arguments.overwrite)
-            if done := file.count():
-                print(f"{arguments.output}: {done} of {len(rows)} responses are there", file=sys.stderr, flush=True)
-        if done == len(rows):
-            return 0
-        name, trust = model.model_name_or_path, arguments.trust_remote_code
-        policy, tokenizer = load_policy(name, model, trust), load_tokenizer(name, model, trust)
-        answers = _answers(policy, tokenizer, rows, config, done)
-        with file.writing(done) if file else _standard_output() as write:
-            for row, answer in zip(rows[done:], answers, strict=True):
-                write({"prompt": prompt_of(row), **answer})
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model")
+    if (arguments.prompt is None) == (data.dataset_name is None):
+        raise ValueError("set either prompt or dataset_name: the prompts to ask")
+    prompts = Dataset.from_dict({"prompt": arguments.prompt}) if arguments.prompt else load_prompts(data)
+    rows = [row for row in prompts for _ in range(config.num_generations)]
+    file, done = None, 0
+    if arguments.output not in STANDARD_OUTPUT:
+        check_output_file("output", arguments.output)
+        about = _what_rows_depend_on(values, rows, config)
+        file = RowFile(arguments.output, about, [prompt_of(row) for row in rows], arguments.overwrite)
+        if done := file.count():
+            print(f"{arguments.output}: {done} of {len(rows)} responses are there", file=sys.stderr, flush=True)
+    if done == len(rows):
+        return 0
+    name, trust = model.model_name_or_path, arguments.trust_remote_code
+    tokenizer = load_tokenizer(name, model, trust)
+    check_prompt_lengths(prompts, tokenizer, config_of(name, model, trust), config)
+    answers = _answers(load_policy(name, model, trust), tokenizer, rows, config, done)
+    with file.writing(done) if file else _standard_output() as write:
+        for row, answer in zip(rows[done:], answers, strict=True):
+            write({"prompt": prompt_of(row), **answer})
     return 0
 
 

@@ -3,8 +3,7 @@
 import argparse
 import dataclasses
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -65,14 +64,6 @@ class CommandParser:
         self._parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
         self._actions = {action.dest: action for action in reversed(self._parser._actions)}
         self._names = sorted(self._actions.keys() - {"help", "config"})
-
-    @contextmanager
-    def errors_end_the_command(self) -> Iterator[None]:
-        """Inside, what a user can get wrong ends the process with one line on stderr and status 2."""
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            self._parser.error(str(error))
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Every option's value, by name.

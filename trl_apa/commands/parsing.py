@@ -3,6 +3,8 @@
 import argparse
 from typing import Any, NoReturn
 
+from trl_apa.redaction import without_secrets_in_error
+
 
 # Set while a command runs with `--debug`, so that processes that it starts show their tracebacks too.
 DEBUG = "TRL_APA_DEBUG"
@@ -22,4 +24,4 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")

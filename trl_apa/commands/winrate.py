@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_apa.commands.models import checkpoint_stamp
+from trl_apa.commands.models import checkpoint_stamp, loading
+from trl_apa.commands.parsing import OneLineParser
 from trl_apa.commands.rows import demonstration
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import iter_rows
@@ -32,9 +33,9 @@ from trl_apa.winrate import (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="trl-apa winrate",
         description="How often a judge prefers the answers in A to those in B. Every pair is judged in both orders.",
         allow_abbrev=False,
@@ -95,7 +96,8 @@ def main(argv: Sequence[str]) -> int:
         ours, theirs = read_answers(options.ours), read_answers(options.theirs)
         references = read_references(options, {json.dumps(answer.prompt) for answer in ours})
         pairs = make_pairs(ours, theirs, references, options.cut_at)
-        judge = make_judge(options)
+        with loading("judge", options.judge_model):
+            judge = make_judge(options)
         cache = open_cache(options)
         judgements = compare(pairs, judge, cache)
         for reason, number in getattr(judge, "without_verdict", Counter()).most_common():
@@ -106,8 +108,6 @@ def main(argv: Sequence[str]) -> int:
     except JudgeError as error:
         print(f"{parser.prog}: {error}\nthe verdicts so far are in {cache.path}: run it again", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     print(describe(options, result))
     return 0
 
