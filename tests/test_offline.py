@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests._two_processes import run_in_two_processes
 from tests.test_two_processes import announce_rank
@@ -162,19 +162,96 @@ def test_the_split_into_micro_batches_does_not_matter(tmp_path, options):
     assert moved > 10
 
 
-def step_on_half(rank, options):
+def evaluated_on_two_ranks(rank, folder):
+    """What each rank says of a reward function that ends the second one in an evaluation; then a reward of both."""
+
+    def judge(completions, **_):
+        if rank == 1 and faulty:
+            raise SystemExit(3)
+        return [float(rank)] * len(completions)
+
+    given = {"eval_dataset": [{"prompt": f"w{number}"} for number in (5, 6, 7)], "reward_funcs": judge}
+    options = {"per_device_eval_batch_size": 1, "max_completion_length": 2}
+    trainer, faulty = trainer_of(folder, ragged_rows(), trainer_kwargs=given, **options), True
+    with pytest.raises((RuntimeError, ValueError)) as failed:
+        trainer.evaluate()
+    faulty = False
+    return f"{type(failed.value).__name__}: {failed.value}", trainer.evaluate()["eval_reward"]
+
+
+def on_two_ranks(rank, options):
     announce_rank(rank)
     with tempfile.TemporaryDirectory() as folder:
         after = parameters_after_one_step(folder, ragged_rows(), 4, 1, **options)
-        return {name: p.numpy() for name, p in after.items()}
+        return {name: p.numpy() for name, p in after.items()}, evaluated_on_two_ranks(rank, folder)
 
 
-def test_two_ranks_equal_one_process_on_all_rows(tmp_path):
-    options = {"loss_type": "awr", "freeze_value": False}
-    single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **options)
-    for parameters in run_in_two_processes(step_on_half, options):
+ONE_STEP = {"loss_type": "awr", "freeze_value": False}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_in_two_processes(on_two_ranks, ONE_STEP)
+
+
+def test_two_ranks_equal_one_process_on_all_rows(tmp_path, ranks):
+    single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **ONE_STEP)
+    for parameters, _ in ranks:
         for name, expected in single.items():
             torch.testing.assert_close(torch.from_numpy(parameters[name]), expected, rtol=0, atol=1e-5, msg=name)
+
+
+def test_an_evaluation_that_fails_on_one_rank_fails_on_both_and_the_next_one_works(ranks):
+    first, second = (outcome for _, outcome in ranks)
+    failure = "RuntimeError: reward function judge failed: SystemExit: 3"
+    # Of three prompts the first rank has two.
+    assert second == (failure, pytest.approx(1 / 3))
+    assert first == (
+        f"ValueError: 1 other process(es) failed at the same point: process 1: {failure}",
+        pytest.approx(1 / 3),
+    )
+
+
+def test_what_was_learned_before_an_evaluation_failed_is_kept(tmp_path):
+    """The held-out reward is asked for after each of four epochs of two steps."""
+    calls = []
+
+    def judge(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise SystemExit(3)
+        return [1.0] * len(completions)
+
+    given = {"eval_dataset": [{"prompt": "w5 w6"}], "reward_funcs": judge}
+    options = {"eval_strategy": "epoch", "num_train_epochs": 4, "value_epochs": 0, "per_device_train_batch_size": 4}
+
+    def trainer(folder):
+        return trainer_of(folder, ragged_rows(), trainer_kwargs=given, max_completion_length=2, **options)
+
+    with pytest.raises(RuntimeError, match="reward function judge failed: SystemExit: 3"):
+        trainer(tmp_path).train()
+    resumed, whole = trainer(tmp_path), trainer(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    whole.train()
+    assert resumed.state.global_step == whole.state.global_step == 8
+    for one, other in zip(resumed.networks.parameters(), whole.networks.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class SpoilOptimizer(TrainerCallback):
+    """Before the checkpoint of a step is written, one number of the optimizer's state becomes NaN."""
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        next(iter(optimizer.state.values()))["exp_avg"].flatten()[0] = math.nan
+
+
+def test_a_checkpoint_whose_optimizer_is_not_finite_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "value_epochs": 0}
+    trainer_of(tmp_path, ragged_rows(), trainer_kwargs={"callbacks": [SpoilOptimizer()]}, **options).train()
+    with pytest.raises(
+        ValueError, match=r"the optimizer of .*checkpoint-1 is not finite: exp_avg of a parameter of shape"
+    ):
+        trainer_of(tmp_path, ragged_rows(), **{**options, "max_steps": 2}).train(resume_from_checkpoint=True)
 
 
 def test_the_loss_is_the_plain_formula(tmp_path):
@@ -402,18 +479,23 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
     bad = [
         {**good, "reward": math.nan},
         {**good, "reward": "1"},
+        {**good, "reward": 1e39},
+        {**good, "reward": 10**400},
+        {**good, "reward": -2e18},
         {**good, "completion": None},
         {**good, "completion": "", "completion_ids": []},
         {**good, "completion_ids": [VOCABULARY]},
         {**good, "completion_ids": [2] * 64},
         {"completion": "w4", "reward": 1.0},
     ]
-    with pytest.raises(ValueError, match="1 rows to learn from, 7 bad rows") as raised:
+    with pytest.raises(ValueError, match="1 rows to learn from, 10 bad rows") as raised:
         trainer_of(tmp_path, [good, *bad])
     said = str(raised.value)
     assert "reward is nan, it should be a finite number (row 2)" in said and "reward is '1'" in said
-    assert "it should have completion" in said and "the response has no token (row 5)" in said
-    assert "holds token ids from 32 to 32" in said and "the model has 64 positions" in said and "(row 8)" in said
+    assert "it should have completion" in said and "the response has no token (row 8)" in said
+    assert "holds token ids from 32 to 32" in said and "the model has 64 positions" in said and "(row 11)" in said
+    assert "reward is 1e+39, it should be a finite number" in said and "reward is 1000" in said
+    assert "reward is -2e+18, it should be at most 1e+18 in size (row 6)" in said
     with pytest.raises(ValueError, match="train_dataset: 0 rows"):
         trainer_of(tmp_path, [])
 
@@ -429,6 +511,10 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
         ({"expectile": 1.0}, "expectile=1.0"),
         ({"polyak": 0.0}, "polyak=0.0"),
         ({"value_epochs": -1}, "value_epochs=-1: it should not be negative"),
+        ({"bc_coef": math.inf}, "bc_coef=inf: it should be a finite number"),
+        ({"learning_rate": math.nan}, "learning_rate=nan: it should be a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: it should not be negative"),
+        ({"reward_weights": [math.nan]}, r"reward_weights\[0\] is nan; it should be a finite number"),
         ({"early_stopping_patience": 2}, "needs eval_strategy"),
         ({"early_stopping_patience": 0, "eval_strategy": "epoch"}, "early_stopping_patience=0"),
     ],

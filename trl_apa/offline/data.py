@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,9 +12,11 @@ from trl_apa.data.pairs import Demonstration, Preference
 from trl_apa.data.sources import BadRow, report
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.prompts import as_rows, prompt_of, query_of
+from trl_apa.reward_values import as_float
 from trl_apa.rollouts import Rollouts, response_mask
 from trl_apa.scoring import ADAPTER, Scorer, reward_functions
-from trl_apa.validation import check_positions, check_tokens
+from trl_apa.validation import LARGEST_SCORE, check_positions, check_tokens
+from trl_apa.values import shown
 
 
 def label_pairs(
@@ -122,9 +123,11 @@ def rollouts_of(
     queries, responses, rewards, bad_rows = [], [], [], []
     for number, row in enumerate(as_rows(rows), start=1):
         try:
-            reward = row.get("reward")
-            if not isinstance(reward, Real) or not math.isfinite(reward):
-                raise ValueError(f"reward is {reward!r}, it should be a finite number")
+            reward = as_float(row.get("reward"))
+            if reward is None or math.isnan(reward):
+                raise ValueError(f"reward is {shown(row.get('reward'))}, it should be a finite number")
+            if abs(reward) > LARGEST_SCORE:
+                raise ValueError(f"reward is {reward:g}, it should be at most {LARGEST_SCORE:g} in size")
             query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
             response = completion_ids(row, tokenizer, args.add_eos)[: args.max_completion_length]
             check_tokens("the prompt", query, policy)
@@ -135,7 +138,7 @@ def rollouts_of(
             continue
         queries.append(query)
         responses.append(response)
-        rewards.append(float(reward))
+        rewards.append(reward)
     if bad_rows or not queries:
         raise ValueError(report("train_dataset", len(queries), "rows to learn from", bad_rows))
     return Rollouts(queries, responses, response_mask(responses), torch.tensor(rewards))

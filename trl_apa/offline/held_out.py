@@ -33,18 +33,21 @@ def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) ->
         `evaluation.distinct_ngrams`.
 
     Raises:
-        ValueError: if there is no prompt.
+        ValueError: if there is no prompt; or what the reward functions raise, in all processes.
     """
     if not rows:
         raise ValueError("eval_dataset has no rows")
     process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
     numbers = list(range(process, len(rows), count))
     size = trainer.args.per_device_eval_batch_size
-    measured = []
+    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def measure() -> list[tuple[Any, ...]]:
+        return [row for part in parts for row in zip(part, *_measure(trainer, [rows[n] for n in part]), strict=True)]
+
     with random_numbers_of_its_own(trainer.args.seed, process):
-        for start in range(0, len(numbers), size):
-            part = numbers[start : start + size]
-            measured += zip(part, *_measure(trainer, [rows[number] for number in part]), strict=True)
+        # Together: processes may have different numbers of parts.
+        measured = trainer._on_all_processes(measure)
     everything = sorted(gather_object(measured))
     _, rewards, kls, lengths, ended, texts = zip(*everything, strict=True)
     rewards_B = torch.tensor(rewards, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """`OfflineAPATrainer`: APA, AWR and ILQL on a fixed data set, in the Hugging Face Trainer's own loop."""
 
+import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,7 +12,7 @@ from accelerate.utils import gather_object, set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from trl_apa._trl import is_peft_model
 from trl_apa.advantages import gae
@@ -28,11 +30,15 @@ from trl_apa.offline.held_out import held_out_reward
 from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, QValueModel
 from trl_apa.offline.value_fitting import fit_value_model
+from trl_apa.optimization import check_optimizer_is_finite
 from trl_apa.prompts import as_rows
 from trl_apa.rewards import token_rewards
 from trl_apa.saving import Saving
 from trl_apa.scoring import Scorer, reward_functions
 from trl_apa.validation import check_fp16, check_type
+
+
+logger = logging.getLogger(__name__)
 
 
 class BetweenSteps(TrainerCallback):
@@ -347,6 +353,8 @@ class OfflineAPATrainer(CountsTokens, Saving):
 
         Raises:
             ValueError: without prompts or reward functions.
+            RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
+                first.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.scorer is None:
@@ -354,7 +362,11 @@ class OfflineAPATrainer(CountsTokens, Saving):
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        measured = held_out_reward(self, as_rows(dataset))
+        try:
+            measured = held_out_reward(self, as_rows(dataset))
+        except BaseException:
+            self._save_what_was_learned()
+            raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -362,8 +374,22 @@ class OfflineAPATrainer(CountsTokens, Saving):
 
     # ---- checkpoints ----
 
+    def _save_what_was_learned(self) -> None:
+        """A checkpoint between two optimizer steps, unless there is one of this step already."""
+        folder = os.path.join(self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.is_in_train and self.state.global_step and not os.path.isdir(folder):
+            self._save_checkpoint(self.model, trial=None)
+            logger.warning("the evaluation failed; what was learned is in %s: resume from there", folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.networks.load_weights(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does; refused by name if the optimizer's state is not finite."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            name = f"the optimizer of {checkpoint}"
+            self._on_all_processes(lambda: check_optimizer_is_finite(name, self.optimizer))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
