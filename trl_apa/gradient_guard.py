@@ -1,4 +1,4 @@
-"""No update from a gradient or an optimizer that is not finite; no waiting for the device where it sees to that."""
+"""No update from a gradient or an optimizer that is not finite, where possible without waiting for the device."""
 
 import copy
 import math
