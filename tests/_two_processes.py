@@ -1,6 +1,7 @@
 """Run a function in two gloo processes on this machine and hand back what each rank returned."""
 
 import datetime
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch.multiprocessing as mp
 
 
 WORLD_SIZE = 2
+# Imported once for all processes that a process of pytest starts, and not by each of them.
+multiprocessing.set_forkserver_preload(["trl_apa.trainer", "transformers.models.llama.modeling_llama", "peft"])
 
 
 def run_in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -22,11 +25,17 @@ def run_in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
     exception in either process is raised here, and ends the other one.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run_rank, args=(folder, function, args), nprocs=WORLD_SIZE, join=True)
+        given = (folder, dict(os.environ), function, args)
+        mp.start_processes(_run_rank, args=given, nprocs=WORLD_SIZE, start_method="forkserver")
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORLD_SIZE)]
 
 
-def _run_rank(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run_rank(
+    rank: int, folder: str, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    # Those of the test, not of the one that started the server.
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

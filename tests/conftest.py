@@ -1,5 +1,6 @@
 """Settings that every test runs under: no network, quiet libraries, one thread."""
 
+import gc
 import os
 
 
@@ -19,3 +20,9 @@ torch.set_num_threads(1)
 # A busy machine must not fail an example for being slow.
 hypothesis.settings.register_profile("trl_apa", deadline=None)
 hypothesis.settings.load_profile("trl_apa")
+
+
+def pytest_collection_finish():
+    """Accelerate collects garbage after each run: it need not look through the imported libraries each time."""
+    gc.collect()
+    gc.freeze()

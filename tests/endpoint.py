@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from http.client import parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -88,7 +89,7 @@ class Bytes:
     def _answer(self, connection, answer):
         with connection:
             try:
-                connection.recv(65536)
+                _read_request(connection)
                 if isinstance(answer, bytes):
                     connection.sendall(answer)
                     return
@@ -103,6 +104,13 @@ class Bytes:
         # Without it, `accept` goes on in its thread.
         self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
+
+
+def _read_request(connection):
+    """All of it: a connection that is closed with bytes unread is reset, and what was answered may be lost."""
+    with connection.makefile("rb") as request:
+        request.readline()
+        request.read(int(parse_headers(request).get("Content-Length", 0)))
 
 
 def http(body, status="200 OK", kind="application/json", headers=""):

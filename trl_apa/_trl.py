@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model as _is_peft_model_in_any_wrapper
+from peft import PeftModel
+from torch import nn
 from trl.import_utils import is_vllm_available
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _use_triton
@@ -36,6 +38,20 @@ __all__ = [
     "selective_log_softmax_and_entropy",
     "vllm_generation_class",
 ]
+
+# The names under which wrappers hold a model.
+WRAPPED = {"module", "_orig_mod"}
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether `model` is a PEFT model, or an engine's or compiler's wrapper around one.
+
+    Accelerate's function reads the metadata of packages from disk at each call, milliseconds of each micro-batch, so
+    it is asked of wrappers alone.
+    """
+    if isinstance(model, PeftModel):
+        return True
+    return not WRAPPED.isdisjoint(model._modules) and _is_peft_model_in_any_wrapper(model)
 
 
 def vllm_generation_class() -> Any:
