@@ -9,7 +9,7 @@ SHELL := /bin/bash
 comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-distributed test-lowest bench soak chaos parity demo build clean
+.PHONY: help install check format test test-slow test-distributed test-lowest bench soak chaos parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ format: install ## format and sort imports
 
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
+
+test-slow: install ## run the tests that take longest: launchers, a compiler, benchmarks, kills
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
 
 test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-distributed/bin/python -m pytest -q tests/test_deepspeed.py $(ARGS)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = Workload(size="32 x 2", vocabulary=64, batch_size=4, mini_batch_size=2, epochs=1)
 
 
+@pytest.mark.slow
 def test_make_bench_measures_ours_and_the_plain_calls():
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--quick", "--no-growth"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -55,6 +56,7 @@ def test_make_soak_reads_the_memory_of_every_step(tmp_path, capsys):
     assert capsys.readouterr().out.count(" MiB ") == 6
 
 
+@pytest.mark.slow
 def test_make_chaos_kills_a_run_resumes_it_and_compares_its_bits(tmp_path):
     # In a process of its own, which forks before it has run anything.
     program = (

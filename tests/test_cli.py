@@ -519,6 +519,7 @@ def test_the_lines_that_are_not_run_have_options_that_exist(tmp_path, capsys, mo
 LAUNCHERS = {"torchrun": ("torch.distributed.run", 2), "accelerate": ("accelerate.commands.launch", 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_launchers_of_the_page_start_the_command(pipeline, launcher):
     """torchrun starts two processes; accelerate, without GPUs, one."""

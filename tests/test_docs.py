@@ -270,6 +270,7 @@ def run_block(block, namespace, checkpoints):
     exec(compile(block, "a page", "exec"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_readme_script_runs_under_the_launchers_of_the_quickstart(tmp_path, checkpoints, launcher):
     """Literally, but for the device; without GPUs accelerate starts one process."""

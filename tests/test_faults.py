@@ -113,6 +113,7 @@ def test_sigterm_saves_after_the_current_step_and_the_run_goes_on_from_there(tmp
     assert_same(go_on(tmp_path), uninterrupted, tolerance=1e-30)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_being_written_when_the_process_was_killed_is_no_checkpoint(tmp_path, uninterrupted):
     process = start(tmp_path, "killed while writing")
     process.communicate(timeout=120)

@@ -256,6 +256,7 @@ def test_the_page_has_every_option():
     assert memory.MemoryArguments.__dataclass_fields__.keys() == listed
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_a_small_scale(tmp_path, capsys):
     gpu.main(
         [

@@ -227,6 +227,7 @@ def test_dropout_of_the_model_does_not_reach_the_update(tmp_path):
     assert_same(*results)
 
 
+@pytest.mark.slow
 def test_compiled_networks_change_nothing(tmp_path):
     """With dynamo alone: what inductor makes of the graph differs by rounding, and takes a minute."""
     options = {"ppo_epochs": 2, "mini_batch_size": 4}
