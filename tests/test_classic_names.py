@@ -148,7 +148,7 @@ def test_a_pattern_names_the_layers_that_are_shared(family, wrap):
     in_layer = {name for name, _ in with_pattern.named_parameters() if f"{layer}." in name}
     # Older transformers call the vocabulary head of GPT-NeoX "embed_out".
     names = {name for name, _ in with_pattern.named_parameters() if "embed_out" not in name}
-    embeddings = {name for name in names if "embed" in name or "wte" in name}
+    embeddings = {name for name in names if "embed" in name or "wte" in name or "project_in" in name}
     positions = {name for name, _ in with_pattern.named_parameters() if "wpe" in name}
     assert in_layer and shared == in_layer | embeddings | positions
     assert {name for name, p in with_pattern.named_parameters() if not p.requires_grad} == shared

@@ -288,6 +288,26 @@ def test_a_prompt_longer_than_the_model_can_read_is_refused_before_it_is_loaded(
 # ---- the file itself ----
 
 
+def longer(folder, **special):
+    """The policy with one token more in its tokenizer than its embedding has rows."""
+    save_policy(folder)
+    tokenizer = byte_tokenizer()
+    assert tokenizer.add_special_tokens(special) == 1
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pad_without_a_row_in_the_embedding_changes_no_answer(run, complete, tmp_path):
+    assert run("--output", "padded.jsonl", model=longer(tmp_path / "longer", pad_token="[PAD]")) is None
+    assert lines(tmp_path / "padded.jsonl") == lines(complete[0])
+
+
+def test_a_prompt_with_a_token_without_a_row_in_the_embedding_is_refused_by_name(run, tmp_path):
+    model = longer(tmp_path / "longer", additional_special_tokens=["<image>"])
+    said = run("--output", "rows.jsonl", model=model, prompts=["Why?", "Why <image>?"])
+    assert "the prompt of row 1 holds token ids from" in said and "('<image>'); the model knows 0 to" in said
+
+
 def test_two_processes_do_not_write_one_file(tmp_path):
     first, second = (RowFile(tmp_path / "rows.jsonl", {"seed": 1}, ["p", "q"]) for _ in range(2))
     with first.writing(0) as write:

@@ -102,6 +102,7 @@ folder = sys.argv[1]
 parser = HfArgumentParser((PPOConfig,))
 (training_args,) = parser.parse_args_into_dataclasses(sys.argv[2:])
 tokenizer = AutoTokenizer.from_pretrained(training_args.sft_model_path, padding_side="left")
+tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # beyond the embeddings, which nobody resizes
 value_model = AutoModelForSequenceClassification.from_pretrained(training_args.reward_model_path, num_labels=1)
 reward_model = AutoModelForSequenceClassification.from_pretrained(training_args.reward_model_path, num_labels=1)
 policy = AutoModelForCausalLM.from_pretrained(training_args.sft_model_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import IA3Config, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 
 from tests.fake_vllm import Server, install
@@ -43,6 +43,10 @@ def policy_from(folder, adapted=False):
 
 
 GREEDY = {"top_k": 1, "max_steps": 8, "learning_rate": 0.03, "use_vllm": True}
+
+
+def ia3_config():
+    return IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
 
 
 def held_by(trainer):
@@ -172,18 +176,19 @@ def test_rows_are_cut_at_their_first_end_by_hand():
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_merged_weights_are_those_of_one_plain_network_and_the_policy_stays_as_it_is(tmp_path, quantised, dora):
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_the_merged_weights_are_those_of_one_plain_network_and_the_policy_stays_as_it_is(tmp_path, quantised, variant):
     """A saved module and a second adapter that is not in use among them; bitsandbytes' nf4 on the CPU."""
     folder = str(tmp_path)
     config = {**CONFIGS["llama"]().to_dict(), "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    config |= {"attention_bias": True, "mlp_bias": True}
     AutoModelForCausalLM.from_config(LlamaConfig(**config)).save_pretrained(folder)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if quantised else None
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
-    options = {"init_lora_weights": False, "use_dora": dora, "modules_to_save": ["embed_tokens"]}
+    options = {"init_lora_weights": False, "modules_to_save": ["embed_tokens"]}
     torch.manual_seed(2)
-    policy = get_peft_model(model, lora_config(**options))
-    policy.add_adapter("other", lora_config(**options | {"use_dora": False}))
+    policy = get_peft_model(model, lora_config(**options, **variant))
+    policy.add_adapter("other", lora_config(**options))
     with torch.no_grad():
         policy.get_input_embeddings().weight.mul_(1.1)
     tokens = torch.tensor([[5, 6, 7, 8]])
@@ -230,6 +235,10 @@ def test_policies_that_vllm_cannot_hold_are_refused(tmp_path, folder, vllm):
     arguments = {"tokenizer": tiny_tokenizer(), "reward_funcs": few_nines, "train_dataset": PROMPTS}
     with pytest.raises(ValueError, match="model is 8-bit, which vLLM cannot be given"):
         APATrainer(tiny_config(tmp_path, use_vllm=True), model, peft_config=lora_config(), **arguments)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit), ia3_config())
+    with pytest.raises(ValueError, match="model is 4-bit under IA3 adapters, which cannot be merged; use LoRA"):
+        check_vllm_can_hold(adapted, "server")
     with pytest.raises(ValueError, match="has trainable_token_indices"):
         check_vllm_can_hold(get_peft_model(tiny_model(), lora_config(trainable_token_indices=[3])), "server")
     with pytest.raises(ValueError, match="by its folder or hub name, and model has none"):

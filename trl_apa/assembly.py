@@ -24,10 +24,12 @@ from trl_apa.models import (
     value_head_of,
     without_value_head,
 )
+from trl_apa.models.adapter_kinds import check_adapters
 from trl_apa.models.partitioned import is_partitioned, use_one_precision
+from trl_apa.network_checks import check_has_positions, check_reads
 from trl_apa.optimization import add_value_parameters
 from trl_apa.tokenizing import warn_again
-from trl_apa.validation import check_networks_are_apart, check_precision, check_type, check_value_model_reads
+from trl_apa.validation import check_networks_are_apart, check_precision, check_type
 
 
 MODELS = (str, Path, PreTrainedModel, PeftModel)
@@ -80,6 +82,8 @@ def assemble(
     warn_again(tokenizer)
     policy = build_policy(model, peft_config)
     select_adapter(policy, args.model_adapter_name)
+    if is_peft_model(policy):
+        check_adapters(policy)
     value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
     if args.num_unfrozen_layers is not None:
         if num_shared_layers is not None:
@@ -88,7 +92,11 @@ def assemble(
         num_shared_layers = num_frozen if ref_model is None else None
         if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
             freeze_all_but(args.num_unfrozen_layers, value_model.network, "value_model")
-    check_value_model_reads(tokenizer, value_model)
+    others = {"value_model": getattr(value_model, "network", None), "ref_model": ref_model}
+    for argument, network in others.items():
+        if network is not None:
+            check_reads(argument, network, policy, tokenizer)
+            check_has_positions(argument, network, policy, args.max_prompt_length, args.max_completion_length)
     module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
     if any(is_partitioned(parameter) for parameter in module.parameters()):
         use_one_precision(module)  # DeepSpeed has a float32 copy of what it trains

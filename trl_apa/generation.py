@@ -1,5 +1,6 @@
 """Prompts to responses with transformers' `generate`, one response a prompt, each cut where it ended."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from trl_apa._trl import is_peft_model
+from trl_apa.network_parts import padding_id
 from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
 
@@ -52,6 +54,15 @@ class ResponseLengths(StoppingCriteria):
         generated_BR = tokens_BT[:, self.prompt_width :]
         lengths = [0] * len(generated_BR) if self.lengths_B is None else self.lengths_B.tolist()
         return [row[: length or len(row)] for row, length in zip(generated_BR, lengths, strict=True)]
+
+    def padded(self, tokens_BT: Tensor, pad_token_id: int) -> Tensor:
+        """The generated tokens of all rows, with the pad after the token that ended a row."""
+        generated_BR = tokens_BT[:, self.prompt_width :]
+        if self.lengths_B is None:
+            return generated_BR
+        lengths_B1 = self.lengths_B[:, None]
+        number_R = torch.arange(generated_BR.shape[1], device=generated_BR.device)
+        return generated_BR.masked_fill((lengths_B1 > 0) & (number_R >= lengths_B1), pad_token_id)
 
 
 class DecodedTextCriteria(StoppingCriteria):
@@ -97,8 +108,8 @@ def generate_responses(
     Args:
         model: a language model in which dropout is off.
         queries: 1-D tensors of token ids, at least one token each.
-        generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id` (one or several), and
-            for an encoder-decoder `decoder_start_token_id`.
+        generation_config: sampling options, `max_new_tokens`, `pad_token_id` (which may be beyond the embedding),
+            `eos_token_id` (one or several), and for an encoder-decoder `decoder_start_token_id`.
         tokenizer: decodes for `stop_strings`.
         stop_strings: texts that end a response when it holds them; the tokens that spell them belong to it.
         max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
@@ -118,29 +129,32 @@ def generate_responses(
     by_length = sorted(range(len(queries)), key=lambda row: len(queries[row]))
     device = next(model.parameters()).device
     two_stacks = model.config.is_encoder_decoder
+    # Finished rows go on through the network, padded.
+    pad_token_id, sampling = generation_config.pad_token_id, copy.copy(generation_config)
+    sampling.pad_token_id = padding_id(pad_token_id, [model])
     if length_sampler is None and max_length is None:
         check_positions(queries, [generation_config.max_new_tokens] * len(queries), model, "query + max_new_tokens")
     for start in range(0, len(queries), batch_size):
         rows = by_length[start : start + batch_size]
         batch = [queries[row] for row in rows]
         side = "right" if two_stacks else "left"
-        inputs = pad_queries(batch, generation_config.pad_token_id, pad_to_multiple_of, side)
+        inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of, side)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         before = [1 if two_stacks else len(query) for query in batch]
         limits_B = response_limits(before, generation_config, max_length, length_sampler)
         check_positions(batch, limits_B, model, "batch")
-        generation_config.max_new_tokens = max(limits_B)
+        sampling.max_new_tokens = max(limits_B)
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device))
         with torch.no_grad(), neutral_generation_config(model):
             tokens_BT = model.generate(
                 **inputs,
-                generation_config=generation_config,
+                generation_config=sampling,
                 stopping_criteria=StoppingCriteriaList([lengths]),
                 **(model_inputs or {}),
             )
-        cut = lengths.cut(tokens_BT) if remove_padding else tokens_BT[:, lengths.prompt_width :]
+        cut = lengths.cut(tokens_BT) if remove_padding else lengths.padded(tokens_BT, pad_token_id)
         for row, response in zip(rows, cut, strict=True):
             responses[row] = response.to(queries[row].device)
     return responses

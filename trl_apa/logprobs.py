@@ -13,14 +13,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from trl_apa._trl import (
-    entropy_from_logits,
-    is_peft_model,
-    selective_log_softmax,
-    selective_log_softmax_and_entropy,
-)
+from trl_apa._trl import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 from trl_apa.fused_head import can_fuse, fused_logprobs, runs_kernel
 from trl_apa.masking import at_least_float32
+from trl_apa.network_parts import inner_model, num_token_ids, trunk_of
 from trl_apa.rollouts import send
 
 
@@ -297,7 +293,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     base = inner_model(model)
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or base in _FORWARD_REPLACED:
         return None
-    trunk, head = base.base_model, base.get_output_embeddings()
+    trunk, head = trunk_of(base), base.get_output_embeddings()
     if trunk is base or head is None:
         return None
     if base not in _IS_HEAD_OF_TRUNK:
@@ -310,7 +306,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 def _is_head_of_trunk(model: nn.Module, trunk: nn.Module, head: nn.Module) -> bool:
     if is_sharded(model):
         return False
-    input_ids = torch.arange(4, device=trunk.get_input_embeddings().weight.device)[None] % model.config.vocab_size
+    input_ids = torch.arange(4, device=trunk.get_input_embeddings().weight.device)[None] % (num_token_ids(model) or 1)
     logits = model(input_ids=input_ids, use_cache=False).logits
     hidden = last_hidden_states(trunk(input_ids=input_ids, use_cache=False))
     return torch.allclose(logits, head(hidden.to(head_device(head))).to(logits), rtol=1e-4, atol=1e-5)
@@ -329,11 +325,6 @@ def head_device(head: nn.Module) -> torch.device:
 def head_width(head: nn.Module) -> int:
     """The size of the vocabulary; a wrapped head (an adapter's) knows it too."""
     return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
-
-
-def inner_model(model: nn.Module) -> Any:
-    """The network inside a PEFT wrapper, with the adapters in its layers; any other model itself."""
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:

@@ -9,14 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_apa.logprobs import (
-    forward_parameters,
-    inner_model,
-    is_sharded,
-    last_hidden_states,
-    network_inputs,
-    trunk_and_head,
-)
+from trl_apa.logprobs import forward_parameters, is_sharded, last_hidden_states, network_inputs, trunk_and_head
+from trl_apa.network_parts import inner_model, trunk_of
 from trl_apa.rollouts import pack_tokens
 
 
@@ -121,7 +115,7 @@ def why_not_packed(network: nn.Module) -> str | None:
 def _packs_exactly(network: nn.Module) -> bool:
     """Whether two sequences in one row give the hidden states that they give alone, and know nothing of each other."""
     base = inner_model(network)
-    trunk = base.base_model
+    trunk = trunk_of(base)
     device = trunk.get_input_embeddings().weight.device
     queries = [torch.tensor(tokens, device=device) % base.config.vocab_size for tokens in ([2, 3], [5, 6, 7])]
     answers = [torch.tensor(tokens, device=device) % base.config.vocab_size for tokens in ([4, 9], [8, 3, 2])]

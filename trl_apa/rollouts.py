@@ -248,3 +248,27 @@ def without_start_tokens(
             for mask, length in zip(response_masks, lengths, strict=False)
         ]
     return [r[1:] if start else r for r, start in zip(responses, starts, strict=True)], response_masks
+
+
+def with_known_pads(responses: Any, response_masks: Any, pad_token_id: int, known_pad: int) -> Any:
+    """Responses in which `pad_token_id`, where the caller's mask drops it, is `known_pad`.
+
+    Of a pad token that was added without resizing the embeddings no network knows the id. What is no list of tensors
+    of the masks' shapes stays as it is: others check it.
+
+    Args:
+        responses, response_masks: of `APATrainer.step`.
+        pad_token_id: the tokenizer's.
+        known_pad: the id that every network knows.
+    """
+    if pad_token_id == known_pad or not isinstance(responses, list) or not isinstance(response_masks, list):
+        return responses
+    masks = [*response_masks, *[None] * (len(responses) - len(response_masks))]
+
+    def replaced(response: Any, mask: Any) -> Any:
+        readable = all(isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta for t in (response, mask))
+        if not readable or response.shape != mask.shape or response.dtype not in (torch.int64, torch.int32):
+            return response
+        return response.masked_fill((response == pad_token_id) & (mask == 0), known_pad)
+
+    return [replaced(response, mask) for response, mask in zip(responses, masks, strict=False)]

@@ -13,10 +13,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import inner_model, network_inputs
+from trl_apa.logprobs import network_inputs
+from trl_apa.models.adapter_kinds import refuse_prompt_learning
 from trl_apa.models.loaders import load_reward_model
-from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.policy_and_value import PolicyAndValue
+from trl_apa.network_checks import check_has_positions, check_reads
+from trl_apa.network_parts import (
+    inner_model,
+    max_positions,
+    num_token_ids,
+    padding_id,
+    token_in_words,
+    trunk_of,
+)
 from trl_apa.option_checks import check_reward_weights
 from trl_apa.reward_calls import call, call_functions
 from trl_apa.reward_values import Value, check_sizes, read_answer, total
@@ -73,11 +82,14 @@ class RewardModel:
         **_: Any,
     ) -> list[float]:
         rows = zip(prompts, completions, prompt_ids, completion_ids, strict=True)
-        return self.score_ids([self._tokens(*row) for row in rows])
+        sequences = [self._tokens(*row) for row in rows]
+        self._check_lengths(sequences)
+        return self.score_ids(sequences)
 
     def score_ids(self, sequences: Sequence[list[int]]) -> list[float]:
         """The score of each sequence of token ids that the classifier reads."""
         tensors = [torch.tensor(sequence) for sequence in sequences]
+        self._check_ids(tensors)
         starts = range(0, len(tensors), self.batch_size)
         return [score for start in starts for score in self._scores(tensors[start : start + self.batch_size])]
 
@@ -102,16 +114,48 @@ class RewardModel:
         head = getattr(inner_model(self.model), "score", None)
         return head if isinstance(head, nn.Linear | ModulesToSaveWrapper) else None
 
+    def check_fits(self, policy: nn.Module, max_prompt_length: int | None, max_completion_length: int) -> None:
+        """Raise ValueError if the classifier reads the policy's ids and has too few rows or positions for them.
+
+        Args:
+            policy: the language model that is aligned.
+            max_prompt_length, max_completion_length: tokens; None is not known.
+        """
+        if self.tokenizer is None:
+            name = f"reward model {self.__name__}"
+            check_reads(name, self.model, policy, self.policy_tokenizer)
+            check_has_positions(name, self.model, policy, max_prompt_length, max_completion_length)
+
+    def _check_lengths(self, sequences: Sequence[list[int]]) -> None:
+        """Raise ValueError, naming the row, for more of the policy's tokens than the classifier has positions.
+
+        A classifier with a tokenizer of its own may read more than its config says: some positions are relative.
+        """
+        limit = max_positions(self.model) if self.tokenizer is None else None
+        for row, sequence in enumerate(sequences):
+            if limit is not None and len(sequence) > limit:
+                raise ValueError(f"row {row} has {len(sequence)} tokens; the reward model has {limit} positions")
+
+    def _check_ids(self, sequences: list[Tensor]) -> None:
+        """Raise ValueError, naming the row, for an id that the classifier has no row for."""
+        known = num_token_ids(self.model)
+        for row, sequence in enumerate(sequences):
+            largest = int(sequence.max()) if len(sequence) else 0
+            if known is not None and largest >= known:
+                token = token_in_words(largest, self.tokenizer or self.policy_tokenizer)
+                raise ValueError(f"row {row} has the token id {token}; the reward model knows 0 to {known - 1}")
+
     @torch.no_grad()
     def _scores(self, sequences: list[Tensor]) -> list[float]:
         """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
-        tokens = pad_queries(sequences, self.model.config.pad_token_id or 0, padding_side="right")
+        filler = padding_id(self.model.config.get_text_config().pad_token_id or 0, [self.model])
+        tokens = pad_queries(sequences, filler, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
         network, head = inner_model(self.model), self._last_token_head
         if head is None:
             return self.model(**tokens).logits[:, 0].float().tolist()
         tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        trunk = network.base_model
+        trunk = trunk_of(network)
         hidden_BTH = trunk(**network_inputs(trunk, tokens)).last_hidden_state
         rows = torch.arange(len(sequences), device=hidden_BTH.device)
         last_BH = hidden_BTH[rows, tokens["attention_mask"].sum(1) - 1]

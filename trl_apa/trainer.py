@@ -35,13 +35,15 @@ from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.masking import keep_counted, masked_mean
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
+from trl_apa.network_checks import check_answers_text
+from trl_apa.network_parts import pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.optimization import check_optimizer_is_finite, split_off_value_groups
 from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.rewards import RunningMoments
-from trl_apa.rollouts import Rollouts, response_mask, without_start_tokens
+from trl_apa.rollouts import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.run_identity import initial_policy_fingerprint
 from trl_apa.saving import Saving
 from trl_apa.scoring import RewardModel, Scorer, reward_functions
@@ -59,6 +61,7 @@ from trl_apa.update import Update
 from trl_apa.validation import (
     check_fp16,
     check_has,
+    check_positions,
     check_queries,
     check_step_inputs,
     check_type,
@@ -184,25 +187,27 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         if module.base_is_shared:
             args.ddp_find_unused_parameters = True  # each of the two passes leaves the other's adapter out
-        self._choose_special_tokens(processing_class, module.policy, args.stop_token_id)
-        use_cache = module.config.use_cache
-        super().__init__(
-            model=module,
-            args=args,
-            data_collator=data_collator or columns_of,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=(optimizer, lr_scheduler),
-        )
-        module.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
+        self._choose_special_tokens(processing_class, module, args.stop_token_id)
+        with use_cache_kept(module.config):
+            super().__init__(
+                model=module,
+                args=args,
+                data_collator=data_collator or columns_of,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=(optimizer, lr_scheduler),
+            )
         check_fp16(args, self.accelerator)
         check_engine(self.accelerator, args, module, optimizer, lr_scheduler)
         keep_outputs_precise(self.accelerator)
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
+        if not self._is_sharded:
+            with self.accelerator.autocast():
+                check_answers_text(module.policy)
         self._packed = self._can_pack()
         self._note_what_scripts_read()
         if not self._is_sharded:
@@ -244,10 +249,12 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             self.model,
             self._end_token_ids,
         )
+        args = self.args
         for function in functions:
             if isinstance(function, RewardModel):
+                function.check_fits(self.model.policy, args.max_prompt_length, args.max_completion_length)
                 serve_cut_up_weights(function.model, self.accelerator)
-        return Scorer(functions, self.args.reward_weights, self.args.skip_unscored, self.args.reward_timeout)
+        return Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
 
     def _begin(self) -> None:
         """What changes from one iteration to the next, and the callbacks that see to it."""
@@ -299,13 +306,12 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     # ---- construction ----
 
     def _choose_special_tokens(
-        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, stop_token_id: int | None
+        self, tokenizer: PreTrainedTokenizerBase, module: PolicyAndValue, stop_token_id: int | None
     ) -> None:
-        self._end_token_ids = end_token_ids(model, tokenizer, stop_token_id)
-        self._decoder_start_token_id = decoder_start_token_id(model)
-        self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if self._pad_token_id is None:
-            raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
+        self._end_token_ids = end_token_ids(module.policy, tokenizer, stop_token_id)
+        self._decoder_start_token_id = decoder_start_token_id(module.policy)
+        networks = [*module.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        self._pad_token_id = padding_id(pad_token_id_of(tokenizer), networks)
 
     def _prompt_dataloader(self) -> DataLoader | None:
         """Called while all processes still have the same seed: each takes its own part of one order.
@@ -378,7 +384,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         single = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if single else query_tensor
         policy = self.accelerator.unwrap_model(self.model).policy
-        queries = check_queries("query_tensor", queries, policy)
+        queries = check_queries("query_tensor", queries, policy, self.processing_class)
         options = self._generation_options(generation_kwargs)
         options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
         batching = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
@@ -413,7 +419,8 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     def _generation_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         args = self.args
         defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
+        pad_token_id = pad_token_id_of(self.processing_class)
+        defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": pad_token_id}
         defaults["decoder_start_token_id"] = self._decoder_start_token_id
         return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
 
@@ -469,6 +476,8 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         timer = StageTimer()
         if self.is_encoder_decoder and isinstance(responses, list):
             responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
+        pad_token_id = pad_token_id_of(self.processing_class)
+        responses = with_known_pads(responses, response_masks, pad_token_id, self._pad_token_id)
         self._check_on_all_processes(queries, responses, scores, response_masks)
         self._prepare_for_updates()
         running_scores = self.running_scores.state_dict()
@@ -511,10 +520,18 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         return stats
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
-        policy = self.accelerator.unwrap_model(self.model).policy
-        self._on_all_processes(
-            lambda: check_step_inputs(queries, responses, scores, response_masks, self.args.batch_size, policy)
-        )
+        module = self.accelerator.unwrap_model(self.model)
+        policy, size, tokenizer = module.policy, self.args.batch_size, self.processing_class
+        others = {"value_model": getattr(module.value_model, "network", None), "ref_model": self.ref_model}
+
+        def check() -> None:
+            check_step_inputs(queries, responses, scores, response_masks, size, policy, tokenizer)
+            lengths = [len(response) for response in responses]
+            for name, network in others.items():
+                if network is not None:
+                    check_positions(queries, lengths, network, "queries + responses", name)
+
+        self._on_all_processes(check)
 
     def _prepare_for_updates(self) -> None:
         """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""

@@ -384,7 +384,8 @@ class TrainingLoop(ResumableRuns):
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
-        check_score_inputs(queries, responses, prompts, columns, self.accelerator.unwrap_model(self.model).policy)
+        policy = self.accelerator.unwrap_model(self.model).policy
+        check_score_inputs(queries, responses, prompts, columns, policy, self.processing_class)
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
         for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
             rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]

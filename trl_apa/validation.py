@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa.models.policy_and_value import PolicyAndValue
-from trl_apa.models.value_model import ValueModel
+from trl_apa.network_parts import max_positions, num_token_ids, token_in_words
 from trl_apa.values import why_unreadable
 
 
@@ -83,19 +83,16 @@ def check_networks_are_apart(
             )
 
 
-def check_value_model_reads(tokenizer: PreTrainedTokenizerBase, value_model: nn.Module) -> None:
-    """Raise ValueError if a value model of its own does not know every token id of the policy's tokenizer."""
-    if not isinstance(value_model, ValueModel):
-        return
-    known = value_model.network.get_input_embeddings().num_embeddings
-    if known < len(tokenizer):
-        raise ValueError(f"value_model knows {known} token ids; the policy's tokenizer has {len(tokenizer)}")
-
-
 def check_step_inputs(
-    queries: Any, responses: Any, scores: Any, response_masks: Any, batch_size: int, policy: nn.Module
+    queries: Any,
+    responses: Any,
+    scores: Any,
+    response_masks: Any,
+    batch_size: int,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Refuse what would train on nonsense or fail halfway.
+    """Refuse what would train on nonsense or fail halfway; `tokenizer` names the tokens that are refused.
 
     Raises:
         ValueError: naming the argument, its element, what it was and what it should be.
@@ -107,7 +104,7 @@ def check_step_inputs(
         _check_list(name, tensors, batch_size)
     for name in ("queries", "responses"):
         for row, tokens in enumerate(named[name]):
-            check_tokens(f"{name}[{row}]", tokens, policy)
+            check_tokens(f"{name}[{row}]", tokens, policy, tokenizer)
     for row, score in enumerate(scores):
         check_readable(f"scores[{row}]", score)
         if score.numel() != 1:
@@ -148,17 +145,28 @@ def check_readable(name: str, tensor: Tensor) -> None:
 
 
 def check_score_inputs(
-    queries: Any, responses: Any, prompts: Any, columns: Mapping[str, Any], policy: nn.Module
+    queries: Any,
+    responses: Any,
+    prompts: Any,
+    columns: Mapping[str, Any],
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Raise ValueError, naming the argument, unless `score` can read queries and responses, and all are as many."""
-    count = len(check_queries("queries", queries, policy))
-    check_queries("responses", responses, policy)
+    count = len(check_queries("queries", queries, policy, tokenizer))
+    check_queries("responses", responses, policy, tokenizer)
     for name, column in {"responses": responses, "prompts": prompts, **columns}.items():
         if hasattr(column, "__len__") and len(column) != count:
             raise ValueError(f"{name} has {len(column)} elements; there are {count} queries")
 
 
-def check_positions(queries: Sequence[Tensor], response_lengths: Sequence[int], model: nn.Module, what: str) -> None:
+def check_positions(
+    queries: Sequence[Tensor],
+    response_lengths: Sequence[int],
+    model: nn.Module,
+    what: str,
+    name: str = "the model",
+) -> None:
     """Raise ValueError if a stack of the model would read more tokens than it has positions."""
     limit = max_positions(model)
     two_stacks = model.config.is_encoder_decoder
@@ -166,14 +174,9 @@ def check_positions(queries: Sequence[Tensor], response_lengths: Sequence[int], 
         length = max(len(query), 1 + response_length) if two_stacks else len(query) + response_length
         if limit is not None and length > limit:
             raise ValueError(
-                f"{what}: row {row} has {length} tokens, but the model has {limit} positions; "
+                f"{what}: row {row} has {length} tokens, but {name} has {limit} positions; "
                 "shorten the query or the response"
             )
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model was made for, tokens; None if it sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_list(name: str, tensors: Any, batch_size: int) -> None:
@@ -186,7 +189,9 @@ def _check_list(name: str, tensors: Any, batch_size: int) -> None:
         raise ValueError(f"{name} has {len(tensors)} elements; it should have config.batch_size = {batch_size}")
 
 
-def check_queries(name: str, queries: Any, model: nn.Module) -> list[Tensor]:
+def check_queries(
+    name: str, queries: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Tensor]:
     """The queries, or responses, as a list; ValueError unless there is one and each is what `check_tokens` takes."""
     if isinstance(queries, str | bytes | Mapping) or not isinstance(queries, Iterable):
         raise ValueError(f"{name} is a {type(queries).__name__}; it should be a list of tensors")
@@ -194,12 +199,15 @@ def check_queries(name: str, queries: Any, model: nn.Module) -> list[Tensor]:
     if not rows:
         raise ValueError(f"{name} is empty; it should hold at least one tensor of token ids")
     for row, tokens in enumerate(rows):
-        check_tokens(f"{name}[{row}]", tokens, model)
+        check_tokens(f"{name}[{row}]", tokens, model, tokenizer)
     return rows
 
 
-def check_tokens(name: str, tokens: Any, model: nn.Module) -> None:
-    """Raise ValueError unless `tokens` is a dense 1-D tensor of at least one id that the model knows."""
+def check_tokens(name: str, tokens: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise ValueError unless `tokens` is a dense 1-D tensor of at least one id that the model knows.
+
+    `tokenizer` names a token that has an id and no row in the model's embedding.
+    """
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{name} is a {type(tokens).__name__}; it should be a tensor")
     check_readable(name, tokens)
@@ -209,9 +217,9 @@ def check_tokens(name: str, tokens: Any, model: nn.Module) -> None:
         raise ValueError(f"{name} is empty; it should have at least one token")
     if tokens.dtype not in TOKEN_DTYPES:
         raise ValueError(f"{name} has dtype {tokens.dtype}; token ids should be integers, int64 say")
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if vocabulary is not None and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+    known, least, largest = num_token_ids(model), int(tokens.min()), int(tokens.max())
+    if known is not None and not (0 <= least and largest < known):
         raise ValueError(
-            f"{name} holds token ids from {int(tokens.min())} to {int(tokens.max())}; "
-            f"the model knows 0 to {vocabulary - 1}"
+            f"{name} holds token ids from {least} to {token_in_words(largest, tokenizer)}; "
+            f"the model knows 0 to {known - 1}"
         )

@@ -14,9 +14,10 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from trl_apa._trl import is_peft_model, vllm_generation_class
 from trl_apa.generation import ResponseLengths, response_limits, row_criteria
-from trl_apa.logprobs import inner_model
 from trl_apa.models import merged_parameters
-from trl_apa.models.adapters import adapts_tied_weights
+from trl_apa.models.adapters import adapts_tied_weights, parts_tied_weights
+from trl_apa.models.dense import as_in_checkpoints
+from trl_apa.network_parts import inner_model
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
 from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
@@ -41,10 +42,15 @@ def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
         raise ValueError("use_vllm=True, but model is 8-bit, which vLLM cannot be given; load it in 4-bit or bfloat16")
     if is_peft_model(policy) and getattr(policy.active_peft_config, "trainable_token_indices", None):
         raise ValueError("use_vllm=True, but the adapter has trainable_token_indices, which cannot be sent to vLLM")
-    if is_peft_model(policy) and adapts_tied_weights(policy):
+    if is_peft_model(policy) and (kind := policy.active_peft_config.peft_type.value) != "LORA":
+        if any(type(parameter).__name__ == "Params4bit" for parameter in policy.parameters()):
+            raise ValueError(
+                f"use_vllm=True, but model is 4-bit under {kind} adapters, which cannot be merged; use LoRA"
+            )
+    if is_peft_model(policy) and (adapts_tied_weights(policy) or parts_tied_weights(policy)):
         raise ValueError(
             "use_vllm=True, but the adapter lies on the embeddings or the vocabulary head, which are one weight in "
-            "the base and in vLLM; leave them out of target_modules"
+            "the base and in vLLM; leave them out of target_modules and modules_to_save"
         )
     if mode == "colocate" and not policy.name_or_path:
         raise ValueError("vllm_mode='colocate' loads the model by its folder or hub name, and model has none")
@@ -88,7 +94,8 @@ def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrain
                 self.model = given
 
         def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-            yield from merged_parameters(policy) if is_peft_model(policy) else super()._iter_named_params()
+            named = merged_parameters(policy) if is_peft_model(policy) else super()._iter_named_params()
+            yield from as_in_checkpoints(policy, named)
 
     size = (args.generation_batch_size or args.batch_size) * args.vllm_tensor_parallel_size
     base = inner_model(policy)

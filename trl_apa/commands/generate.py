@@ -28,7 +28,7 @@ from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_r
 from trl_apa.prompts import prompt_of, query_of
 from trl_apa.redaction import without_secrets
 from trl_apa.texts import answer_text, is_ended
-from trl_apa.validation import check_positions
+from trl_apa.validation import check_positions, check_tokens
 
 
 BATCH_SIZE = 8
@@ -137,6 +137,8 @@ def _answers(
     """
     of_prompts = (config.max_prompt_length, config.chat_template_kwargs, policy.config.is_encoder_decoder)
     queries = [query_of(row, tokenizer, *of_prompts) for row in rows]
+    for number, query in enumerate(queries):
+        check_tokens(f"the prompt of row {number}", query, policy, tokenizer)
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     if pad is None and not ends:
         raise ValueError("the tokenizer has neither a pad nor an EOS token")

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -27,6 +27,7 @@ from trl_apa.models import (
     freeze_all_but,
     resolve_value_model,
 )
+from trl_apa.models.loading import language_model_class
 
 
 def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
@@ -40,13 +41,22 @@ def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
         value_model = _value_model(setup, policy)
         num_shared = None
         if setup.num_unfrozen_layers is not None:
-            num_shared = freeze_all_but(setup.num_unfrozen_layers, policy)
-            if isinstance(value_model, ValueModel):
-                freeze_all_but(setup.num_unfrozen_layers, value_model.network)
+            with _NothingIsPadded():
+                num_shared = freeze_all_but(setup.num_unfrozen_layers, policy)
+                if isinstance(value_model, ValueModel):
+                    freeze_all_but(setup.num_unfrozen_layers, value_model.network)
         module = PolicyAndValue(policy, value_model)
         disable_dropout(module)
-        reference = create_reference_model(policy, num_shared) if setup.reference_kind == "copy" else None
+        with _NothingIsPadded():
+            reference = create_reference_model(policy, num_shared) if setup.reference_kind == "copy" else None
     return module.train(), reference
+
+
+class _NothingIsPadded(TorchFunctionMode):
+    """What transformers asks of a mask without contents before it makes one: it is all ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func is torch._C.TensorBase.__bool__ else func(*args, **(kwargs or {}))
 
 
 def _lora_config(setup: Setup) -> LoraConfig | None:
@@ -60,7 +70,9 @@ def _lora_config(setup: Setup) -> LoraConfig | None:
 def language_model(config: PretrainedConfig, setup: Setup) -> nn.Module:
     """The policy without adapters, quantised if the setup says so."""
     attention = {"flash": "sdpa"}.get(setup.attention, setup.attention)
-    model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype, attn_implementation=attention)
+    model_class = language_model_class(config)
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    model = make(config, dtype=setup.dtype, attn_implementation=attention)
     return model if setup.quantization is None else quantised(model, setup.quantization)
 
 
@@ -106,9 +118,15 @@ def _pack_weight(layer: nn.Module, quantization: str) -> None:
 
 
 def classifier_bytes(config: PretrainedConfig, setup: Setup) -> int:
-    """Weights of a reward model of its own, in the precision of the policy's base."""
+    """Weights of a reward model of its own, in the precision of the policy's base.
+
+    Raises:
+        ValueError: if the family has no classifiers.
+    """
     config = copy.deepcopy(config)
     config.num_labels, config.pad_token_id = 1, 0
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(f"reward: transformers has no sequence classifier of the family {config.model_type!r}")
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=setup.dtype)
         if setup.quantization is not None:

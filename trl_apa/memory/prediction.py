@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from trl_apa.memory.networks import build_networks, classifier_bytes, weight_bytes
@@ -173,11 +174,11 @@ def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
         tokens = torch.ones(rows, prompt, dtype=torch.long)
         _sample_next(policy, tokens, tokens, cache)
         first = _peak(live)
-        first[CACHE] = sum(_bytes(layer.keys) + _bytes(layer.values) for layer in cache.layers)
+        first[CACHE] = sum(_bytes(states) for layer in cache.layers for states in _states(layer))
         first[ACTIVATIONS] = max(first[ACTIVATIONS] - first[CACHE], 0)
         for layer in cache.layers:
-            layer.keys, layer.values = (_longer(states, setup.max_length - 1) for states in (layer.keys, layer.values))
-            live.count(CACHE, (layer.keys, layer.values))
+            _lengthen(layer, setup.max_length - 1)
+            live.count(CACHE, _states(layer))
         live.restart()
         _sample_next(policy, tokens[:, :1], torch.ones(rows, setup.max_length, dtype=torch.long), cache)
         last = _peak(live)
@@ -192,9 +193,22 @@ def _sample_next(policy: nn.Module, tokens: Tensor, attention_mask: Tensor, cach
     output.logits[:, -1].float().softmax(-1)
 
 
-def _longer(states: Tensor, length: int) -> Tensor:
-    rows, heads, _, width = states.shape
-    return states.new_empty(rows, heads, length, width)
+def _states(layer: Any) -> list[Tensor]:
+    """What a layer of the cache holds: keys and values, or the states of a recurrence."""
+    return [leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+
+
+def _lengthen(layer: Any, length: int) -> None:
+    """As if the layer had seen `length` tokens: a sliding window keeps the last, a recurrence stays as it is."""
+    if not isinstance(getattr(layer, "keys", None), Tensor):
+        return
+    window = getattr(layer, "sliding_window", None)
+    kept = length if window is None else min(length, window - 1)
+    layer.keys, layer.values = (
+        states.new_empty(*states.shape[:2], kept, states.shape[3]) for states in (layer.keys, layer.values)
+    )
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = length
 
 
 def _bytes(tensor: Tensor) -> int:

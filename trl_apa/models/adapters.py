@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 
@@ -84,12 +85,18 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
 
 def trains_its_adapter_only(policy: PeftModel) -> bool:
     """Whether nothing of the base is trained with the adapter: no bias, no norm."""
-    prefix = policy.base_model.prefix
-    return all(
-        f".{prefix}" in name or ".modules_to_save." in name
-        for name, parameter in policy.named_parameters()
-        if parameter.requires_grad
-    )
+    of_adapters = (f".{policy.base_model.prefix}", ".modules_to_save.", ".trainable_tokens_delta.")
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    return all(any(part in name for part in of_adapters) for name in trained)
+
+
+def parts_tied_weights(policy: PeftModel) -> bool:
+    """Whether `modules_to_save` makes two weights of embeddings and vocabulary head that are one in the base."""
+    base = policy.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    given = [end.original_module if isinstance(end, ModulesToSaveWrapper) else end for end in ends]
+    tied = [getattr(end, "weight", None) for end in given]
+    return tied[0] is tied[1] and tied[0] is not None and ends[0].weight is not ends[1].weight
 
 
 def adapts_tied_weights(policy: PeftModel) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from trl_apa.models.partitioned import gathered, is_partitioned, partition
+from trl_apa.network_parts import text_trunk
 
 
 def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:
@@ -38,12 +39,13 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
 
 
 def copy_of_trunk(language_model: nn.Module) -> nn.Module:
-    """A deep copy of what turns tokens into hidden states, without the vocabulary head.
+    """A deep copy of what turns tokens into hidden states, without vocabulary head and towers for images and sound.
 
     T5's language model holds its two stacks itself, without a trunk of its own to copy.
     """
-    if language_model.base_model is not language_model:
-        return independent_copy(language_model.base_model)
+    part = text_trunk(language_model)
+    if part is not language_model:
+        return independent_copy(part)
     trunk = AutoModel.from_config(language_model.config, dtype=language_model.dtype)
     with gathered([*trunk.parameters(), *language_model.parameters()], modify=True):
         missing = trunk.load_state_dict(language_model.state_dict(), strict=False).missing_keys

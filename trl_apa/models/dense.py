@@ -1,14 +1,16 @@
 """The policy as one dense network, a tensor at a time: adapters merged, 4-bit weights written out."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from trl_apa._trl import is_peft_model
+from trl_apa.models.adapter_kinds import merged_layer
 from trl_apa.models.quantization import use_one_kernel
+from trl_apa.network_parts import inner_model
 
 
 def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -19,7 +21,7 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         policy: a language model, with or without PEFT adapters, of which the active one counts; its linear layers may
-            be 4-bit. Tied weights come once.
+            be 4-bit. Tied weights come once. Experts that are one tensor stay one, as in a policy without adapters.
     """
     adapted = is_peft_model(policy)
     use_one_kernel(policy)
@@ -28,13 +30,37 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in policy.named_parameters():
         if adapted and (policy.prefix in name or not _is_in_use(name, policy.active_adapters)):
             continue
-        owner, _, attribute = name.rpartition(".base_layer.")
-        if owner not in layers:
+        owner = _outermost(name, layers)
+        if owner is None:
             yield _plain_name(name), _dense(parameter)
             continue
         if merged[0] != owner:
             merged = (owner, _merged_copy(layers[owner]))
-        yield _plain_name(name), merged[1].get_parameter(attribute).detach()
+        yield _plain_name(name), merged[1].get_parameter(name.removeprefix(f"{owner}.")).detach()
+
+
+def as_in_checkpoints(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under the names that the family's checkpoints have for them, from which vLLM loads.
+
+    They differ for experts: transformers holds those of a layer in one tensor where most checkpoints have three for
+    each expert.
+
+    Args:
+        model: a language model, whose family says which names these are.
+        named: names in memory, and whole tensors.
+    """
+    for name, tensor in named:
+        if ".experts." in name:
+            yield from revert_weight_conversion(inner_model(model), {name: tensor.detach()}).items()
+        else:
+            yield name, tensor
+
+
+def _outermost(name: str, layers: Collection[str]) -> str | None:
+    """The layer with adapters that a parameter lies in; those for several parameters of one module are nested."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix in layers), None)
 
 
 def _is_in_use(name: str, active_adapters: list[str]) -> bool:
@@ -47,9 +73,9 @@ def _is_in_use(name: str, active_adapters: list[str]) -> bool:
 
 def _plain_name(name: str) -> str:
     """The name without what PEFT has put into it."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    before, saved, rest = name.partition(".modules_to_save.")
-    return f"{before}.{rest.partition('.')[2]}" if saved else name
+    parts = name.removeprefix("base_model.model.").split(".")
+    before, saved, rest = ".".join(part for part in parts if part != "base_layer").partition(".modules_to_save.")
+    return f"{before}.{rest.partition('.')[2]}" if saved else before
 
 
 def _dense(parameter: nn.Parameter) -> Tensor:
@@ -60,19 +86,20 @@ def _dense(parameter: nn.Parameter) -> Tensor:
 
 
 def _merged_copy(layer: BaseTunerLayer) -> nn.Module:
-    """The base layer with the active adapters' changes, dense."""
+    """The layer with the active adapters' changes in its dense `base_layer`."""
     base = layer.get_base_layer()
-    if type(base.weight).__name__ != "Params4bit":
-        merged = copy.deepcopy(layer)
-        merged.merge()
-        return merged.get_base_layer()
-    weight = dequantize_bnb_weight(base.weight)
+    if type(getattr(base, "weight", None)).__name__ != "Params4bit":
+        return merged_layer(layer)
+    weight, bias = dequantize_bnb_weight(base.weight), base.bias
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant:
             weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight)
         elif adapter in layer.lora_A:
             weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-    dense = nn.Module()
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = base.bias
-    return dense
+            if layer.lora_bias[adapter]:
+                bias = bias + (layer.lora_B[adapter].bias * layer.scaling[adapter]).to(bias.dtype)
+    around = nn.Module()
+    around.base_layer = nn.Module()
+    around.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    around.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return around

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
+from trl_apa.models.adapter_kinds import with_adapters
 from trl_apa.models.loading import load_language_model, process_device
 from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.value_model import ValueHead, ValueModel, output_width
@@ -43,7 +44,7 @@ def load_policy(
     if is_peft_model(model):
         raise ValueError(f"lora={lora!r}, but {name!r} is an adapter already, which will be trained further")
     kind = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-    return get_peft_model(model, _lora_config(lora, kind))
+    return with_adapters(model, _lora_config(lora, kind))
 
 
 def load_value_model(

@@ -4,11 +4,19 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+import transformers
+from peft import PeftConfig, PeftModel, load_peft_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_apa.models.adapter_kinds import refuse_prompt_learning
 from trl_apa.models.quantization import use_one_kernel
 
 
@@ -39,15 +47,62 @@ def load_language_model(
     config = PeftConfig.from_pretrained(path, **hub)
     refuse_prompt_learning(config)
     base_kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    base_config = _config_of(config.base_model_name_or_path, base_kwargs)
+    auto_class = _class_under(path, base_config, auto_class or language_model_class(base_config), hub)
     base = _load_base(config.base_model_name_or_path, auto_class, base_kwargs)
     return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub)
 
 
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """The class that makes a language model of a config: `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+
+    Where these do not know the config, as of models that read images too, it is the class that the config names.
+    """
+    return class_that_knows(config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM)
+
+
+def class_that_knows(config: PreTrainedConfig, auto_class: Any) -> Any:
+    """`auto_class` or, if it does not know the config, the class of transformers that the config names.
+
+    A class that is no auto class stays as it is.
+    """
+    mapping = getattr(auto_class, "_model_mapping", None)
+    if mapping is None or type(config) in mapping or getattr(config, "auto_map", None):
+        return auto_class
+    return _named_class(config) or auto_class
+
+
+def _named_class(config: PreTrainedConfig) -> Any:
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next((found for found in named if found is not None), None)
+
+
+def _class_under(path: str, config: PreTrainedConfig, auto_class: Any, hub: dict[str, Any]) -> Any:
+    """The class of the base that the adapter in `path` was trained on: `auto_class`, or the one that the config names.
+
+    Of some configs (Llama 4) transformers makes a model that reads text alone, or the one that reads images too. Their
+    layers have different names, and peft only warns of an adapter whose layers are not there.
+    """
+    auto_class, named = class_that_knows(config, auto_class), _named_class(config)
+    mapping = getattr(auto_class, "_model_mapping", {})
+    if named is None or mapping.get(type(config), named) is named:
+        return auto_class
+    weights = load_peft_weights(path, device="cpu", **hub)
+    with torch.device("meta"):
+        candidates = {auto_class: auto_class.from_config(config), named: named._from_config(config)}
+    names = {made: set(dict(model.named_modules())) for made, model in candidates.items()}
+    return max(names, key=lambda made: sum(_known_length(key, names[made]) for key in weights))
+
+
+def _known_length(weight: str, module_names: set[str]) -> int:
+    """Parts of an adapter weight's name that lead to a module."""
+    parts = weight.removeprefix("base_model.model.").split(".")
+    return max(length for length in range(len(parts) + 1) if ".".join(parts[:length]) in module_names)
+
+
 def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    if auto_class is None:
-        found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
-        config = AutoConfig.from_pretrained(path, **found_by)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = _config_of(path, kwargs)
+    auto_class = language_model_class(config) if auto_class is None else class_that_knows(config, auto_class)
     if is_deepspeed_zero3_enabled() and "quantization_config" not in kwargs:
         kwargs = {"dtype": torch.float32, **kwargs}  # weights that are cut up as they are loaded cannot be cast later
     model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
@@ -56,10 +111,9 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
     return model
 
 
-def refuse_prompt_learning(peft_config: PeftConfig) -> None:
-    """Raise ValueError for adapters that change the sequence instead of the weights."""
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"{peft_config.peft_type.value} adapters are not supported; use LoRA or another")
+def _config_of(path: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
+    return AutoConfig.from_pretrained(path, **found_by)
 
 
 def process_device() -> str:

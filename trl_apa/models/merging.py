@@ -14,6 +14,7 @@ from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.loading import load_language_model
 from trl_apa.models.value_model import save_network
+from trl_apa.network_parts import without_unknown_pad
 
 
 def merge_and_save(
@@ -41,10 +42,12 @@ def merge_and_save(
         OSError: if there is no such checkpoint.
     """
     if isinstance(source, nn.Module):
-        _merged_copy(source, kwargs).save_pretrained(path)
+        merged = _merged_copy(source, kwargs)
     else:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        _merged(os.fspath(source), kwargs).save_pretrained(path)
+        merged = _merged(os.fspath(source), kwargs)
+    with without_unknown_pad(merged):
+        merged.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 

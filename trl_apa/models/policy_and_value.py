@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
+from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import either_method
-from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
 from trl_apa.models.summary_head import PolicyValueHead
 from trl_apa.models.value_adapter import VALUE_ADAPTER, AdapterValueModel
 from trl_apa.models.value_model import ValueModel, load_network, save_network, state_of
+from trl_apa.network_parts import parameters_beyond_text
 
 
 VALUE_MODEL_FOLDER = "value_model"
@@ -285,16 +286,20 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     """`model`, with new adapters if `peft_config` says so.
 
     Raises:
-        ValueError: for a model that cannot be trained as a policy: no language model, prompt learning (which changes
-            the sequence), adapters upon adapters, a quantised model without adapters, or one that is frozen.
+        ValueError: for a model that cannot be trained as a policy: no language model, a kind of adapters that cannot
+            be trained here, adapters upon adapters, a quantised model without adapters, or one that is frozen.
     """
     if model.get_output_embeddings() is None:
         raise ValueError(f"model is a {type(model).__name__}; it should be a language model")
     if is_peft_model(model) and peft_config is not None:
         raise ValueError("model has adapters already; give peft_config or a PEFT model, not both")
-    policy = model if peft_config is None else get_peft_model(model, peft_config)
+    if peft_config is not None:
+        refuse_unsupported(peft_config)
+    policy = model if peft_config is None else with_adapters(model, peft_config)
     if is_peft_model(policy):
-        refuse_prompt_learning(policy.active_peft_config)
+        refuse_unsupported(policy.active_peft_config)
+    for parameter in parameters_beyond_text(policy):
+        parameter.requires_grad_(False)  # it has no gradient, for which engines of several processes would wait
     if getattr(policy, "is_quantized", False) and not is_peft_model(policy):
         raise ValueError("model is quantised, so its weights cannot be trained; give peft_config for adapters on it")
     if not any(parameter.requires_grad for parameter in policy.parameters()):

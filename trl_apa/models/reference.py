@@ -3,14 +3,18 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from transformers import PreTrainedModel
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapters import (
     adapter_parameters,
     config_like,
+    in_eval_mode,
     only_adapter,
     trainable_as_before,
     trains_its_adapter_only,
@@ -18,6 +22,7 @@ from trl_apa.models.adapters import (
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.partitioned import gathered
 from trl_apa.models.quantization import use_one_kernel
+from trl_apa.network_parts import inner_model, text_trunk
 
 
 # Not a name that a caller would give to an adapter of his own.
@@ -32,7 +37,7 @@ def create_reference_model(
     Args:
         model: a language model, with or without a value-head wrapper.
         num_shared_layers (`int`, *optional*):
-            Freeze this many of the lowest layers of `model` (of an encoder-decoder, its encoder's), and the embeddings
+            Freeze this many of the lowest layers of `model` (of an encoder-decoder, its encoder's), and all that is
             below them, and share their memory with the copy.
         pattern (`str`, *optional*):
             Which layers are counted: the end of their names, such as `"transformer.h.{layer}"`. Defaults to the first
@@ -49,11 +54,12 @@ def create_reference_model(
 
 
 def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str = "model") -> int:
-    """Freeze all layers but the highest, and the embeddings below them, as the paper did in its HH experiments.
+    """Freeze all layers but the highest, and all that is below them, as the paper did in its HH experiments.
 
     Args:
-        num_unfrozen_layers: layers that stay as they are, with the final norm and what follows it. A vocabulary head
-            that is tied to the embeddings is frozen with them.
+        num_unfrozen_layers: layers that stay as they are, with the final norm and what follows it. Below them are the
+            embeddings and, where a family has them, their norm and projection. A vocabulary head that is tied to
+            the embeddings is frozen with them.
         network: a decoder without adapters, or its trunk.
         argument: what the trainer's caller knows the network by.
 
@@ -68,7 +74,7 @@ def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str =
         raise ValueError(
             f"num_unfrozen_layers={num_unfrozen_layers} is for decoders trained whole; {argument} has {kind}"
         )
-    num_layers = network.config.get_text_config().num_hidden_layers
+    num_layers = _num_layers(network)
     if num_unfrozen_layers > num_layers:
         raise ValueError(f"num_unfrozen_layers={num_unfrozen_layers}, but {argument} has {num_layers} layers")
     num_frozen = num_layers - num_unfrozen_layers
@@ -77,11 +83,17 @@ def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str =
     return num_frozen
 
 
+def _num_layers(model: nn.Module) -> int:
+    """As many as the config says; 0 if it does not."""
+    return getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
+
+
 def _lowest_layers(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
-    modules = dict(model.named_modules())
-    stacks = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    """Parameters of the lowest layers and of all that is below them."""
+    trunk = text_trunk(inner_model(getattr(model, "pretrained_model", model)))
+    stacks = [module for module in trunk.modules() if isinstance(module, nn.ModuleList)]
     if pattern is None:
-        layers = next((list(stack) for stack in stacks.values() if len(stack) == model.config.num_hidden_layers), [])
+        layers = next((list(stack) for stack in stacks if len(stack) == _num_layers(model)), [])
     else:
         layers = _layers_named_like(model, pattern)
     if num_layers > len(layers):
@@ -89,12 +101,46 @@ def _lowest_layers(model: nn.Module, num_layers: int, pattern: str | None) -> li
             f"num_shared_layers={num_layers}, but {type(model).__name__} has "
             f"{f'{len(layers)} layers' if layers else 'no stack of layers to share'}"
         )
-    embeddings = (
-        module
-        for name, module in modules.items()
-        if isinstance(module, nn.Embedding) and not name.startswith(tuple(f"{stack}." for stack in stacks))
-    )
-    return [parameter for module in (*embeddings, *layers[:num_layers]) for parameter in module.parameters()]
+    lowest = next(iter(layers[0])) if isinstance(layers[0], nn.ModuleList) else layers[0]
+    parameters = [*_below(trunk, lowest, stacks), *(p for layer in layers[:num_layers] for p in layer.parameters())]
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+class _LowestLayerReached(Exception):
+    """Ends a forward pass that has seen what it was to see."""
+
+
+@torch.no_grad()
+def _below(trunk: nn.Module, lowest: nn.Module, stacks: list[nn.ModuleList]) -> list[nn.Parameter]:
+    """Parameters of all embeddings outside the layers, and of what runs before the lowest layer does.
+
+    Families name and order these differently: norms and projections of the embeddings, positions. A pass shows it. Of
+    an encoder-decoder it is what belongs to the stack of the lowest layer.
+    """
+    in_stacks = {id(module) for stack in stacks for module in stack.modules()}
+    around = [module for module in trunk.modules() if any(part is lowest for part in module.modules())]
+    excluded = in_stacks | {id(module) for module in around}
+    below = [m for m in trunk.modules() if isinstance(m, nn.Embedding) and id(m) not in excluded]
+    # The innermost model that holds the layer: modules() gives outer ones first.
+    stack = [module for module in around if isinstance(module, PreTrainedModel)][-1:]
+    outside = [module for part in stack for module in part.modules() if id(module) not in excluded]
+
+    def reached(*_: Any) -> None:
+        raise _LowestLayerReached
+
+    hooks = [module.register_forward_pre_hook(lambda module, _: below.append(module)) for module in outside]
+    hooks.append(lowest.register_forward_pre_hook(reached))
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(trunk.parameters()).device)
+    inputs = {"decoder_input_ids": token} if trunk.config.is_encoder_decoder else {"use_cache": False}
+    try:
+        with gathered(p for module in outside for p in module.parameters(recurse=False)), in_eval_mode(trunk):
+            trunk(input_ids=token, **inputs)
+    except _LowestLayerReached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [parameter for module in below for parameter in module.parameters(recurse=False)]
 
 
 def _layers_named_like(model: nn.Module, pattern: str) -> list[nn.Module]:
@@ -175,10 +221,13 @@ def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module 
 
 
 def _adapter_is_identity(policy: nn.Module) -> bool:
-    """Whether the active adapter is a LoRA that changes nothing yet: its B matrices zero, no module trained whole."""
+    """Whether the active adapter is a LoRA that changes nothing yet: its B matrices zero, no rows or modules trained.
+
+    Of a fresh one that trains rows or modules whole, the frozen copy is as small as the adapter.
+    """
     active = policy.active_adapter
     config = policy.peft_config[active]
-    if config.peft_type != "LORA" or config.modules_to_save:
+    if config.peft_type != "LORA" or config.modules_to_save or getattr(config, "trainable_token_indices", None):
         return False
     matrices = [
         parameter

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import forward_parameters
 from trl_apa.models.adapters import adapter_parameters, add_adapter, in_eval_mode, only_adapter
+from trl_apa.network_parts import trunk_of
 
 
 DEFAULT_NAME = "reward_adapter"
@@ -123,7 +124,7 @@ def reward_scores(
         `Tensor` `(B, T, labels)`: float32, reward units, without gradient. A sequence's score is the one at its last
         real token.
     """
-    trunk = policy.get_base_model().base_model
+    trunk = trunk_of(policy.get_base_model())
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if attention_mask is not None and "position_ids" in forward_parameters(trunk):
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -7,8 +7,8 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
+from trl_apa.models.adapter_kinds import refuse_prompt_learning
 from trl_apa.models.adapters import adapter_parameters, add_adapter, config_like, only_adapter, trains_its_adapter_only
-from trl_apa.models.loading import refuse_prompt_learning
 from trl_apa.models.reward_adapter import load_adapter_weights, score_layer
 from trl_apa.models.value_model import (
     ValueHead,
@@ -19,6 +19,7 @@ from trl_apa.models.value_model import (
     save_value_model,
     trunk_values,
 )
+from trl_apa.network_parts import text_trunk
 
 
 # Not a name that a caller would give to an adapter of his own.
@@ -48,7 +49,7 @@ class AdapterValueModel(nn.Module):
             response_width: tokens.
         """
         with only_adapter(policy, VALUE_ADAPTER):
-            return trunk_values(policy.get_base_model().base_model, self.head, tokens, response_width)
+            return trunk_values(text_trunk(policy.get_base_model()), self.head, tokens, response_width)
 
     @classmethod
     def on_policy(cls, policy: nn.Module, source: str | Path | None = None) -> "AdapterValueModel":
@@ -74,7 +75,7 @@ class AdapterValueModel(nn.Module):
         add_adapter(policy, VALUE_ADAPTER, config, argument)
         if weights is not None:
             _fill(policy, argument, weights)
-        in_trunk = {id(parameter) for parameter in policy.get_base_model().base_model.parameters()}
+        in_trunk = {id(parameter) for parameter in text_trunk(policy.get_base_model()).parameters()}
         for parameter in adapter_parameters(policy, VALUE_ADAPTER).values():
             # One on the vocabulary head would never have a gradient.
             parameter.requires_grad_(id(parameter) in in_trunk)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import last_hidden_states
+from trl_apa.models.adapter_kinds import refuse_prompt_learning, with_adapters
 from trl_apa.models.checkpointing import either_method
-from trl_apa.models.loading import load_language_model, process_device, refuse_prompt_learning
+from trl_apa.models.loading import load_language_model, process_device
 from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
 from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
@@ -366,7 +367,7 @@ def _add_adapters(
 ) -> PeftModel:
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-    return get_peft_model(model, peft_config)
+    return with_adapters(model, peft_config)
 
 
 def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:

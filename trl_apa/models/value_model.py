@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import inner_model, response_rows, response_states
+from trl_apa.logprobs import response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
-from trl_apa.models.loading import load_language_model
+from trl_apa.models.loading import class_that_knows, load_language_model
 from trl_apa.models.partitioned import gathered, whole_shape
+from trl_apa.network_parts import inner_model, text_trunk, without_unknown_pad
 
 
 HEAD_WEIGHTS = "value_head.safetensors"
@@ -79,7 +80,7 @@ class ValueModel(nn.Module):
     @property
     def trunk(self) -> nn.Module:
         """What turns tokens into hidden states; a PEFT model's adapters sit inside its trunk."""
-        return self.network.get_base_model().base_model if is_peft_model(self.network) else self.network
+        return text_trunk(self.network.get_base_model()) if is_peft_model(self.network) else self.network
 
     @property
     def config(self) -> Any:
@@ -112,7 +113,7 @@ class ValueModel(nn.Module):
                 f"value_model={type(reward_model).__name__}: a value model can be built from a reward model with one "
                 f"linear `score` of one label, not from {score}"
             )
-        network = trainable(independent_copy(reward_model.base_model))
+        network = trainable(independent_copy(text_trunk(reward_model)))
         return cls(network, ValueHead.like(score).to(_device(network)))
 
     @classmethod
@@ -134,7 +135,7 @@ class ValueModel(nn.Module):
         if head is None:
             return cls._from_checkpoint(path, **kwargs)
         if find_adapter_config_file(str(path)) is None:
-            network = AutoModel.from_pretrained(path, **kwargs)
+            network = class_that_knows(AutoConfig.from_pretrained(path), AutoModel).from_pretrained(path, **kwargs)
         elif base_model is None:
             network = load_language_model(str(path), **kwargs)
         else:
@@ -148,11 +149,12 @@ class ValueModel(nn.Module):
         config = AutoConfig.from_pretrained(path)
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             return cls.from_reward_model(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
-        return cls.on_trunk(AutoModel.from_pretrained(path, **kwargs))
+        return cls.on_trunk(class_that_knows(config, AutoModel).from_pretrained(path, **kwargs))
 
     @classmethod
     def on_trunk(cls, trunk: nn.Module) -> "ValueModel":
         """A bare trunk with a new head. OPT-350m projects its hidden states; its config says to what."""
+        trunk = text_trunk(trunk)
         config = trunk.config.get_text_config()
         width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
         return cls(trunk, ValueHead(width).to(_device(trunk)))
@@ -243,7 +245,8 @@ def save_network(
     not look for it.
     """
     if not is_peft_model(network):
-        network.save_pretrained(path, state_dict=state_dict, **kwargs)
+        with without_unknown_pad(network):
+            network.save_pretrained(path, state_dict=state_dict, **kwargs)
         return
     adapter = adapter or network.active_adapter
     network.save_pretrained(path, state_dict=state_dict, selected_adapters=[adapter], **kwargs)
@@ -268,9 +271,10 @@ def load_network(network: nn.Module, path: str | Path, adapter: str | None = Non
         return
     # Its own config, whatever lies beside the weights; and transformers' loader, because it writes some families under
     # other names, or transposed.
-    loaded, info = type(network).from_pretrained(
-        path, config=network.config, dtype=network.dtype, output_loading_info=True
-    )
+    with without_unknown_pad(network):
+        loaded, info = type(network).from_pretrained(
+            path, config=network.config, dtype=network.dtype, output_loading_info=True
+        )
     if info["missing_keys"]:
         raise ValueError(f"{path} does not fit the model: it has no {sorted(info['missing_keys'])[0]!r}")
     network.load_state_dict(loaded.state_dict())
@@ -298,7 +302,7 @@ def _copy_with_adapter(policy: nn.Module) -> nn.Module:
     network = independent_copy(policy)
     for adapter in [name for name in network.peft_config if name != network.active_adapter]:
         network.delete_adapter(adapter)
-    in_trunk = {id(parameter) for parameter in network.get_base_model().base_model.parameters()}
+    in_trunk = {id(parameter) for parameter in text_trunk(network.get_base_model()).parameters()}
     for parameter in network.parameters():
         if id(parameter) not in in_trunk:
             parameter.requires_grad_(False)

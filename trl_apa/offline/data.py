@@ -148,8 +148,8 @@ def rollouts_of(
                 raise ValueError(f"reward is {reward:g}, it should be at most {LARGEST_SCORE:g} in size")
             query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
             response = completion_ids(row, tokenizer, args.add_eos)[: args.max_completion_length]
-            check_tokens("the prompt", query, policy)
-            check_tokens("the response", response, policy)
+            check_tokens("the prompt", query, policy, tokenizer)
+            check_tokens("the response", response, policy, tokenizer)
             check_positions([query], [len(response)], policy, "prompt + response")
         except ValueError as error:
             bad_rows.append(BadRow(number, str(error)))

@@ -20,6 +20,8 @@ from trl_apa.losses import apa_loss, awr_loss, value_loss
 from trl_apa.lost_trackers import go_on_without
 from trl_apa.masking import masked_mean, masked_whiten
 from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference_policy
+from trl_apa.network_checks import check_answers_text
+from trl_apa.network_parts import pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
@@ -34,7 +36,7 @@ from trl_apa.resuming import ResumableRuns
 from trl_apa.rewards import token_rewards
 from trl_apa.run_identity import data_fingerprint, initial_policy_fingerprint
 from trl_apa.saving import Saving
-from trl_apa.scoring import Scorer, reward_functions
+from trl_apa.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.signals import StopOnSignal
 from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_fp16, check_type
@@ -116,26 +118,27 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         networks = _networks(args, module)
         self._end_token_ids = end_token_ids(networks.policy, tokenizer)
-        self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if self._pad_token_id is None:
-            raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
+        read_by = [*networks.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        self._pad_token_id = padding_id(pad_token_id_of(tokenizer), read_by)
         rows = as_rows(train_dataset)
         self._data_fingerprint = data_fingerprint(rows)
         self.rollouts = rollouts_of(rows, tokenizer, networks.policy, args)
-        use_cache = networks.config.use_cache
-        super().__init__(
-            model=networks,
-            args=args,
-            data_collator=self._micro_batch,
-            train_dataset=list(range(len(self.rollouts))),
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        with use_cache_kept(networks.config):
+            super().__init__(
+                model=networks,
+                args=args,
+                data_collator=self._micro_batch,
+                train_dataset=list(range(len(self.rollouts))),
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
         hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            with self.accelerator.autocast():
+                check_answers_text(networks.policy)
         self._fill_in_returns()
-        networks.config.use_cache = use_cache  # the Trainer switches it off, and it would be saved with the policy
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         self.scorer: Scorer | None = None
@@ -143,6 +146,9 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             device = self.accelerator.device
             ends = self._end_token_ids
             functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks, ends)
+            for function in functions:
+                if isinstance(function, RewardModel):
+                    function.check_fits(networks.policy, args.max_prompt_length, args.max_completion_length)
             self.scorer = Scorer(functions, args.reward_weights)
         self._value_is_fitted = False
         self._resumed_estimates: dict[str, Tensor] = {}
