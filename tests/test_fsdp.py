@@ -26,6 +26,7 @@ from tests._engines import (
     trained_in_parts,
 )
 from tests._two_processes import run_in_two_processes
+from tests.families import family_model
 from tests.test_update import assert_same
 from tests.tiny import tiny_config, tiny_model, tiny_trainer
 
@@ -62,6 +63,9 @@ def everything(rank, folder, base):
     return {
         "full": full,
         "tied": stepped(with_fsdp, f"{folder}/tied", rows, tiny_model("gpt2"), {"mini_batch_size": 4})[1],
+        "row by row": stepped(with_fsdp, f"{folder}/griffin", rows, family_model("griffin", scale=1.0), ACCUMULATED)[
+            1
+        ],
         "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
         "train": trained_in_parts(with_fsdp, f"{folder}/train", base, state_dict_type="SHARDED_STATE_DICT"),
         "bf16": in_half_precision(f"{folder}/bf16", rows),
@@ -91,6 +95,13 @@ def test_so_they_do_with_one_weight_for_both_ends_of_the_policy(ranks, folder):
     _, expected = stepped(alone, folder / "tied-alone", model=tiny_model("gpt2"))
     for rank in ranks:
         assert_equal_outcome(rank["tied"], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+def test_so_they_do_where_rows_are_read_one_by_one(ranks, folder):
+    expected = stepped(alone, folder / "griffin-alone", model=family_model("griffin", scale=1.0))[1]
+    for rank in ranks:
+        assert_equal_outcome(rank["row by row"], expected)
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder):

@@ -132,10 +132,10 @@ def test_policy_and_head_are_saved_side_by_side_and_come_back(tmp_path, lora):
 def test_a_plain_model_gets_a_head(tmp_path):
     trainer = head_trainer(tmp_path, tiny_model("opt"), gradient_checkpointing=True)
     head = trainer.model.value_model.head
-    assert head.summary.in_features == 8 and head.dropout.p == 0.0
+    assert head.summary.in_features == 8
     before = head.summary.weight.detach().clone()
     trainer.step(*tiny_rollouts())
-    assert not head.summary.weight.equal(before)
+    assert not head.summary.weight.equal(before) and not head.dropout.training
 
 
 def test_gradient_checkpointing_and_a_rate_of_its_own_change_nothing_else(tmp_path):

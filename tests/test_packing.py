@@ -15,9 +15,11 @@ from tests.test_training import trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa import logprobs
+from trl_apa.layouts import Layouts, why_not_packed
 from trl_apa.logprobs import head_logprobs, network_inputs, response_logprobs, trunk_and_head
-from trl_apa.packing import PER_SEQUENCE, attend_per_sequence, pack_if_exact, why_not_packed
-from trl_apa.rollouts import Rollouts, pack_tokens, pad_tokens, response_mask
+from trl_apa.packing import PER_SEQUENCE, attend_per_sequence
+from trl_apa.rollouts import Layout, Rollouts, pack_tokens, pad_tokens, response_mask
+from trl_apa.trials import LONG
 
 
 OTHER_FAMILIES = {
@@ -175,7 +177,7 @@ def test_what_the_host_knows_is_sent_without_waiting_for_the_device():
     with waits, Copies(waits.seen):
         torch.ones(2).to("meta")
         torch.tensor([1], device="meta")
-        batch = rollouts.micro_batch([2, 0], 0, packed=True)
+        batch = rollouts.micro_batch([2, 0], 0, Layout.PACKED)
         bounds = network_inputs(model, batch)["cu_seq_lens_q"]
     assert bounds.device == batch["rows"].device == batch["position_ids"].device == torch.device("meta")
     assert waits.seen == ["_to_copy", "tensor"]  # those of the first two lines
@@ -189,7 +191,7 @@ def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PER_SEQUENCE, leaking)
     for model in (tiny_model(), tiny_model(scale=1.0), tiny_model(dtype=torch.bfloat16)):
         assert why_not_packed(model) == "computes something else from a packed row"
-        assert not pack_if_exact([model], None)
+        assert Layouts([model])(LONG) is Layout.PADDED
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -197,9 +199,9 @@ def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
 def test_other_attention_is_padded(implementation):
     model = tiny_model()
     model.set_attn_implementation(implementation)
-    assert not pack_if_exact([model], None)
+    assert Layouts([model])(LONG) is Layout.PADDED
     with pytest.raises(ValueError, match=f"LlamaForCausalLM attends with {implementation}, and only SDPA and flash"):
-        pack_if_exact([model], True)
+        Layouts([model], padding_free=True)
     assert model.config._attn_implementation == implementation
 
 
@@ -220,10 +222,12 @@ def test_flash_attention_gets_the_bounds_of_the_sequences(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash)
     model = tiny_model()
     model.config._attn_implementation_internal = name
-    assert pack_if_exact([model], True)
+    assert Layouts([model], padding_free=True)(LONG) is Layout.PACKED
     assert model.config._attn_implementation == name
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, None)
-    assert why_not_packed(model).startswith("could not be tried out")
+    other = tiny_model()
+    other.config._attn_implementation_internal = name
+    assert why_not_packed(other).startswith("could not be tried out")
 
 
 def test_a_network_ready_for_packing_reads_padded_batches_and_generates_as_before():
@@ -232,7 +236,7 @@ def test_a_network_ready_for_packing_reads_padded_batches_and_generates_as_befor
         pad_tokens([torch.tensor([5, 6, 7]), torch.tensor([8])], [torch.tensor([3, 4])] * 2, 0),
     )
     plain = copy.deepcopy(model)
-    assert pack_if_exact([model], True)
+    assert Layouts([model], padding_free=True)(LONG) is Layout.PACKED
     assert model.config._attn_implementation == PER_SEQUENCE
     for network in (model, plain):
         network.eval()

@@ -20,9 +20,11 @@ from tests._engines import (
     on_one_8bit_base,
     on_one_base,
     rows_of,
+    stepped,
 )
 from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.fake_vllm import Server, install
+from tests.families import family_model
 from tests.test_reward_faults import FAULTS, fails_at
 from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
@@ -84,6 +86,7 @@ def fail_in_one_process(rank, folder):
         train_dataset=PROMPTS,
         reward_funcs=[network, one_side],
     )
+    next(network.parameters()).ds_id = 0  # as ZeRO-3 marks what it has sharded
     fine, messages = False, []
     with pytest.raises(ValueError) as failed:
         trainer.train()
@@ -240,6 +243,9 @@ def everything(rank, folder):
     results["on one 8-bit base"] = on_one_8bit_base(
         tiny_config, f"{folder}/quantised", f"{folder}/model", rows, mini_batch_size=4
     )
+    results["row by row"] = stepped(
+        tiny_config, f"{folder}/griffin", rows, family_model("griffin", scale=1.0), ACCUMULATED
+    )[1]
     results["life"] = live_a_little(rank, f"{own}/life")
     results["failures"] = fail_in_one_process(rank, f"{own}/failures")
     results["ended"] = end_in_one_process(rank, f"{folder}/ended")
@@ -285,6 +291,14 @@ def test_two_ranks_equal_one_process_with_all_networks_on_one_base(tmp_path, ran
         assert_equal_outcome(rank["on one base, accumulated"], expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+def test_two_ranks_equal_one_process_where_rows_are_read_separately(tmp_path, ranks):
+    """Each process groups its own rows by length."""
+    expected = stepped(alone, tmp_path, model=family_model("griffin", scale=1.0))[1]
+    for rank in ranks:
+        assert_equal_outcome(rank["row by row"], expected)
+
+
 def test_two_ranks_equal_one_process_on_an_8bit_base(tmp_path, folder, ranks):
     expected = on_one_8bit_base(alone, tmp_path, str(folder / "model"))
     assert torch.int8 in {weight.dtype for weight in expected["weights"].values()}
@@ -317,7 +331,7 @@ def test_ranks_refuse_together_stay_together_and_see_and_sample_different_things
 def test_a_failure_of_one_rank_leaves_the_other_neither_in_a_reward_model_nor_before_a_merge(ranks):
     (scored_0, merged_0), *passes_0 = ranks[0]["failures"]
     (scored_1, merged_1), *passes_1 = ranks[1]["failures"]
-    assert passes_0 == passes_1 == [0, 1]
+    assert passes_0 == passes_1 == [0, 4]  # three of them a trial
     assert "1 other process" in scored_0 and "reward function one_side gave nan for row 0" in scored_1
     assert "NotADirectoryError" in merged_0 and "ValueError: 1 other process" in merged_1
 

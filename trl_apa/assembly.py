@@ -1,5 +1,6 @@
 """The trainer's networks, put together from what its caller gave: policy, reference, value model, tokenizer."""
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from trl_apa.models import (
     ValueModel,
     build_policy,
     choose_reference,
-    disable_dropout,
     freeze_all_but,
     load_language_model,
     resolve_value_model,
@@ -59,7 +59,7 @@ def assemble(
     num_shared_layers: int | None,
     optimizer: torch.optim.Optimizer | None,
 ) -> Networks:
-    """The networks that the arguments of `APATrainer` mean, with dropout off, frozen where they are not to learn.
+    """The networks that the arguments of `APATrainer` mean, without randomness, frozen where they are not to learn.
 
     Args:
         args: names of adapters, layers to freeze, the value model's learning rate.
@@ -69,6 +69,9 @@ def assemble(
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
     """
+    if args.neftune_noise_alpha is not None:
+        text = f"neftune_noise_alpha={args.neftune_noise_alpha} has no effect: the log-ratio to pi_init would be noisy"
+        warnings.warn(text, UserWarning, stacklevel=3)
     given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
     check_type("model", model, MODELS)
     check_type("ref_model", ref_model, MODELS, optional=True)
@@ -104,6 +107,6 @@ def assemble(
         check_precision(module)
     check_networks_are_apart(module, ref_model, optimizer)
     reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
-    disable_dropout(module)  # of pi_init's adapter too, if it lies on the policy
+    module.eval()  # what was added to it since it was made, pi_init's adapter say
     add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)
     return Networks(module, reference, tokenizer)

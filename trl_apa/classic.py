@@ -9,7 +9,7 @@ from transformers import GenerationConfig, set_seed
 
 from trl_apa.generation import decoder_start_token_id, neutral_generation_config
 from trl_apa.kl import AdaptiveKLController, FixedKLController
-from trl_apa.models.adapters import in_eval_mode
+from trl_apa.models.adapters import held_repeatable
 from trl_apa.models.reference import create_reference_model
 
 
@@ -71,7 +71,7 @@ def respond_to_batch(
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": top_p}
     options["decoder_start_token_id"] = decoder_start_token_id(model)
     generation_config = GenerationConfig(max_new_tokens=txt_len, use_cache=True, **options)
-    with torch.no_grad(), in_eval_mode(model), neutral_generation_config(model):
+    with torch.no_grad(), held_repeatable(model), neutral_generation_config(model):
         tokens_BT = model.generate(
             input_ids=queries, attention_mask=torch.ones_like(queries), generation_config=generation_config
         )

@@ -186,7 +186,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             Of sampling. The losses assume the whole distribution: leave both off unless you know why not.
         padding_free (`bool`, *optional*):
             Run the networks on the tokens of a micro-batch in one row, without padding. By default wherever they are
-            seen to compute the same from it; `True` raises elsewhere, `False` pads.
+            seen to compute the same from it; `True` raises elsewhere, `False` never does.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value model. Defaults to `learning_rate`.
         num_unfrozen_layers (`int`, *optional*):

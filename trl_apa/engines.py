@@ -92,7 +92,7 @@ def prepare_frozen(model: nn.Module, policy: nn.Module, accelerator: Accelerator
         policy: before it is prepared.
     """
     if cuts_up_weights(accelerator) and {id(p) for p in model.parameters()} & {id(p) for p in policy.parameters()}:
-        model = independent_copy(model).requires_grad_(False).eval()
+        model = independent_copy(model).requires_grad_(False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # The engine's hooks are on the model itself, whose config and generate are those of a language model.
         return prepare_deepspeed(model, accelerator).module

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
-from trl_apa.logprobs import TOKEN_FIELDS
 from trl_apa.masking import keep_counted
-from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.rollouts import lay_out, longest_row, response_mask
 
 
 if TYPE_CHECKING:
@@ -128,8 +127,9 @@ def _kl_and_entropy(trainer: "APATrainer", queries: list[Tensor], responses: lis
     """Sums over each response, nats, `(B,)`: of log pi - log pi_init, and of the policy's entropy."""
     device = trainer.accelerator.device
     mask_BR = response_mask(responses, device=device)
-    tokens = pad_tokens(queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
-    tokens = {name: tokens[name].to(device) for name in TOKEN_FIELDS if name in tokens}
+    queries, responses = send_to_device([queries, responses], device)
+    layout = trainer._layouts(longest_row(queries, responses, trainer._decoder_start_token_id))
+    tokens = lay_out(layout, queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
     batch = {**tokens, "response_mask": mask_BR}
     with trainer.accelerator.autocast():
         outputs = trainer._module_to_call(**trainer._model_inputs(batch), with_value=False, with_entropy=True)

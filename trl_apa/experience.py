@@ -9,12 +9,14 @@ from trl_apa._trl import _BaseTrainer
 from trl_apa.advantages import gae
 from trl_apa.iteration import Iteration
 from trl_apa.kl import kl_estimate, kl_full
+from trl_apa.layouts import try_sampling_up_to
 from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.masking import masked_whiten
 from trl_apa.models import reference_policy
 from trl_apa.rewards import kl_penalized_rewards, shaped_token_rewards
-from trl_apa.rollouts import Rollouts
+from trl_apa.rollouts import Layout, Rollouts
 from trl_apa.statistics import StageTimer
+from trl_apa.trials import LONG
 
 
 class Experience(_BaseTrainer):
@@ -46,9 +48,10 @@ class Experience(_BaseTrainer):
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         order = rollouts.by_length(range(len(rollouts)))
-        packed = self._packed and not full_kl
         for start in range(0, len(rollouts), size):
-            batch = rollouts.micro_batch(order[start : start + size], self._pad_token_id, packed)
+            rows = order[start : start + size]
+            layout = self._layouts(rollouts.longest(rows), packable=not full_kl)
+            batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
             rollouts.values_BR[index, :width] = outputs["values"].float()
@@ -112,8 +115,8 @@ class Experience(_BaseTrainer):
         """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
         epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
         size = self.args.per_device_train_batch_size
-        if size < self.args.backward_batch_size and not self._packed:
-            # Neighbours are padded together; which rows share an optimizer step stays as drawn.
+        if size < self.args.backward_batch_size and self._layouts(rollouts.longest()) is not Layout.PACKED:
+            # Neighbours are read together; which rows share an optimizer step stays as drawn.
             epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
         return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
 
@@ -123,6 +126,21 @@ class Experience(_BaseTrainer):
         order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
         size = self.args.backward_batch_size
         return [order[start : start + size] for start in range(0, num_rows, size)]
+
+    @property
+    def _packed(self) -> bool:
+        """Whether short rows go without padding."""
+        return self._layouts(LONG) is Layout.PACKED
+
+    def _try_rows_of_the_run(self) -> None:
+        """Make trials with the weights that a run begins with, so that it is the same one when it is resumed."""
+        if self._is_sharded:
+            return
+        longest = (self.args.max_prompt_length or LONG) + self.args.max_completion_length
+        self._layouts.try_up_to(longest)
+        if self.vllm is None:
+            with self._module_for_generation() as module, self.accelerator.autocast():
+                try_sampling_up_to(module.policy, longest)
 
     def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: batch[name] for name in TOKEN_FIELDS if name in batch}

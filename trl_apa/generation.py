@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from trl_apa._trl import is_peft_model
+from trl_apa.generation_defaults import neutral_generation_config
+from trl_apa.layouts import sampling_batches
 from trl_apa.network_parts import padding_id
 from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
@@ -102,11 +102,12 @@ def generate_responses(
     """Sample one response to each query.
 
     Queries are batched by length, so that short ones do not wait behind the padding of long ones, and padded inside
-    (on the left; on the right for an encoder); the answers come back in the callers' order. The model's own generation
+    (on the left; on the right for an encoder), unless the model then answers otherwise than it does alone: those of
+    equal length are batched then. The answers come back in the callers' order. The model's own generation
     config (a top_k of 50, say) has no influence: what `generation_config` leaves unset is off.
 
     Args:
-        model: a language model in which dropout is off.
+        model: a language model in eval mode.
         queries: 1-D tensors of token ids, at least one token each.
         generation_config: sampling options, `max_new_tokens`, `pad_token_id` (which may be beyond the embedding),
             `eos_token_id` (one or several), and for an encoder-decoder `decoder_start_token_id`.
@@ -116,7 +117,7 @@ def generate_responses(
         batch_size: queries a call of `generate`.
         length_sampler: if given, draws `max_new_tokens` for each batch.
         remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
-        pad_to_multiple_of: round the prompt width up to a multiple of it.
+        pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
         model_inputs: passed on to `generate` (a logits processor, say).
 
     Returns:
@@ -126,7 +127,6 @@ def generate_responses(
         ValueError: if a response could grow beyond the model's positions.
     """
     responses: list[Tensor] = [queries[0]] * len(queries)
-    by_length = sorted(range(len(queries)), key=lambda row: len(queries[row]))
     device = next(model.parameters()).device
     two_stacks = model.config.is_encoder_decoder
     # Finished rows go on through the network, padded.
@@ -134,15 +134,19 @@ def generate_responses(
     sampling.pad_token_id = padding_id(pad_token_id, [model])
     if length_sampler is None and max_length is None:
         check_positions(queries, [generation_config.max_new_tokens] * len(queries), model, "query + max_new_tokens")
-    for start in range(0, len(queries), batch_size):
-        rows = by_length[start : start + batch_size]
+
+    def limits_of(rows: Sequence[int]) -> list[int]:
+        before = [1 if two_stacks else len(queries[row]) for row in rows]
+        limits = response_limits(before, generation_config, max_length, length_sampler)
+        check_positions([queries[row] for row in rows], limits, model, "batch")
+        return limits
+
+    pads = bool(pad_to_multiple_of)
+    for rows, limits_B, padded in _exact_batches(model, queries, batch_size, pads, limits_of):
         batch = [queries[row] for row in rows]
         side = "right" if two_stacks else "left"
-        inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of, side)
+        inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of if padded else None, side)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        before = [1 if two_stacks else len(query) for query in batch]
-        limits_B = response_limits(before, generation_config, max_length, length_sampler)
-        check_positions(batch, limits_B, model, "batch")
         sampling.max_new_tokens = max(limits_B)
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
@@ -158,6 +162,31 @@ def generate_responses(
         for row, response in zip(rows, cut, strict=True):
             responses[row] = response.to(queries[row].device)
     return responses
+
+
+def _exact_batches(
+    model: nn.Module,
+    queries: Sequence[Tensor],
+    batch_size: int,
+    pads: bool,
+    limits_of: Callable[[Sequence[int]], list[int]],
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Rows in order of length, most tokens of the response to each, and whether they may be padded.
+
+    Args:
+        model, queries, batch_size: see `generate_responses`.
+        pads: whether batches of equally long prompts are padded, too.
+        limits_of: called once for each `batch_size` rows.
+    """
+    by_length = sorted(range(len(queries)), key=lambda row: len(queries[row]))
+    for start in range(0, len(queries), batch_size):
+        rows = by_length[start : start + batch_size]
+        limits, lengths = limits_of(rows), [len(queries[row]) for row in rows]
+        total = max if model.config.is_encoder_decoder else sum
+        longest = max(total(pair) for pair in zip(lengths, limits, strict=True))
+        batches, padded = sampling_batches(model, lengths, longest, pads)
+        for batch in batches:
+            yield [rows[i] for i in batch], [limits[i] for i in batch], padded
 
 
 def response_limits(
@@ -235,20 +264,6 @@ def row_criteria(
         except ValueError:  # it wants a tokenizer that can spell any text
             criteria.append(DecodedTextCriteria(tokenizer, stop_strings))
     return criteria
-
-
-@contextmanager
-def neutral_generation_config(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` has no generation defaults of its own for `generate` to fall back on."""
-    owners = [model, model.get_base_model()] if is_peft_model(model) else [model]
-    saved = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = GenerationConfig()
-        yield
-    finally:
-        for owner, config in zip(owners, saved, strict=True):
-            owner.generation_config = config
 
 
 def decoder_start_token_id(model: nn.Module) -> int | None:

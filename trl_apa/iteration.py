@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_apa.rollouts import Rollouts
+from trl_apa.rollouts import Layout, Rollouts
 from trl_apa.statistics import UpdateRecord
 
 
@@ -91,8 +91,13 @@ class Iteration:
     def epochs_done(self) -> float:
         return self.steps_done / self.steps_per_epoch
 
-    def next_micro_batch(self, pad_token_id: int, packed: bool = False) -> dict[str, Any]:
-        """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step."""
+    def next_micro_batch(self, pad_token_id: int, layout_for: Callable[[int], Layout]) -> dict[str, Any]:
+        """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step.
+
+        Args:
+            pad_token_id: what to fill with.
+            layout_for: tokens of the longest row to the layout of a micro-batch.
+        """
         step, number = divmod(self.position, self.micro_batches_per_step)
         if number == 0:
             self.record.observing = step < self.steps_per_epoch
@@ -100,7 +105,8 @@ class Iteration:
         start = number * self.micro_batch_size
         rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
-        return {**self.rollouts.micro_batch(rows, pad_token_id, packed), "num_tokens": self.num_tokens[step]}
+        layout = layout_for(self.rollouts.longest(rows))
+        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), "num_tokens": self.num_tokens[step]}
 
     def rewind(self, position: int, num_norms: int) -> None:
         """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.

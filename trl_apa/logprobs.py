@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of a language model's tokens, at response positions only, in float32."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from trl_apa._trl import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 from trl_apa.fused_head import can_fuse, fused_logprobs, runs_kernel
 from trl_apa.masking import at_least_float32
+from trl_apa.network_identity import identity_of
 from trl_apa.network_parts import inner_model, num_token_ids, trunk_of
 from trl_apa.rollouts import send
 
@@ -27,9 +28,12 @@ TOKEN_FIELDS = (
     "response_index",
     "attention_mask",
     "sequence_lengths",
+    "row_groups",
     "encoder_input_ids",
     "encoder_attention_mask",
 )
+# The shape of the mask of a packed row.
+UNREAD_MASK = (1, 1, 1, 1)
 # Entries of logits in memory at a time where the head is not fused with the softmax; more are computed in chunks of
 # tokens, and once more in the backward pass.
 LOGITS_AT_ONCE = 2**25
@@ -81,10 +85,10 @@ def policy_outputs(
 
     Args:
         model: a language model, with or without PEFT adapters.
-        tokens: what `rollouts.pad_tokens` or, for models that can read it, `rollouts.pack_tokens` gives.
+        tokens: what `rollouts.lay_out` gives, in a layout that the model can read.
         response_width: `R`, tokens.
         temperature: logits are divided by it.
-        with_entropy, with_hidden, with_logits: what else to return; logits only of a padded layout.
+        with_entropy, with_hidden, with_logits: what else to return; logits not of a packed layout.
         own_forward: call the model as a whole, which an engine that has cut it up waits for.
 
     Raises:
@@ -94,13 +98,17 @@ def policy_outputs(
     if parts is None:
         if "sequence_lengths" in tokens:
             raise RuntimeError(f"a packed row was given to {type(model).__name__}, which needs a padded batch")
+        if "row_groups" in tokens:
+            return _separate_outputs(
+                model, tokens, response_width, temperature, with_entropy, with_hidden, with_logits
+            )
         logits_BRV, hidden_BRH = response_logits(model, tokens, response_width, temperature, with_hidden)
         logprobs_BR = sampled_logprobs(logits_BRV, tokens)
         entropy_BR = response_entropy(logits_BRV) if with_entropy else None
         return PolicyOutputs(logprobs_BR, entropy_BR, hidden_BRH, logits_BRV if with_logits else None)
     trunk, head = parts
     hidden_MH = response_states(trunk, tokens)
-    targets_M = tokens["input_ids"].flatten()[tokens["predicting_index"] + 1]
+    targets_M = response_tokens(tokens)
     logprobs_M, entropy_M = head_logprobs(head, hidden_MH, targets_M, temperature, with_entropy)
     return PolicyOutputs(
         response_rows(logprobs_M, tokens, response_width),
@@ -109,15 +117,66 @@ def policy_outputs(
     )
 
 
+def _separate_outputs(
+    model: nn.Module,
+    tokens: Mapping[str, Any],
+    response_width: int,
+    temperature: float,
+    with_entropy: bool,
+    with_hidden: bool,
+    with_logits: bool,
+) -> PolicyOutputs:
+    """`policy_outputs` by the model's own forward, of rows that are read separately."""
+    options: dict[str, Any] = {"output_hidden_states": True} if with_hidden else {}
+    if "logits_to_keep" in forward_parameters(model):
+        options["logits_to_keep"] = response_width + 1
+    outputs = [model(**inputs, **options) for inputs in separate_inputs(tokens)]
+
+    def predicting(states: list[Tensor]) -> Tensor:
+        """At the predicting positions of `N` or, where only the last of each row are there, of those."""
+        flat, index_M = torch.cat([part.flatten(0, 1) for part in states]), tokens["predicting_index"]
+        if len(flat) < tokens["input_ids"].shape[1]:
+            index_M = _among_the_last(tokens["row_groups"], response_width + 1, index_M.device)[index_M]
+        return flat.index_select(0, index_M.to(flat.device))
+
+    logits_MV = at_least_float32(predicting([output.logits for output in outputs])) / temperature
+    targets_M = response_tokens(tokens)
+    logprobs_M, entropy_M = token_logprobs(logits_MV, targets_M.to(logits_MV.device), with_entropy)
+    hidden_MH = predicting([last_hidden_states(output) for output in outputs]) if with_hidden else None
+    named = (logprobs_M, entropy_M, hidden_MH, logits_MV if with_logits else None)
+    return PolicyOutputs(*(None if part is None else response_rows(part, tokens, response_width) for part in named))
+
+
+def _among_the_last(row_groups: tuple[tuple[int, int, int], ...], kept: int, device: torch.device) -> Tensor:
+    """For each token of rows one behind the other, its place if only the last `kept` of each row were left."""
+    first, places = 0, []
+    for count, length, _ in row_groups:
+        number = min(kept, length)
+        starts = torch.arange(first, first + count * number, number)
+        places.append((starts[:, None] + (torch.arange(length) - (length - number)).clamp(min=0)).flatten())
+        first += count * number
+    return send(torch.cat(places), device)
+
+
 def response_states(trunk: nn.Module, tokens: Mapping[str, Any], **options: Any) -> Tensor:
     """The last hidden states that predict the `M` response tokens, `(M, H)`; `options` are the trunk's."""
-    hidden_BTH = last_hidden_states(trunk(**network_inputs(trunk, tokens), **options))
-    return hidden_BTH.flatten(0, 1).index_select(0, tokens["predicting_index"].to(hidden_BTH.device))
+    parts = separate_inputs(tokens) if "row_groups" in tokens else [network_inputs(trunk, tokens)]
+    states = [last_hidden_states(trunk(**inputs, **options)).flatten(0, 1) for inputs in parts]
+    hidden_NH = states[0] if len(states) == 1 else torch.cat(states)
+    return hidden_NH.index_select(0, tokens["predicting_index"].to(hidden_NH.device))
+
+
+def response_tokens(tokens: Mapping[str, Any]) -> Tensor:
+    """The ids of the `M` response tokens, int64 `(M,)`."""
+    return tokens["input_ids"].flatten()[tokens["predicting_index"] + 1]
 
 
 def response_rows(values_M: Tensor, tokens: Mapping[str, Any], response_width: int) -> Tensor:
     """Values of the `M` response tokens in rows, `(B, R)` or `(B, R, H)`, with 0 where a row has no token."""
-    num_rows = len(tokens["sequence_lengths"]) if "sequence_lengths" in tokens else len(tokens["input_ids"])
+    if "row_groups" in tokens:
+        num_rows = sum(count for count, _, _ in tokens["row_groups"])
+    else:
+        num_rows = len(tokens.get("sequence_lengths", tokens["input_ids"]))
     index_M = tokens["response_index"].to(values_M.device)
     flat = values_M.new_zeros(num_rows * response_width, *values_M.shape[1:]).index_copy(0, index_M, values_M)
     return flat.unflatten(0, (num_rows, response_width))
@@ -245,6 +304,23 @@ def network_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, A
     return {**inputs, "use_cache": False}
 
 
+def separate_inputs(tokens: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of each call for `tokens` of `rollouts.separate_tokens`: token ids, and nothing more.
+
+    A network that is told neither a mask nor positions makes its own, as it does for a row alone.
+    """
+    ids_N = encoder_ids_N = tokens["input_ids"][0]
+    if "encoder_input_ids" in tokens:
+        encoder_ids_N = tokens["encoder_input_ids"][0]
+    for count, length, of_query in tokens["row_groups"]:
+        ids, ids_N = ids_N.tensor_split([count * length])
+        inputs = {"input_ids": ids.view(count, length)}
+        if "encoder_input_ids" in tokens:
+            encoder_ids, encoder_ids_N = encoder_ids_N.tensor_split([count * of_query])
+            inputs = {"input_ids": encoder_ids.view(count, of_query), "decoder_input_ids": inputs["input_ids"]}
+        yield {**inputs, "use_cache": False}
+
+
 def _packed_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, Any]:
     """A packed row, for attention that knows of sequences in it: `packing.attend_per_sequence`, flash attention."""
     lengths, device = tokens["sequence_lengths"], tokens["input_ids"].device
@@ -254,7 +330,7 @@ def _packed_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, A
         bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         return {**inputs, **bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     # transformers hands on a mask of four dimensions as it is, instead of making one of N x N; it is not read.
-    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    unread = torch.ones(UNREAD_MASK, dtype=torch.bool, device=device)
     return {**inputs, "attention_mask": unread, "sequence_lengths": lengths}
 
 
@@ -267,6 +343,7 @@ def last_hidden_states(output: Any) -> Tensor:
 
 
 _IS_HEAD_OF_TRUNK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_IS_HEAD_OF_EQUAL_TRUNK: dict[Hashable, bool] = {}
 _FORWARD_REPLACED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -297,19 +374,43 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     if trunk is base or head is None:
         return None
     if base not in _IS_HEAD_OF_TRUNK:
-        _IS_HEAD_OF_TRUNK[base] = _is_head_of_trunk(base, trunk, head)
-        torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
+        equal = identity_of(base) or object()
+        if equal not in _IS_HEAD_OF_EQUAL_TRUNK:
+            _IS_HEAD_OF_EQUAL_TRUNK[equal] = _is_head_of_trunk(base, trunk, head)
+            torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
+        _IS_HEAD_OF_TRUNK[base] = _IS_HEAD_OF_EQUAL_TRUNK[equal]
     return (trunk, head) if _IS_HEAD_OF_TRUNK[base] else None
 
 
 @torch.no_grad()
 def _is_head_of_trunk(model: nn.Module, trunk: nn.Module, head: nn.Module) -> bool:
+    """Whether the head reads the trunk's hidden states as they are, and the model returns its logits as they are.
+
+    Large logits are put in the place of the head's: a cap on those of a small new model could not be seen.
+    """
     if is_sharded(model):
         return False
-    input_ids = torch.arange(4, device=trunk.get_input_embeddings().weight.device)[None] % (num_token_ids(model) or 1)
-    logits = model(input_ids=input_ids, use_cache=False).logits
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        made = torch.linspace(-1000, 1000, output.numel(), device=output.device).view_as(output).to(output)
+        seen.append((args[0], made))
+        return made
+
+    device = trunk.get_input_embeddings().weight.device
+    input_ids = torch.arange(4, device=device)[None] % (num_token_ids(model) or 1)
+    hook = head.register_forward_hook(replace)
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if len(seen) != 1:
+        return False
+    read, made = seen[0]
     hidden = last_hidden_states(trunk(input_ids=input_ids, use_cache=False))
-    return torch.allclose(logits, head(hidden.to(head_device(head))).to(logits), rtol=1e-4, atol=1e-5)
+    same = (read.shape, logits.shape) == (hidden.shape, made.shape) and torch.allclose(logits, made.to(logits))
+    allowed = 1e-3 * float(hidden.nan_to_num().abs().max())
+    return same and torch.allclose(read, hidden.to(read), rtol=1e-3, atol=allowed)
 
 
 def is_sharded(model: nn.Module) -> bool:

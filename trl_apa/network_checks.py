@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import head_width, is_sharded
-from trl_apa.models.adapters import in_eval_mode
+from trl_apa.models.adapters import held_repeatable
 from trl_apa.network_parts import inner_model, max_positions, num_token_ids
 
 
@@ -35,7 +35,7 @@ def check_answers_text(policy: nn.Module) -> None:
     name = type(base).__name__
     tokens = torch.tensor([[0, 0], [0, 1]], device=base.get_input_embeddings().weight.device) % known
     try:
-        with in_eval_mode(policy):
+        with held_repeatable(policy):
             logits_BV = policy(input_ids=tokens, use_cache=False).logits[:, 0].float()
     except Exception as error:
         what = "with its adapters " if is_peft_model(policy) else ""

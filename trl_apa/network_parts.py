@@ -87,8 +87,17 @@ def num_token_ids(network: nn.Module) -> int | None:
 
 
 def max_positions(network: nn.Module) -> int | None:
-    """Longest sequence that the network was made for, tokens; None if it sets no limit."""
-    return getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    """Longest sequence the network was made for, tokens; None if it sets no limit. Dynamic RoPE stretches it."""
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    kinds = rope_options(network.config)
+    factors = [options.get("factor") or 1 for options in kinds if "dynamic" in (options.get("rope_type") or "")]
+    return limit if limit is None else int(limit * max(factors, default=1))
+
+
+def rope_options(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The options of RoPE in a config, one for each kind of layers that has its own."""
+    options = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [part for part in options.values() if isinstance(part, dict)] or [options]
 
 
 def padding_id(token_id: int, networks: Iterable[nn.Module]) -> int:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,6 +11,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_apa.values import why_unreadable
+
+
+class Layout(Enum):
+    """How the rows of a micro-batch lie before a network.
+
+    PACKED: one behind the other in one row (`pack_tokens`), for a network that is told where each ends.
+    PADDED: one a row, filled up with pads (`pad_tokens`).
+    SEPARATE: rows of equal length together, without pads (`separate_tokens`).
+    ONE_BY_ONE: the same, each row by itself.
+    """
+
+    PACKED = "packed"
+    PADDED = "padded"
+    SEPARATE = "separate"
+    ONE_BY_ONE = "one by one"
 
 
 @dataclass
@@ -61,26 +77,28 @@ class Rollouts:
         """`rows` from the shortest query and response to the longest, so that neighbours need little padding."""
         return sorted(rows, key=lambda row: len(self.queries[row]) + len(self.responses[row]))
 
-    def micro_batch(self, rows: Sequence[int], pad_token_id: int, packed: bool = False) -> dict[str, Any]:
+    def longest(self, rows: Iterable[int] | None = None) -> int:
+        """Tokens of the longest of `rows`, by default of all: see `longest_row`."""
+        rows = list(range(len(self)) if rows is None else rows)
+        pair = [self.queries[row] for row in rows], [self.responses[row] for row in rows]
+        return longest_row(*pair, self.decoder_start_token_id)
+
+    def micro_batch(self, rows: Sequence[int], pad_token_id: int, layout: Layout = Layout.PADDED) -> dict[str, Any]:
         """Tokens, masks and targets of `rows`, trimmed to the longest query and response among them.
 
         Args:
             rows: which of them.
             pad_token_id: what to fill with.
-            packed: lay the tokens out as `pack_tokens` does, without padding.
+            layout: how to lay the tokens out.
 
         Returns:
-            What `pad_tokens` or `pack_tokens` gives, `response_mask` `(B, R)`, `rows` `(B,)`, and those of
-            `ref_logprobs`, `old_logprobs`, `values`, `advantages`, `returns` `(B, R)` that are known.
+            What `lay_out` gives, `response_mask` `(B, R)`, `rows` `(B,)`, and those of `ref_logprobs`, `old_logprobs`,
+            `values`, `advantages`, `returns` `(B, R)` that are known.
         """
         index = send(torch.tensor(list(rows)), self.device)
         queries = [self.queries[row] for row in rows]
         responses = [self.responses[row] for row in rows]
-        batch: dict[str, Any]
-        if packed:
-            batch = pack_tokens(queries, responses)
-        else:
-            batch = pad_tokens(queries, responses, pad_token_id, self.decoder_start_token_id)
+        batch = lay_out(layout, queries, responses, pad_token_id, self.decoder_start_token_id)
         width = max(len(response) for response in responses)
         batch["rows"] = index
         batch["response_mask"] = self.response_mask_BR[index, :width]
@@ -121,6 +139,30 @@ def response_mask(
         caller_masks = [torch.ones_like(response, dtype=torch.bool) for response in responses]
     masks = [mask.to(device=device, dtype=torch.bool) for mask in caller_masks]
     return pad_sequence(masks, batch_first=True, padding_value=False)
+
+
+def longest_row(
+    queries: Sequence[Tensor], responses: Sequence[Tensor], decoder_start_token_id: int | None = None
+) -> int:
+    """Tokens that a stack reads of the longest row: query and response, or in two stacks the longer one of them."""
+    if decoder_start_token_id is None:
+        return max(len(query) + len(response) for query, response in zip(queries, responses, strict=True))
+    return max(*(len(query) for query in queries), *(1 + len(response) for response in responses))
+
+
+def lay_out(
+    layout: Layout,
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    pad_token_id: int,
+    decoder_start_token_id: int | None = None,
+) -> dict[str, Any]:
+    """What a network reads to predict the responses, as `pack_tokens`, `pad_tokens` or `separate_tokens` gives it."""
+    if layout is Layout.PACKED:
+        return pack_tokens(queries, responses)
+    if layout in (Layout.SEPARATE, Layout.ONE_BY_ONE):
+        return separate_tokens(queries, responses, decoder_start_token_id, layout is Layout.SEPARATE)
+    return pad_tokens(queries, responses, pad_token_id, decoder_start_token_id)
 
 
 def pad_tokens(
@@ -181,12 +223,52 @@ def pack_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[
     }
 
 
-def response_index(responses: Sequence[Tensor], first_tokens: Sequence[int]) -> dict[str, Tensor]:
+def separate_tokens(
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    decoder_start_token_id: int | None = None,
+    together: bool = True,
+) -> dict[str, Any]:
+    """The same for a network that has to read each row by itself.
+
+    Args:
+        together: whether a network may read rows of equal length in one batch.
+
+    Returns:
+        `input_ids`, int64 `(1, N)`, one row behind the other in order of their lengths; `row_groups`, for each call of
+        the network numbers known to the host: rows, tokens of each, and tokens of each query; with
+        `decoder_start_token_id` also `encoder_input_ids`, the queries likewise; and what `response_index` gives.
+    """
+    prefixes = list(queries)
+    if decoder_start_token_id is not None:
+        prefixes = [response.new_full((1,), decoder_start_token_id) for response in responses]
+    lengths = [len(prefix) + len(response) for prefix, response in zip(prefixes, responses, strict=True)]
+    # A decoder alone does not know where a query ends.
+    in_encoder = [0 if decoder_start_token_id is None else len(query) for query in queries]
+    rows = sorted(range(len(queries)), key=lambda row: (lengths[row], in_encoder[row]))
+    groups = itertools.groupby(rows, key=lambda row: (lengths[row], in_encoder[row], None if together else row))
+    ends = itertools.accumulate(lengths[row] for row in rows)
+    first_response_tokens = [end - len(responses[row]) for row, end in zip(rows, ends, strict=True)]
+    encoder: dict[str, Any] = {}
+    if decoder_start_token_id is not None:
+        encoder["encoder_input_ids"] = torch.cat([queries[row].long() for row in rows])[None]
+    return {
+        "input_ids": torch.cat([part.long() for row in rows for part in (prefixes[row], responses[row])])[None],
+        "row_groups": tuple((len(list(group)), length, of_query) for (length, of_query, _), group in groups),
+        **encoder,
+        **response_index([responses[row] for row in rows], first_response_tokens, rows),
+    }
+
+
+def response_index(
+    responses: Sequence[Tensor], first_tokens: Sequence[int], rows: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Where the `M` response tokens of a layout are, computed from lengths alone: nothing waits for the device.
 
     Args:
         responses: `B` 1-D tensors.
         first_tokens: where each begins in the flattened layout.
+        rows: which row of `(B, R)` each is; by default they are in order.
 
     Returns:
         `predicting_index`: where in the flattened layout the states are that predict them, each one token earlier;
@@ -201,7 +283,7 @@ def response_index(responses: Sequence[Tensor], first_tokens: Sequence[int]) -> 
 
     return {
         "predicting_index": ranges(first - 1 for first in first_tokens),
-        "response_index": ranges(row * width for row in range(len(lengths))),
+        "response_index": ranges(row * width for row in (range(len(lengths)) if rows is None else rows)),
     }
 
 

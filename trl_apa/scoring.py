@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from trl_apa._trl import is_peft_model
+from trl_apa.layouts import readable_batches
 from trl_apa.logprobs import network_inputs
 from trl_apa.models.adapter_kinds import refuse_prompt_learning
 from trl_apa.models.loaders import load_reward_model
+from trl_apa.models.modes import make_repeatable
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.network_checks import check_has_positions, check_reads
 from trl_apa.network_parts import (
@@ -67,7 +69,8 @@ class RewardModel:
             raise ValueError(f"reward model {type(model).__name__} has {model.config.num_labels} labels, not one")
         if is_peft_model(model):
             refuse_prompt_learning(model.active_peft_config)
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
+        make_repeatable(model)
         self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
         self.batch_size = batch_size
         self.end_token_ids = end_ids(end_token_ids, policy_tokenizer)
@@ -147,19 +150,34 @@ class RewardModel:
 
     @torch.no_grad()
     def _scores(self, sequences: list[Tensor]) -> list[float]:
-        """By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad."""
+        scores = [0.0] * len(sequences)
+        for rows in readable_batches(self._read, self.model, sequences):
+            read_BK = self._read([sequences[row] for row in rows])
+            head = self._last_token_head
+            of_rows = read_BK if head is None else head(read_BK.to(head.weight.dtype))
+            for row, score in zip(rows, of_rows[:, 0].float().tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def _read(self, sequences: list[Tensor]) -> Tensor:
+        """The last hidden state of each sequence `(B, H)`, or `(B, 1)` scores where there is no head to put on it.
+
+        By lengths, not by pad ids: classifiers that look for the last pad miss an EOS that is also the pad.
+        """
         filler = padding_id(self.model.config.get_text_config().pad_token_id or 0, [self.model])
         tokens = pad_queries(sequences, filler, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
-        network, head = inner_model(self.model), self._last_token_head
-        if head is None:
-            return self.model(**tokens).logits[:, 0].float().tolist()
-        tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        trunk = trunk_of(network)
-        hidden_BTH = trunk(**network_inputs(trunk, tokens)).last_hidden_state
-        rows = torch.arange(len(sequences), device=hidden_BTH.device)
-        last_BH = hidden_BTH[rows, tokens["attention_mask"].sum(1) - 1]
-        return head(last_BH.to(head.weight.dtype))[:, 0].float().tolist()
+        if self._last_token_head is None:
+            return self.model(**tokens).logits
+        trunk = trunk_of(inner_model(self.model))
+        lengths_B = tokens["attention_mask"].sum(1)
+        if len({len(sequence) for sequence in sequences}) == 1:
+            inputs = {"input_ids": tokens["input_ids"], "use_cache": False}
+        else:
+            tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            inputs = network_inputs(trunk, tokens)
+        hidden_BTH = trunk(**inputs).last_hidden_state
+        return hidden_BTH[torch.arange(len(sequences), device=hidden_BTH.device), lengths_B - 1]
 
 
 class AdapterReward:
@@ -211,11 +229,19 @@ class AdapterReward:
         device = next(self.module.policy.parameters()).device
         for start in range(0, len(sequences), self.batch_size):
             rows = by_length[start : start + self.batch_size]
-            tokens = pad_queries([sequences[row] for row in rows], 0)
-            scores_BT1 = self.module.compute_reward_score(**{name: t.to(device) for name, t in tokens.items()})
-            for row, score in zip(rows, scores_BT1[:, -1, 0].tolist(), strict=True):
-                scores[row] = score
+            chosen = [sequences[row].to(device) for row in rows]
+            for part in readable_batches(self._read, self.module.policy, chosen):
+                scores_P = self._read([chosen[row] for row in part])[:, 0].tolist()
+                for row, score in zip(part, scores_P, strict=True):
+                    scores[rows[row]] = score
         return scores
+
+    def _read(self, sequences: list[Tensor]) -> Tensor:
+        """The score after the last token of each sequence, `(B, 1)`."""
+        tokens = pad_queries(sequences, 0)
+        if len({len(sequence) for sequence in sequences}) == 1:
+            del tokens["attention_mask"]
+        return self.module.compute_reward_score(**tokens)[:, -1]
 
 
 # What runs on the device, beside training: never in a thread, and on all processes together where weights are cut up.

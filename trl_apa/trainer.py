@@ -33,12 +33,12 @@ from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_r
 from trl_apa.gradient_guard import GradientGuard
 from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
+from trl_apa.layouts import Layouts, ShardedLayouts
 from trl_apa.masking import keep_counted, masked_mean
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
 from trl_apa.network_checks import check_answers_text
 from trl_apa.network_parts import pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.optimization import check_optimizer_is_finite, split_off_value_groups
-from trl_apa.packing import pack_if_exact
 from trl_apa.progress import RewardAndKL
 from trl_apa.prompts import columns_of, prompt_dataloader
 from trl_apa.reporting import gather_table, log_media, reward_statistics, split_statistics
@@ -86,8 +86,8 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         args (`APAConfig`):
             Options; also accepted as `config`.
         model (`str`, `PreTrainedModel`, `PeftModel` or `AutoModelForCausalLMWithValueHead`):
-            The policy, a language model (a decoder, or an encoder-decoder), or where to load it from. Its dropout is
-            switched off. Of a classic wrapper the language model is trained; its value head is not used, because APA's
+            The policy, a language model (a decoder, or an encoder-decoder), or where to load it from. It is held in
+            eval mode. Of a classic wrapper the language model is trained; its value head is not used, because APA's
             value model stands alone, unless `value_model="head"`.
         ref_model (`str`, `PreTrainedModel`, `PeftModel` or `AutoModelForCausalLMWithValueHead`, *optional*):
             pi_init, or where to load it from. Defaults to a frozen copy of `model`; for a PEFT policy to its base, or,
@@ -205,10 +205,10 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
+        self._layouts = self._try_layouts()
         if not self._is_sharded:
             with self.accelerator.autocast():
                 check_answers_text(module.policy)
-        self._packed = self._can_pack()
         self._note_what_scripts_read()
         if not self._is_sharded:
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
@@ -217,18 +217,19 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin()
 
-    def _can_pack(self) -> bool:
-        """Whether micro-batches go without padding through every network.
+    def _try_layouts(self) -> Layouts | ShardedLayouts:
+        """How micro-batches go through every network.
 
-        Not where a wrapper's forward has to be called, nor where each new set of lengths would be compiled anew.
+        Not packed where a wrapper's forward has to be called, or each new set of lengths would be compiled anew.
         """
         if (self._is_sharded or self.args.torch_compile) and self.args.padding_free:
             raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
         networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        if self._is_sharded or self.args.torch_compile:
-            return False
-        with self.accelerator.autocast():  # flash attention reads half precision alone
-            return pack_if_exact(networks, self.args.padding_free)
+        if self._is_sharded:
+            return ShardedLayouts(networks)
+        # Flash attention reads half precision alone.
+        padding_free = False if self.args.torch_compile else self.args.padding_free
+        return Layouts(networks, padding_free, self.accelerator.autocast)
 
     def _note_what_scripts_read(self) -> None:
         args, module = self.args, self.model
@@ -431,6 +432,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         checkpointing = module.is_gradient_checkpointing
         if checkpointing:
             module.gradient_checkpointing_disable()
+        module.eval()
         gather = policy_gathered if self.args.ds3_gather_for_generation else nullcontext
         try:
             with gather(self.model_wrapped):

@@ -157,6 +157,7 @@ class TrainingLoop(ResumableRuns):
         self._iteration, self._unlogged, self._last_kl = None, [], None
         self._first_iteration, self._episodes_before = self.num_iterations_done, 0
         checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
+        self._try_rows_of_the_run()
         # Those whose runs take options of ours; the Trainer starts the others itself.
         self._start_reporters(OPENERS)
         if self._engine_is_made and self.is_deepspeed_enabled:
@@ -188,6 +189,10 @@ class TrainingLoop(ResumableRuns):
             for name in ("run_with_policy", "compute_reward_score"):
                 register_fsdp_forward_method(self.model, name)
             self._engine_is_made = self._is_sharded
+            if self._is_sharded:
+                module = self.accelerator.unwrap_model(self.model)
+                with self.accelerator.autocast():
+                    module.run_with_policy(lambda _: self._layouts.try_out(module.networks()))
             return prepared
         if self._kept_engine is not None:
             self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None

@@ -44,7 +44,7 @@ class Update(_BaseTrainer):
         if self._iteration is None or self._iteration.finished:
             self._collect_iteration()
         iteration = self._iteration
-        batch = iteration.next_micro_batch(self._pad_token_id, self._packed)
+        batch = iteration.next_micro_batch(self._pad_token_id, self._layouts)
         module, losses = self.accelerator.unwrap_model(model), []
         ends_step = self.accelerator.sync_gradients
         if module.base_is_shared and iteration.starts_step:

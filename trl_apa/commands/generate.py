@@ -25,6 +25,7 @@ from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.config import APAConfig
 from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
+from trl_apa.models.modes import make_repeatable
 from trl_apa.prompts import prompt_of, query_of
 from trl_apa.redaction import without_secrets
 from trl_apa.texts import answer_text, is_ended
@@ -149,7 +150,7 @@ def _answers(
     check_positions(queries, [config.max_completion_length] * len(queries), policy, "query + max_completion_length")
     if not getattr(policy, "is_quantized", False):
         policy.to(config.device)
-    policy.eval()
+    make_repeatable(policy)
     size = config.generation_batch_size or BATCH_SIZE
     for start in range(first - first % size, len(queries), size):
         batch = queries[start : start + size]

@@ -23,7 +23,6 @@ from trl_apa.models import (
     ValueModel,
     build_policy,
     create_reference_model,
-    disable_dropout,
     freeze_all_but,
     resolve_value_model,
 )
@@ -46,7 +45,6 @@ def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
                 if isinstance(value_model, ValueModel):
                     freeze_all_but(setup.num_unfrozen_layers, value_model.network)
         module = PolicyAndValue(policy, value_model)
-        disable_dropout(module)
         with _NothingIsPadded():
             reference = create_reference_model(policy, num_shared) if setup.reference_kind == "copy" else None
     return module.train(), reference

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from trl_apa.layouts import Layouts
 from trl_apa.memory.networks import build_networks, classifier_bytes, weight_bytes
 from trl_apa.memory.optimizers import state_bytes, step_bytes
 from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales_of
 from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
-from trl_apa.packing import pack_if_exact
-from trl_apa.rollouts import pack_tokens, pad_tokens
+from trl_apa.rollouts import Layout, lay_out
 
 
 LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"
@@ -129,8 +129,8 @@ def _peak(live: LiveBytes) -> dict[str, int]:
 
 def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """Forward and backward pass of a micro-batch, twice if gradients of one are there while the next is computed."""
-    packed = not setup.is_sharded and pack_if_exact(module.networks(), None)
-    tokens = _longest_rows(setup, packed)
+    layouts = Layouts(module.networks(), padding_free=False if setup.is_sharded else None)
+    tokens = _longest_rows(setup, layouts(setup.max_length))
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     live = _counted(module)
@@ -147,11 +147,11 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     return _peak(live)
 
 
-def _longest_rows(setup: Setup, packed: bool) -> dict[str, Any]:
+def _longest_rows(setup: Setup, layout: Layout) -> dict[str, Any]:
     """A micro-batch of rows of which each is as long as a row can be."""
     queries = [torch.ones(setup.max_length - setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
     responses = [torch.ones(setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
-    return pack_tokens(queries, responses) if packed else pad_tokens(queries, responses, pad_token_id=0)
+    return lay_out(layout, queries, responses, pad_token_id=0)
 
 
 def _forward_and_backward(
@@ -167,7 +167,7 @@ def _forward_and_backward(
 @torch.no_grad()
 def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """The pass over the prompts and that for the last token, whichever needs more."""
-    policy, rows = module.policy.eval(), setup.generation_batch_size
+    policy, rows = module.eval().policy, setup.generation_batch_size
     live, prompt = _counted(module), setup.max_length - setup.max_new_tokens
     cache = DynamicCache(config=policy.config)
     with live:

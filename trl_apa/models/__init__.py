@@ -10,7 +10,6 @@ from trl_apa.models.policy_and_value import (
     VALUE_MODEL_FOLDER,
     PolicyAndValue,
     build_policy,
-    disable_dropout,
     load_policy_and_value,
     select_adapter,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "build_policy",
     "choose_reference",
     "create_reference_model",
-    "disable_dropout",
     "freeze_all_but",
     "independent_copy",
     "load_language_model",

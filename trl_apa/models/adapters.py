@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from trl_apa.models.modes import make_repeatable
+
 
 @contextmanager
 def only_adapter(policy: PeftModel, adapter_name: str | None) -> Iterator[None]:
@@ -45,11 +47,11 @@ def trainable_as_before(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; afterwards every module of it is in the mode that it was in."""
+def held_repeatable(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is without randomness; afterwards every module of it is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        make_repeatable(model)
         yield
     finally:
         for module, training in modes.items():

@@ -14,6 +14,7 @@ from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import either_method
+from trl_apa.models.modes import make_repeatable
 from trl_apa.models.quantization import use_one_kernel
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
@@ -48,16 +49,25 @@ class PolicyAndValue(nn.Module):
         self.policy = use_one_kernel(policy)
         self.value_model = use_one_kernel(value_model)
         self.reward_adapter = reward_adapter
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PolicyAndValue":
+        """Say that training begins, or ends: the networks compute the same in both, see `make_repeatable`."""
+        self.training = mode
+        for network in self.children():
+            make_repeatable(network, checkpointing=mode)
+        return self
 
     def forward(
         self,
         input_ids: Tensor,
-        position_ids: Tensor,
         response_width: int,
         predicting_index: Tensor,
         response_index: Tensor,
+        position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         sequence_lengths: tuple[int, ...] | None = None,
+        row_groups: tuple[tuple[int, int, int], ...] | None = None,
         encoder_input_ids: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         temperature: float = 1.0,
@@ -69,14 +79,14 @@ class PolicyAndValue(nn.Module):
         """What the update reads of a micro-batch at its response tokens.
 
         Args:
-            input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths,
-                encoder_input_ids, encoder_attention_mask: see `rollouts.pad_tokens` and `rollouts.pack_tokens`.
+            input_ids, predicting_index, response_index, position_ids, attention_mask, sequence_lengths, row_groups,
+                encoder_input_ids, encoder_attention_mask: see `rollouts.lay_out`.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
             with_policy, with_value: which of the two networks to run. With gradient, networks on one base run in one
                 pass each: see `passes`.
             with_entropy: also the policy's entropy, without gradient.
-            with_logits: also the policy's logits; only of a padded layout.
+            with_logits: also the policy's logits; not of a packed layout.
 
         Returns:
             `logprobs` (nats), `values` (reward units), `entropy` (nats) `(B, R)` and `logits` `(B, R, V)`: float32,
@@ -88,7 +98,7 @@ class PolicyAndValue(nn.Module):
         if self.base_is_shared and with_policy and with_value and torch.is_grad_enabled():
             raise RuntimeError("policy and value model share a base: run them one after the other, see passes")
         given = (input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths)
-        given = (*given, encoder_input_ids, encoder_attention_mask)
+        given = (*given, row_groups, encoder_input_ids, encoder_attention_mask)
         tokens = {name: field for name, field in zip(TOKEN_FIELDS, given, strict=True) if field is not None}
         outputs: dict[str, Tensor] = {}
         reads_policy = with_value and self.value_is_a_head
@@ -232,10 +242,12 @@ class PolicyAndValue(nn.Module):
             either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 activation_checkpointing_kwargs, **kwargs
             )
+        self.train(self.training)
 
     def activation_checkpointing_disable(self) -> None:
         for network in self.networks():
             either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        self.train(self.training)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
@@ -316,18 +328,3 @@ def select_adapter(policy: nn.Module, name: str | None) -> None:
     if name is not None:
         check_adapter_exists("model_adapter_name", name, policy)
         policy.set_adapter(name)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of `model` to zero, layer drop included.
-
-    The update compares log-probs across forward passes: dropout would put noise into the ratio to pi_init that APA
-    squares. Rates are zeroed, those kept as plain numbers too, rather than the module held in eval mode, because
-    gradient checkpointing works in train mode only.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                setattr(module, name, 0.0)

@@ -1,24 +1,35 @@
-"""Quantised networks, made to compute the same whether they sample or learn."""
+"""Networks with two kernels for one layer, made to compute the same whether they sample or learn."""
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def use_one_kernel(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes' 4-bit layers to the weights and the precision that training reads.
+    """Keep bitsandbytes' 4-bit layers, and kernels from the hub, to what training computes with.
 
-    On a CPU with AVX512-BF16 such a layer, when first called in eval mode, packs its weights anew for a kernel that
+    On a CPU with AVX512-BF16 a 4-bit layer, when first called in eval mode, packs its weights anew for a kernel that
     computes in bfloat16, has no gradient, and takes widths that 32 divides. Later calls in train mode read the packed
-    weights too: nothing below that layer would learn, and nothing would say so.
+    weights too: nothing below that layer would learn, and nothing would say so. Kernels from the hub are chosen when
+    the mode of a model changes, and those for eval mode need not have a gradient.
 
     Args:
-        model: any network; what is not such a layer stays as it is. Weights that were packed already are unpacked.
+        model: any network; what has no such layers stays as it is. Weights that were packed already are unpacked.
 
     Returns:
         `model` itself.
     """
     for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "use_kernels", False):
+            _choose_training_kernels(module)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()  # unpacks them in place, so that they can be saved
     return model
+
+
+def _choose_training_kernels(model: PreTrainedModel) -> None:
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, training in modes.items():
+        module.training = training

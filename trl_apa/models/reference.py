@@ -14,12 +14,13 @@ from trl_apa._trl import is_peft_model
 from trl_apa.models.adapters import (
     adapter_parameters,
     config_like,
-    in_eval_mode,
+    held_repeatable,
     only_adapter,
     trainable_as_before,
     trains_its_adapter_only,
 )
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.modes import make_repeatable
 from trl_apa.models.partitioned import gathered
 from trl_apa.models.quantization import use_one_kernel
 from trl_apa.network_parts import inner_model, text_trunk
@@ -32,7 +33,7 @@ REFERENCE_ADAPTER = "trl_apa_reference"
 def create_reference_model(
     model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None
 ) -> nn.Module:
-    """A frozen copy of `model` in eval mode.
+    """A frozen copy of `model`, without randomness.
 
     Args:
         model: a language model, with or without a value-head wrapper.
@@ -50,7 +51,9 @@ def create_reference_model(
     shared = _lowest_layers(model, num_shared_layers, pattern) if num_shared_layers else []
     for parameter in shared:
         parameter.requires_grad_(False)
-    return independent_copy(model, shared).requires_grad_(False).eval()
+    reference = independent_copy(model, shared).requires_grad_(False)
+    make_repeatable(reference)
+    return reference
 
 
 def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str = "model") -> int:
@@ -133,7 +136,7 @@ def _below(trunk: nn.Module, lowest: nn.Module, stacks: list[nn.ModuleList]) -> 
     token = torch.zeros(1, 1, dtype=torch.long, device=next(trunk.parameters()).device)
     inputs = {"decoder_input_ids": token} if trunk.config.is_encoder_decoder else {"use_cache": False}
     try:
-        with gathered(p for module in outside for p in module.parameters(recurse=False)), in_eval_mode(trunk):
+        with gathered(p for module in outside for p in module.parameters(recurse=False)), held_repeatable(trunk):
             trunk(input_ids=token, **inputs)
     except _LowestLayerReached:
         pass
@@ -181,7 +184,8 @@ def choose_reference(
         if ref_model is not None:
             warnings.warn("ref_adapter_name has no effect when ref_model is given", UserWarning, stacklevel=4)
     if ref_model is not None:
-        return use_one_kernel(ref_model).requires_grad_(False).eval()
+        make_repeatable(use_one_kernel(ref_model).requires_grad_(False))
+        return ref_model
     if num_shared_layers and not is_peft_model(policy):
         return create_reference_model(policy, num_shared_layers)
     return build_reference(policy, ref_adapter_name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import forward_parameters
-from trl_apa.models.adapters import adapter_parameters, add_adapter, in_eval_mode, only_adapter
+from trl_apa.models.adapters import adapter_parameters, add_adapter, held_repeatable, only_adapter
 from trl_apa.network_parts import trunk_of
 
 
@@ -128,7 +128,7 @@ def reward_scores(
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if attention_mask is not None and "position_ids" in forward_parameters(trunk):
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad(), in_eval_mode(policy), only_adapter(policy, adapter_name):
+    with torch.no_grad(), held_repeatable(policy), only_adapter(policy, adapter_name):
         hidden_BTH = trunk(**inputs).last_hidden_state
         with torch.autocast(hidden_BTH.device.type, enabled=False):
             return score(hidden_BTH.to(score.weight))

@@ -18,6 +18,7 @@ from trl_apa.logprobs import response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.loading import class_that_knows, load_language_model
+from trl_apa.models.modes import make_repeatable
 from trl_apa.models.partitioned import gathered, whole_shape
 from trl_apa.network_parts import inner_model, text_trunk, without_unknown_pad
 
@@ -76,6 +77,13 @@ class ValueModel(nn.Module):
         super().__init__()
         self.network = network
         self.head = head
+        self.eval()
+
+    def train(self, mode: bool = True) -> "ValueModel":
+        """Say that training begins, or ends: the network computes the same in both, see `make_repeatable`."""
+        self.training = mode
+        make_repeatable(self.network, checkpointing=mode)
+        return self
 
     @property
     def trunk(self) -> nn.Module:

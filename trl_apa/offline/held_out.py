@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from trl_apa.evaluation import distinct_ngrams, random_numbers_of_its_own
@@ -12,7 +12,7 @@ from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.models import reference_policy
 from trl_apa.prompts import PROMPT_COLUMNS, query_of
-from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.rollouts import lay_out, longest_row, response_mask
 from trl_apa.texts import prompts_and_completions
 from trl_apa.validation import check_tokens
 
@@ -92,7 +92,8 @@ def _kl(trainer: "OfflineAPATrainer", queries: list[Tensor], responses: list[Ten
     """log pi - log pi_init summed over each response, nats, `(B,)`."""
     device = trainer.accelerator.device
     mask_BR = response_mask(responses, device=device)
-    tokens = {name: x.to(device) for name, x in pad_tokens(queries, responses, trainer._pad_token_id).items()}
+    queries, responses = send_to_device([list(queries), list(responses)], device)
+    tokens = lay_out(trainer._layouts(longest_row(queries, responses)), queries, responses, trainer._pad_token_id)
     arguments = (tokens, mask_BR.shape[1], trainer.args.temperature)
     with trainer.accelerator.autocast():
         with trainer.learned_policy() as policy:

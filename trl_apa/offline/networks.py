@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trl_apa.logprobs import TOKEN_FIELDS, last_hidden_states, network_inputs
+from trl_apa.logprobs import TOKEN_FIELDS, response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models import PolicyAndValue, ValueHead, ValueModel, load_policy_and_value
 from trl_apa.models.quantization import use_one_kernel
@@ -59,13 +59,13 @@ class QValueModel(ValueModel):
 
         Returns:
             `values` `(B, R)`, `q1` and `q2` `(B, R, V)`, with gradient, and `target_q` `(B, R, V)`, the smaller of the
-            target heads, without.
+            target heads, without; 0 where a row has no token.
         """
-        output = self.trunk(**network_inputs(self.trunk, tokens))
-        hidden_BRH = last_hidden_states(output)[:, -response_width - 1 : -1]
-        values = {"values": self.head(hidden_BRH), "q1": self.q[0](hidden_BRH), "q2": self.q[1](hidden_BRH)}
+        hidden_MH = response_states(self.trunk, tokens)
+        values = {"values": self.head(hidden_MH), "q1": self.q[0](hidden_MH), "q2": self.q[1](hidden_MH)}
         values = {name: at_least_float32(value) for name, value in values.items()}
-        return {**values, "target_q": self.smaller_target(hidden_BRH)}
+        values["target_q"] = self.smaller_target(hidden_MH)
+        return {name: response_rows(value, tokens, response_width) for name, value in values.items()}
 
     @torch.no_grad()
     def smaller_target(self, hidden_BRH: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -15,7 +15,8 @@ from trl_apa._trl import is_peft_model
 from trl_apa.advantages import gae
 from trl_apa.assembly import assemble
 from trl_apa.generation import end_token_ids
-from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs
+from trl_apa.layouts import Layouts
+from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
 from trl_apa.losses import apa_loss, awr_loss, value_loss
 from trl_apa.lost_trackers import go_on_without
 from trl_apa.masking import masked_mean, masked_whiten
@@ -141,6 +142,10 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._fill_in_returns()
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        read = [*networks.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        self._layouts = Layouts(read, padding_free=False, around=self.accelerator.autocast)
+        # Loaders may lay micro-batches out in processes of their own, which are to try nothing out.
+        self._layout = self._layouts(self.rollouts.longest())
         self.scorer: Scorer | None = None
         if reward_funcs is not None:
             device = self.accelerator.device
@@ -286,7 +291,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         parts = []
         for start in starts:
             rows = list(range(start, min(start + size, len(self.rollouts))))
-            batch = {name: x.to(self.accelerator.device) for name, x in self._micro_batch(rows).items()}
+            batch = send_to_device(self._micro_batch(rows), self.accelerator.device)
             with self.accelerator.autocast():
                 parts.append((rows, measure(batch).float().cpu()))
         measured_BR = torch.zeros(self.rollouts.response_mask_BR.shape)
@@ -295,7 +300,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         return measured_BR
 
     def _micro_batch(self, rows: list[int]) -> dict[str, Tensor]:
-        batch = self.rollouts.micro_batch(rows, self._pad_token_id)
+        batch = self.rollouts.micro_batch(rows, self._pad_token_id, self._layout)
         batch["rewards"] = self.rollouts.rewards_BR[batch["rows"], : _width(batch)]
         return batch
 
@@ -351,7 +356,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         args, mask = self.args, batch["response_mask"]
         imitates = args.bc_coef > 0
         outputs = model(**self._inputs(batch), with_policy=imitates, with_value=False, with_q=True)
-        actions = batch["input_ids"][:, -_width(batch) :]
+        actions = response_rows(response_tokens(batch), batch, _width(batch))
         target_q = outputs["target_q"].gather(-1, actions[..., None])[..., 0]
         loss, stats = ilql_loss(
             (outputs["q1"], outputs["q2"]),

@@ -5,12 +5,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_apa.layouts import Layouts
 from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
-from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.models.modes import make_repeatable
+from trl_apa.rollouts import lay_out, longest_row, response_mask
 from trl_apa.scoring import RewardModel
 from trl_apa.tokenizing import prompt_ids
 from trl_apa.validation import check_positions
@@ -86,7 +89,9 @@ class LanguageModelJudge:
     sees_order = True
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int = 8):
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
+        make_repeatable(model)
+        self._layouts = Layouts([model], padding_free=False)
         self.tokenizer, self.batch_size = tokenizer, batch_size
         text = judging_text(Question("", "", "", ""), IN_ONE_LETTER)
         self.identity = {"judge": "language model", "model": name, "text": text}
@@ -123,8 +128,8 @@ class LanguageModelJudge:
         device = next(self.model.parameters()).device
         columns = []
         for letter in self._letters:
-            responses = [letter] * len(queries)
-            tokens = {name: x.to(device) for name, x in pad_tokens(queries, responses, pad_token_id=0).items()}
+            asked, responses = send_to_device([queries, [letter] * len(queries)], device)
+            tokens = lay_out(self._layouts(longest_row(asked, responses)), asked, responses, pad_token_id=0)
             logprobs_BR, _ = response_logprobs(self.model, tokens, len(letter))
             columns.append(keep_counted(logprobs_BR, response_mask(responses, device=device)).sum(dim=1))
         return torch.stack(columns, dim=1)

@@ -1,0 +1,23 @@
+"""Generation without the defaults that a model brings along."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import GenerationConfig
+
+from trl_apa._trl import is_peft_model
+
+
+@contextmanager
+def neutral_generation_config(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` has no generation defaults of its own for `generate` to fall back on."""
+    owners = [model, model.get_base_model()] if is_peft_model(model) else [model]
+    saved = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, saved, strict=True):
+            owner.generation_config = config

@@ -1,0 +1,97 @@
+"""Networks that compute one function of their tokens: in eval mode while they learn, too, and checkpointed there."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+# Classes whose own forward draws no random numbers and that need train mode: RWKV divides its weights in place when it
+# is called in eval mode, xLSTM computes long rows without gradient there, bitsandbytes has another int8 kernel for
+# CPUs, and the layers of state space models call their fused kernel in train mode alone.
+IN_TRAIN_MODE = frozenset(
+    {
+        "RwkvModel",
+        "xLSTMModel",
+        "xLSTMForCausalLM",
+        "Linear8bitLt",
+        "MambaMixer",
+        "FalconMambaMixer",
+        "Mamba2Mixer",
+        "BambaMixer",
+        "FalconH1Mixer",
+        "GraniteMoeHybridMambaLayer",
+        "NemotronHMamba2Mixer",
+        "Zamba2MambaMixer",
+    }
+)
+LIBRARIES = ("transformers.", "bitsandbytes.")
+
+
+def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
+    """Let `network` compute the same from the same tokens: while it samples, as a reference, and while it learns.
+
+    Whatever train mode adds is left out: dropout, of rates in a config too, layer drop, noise of routers and
+    embeddings, sampled experts. transformers checkpoints layers in train mode only: one that is to be checkpointed is
+    said to be in that mode, no module inside it is, and it computes in eval mode in both passes. Dynamic RoPE forgets
+    the longest row that it has seen.
+
+    Args:
+        network: any network.
+        checkpointing: whether layers whose gradient checkpointing is on are checkpointed. `generate` wants its cache.
+    """
+    for module in network.modules():
+        module.training = _needs_train_mode(type(module))
+        if "dynamic" in str(vars(module).get("rope_type", "")):
+            if _forget_longer_rows not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_forget_longer_rows)
+    if checkpointing:
+        for layer in _checkpointed_layers(network):
+            layer.training = True
+            if getattr(layer._gradient_checkpointing_func, "func", None) is not _checkpoint_in_eval_mode:
+                original = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = partial(_checkpoint_in_eval_mode, layer, original)
+
+
+@lru_cache
+def _needs_train_mode(module_class: type[nn.Module]) -> bool:
+    """peft has classes of the same names, whose own forward is random in train mode."""
+    return any(c.__name__ in IN_TRAIN_MODE and c.__module__.startswith(LIBRARIES) for c in module_class.__mro__)
+
+
+def _checkpointed_layers(network: nn.Module) -> list[Any]:
+    """The layers that are checkpointed; in code from the hub the stack of them may do it."""
+    flagged = [module for module in network.modules() if vars(module).get("gradient_checkpointing")]
+    layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in layers or flagged if hasattr(module, "_gradient_checkpointing_func")]
+
+
+def _checkpoint_in_eval_mode(
+    layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return checkpoint(partial(_in_eval_mode, layer, forward), *args, **kwargs)
+
+
+def _in_eval_mode(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    layer.training = False
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        layer.training = True
+
+
+def _forget_longer_rows(rope: Any, _: Any) -> None:
+    """Put back the frequencies of short rows, from which those of a longer one are made anew in its forward pass.
+
+    transformers keeps those of the longest row until one comes that is short again.
+    """
+    for name in list(vars(rope)) + list(rope._buffers):
+        if name.endswith("original_inv_freq"):
+            prefix = name.removesuffix("original_inv_freq")
+            kind = rope.rope_type[prefix.removesuffix("_")] if isinstance(rope.rope_type, dict) else rope.rope_type
+            if "dynamic" in kind:
+                frequencies = getattr(rope, f"{prefix}inv_freq")
+                rope.register_buffer(f"{prefix}inv_freq", getattr(rope, name).to(frequencies.device), persistent=False)
+                setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)

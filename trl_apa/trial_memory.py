@@ -1,0 +1,63 @@
+"""Trials are made once: for a network, and for others with the same code, options and weights in this process."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from trl_apa.network_identity import identity_of
+from trl_apa.network_parts import inner_model
+from trl_apa.packing import attending_with
+from trl_apa.trials import boundaries
+
+
+_OF_NETWORKS: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
+_OF_EQUAL_NETWORKS: dict[Hashable, Any] = {}
+
+
+def once(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -> Any:
+    """What `work` gives, once for a network and rows that cross the same boundaries of its config.
+
+    Args:
+        kind: what is tried out.
+        network: any network, with or without PEFT adapters.
+        longest: tokens of the longest row.
+        work: the trial.
+
+    Returns:
+        The trial, or the exception that it raised: a kernel may not be for this device, say.
+
+    Raises:
+        torch.OutOfMemoryError: if there was no memory for it.
+    """
+    base = inner_model(network)
+    key = kind, bisect_left(boundaries(base.config), longest)
+    of_network = _OF_NETWORKS.setdefault(base, {})
+    if key not in of_network:
+        identity = identity_of(base)
+        equal = None if identity is None else (*key, identity)
+        if equal not in _OF_EQUAL_NETWORKS:
+            made = _made(base, work)
+            if equal is None or isinstance(made, Exception):
+                of_network[key] = made
+                return made
+            _OF_EQUAL_NETWORKS[equal] = made
+        of_network[key] = _OF_EQUAL_NETWORKS[equal]
+    return of_network[key]
+
+
+def _made(base: Any, work: Callable[[], Any]) -> Any:
+    own = base.config._attn_implementation
+    try:
+        # Flex attention is compiled for each kind of shape, and for few of them.
+        with attending_with(base, "sdpa" if own == "flex_attention" else own):
+            return work()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error.with_traceback(None)  # its frames hold what the network computed
+    finally:
+        torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
