@@ -82,3 +82,16 @@ def alone_logprobs(model, queries, responses):
         log_softmax = logits[0, -len(response) - 1 : -1].float().log_softmax(-1)
         rows.append(log_softmax.gather(-1, response[:, None])[:, 0])
     return rows
+
+
+def wrong_behind_its_cache(model):
+    """Let a model answer otherwise where it reads one token behind a cache."""
+    own = model.forward
+
+    def forward(input_ids=None, **kwargs):
+        output = own(input_ids=input_ids, **kwargs)
+        if input_ids is not None and input_ids.shape[1] == 1:
+            output.logits = output.logits.flip(-1)
+        return output
+
+    model.forward = forward

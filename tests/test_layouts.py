@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.families import BART, DECODER, T5, alone_logprobs, family_model
+from tests.families import BART, DECODER, T5, alone_logprobs, family_model, wrong_behind_its_cache
 from tests.test_offline import trainer_of
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import SHARED, VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
@@ -244,10 +245,10 @@ def test_outputs_that_are_not_numbers_say_nothing_of_a_layout():
 def test_a_trial_crosses_what_the_config_says_matters_and_no_more_than_the_rows_do():
     window, rope = family_model("window").config, family_model("longrope").config
     assert boundaries(window) == (8,) and boundaries(rope) == (12,) == (rope_limit(rope),)
-    assert trial_lengths(window, longest=5) == (6, 8) and trial_lengths(window, longest=9) == (6, 14)
+    assert trial_lengths(window, longest=5) == (6, 8) and trial_lengths(window, longest=9) == (6, 9, 14)
     assert boundaries(tiny_model().config) == () and trial_lengths(tiny_model().config, 60) == (6, 13)
     window.sliding_window, window.max_position_embeddings = 4096, 8192
-    assert trial_lengths(window, 4096) == (6, 13) and trial_lengths(window, 4097) == (6, 4102)
+    assert trial_lengths(window, 4096) == (6, 13) and trial_lengths(window, 4097) == (6, 4097, 4102)
 
 
 def test_each_trial_is_made_once_and_one_that_crosses_a_window_when_rows_do(monkeypatch):
@@ -262,7 +263,7 @@ def test_each_trial_is_made_once_and_one_that_crosses_a_window_when_rows_do(monk
     chosen = Layouts([model, copy.deepcopy(model)])  # pi_init, a copy
     assert [chosen(longest) for longest in (6, 20, 13)] == [PADDED] * 3 and len(made) == 1
     assert [chosen(longest) for longest in (21, 30)] == [PADDED] * 2 and len(made) == 2
-    assert layout_trial(model, 25).lengths == (6, 26)
+    assert layout_trial(model, 25).lengths == (6, 21, 26)
     assert sampling_trial(model, 5).is_exact_batched
 
 
@@ -277,3 +278,56 @@ def test_a_network_that_cannot_be_tried_out_is_padded_and_a_warning_says_so():
     assert why_not_packed(model) == "could not be tried out: no kernel"
     rows = [torch.tensor([3, 4]), torch.tensor([5])]
     assert readable_batches(broken, tiny_model(), rows) == [[0, 1]]
+
+
+def test_a_cache_that_answers_otherwise_is_not_used_and_a_warning_says_so_once(tmp_path):
+    queries = [query for query in rows_of()[0] if len(query) > 1]
+    options = {"do_sample": False, "return_prompt": False, "max_new_tokens": 6}
+    expected = tiny_trainer(tmp_path, tiny_model()).generate(queries, **options, use_cache=False)
+    model = tiny_model()
+    wrong_behind_its_cache(model)
+    trainer = tiny_trainer(tmp_path, model)
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM samples with its cache otherwise .*: no cache is used"):
+        responses = trainer.generate(queries, **options)
+    assert all(torch.equal(one, other) for one, other in zip(responses, expected, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (alone,) = trainer.generate(queries[:1], **options)
+    assert torch.equal(alone, expected[0])
+
+
+def test_a_prompt_of_one_token_does_not_go_on_from_the_row_before(tmp_path):
+    trainer = tiny_trainer(tmp_path, family_model("griffin"))
+    options = {"do_sample": False, "return_prompt": False, "max_new_tokens": 4}
+    first, other = torch.tensor([5]), torch.tensor([7, 8, 9, 10])
+    expected = trainer.generate(first, **options)
+    trainer.generate(other, **options)
+    assert torch.equal(trainer.generate(first, **options), expected)
+
+
+class NoDerivativeOfZero(torch.autograd.Function):
+    """The identity, with the infinite derivative that a norm has at zero, where the embedding of a pad is."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.save_for_backward((hidden == 0).all(dim=-1, keepdim=True))
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (nothing,) = ctx.saved_tensors
+        return torch.where(nothing, gradient * torch.inf, gradient)
+
+
+def test_a_family_without_a_gradient_at_pads_is_not_padded(tmp_path, monkeypatch):
+    """As Gemma 3n: its padded log-probs are right, and their gradient is not a number."""
+    rollouts, norm = rows_of(), LlamaRMSNorm
+    own = norm.forward
+    # Weights of its own: trials are made once for equal networks.
+    with monkeypatch.context() as patched:
+        patched.setattr(norm, "forward", lambda self, hidden: NoDerivativeOfZero.apply(own(self, hidden)))
+        with pytest.warns(UserWarning, match="has no finite gradient of a padded batch: rows go one by one"):
+            trainer = tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8, padding_free=False)
+        assert trainer._layouts(16) is SEPARATE
+        stepped = parameters_after_step(trainer, *rollouts)
+    assert_same(stepped, parameters_after_step(tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8), *rollouts))

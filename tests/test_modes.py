@@ -183,3 +183,10 @@ def test_kernels_from_the_hub_are_those_for_training(tmp_path):
     trainer.generate(tiny_rollouts()[0], max_new_tokens=2)
     assert trainer.model.policy.chosen_for == trainer.ref_model.chosen_for == "training"
     assert not trainer.model.policy.training
+
+
+def test_adapters_on_weights_that_a_network_reads_by_itself_are_named(tmp_path):
+    """A mixer of Mamba multiplies by the weight of its dt_proj, whatever lies on it."""
+    lora = lora_config(target_modules=["in_proj", "dt_proj"])
+    with pytest.warns(UserWarning, match=r"adapters on dt_proj have no effect: MambaForCausalLM"):
+        tiny_trainer(tmp_path, family_model("mamba"), {"peft_config": lora, "value_model": "adapter"})

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from trl_apa.generation_defaults import neutral_generation_config
-from trl_apa.layouts import sampling_batches
+from trl_apa.layouts import cache_is_exact, sampling_batches
 from trl_apa.network_parts import padding_id
 from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
@@ -103,8 +103,9 @@ def generate_responses(
 
     Queries are batched by length, so that short ones do not wait behind the padding of long ones, and padded inside
     (on the left; on the right for an encoder), unless the model then answers otherwise than it does alone: those of
-    equal length are batched then. The answers come back in the callers' order. The model's own generation
-    config (a top_k of 50, say) has no influence: what `generation_config` leaves unset is off.
+    equal length are batched then. Where it answers otherwise with a cache, none is used. The answers come back in the
+    callers' order. The model's own generation config (a top_k of 50, say) has no influence: what `generation_config`
+    leaves unset is off.
 
     Args:
         model: a language model in eval mode.
@@ -142,12 +143,13 @@ def generate_responses(
         return limits
 
     pads = bool(pad_to_multiple_of)
-    for rows, limits_B, padded in _exact_batches(model, queries, batch_size, pads, limits_of):
+    for rows, limits_B, padded, cached in _exact_batches(model, queries, batch_size, pads, limits_of):
         batch = [queries[row] for row in rows]
         side = "right" if two_stacks else "left"
         inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of if padded else None, side)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         sampling.max_new_tokens = max(limits_B)
+        sampling.use_cache = generation_config.use_cache is not False and cached
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device))
@@ -170,8 +172,8 @@ def _exact_batches(
     batch_size: int,
     pads: bool,
     limits_of: Callable[[Sequence[int]], list[int]],
-) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Rows in order of length, most tokens of the response to each, and whether they may be padded.
+) -> Iterator[tuple[list[int], list[int], bool, bool]]:
+    """Rows in order of length, most tokens of the response to each, whether they may be padded, and a cache be used.
 
     Args:
         model, queries, batch_size: see `generate_responses`.
@@ -185,8 +187,9 @@ def _exact_batches(
         total = max if model.config.is_encoder_decoder else sum
         longest = max(total(pair) for pair in zip(lengths, limits, strict=True))
         batches, padded = sampling_batches(model, lengths, longest, pads)
+        cached = cache_is_exact(model, longest)
         for batch in batches:
-            yield [rows[i] for i in batch], [limits[i] for i in batch], padded
+            yield [rows[i] for i in batch], [limits[i] for i in batch], padded, cached
 
 
 def response_limits(

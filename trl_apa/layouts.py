@@ -175,6 +175,8 @@ def unpacked_layout(network: nn.Module, longest: int = LONG) -> Layout:
     if isinstance(trial, Exception) or trial.is_exact_padded:
         return Layout.PADDED
     why = f"computes something else from a padded batch than from each row alone, {_size(trial.padded)}"
+    if not trial.has_padded_gradient:
+        why = "has no finite gradient of a padded batch"
     return _say(network, why, Layout.SEPARATE if trial.is_exact_together else Layout.ONE_BY_ONE)
 
 
@@ -254,6 +256,25 @@ def _sampling_layout(model: nn.Module, longest: int) -> Layout:
     return _say(model, why, Layout.SEPARATE)
 
 
+def cache_is_exact(model: nn.Module, longest: int) -> bool:
+    """Whether tokens that are sampled with a cache come from what the forward pass of the finished row says.
+
+    If not, a warning says so, once for each kind of model; responses are to be sampled without a cache then.
+
+    Args:
+        model: a language model. If its weights are spread over processes all call this together.
+        longest: most tokens of a prompt and its response.
+    """
+    sharded = is_sharded(model)
+    trial = sampling_trial(model, LONG if sharded else longest)
+    if isinstance(trial, Exception) or trial.is_exact_cached:
+        return True
+    base = inner_model(model)
+    why = f"samples with its cache otherwise than it reads, {_size(trial.cached)}: no cache is used"
+    _warn_once((base.config.model_type, "cache"), f"{type(base).__name__} {why}")
+    return False
+
+
 def readable_batches(
     read: Callable[[list[Tensor]], Tensor], network: nn.Module, sequences: Sequence[Tensor]
 ) -> list[list[int]]:
@@ -296,16 +317,20 @@ CONSEQUENCES = {
     Layout.SEPARATE: "rows go one by one, those of equal length together",
     Layout.ONE_BY_ONE: "rows go one by one",
 }
-_SAID: set[str] = set()
+_SAID: set[tuple[str, str]] = set()
 
 
 def _say(network: nn.Module, why: str, layout: Layout) -> Layout:
     """One line for each kind of model, however many networks of it there are; hands `layout` back."""
     base = inner_model(network)
-    if base.config.model_type not in _SAID:
-        _SAID.add(base.config.model_type)
-        warnings.warn(f"{type(base).__name__} {why}: {CONSEQUENCES[layout]}", UserWarning, stacklevel=2)
+    _warn_once((base.config.model_type, "layout"), f"{type(base).__name__} {why}: {CONSEQUENCES[layout]}")
     return layout
+
+
+def _warn_once(key: tuple[str, str], text: str) -> None:
+    if key not in _SAID:
+        _SAID.add(key)
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _size(difference: Difference) -> str:

@@ -397,7 +397,7 @@ def _is_head_of_trunk(model: nn.Module, trunk: nn.Module, head: nn.Module) -> bo
         seen.append((args[0], made))
         return made
 
-    device = trunk.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().weight.device
     input_ids = torch.arange(4, device=device)[None] % (num_token_ids(model) or 1)
     hook = head.register_forward_hook(replace)
     try:

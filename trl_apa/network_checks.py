@@ -1,6 +1,11 @@
 """Whether networks can do what they are given for: the ids and lengths that will occur, text alone, in order."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -35,7 +40,7 @@ def check_answers_text(policy: nn.Module) -> None:
     name = type(base).__name__
     tokens = torch.tensor([[0, 0], [0, 1]], device=base.get_input_embeddings().weight.device) % known
     try:
-        with held_repeatable(policy):
+        with held_repeatable(policy), _warning_of_adapters_without_effect(policy):
             logits_BV = policy(input_ids=tokens, use_cache=False).logits[:, 0].float()
     except Exception as error:
         what = "with its adapters " if is_peft_model(policy) else ""
@@ -47,6 +52,38 @@ def check_answers_text(policy: nn.Module) -> None:
         raise ValueError(
             f"model is a {name} that looks at later tokens; a policy predicts each token from those before it "
             "(of some families with is_decoder=True in the config)"
+        )
+
+
+@contextmanager
+def _warning_of_adapters_without_effect(policy: nn.Module) -> Iterator[None]:
+    """Inside, a pass is made; a warning then names layers whose adapters it did not call.
+
+    State space models multiply by the weight of such a layer themselves. An adapter on it learns nothing, and merged
+    it would have the effect that nobody has seen.
+    """
+    layers = {name: layer for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer)}
+    owners = {name: policy.get_submodule(name.rpartition(".")[0]) for name in layers}
+    called: set[nn.Module] = set()
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.add(module))
+        for module in {*layers.values(), *owners.values()}
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Experts and towers that this text does not reach are not called by their owner, which is not called either.
+    unused = {
+        name.rpartition(".")[2] for name, layer in layers.items() if owners[name] in called and layer not in called
+    }
+    if unused:
+        warnings.warn(
+            f"adapters on {', '.join(sorted(unused))} have no effect: {type(inner_model(policy)).__name__} reads the "
+            "weights of these layers without calling them; leave them out of target_modules (exclude_modules)",
+            UserWarning,
+            stacklevel=2,
         )
 
 

@@ -34,18 +34,22 @@ class SamplingTrial:
     """How far the logits that tokens are sampled from are from each other.
 
     Args:
-        lengths: tokens of the two rows, prompt and response together.
+        lengths: tokens of each row, prompt and response together.
         together: of a batch of equally long prompts, from those of each prompt alone: rounding.
         batched: of a padded batch of both prompts, from those of each prompt alone.
         cached: of each prompt alone, with a cache, from those of the plain forward of the finished row.
         allowed: the largest relative difference that counts as rounding.
     """
 
-    lengths: tuple[int, int]
+    lengths: tuple[int, ...]
     together: Difference
     batched: Difference
     cached: Difference
     allowed: float
+
+    @property
+    def is_exact_cached(self) -> bool:
+        return self.cached.relative <= self.allowed
 
     @property
     def is_exact_together(self) -> bool:
@@ -70,11 +74,14 @@ def try_sampling(
     pad_token_id, start = special_tokens(base, pad_token_id, start)
     lengths, exact = trial_lengths(base.config, longest), is_precise(base)
     queries, responses = trial_rows(model, lengths)
+    if len(lengths) == 3 and not base.config.is_encoder_decoder:  # the boundary lies behind the prompt
+        row = torch.cat([queries[1], responses[1]])
+        queries[1], responses[1] = row[:-SAMPLED], row[-SAMPLED:]
     responses = [response[:SAMPLED] for response in responses]
     rows = list(zip(queries, responses, strict=True))
     each = [sampling_logits(model, [query], [response], pad_token_id, start)[0] for query, response in rows]
-    twice = ([queries[1], queries[1].flip(0)], [responses[1]] * 2, pad_token_id, start)
-    together = difference(each[1:], sampling_logits(model, *twice)[:1], responses[1:], exact)
+    twice = ([queries[-1], queries[-1].flip(0)], [responses[-1]] * 2, pad_token_id, start)
+    together = difference(each[-1:], sampling_logits(model, *twice)[:1], responses[-1:], exact)
     batched = sampling_logits(model, queries, responses, pad_token_id, start)
     return SamplingTrial(
         lengths=lengths,

@@ -34,7 +34,8 @@ def once(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -
         torch.OutOfMemoryError: if there was no memory for it.
     """
     base = inner_model(network)
-    key = kind, bisect_left(boundaries(base.config), longest)
+    learns = any(parameter.requires_grad for parameter in network.parameters())
+    key = kind, bisect_left(boundaries(base.config), longest), learns
     of_network = _OF_NETWORKS.setdefault(base, {})
     if key not in of_network:
         identity = identity_of(base)

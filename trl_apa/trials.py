@@ -52,25 +52,27 @@ class Difference:
 
 @dataclass(frozen=True)
 class LayoutTrial:
-    """How far a network is from its own plain forward of each row alone, in each way of reading two rows.
+    """How far a network is from its own plain forward of each row alone, in each way of reading two rows or three.
 
     Args:
-        lengths: tokens of the two rows.
+        lengths: tokens of each row.
         repeated: one row alone, a second time: what is random.
         together: rows of equal length in one batch, without padding: what rounding makes of another size of batch.
-        padded: both rows in one padded batch.
-        packed: both in one row; None if that was not tried, or did not work.
-        leak: the largest change of the second sequence of a packed row when the first one changes, relative; or None.
+        padded: all rows in one padded batch.
+        has_padded_gradient: whether the gradient of that batch is a number, or nothing is to be learned.
+        packed: all in one row; None if that was not tried, or did not work.
+        leak: the largest change of the other sequences of a packed row when the first one changes, relative; or None.
         rounding: the largest relative difference that rounding makes in the precision of the network.
         allowed: the same, or four times what `together` shows, which may be more in a deep network.
         allowed_leak: the same of `leak`.
         not_packed: why there was no packed row.
     """
 
-    lengths: tuple[int, int]
+    lengths: tuple[int, ...]
     repeated: Difference
     together: Difference
     padded: Difference
+    has_padded_gradient: bool
     packed: Difference | None
     leak: float | None
     rounding: float
@@ -88,7 +90,7 @@ class LayoutTrial:
 
     @property
     def is_exact_padded(self) -> bool:
-        return self.padded.relative <= self.allowed
+        return self.padded.relative <= self.allowed and self.has_padded_gradient
 
     @property
     def is_exact_packed(self) -> bool:
@@ -126,14 +128,19 @@ def rope_limit(config: PreTrainedConfig) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def trial_lengths(config: PreTrainedConfig, longest: int) -> tuple[int, int]:
-    """Tokens of a short row and of a long one, which crosses the boundaries of the config that `longest` crosses."""
+def trial_lengths(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
+    """Tokens of a short row and of a long one, which crosses the boundaries of the config that `longest` crosses.
+
+    Where the short one does not cross the first of them, a third between them does by one token: layers that compress
+    blocks, say, may do otherwise with pads behind a block that has begun.
+    """
     limits = boundaries(config)
     crossed = max((limit for limit in limits if limit < longest), default=0)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     ahead = [limit for limit in (*limits, positions) if limit is not None and limit > crossed]
     long = max(2, min(max(crossed + COMPARED + 1, LONG), *ahead, 2**62))
-    return max(2, min(SHORT, long - 1, *limits[:1])), long
+    short = max(2, min(SHORT, long - 1, *limits[:1]))
+    return (short, *(limit + 1 for limit in limits[:1] if short <= limit < long - 1), long)
 
 
 def trial_rows(network: nn.Module, lengths: Iterable[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -157,8 +164,9 @@ def ordinary_tokens(network: nn.Module) -> list[int]:
     configs = (network.config, network.config.get_text_config())
     named = [pair for config in configs for pair in config.to_dict().items()]
     special = {value for name, value in named if name.endswith(("_token_id", "_token_index")) and type(value) is int}
-    known = num_token_ids(network) or configs[1].vocab_size
-    return [token for token in range(min(known, 1000)) if token not in special] or [0]
+    # CPM-Ant's embedding has rows for more than its vocabulary.
+    known = min(num_token_ids(network) or configs[1].vocab_size, configs[1].vocab_size, 1000)
+    return [token for token in range(known) if token not in special] or [0]
 
 
 @torch.no_grad()
@@ -192,6 +200,17 @@ def in_layout(
     start: int | None = None,
 ) -> list[Tensor]:
     """The same of several rows in one of the layouts, by the functions that the trainer uses."""
+    return [states.float().cpu() for states in _states(network, layout, queries, responses, pad_token_id, start)]
+
+
+def _states(
+    network: nn.Module,
+    layout: Layout,
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    pad_token_id: int,
+    start: int | None,
+) -> list[Tensor]:
     tokens = lay_out(layout, queries, responses, pad_token_id, start)
     width = max(len(response) for response in responses)
     base = inner_model(network)
@@ -203,8 +222,7 @@ def in_layout(
         states_BRK = response_rows(head(hidden_MH.to(next(head.parameters()).device)), tokens, width)
     else:
         states_BRK = policy_outputs(network, tokens, width, with_logits=True).logits_BRV
-    rows = zip(states_BRK.float().cpu(), responses, strict=True)
-    return [states[: len(response)] for states, response in rows]
+    return [states[: len(response)] for states, response in zip(states_BRK, responses, strict=True)]
 
 
 def difference(
@@ -269,16 +287,17 @@ def try_layouts(
         targets = None if base.get_output_embeddings() is None else responses[first:]
         return difference(expected[first:], actual, targets, exact)
 
-    twice = [queries[1], queries[1].flip(0)], [responses[1], responses[1].flip(0)]
-    together = compared(in_layout(network, Layout.SEPARATE, *twice, pad_token_id, start)[:1], first=1)
+    twice = [queries[-1], queries[-1].flip(0)], [responses[-1], responses[-1].flip(0)]
+    together = compared(in_layout(network, Layout.SEPARATE, *twice, pad_token_id, start)[:1], first=-1)
     padded = compared(in_layout(network, Layout.PADDED, queries, responses, pad_token_id, start))
     why_not = why_unsuitable(network, longest)
     in_one_row, leak, why_not = (None, None, why_not) if why_not else _packed(network, queries, responses, exact)
     return LayoutTrial(
         lengths=lengths,
-        repeated=compared([alone(network, queries[1], responses[1], start)], first=1),
+        repeated=compared([alone(network, queries[-1], responses[-1], start)], first=-1),
         together=together,
         padded=padded,
+        has_padded_gradient=_has_padded_gradient(network, queries, responses, pad_token_id, start),
         packed=None if in_one_row is None else compared(in_one_row),
         leak=leak,
         rounding=allowed_difference(base),
@@ -289,10 +308,35 @@ def try_layouts(
     )
 
 
+def _has_padded_gradient(
+    network: nn.Module, queries: list[Tensor], responses: list[Tensor], pad_token_id: int, start: int | None
+) -> bool:
+    """Whether a padded batch has a gradient that is a number.
+
+    What a network makes of pads has no weight in a loss; but where the derivative at a pad is infinite, as that of a
+    norm of nothing is, no weight at all makes it NaN.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not trained:
+        return True
+    base = inner_model(network)
+    own_pad = first_id(base.config.get_text_config(), "pad_token_id")  # whose embedding is zero
+    if own_pad is not None and 0 <= own_pad < (num_token_ids(base) or 0):
+        pad_token_id = own_pad
+    with torch.enable_grad():
+        states = _states(network, Layout.PADDED, queries, responses, pad_token_id, start)
+        total = torch.stack([row.float().square().mean() for row in states]).sum()
+        if not total.requires_grad or not total.isfinite():
+            return True
+        # What is wrong above a layer is wrong in the gradient of all below it.
+        parts = torch.autograd.grad(total, [*trained[:2], trained[-1]], allow_unused=True)
+    return all(bool(part.isfinite().all()) for part in parts if part is not None)
+
+
 def _packed(
     network: nn.Module, queries: list[Tensor], responses: list[Tensor], exact: bool
 ) -> tuple[list[Tensor] | None, float | None, str | None]:
-    """Outputs of a packed row, and how far those of the second sequence change with the first one; or why there are
+    """Outputs of a packed row, and how far those of the other sequences change with the first one; or why there are
     none."""
     base = inner_model(network)
     if base.get_output_embeddings() is not None and trunk_and_head(network) is None:
@@ -301,7 +345,7 @@ def _packed(
     try:
         with attending_with(base, for_packed_rows(base)):
             outputs = in_layout(network, Layout.PACKED, queries, responses, 0)
-            changed = in_layout(network, Layout.PACKED, [*others, queries[1]], [*other_responses, responses[1]], 0)
+            changed = in_layout(network, Layout.PACKED, [*others, *queries[1:]], [*other_responses, *responses[1:]], 0)
     except Exception as error:  # a kernel that is not for this device, attention that reads the mask
         return None, None, f"could not be tried out: {error}"
     return outputs, difference(outputs[1:], changed[1:], None, exact).relative, None

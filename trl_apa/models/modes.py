@@ -36,7 +36,7 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
     Whatever train mode adds is left out: dropout, of rates in a config too, layer drop, noise of routers and
     embeddings, sampled experts. transformers checkpoints layers in train mode only: one that is to be checkpointed is
     said to be in that mode, no module inside it is, and it computes in eval mode in both passes. Dynamic RoPE forgets
-    the longest row that it has seen.
+    the longest row that it has seen, and RecurrentGemma the row before.
 
     Args:
         network: any network.
@@ -47,6 +47,9 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
         if "dynamic" in str(vars(module).get("rope_type", "")):
             if _forget_longer_rows not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_forget_longer_rows)
+        if type(module).__name__ == "RecurrentGemmaRecurrentBlock":
+            if _forget_the_row_before not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_forget_the_row_before, with_kwargs=True)
     if checkpointing:
         for layer in _checkpointed_layers(network):
             layer.training = True
@@ -95,3 +98,10 @@ def _forget_longer_rows(rope: Any, _: Any) -> None:
                 frequencies = getattr(rope, f"{prefix}inv_freq")
                 rope.register_buffer(f"{prefix}inv_freq", getattr(rope, name).to(frequencies.device), persistent=False)
                 setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)
+
+
+def _forget_the_row_before(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Begin anew where a row does: transformers takes a prompt of one token for the next of the row before."""
+    position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    if position_ids.shape[1] == 1 and int(position_ids.flatten()[0]) == 0:
+        block.conv1d_state = None

@@ -283,9 +283,11 @@ def load_network(network: nn.Module, path: str | Path, adapter: str | None = Non
         loaded, info = type(network).from_pretrained(
             path, config=network.config, dtype=network.dtype, output_loading_info=True
         )
-    if info["missing_keys"]:
-        raise ValueError(f"{path} does not fit the model: it has no {sorted(info['missing_keys'])[0]!r}")
-    network.load_state_dict(loaded.state_dict())
+    # The class may make more than this network was made with: BERT's pooler.
+    own = network.state_dict().keys()
+    if missing := sorted(own & info["missing_keys"]):
+        raise ValueError(f"{path} does not fit the model: it has no {missing[0]!r}")
+    network.load_state_dict({name: tensor for name, tensor in loaded.state_dict().items() if name in own})
 
 
 def _device(network: nn.Module) -> torch.device:
