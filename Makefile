@@ -9,7 +9,7 @@ SHELL := /bin/bash
 comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow test-distributed test-lowest bench soak chaos parity demo build clean
+.PHONY: help install check format test test-slow test-families test-distributed test-lowest bench soak chaos parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ test: install ## run the tests
 
 test-slow: install ## run the tests that take longest: launchers, a compiler, benchmarks, kills
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
+
+test-families: install ## run the battery over every decoder family that transformers builds small
+	HF_HUB_OFFLINE=1 .venv/bin/python -W ignore -m pytest -q -n auto -m families tests/test_families.py $(ARGS)
 
 test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-distributed/bin/python -m pytest -q tests/test_deepspeed.py $(ARGS)

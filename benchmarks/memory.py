@@ -9,18 +9,18 @@ is measured. A line says how much of it was there before, by the weights and sta
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from tests.tiny import tiny_tokenizer
 from trl_apa import APAConfig, APATrainer
 from trl_apa.memory import Prediction, Setup, predict
+from trl_apa.memory.measuring import peak_of
 from trl_apa.models import load_language_model
 
 
@@ -88,18 +88,6 @@ def lasting_bytes(trainer: APATrainer) -> int:
     networks = [trainer.model, *([] if trainer.ref_model is None else [trainer.ref_model])]
     states = (state for states in trainer.optimizer.state.values() for state in states.values())
     return _storages(tensor for network in networks for tensor in _tensors(network)) + _storages(states)
-
-
-def peak_of(work: Callable[[], object]) -> int:
-    """Most bytes that the CPU's allocator held at once for `work`, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def build_trainer(setup: Setup, folder: str | Path) -> APATrainer:

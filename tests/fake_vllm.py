@@ -52,13 +52,22 @@ class LLM:
 
     def generate(self, prompts, sampling_params, use_tqdm):
         self.calls.append(sampling_params)
-        return [
-            SimpleNamespace(
-                prompt_token_ids=prompt["prompt_token_ids"],
-                outputs=[SimpleNamespace(token_ids=self.answer(prompt["prompt_token_ids"]), logprobs=None)],
-            )
-            for prompt in prompts
-        ]
+        outputs = []
+        for prompt in prompts:
+            prompt_ids = prompt["prompt_token_ids"]
+            answer = self.answer(prompt_ids)
+            logprobs = self.logprobs(prompt_ids, answer) if sampling_params.logprobs is not None else None
+            output = SimpleNamespace(token_ids=answer, logprobs=logprobs)
+            outputs.append(SimpleNamespace(prompt_token_ids=prompt_ids, outputs=[output]))
+        return outputs
+
+    @torch.no_grad()
+    def logprobs(self, prompt_ids, answer):
+        """Of the tokens of an answer, in vLLM's form."""
+        logits = self.network(torch.tensor([[*prompt_ids, *answer]])).logits[0, len(prompt_ids) - 1 : -1]
+        of_tokens = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()
+        rows = zip(answer, of_tokens, strict=True)
+        return [{token: SimpleNamespace(logprob=logprob, rank=1)} for token, logprob in rows]
 
     def answer(self, prompt_ids):
         """As many tokens as are allowed; the prompt alone, without padding."""

@@ -188,6 +188,13 @@ EARLY = {
         ("--max_length 0", "max_length=0: it should be at least 1"),
     ],
     "reward": [*TRAINING, ("--dataset_name long.jsonl", "row 1 has 301 tokens; the model has 256 positions")],
+    "check": [
+        ("", "model is not set"),
+        ("nowhere", "'nowhere' cannot be loaded: there is no such folder"),
+        ("base --prompts nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+        ("base --quantization 3bit", "invalid choice: '3bit'"),
+        ("base --quantisation 4bit", "did you mean '--quantization'"),
+    ],
     "evaluate": [
         *REWARDED,
         ("--checkpoints nowhere", "'nowhere' cannot be loaded: there is no such folder"),

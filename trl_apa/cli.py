@@ -32,6 +32,7 @@ COMMANDS = {
     "offline": ("trl_apa.commands.offline", "learn from fixed responses with APA, AWR or ILQL"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
+    "check": ("trl_apa.commands.check", "whether a model's numbers can be trusted on this machine, in a table"),
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
     "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
     "merge": ("trl_apa.commands.merge", "an adapter put into its base, as a plain checkpoint"),
@@ -42,7 +43,7 @@ COMMANDS = {
 # Where `--debug VALUE` is an option of the Trainer.
 WITH_TRAINER = ("sft", "reward", "train", "offline")
 # What these print is all that they make: without stdout there is nothing to go on for.
-PRINT_ALONE = ("generate", "memory", "env")
+PRINT_ALONE = ("generate", "check", "memory", "env")
 
 MISTAKE, BUG, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 LONGEST = 1000  # characters of a message

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
@@ -68,6 +68,10 @@ from trl_apa.validation import (
     one_of,
 )
 from trl_apa.vllm_generation import VLLMSampler
+
+
+if TYPE_CHECKING:
+    from trl_apa.checking import Report
 
 
 class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
@@ -342,6 +346,29 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
                 optimizer, self.accelerator.unwrap_model(self.model).trainable_parameters()["value"], rate
             )
         return optimizer
+
+    def check(self, prompts: Sequence[Any] | None = None, tell: Callable[[str], None] | None = None) -> "Report":
+        """Measure whether the numbers of these networks can be trusted on this machine: `trl-apa check` in a script.
+
+        Log-probs alone, padded, packed, as trained and as sampled; greedy answers in a batch; train and eval mode; KL
+        before training; gradients of split micro-batches; attention, precision, saving, merging; sizes, templates,
+        memory. Networks, gradients and random numbers are left as they were.
+
+        Args:
+            prompts: texts, chat messages or rows; by default four questions.
+            tell: called with the name of each check before it is made.
+
+        Returns:
+            The findings; `print(report)` shows the table, `report.ok` whether nothing is wrong.
+
+        Raises:
+            ValueError: while `train` runs, or where weights are sharded over processes.
+        """
+        from trl_apa.checking import check_trainer
+
+        if self.is_in_train:
+            raise ValueError("check() was called while train() runs; call it before or after")
+        return check_trainer(self, prompts, tell)
 
     # ---- prompts to responses ----
 

@@ -206,6 +206,36 @@ class VLLMSampler:
             responses = list(pad_sequence(responses, batch_first=True, padding_value=pad))
         return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
 
+    def samples_and_logprobs(
+        self, queries: Sequence[Tensor], max_new_tokens: int, step: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """One answer to each query at temperature 1, and vLLM's own log-probs of its tokens.
+
+        Args:
+            queries: 1-D tensors of token ids.
+            max_new_tokens: of each answer, tokens.
+            step: see `responses`.
+
+        Returns:
+            For each query token ids, int64, and log-probs, nats, float32, both 1-D and on the CPU.
+
+        Raises:
+            ValueError: if vLLM gives no log-probs.
+        """
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens)
+        sampling = vllm_sampling(config, None, {}, self.policy.config.get_text_config().vocab_size)
+        self._bring_up_to_date(step)
+        logprobs_before = self.engine.logprobs
+        vars(self.engine).update(sampling, max_completion_length=max_new_tokens, logprobs=0)
+        try:
+            _, completions, logprobs, _ = self.engine.generate([query.tolist() for query in queries], None, 1)
+        finally:
+            self.engine.logprobs = logprobs_before
+        if logprobs is None:
+            raise ValueError("vLLM gave no log-probs")
+        rows = zip(completions, logprobs, strict=True)
+        return [(torch.tensor(ids), torch.tensor([token[0] for token in of_row])) for ids, of_row in rows]
+
     def _limits(
         self,
         queries: Sequence[Tensor],

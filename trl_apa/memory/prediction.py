@@ -141,7 +141,7 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
         for _ in range(min(setup.gradient_accumulation_steps, 2)):
             for networks in module.passes:
                 with module.adapter_for(**networks):
-                    _forward_and_backward(module, tokens, setup.max_new_tokens, networks)
+                    forward_and_backward(module, tokens, setup.max_new_tokens, networks)
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_disable()
     return _peak(live)
@@ -154,9 +154,17 @@ def _longest_rows(setup: Setup, layout: Layout) -> dict[str, Any]:
     return lay_out(layout, queries, responses, pad_token_id=0)
 
 
-def _forward_and_backward(
+def forward_and_backward(
     module: PolicyAndValue, tokens: dict[str, Any], width: int, networks: dict[str, bool]
 ) -> None:
+    """One pass of a micro-batch, as an update makes it, with a loss of no meaning.
+
+    Args:
+        module: policy and value model.
+        tokens: what `rollouts.lay_out` gives.
+        width: tokens of the longest response.
+        networks: one of `module.passes`.
+    """
     with_entropy = networks.get("with_policy", True)
     outputs = module(**tokens, response_width=width, **networks, with_entropy=with_entropy)
     terms = [outputs[name].mean() for name in ("logprobs", "values") if name in outputs]

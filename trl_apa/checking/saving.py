@@ -1,0 +1,94 @@
+"""Whether a policy that was written, or merged, computes what it did in memory."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from trl_apa._trl import is_peft_model
+from trl_apa.checking.report import Finding, compared, skipped
+from trl_apa.checking.subject import Subject, moved, restore, some_of
+from trl_apa.logprobs import inner_model
+from trl_apa.models import load_language_model, merge_and_save
+from trl_apa.models.modes import make_repeatable
+from trl_apa.models.policy_and_value import load_policy_and_value
+
+
+LOST = "a checkpoint of this model cannot be resumed, or used: report this model"
+
+
+def reloaded(subject: Subject) -> Iterator[Finding]:
+    """Write moved weights, put the old ones back, and load: as a run is resumed, and as others load the model."""
+    module = subject.module
+    trained = [parameter for parameters in module.trainable_parameters().values() for parameter in parameters]
+    chosen = some_of(trained)
+    before = {parameter: parameter.detach().cpu().clone() for parameter in chosen}
+    with tempfile.TemporaryDirectory() as folder, moved(module):
+        expected = subject.each_alone()
+        module.save_pretrained(folder)
+        restore(before)
+        load_policy_and_value(module, folder)
+        actual = subject.each_alone()
+        yield compared("saved and resumed", subject.difference(expected, actual), subject.allowed, LOST)
+        yield _loaded_anew(subject, folder, expected)
+
+
+def _loaded_anew(subject: Subject, folder: str, expected: list[Any]) -> Finding:
+    name, policy = "saved and loaded anew", subject.policy
+    if (why := _base_is_missing(policy)) is not None:
+        return skipped(name, why)
+    network = _like(load_language_model(folder, **_loading_options(policy)), policy)
+    return compared(name, subject.difference(expected, subject.each_alone(network)), subject.allowed, LOST)
+
+
+def merged(subject: Subject) -> Iterator[Finding]:
+    """An adapter that has moved, merged into its base, beside the two apart."""
+    name, policy = "adapter merged into its base", subject.policy
+    if not is_peft_model(policy):
+        yield skipped(name, "no adapter")
+        return
+    quantised = bool(getattr(inner_model(policy), "is_quantized", False))
+    if quantised and (why := _base_is_missing(policy)) is not None:
+        yield skipped(name, why)
+        return
+    with tempfile.TemporaryDirectory() as folder, moved(subject.module):
+        expected = subject.each_alone()
+        options = {"dtype": policy.dtype} if quantised else {}
+        merge_and_save(policy, folder, **options)
+        network = _like(load_language_model(folder, dtype=policy.dtype), policy)
+        difference = subject.difference(expected, subject.each_alone(network))
+    finding = compared(name, difference, subject.allowed, "use the adapter on its base, unmerged")
+    if quantised:
+        text = f"{finding.measured}: it is merged into the base before that was quantised"
+        yield Finding(name, None, text, finding.figures)
+        return
+    yield finding
+
+
+def _base_is_missing(policy: nn.Module) -> str | None:
+    """Why the base of an adapter cannot be loaded; None if it can, or nothing has to be."""
+    if not is_peft_model(policy):
+        return None
+    path = policy.active_peft_config.base_model_name_or_path
+    if path and (os.path.isdir(path) or "/" in path):
+        return None
+    return f"not tried: the adapter's base, {path!r}, is in memory alone"
+
+
+def _loading_options(policy: nn.Module) -> dict[str, Any]:
+    base = inner_model(policy)
+    options: dict[str, Any] = {"dtype": policy.dtype, "attn_implementation": base.config._attn_implementation}
+    if getattr(base, "is_quantized", False):
+        options["quantization_config"] = base.config.quantization_config
+        options["device_map"] = {"": policy.device}
+    return options
+
+
+def _like(network: nn.Module, policy: nn.Module) -> nn.Module:
+    """On the policy's device, without randomness."""
+    if not getattr(inner_model(network), "is_quantized", False):
+        network = network.to(policy.device)
+    make_repeatable(network)
+    return network

@@ -1,0 +1,99 @@
+"""Whether tokenizer and networks fit each other, and what a chat template makes of a message."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trl_apa.checking.report import Finding, skipped
+from trl_apa.checking.subject import Subject
+from trl_apa.logprobs import head_width, inner_model
+from trl_apa.network_parts import max_positions, num_token_ids
+from trl_apa.tokenizing import text_ids
+from trl_apa.trials import boundaries, rope_limit
+
+
+QUESTION = "What is it?"
+
+
+def tokens(subject: Subject) -> Iterator[Finding]:
+    """Ids of the tokenizer, rows of the embedding and of the vocabulary head."""
+    base, tokenizer = inner_model(subject.policy), subject.tokenizer
+    known, head = num_token_ids(base), head_width(base.get_output_embeddings())
+    figures = {"tokenizer": len(tokenizer), "embedding": known, "head": head, "pad": subject.pad_token_id}
+    measured = f"tokenizer {len(tokenizer)}, embedding {known}, head {head}; pad {subject.pad_token_id}"
+    advice = []
+    if known is not None and len(tokenizer) > known:
+        beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= known)
+        advice.append(
+            f"the embedding has no row for {', '.join(map(repr, beyond[:5]))}: refused where they occur, pads apart"
+        )
+    if subject.tokenizer.pad_token_id is None:
+        advice.append("the tokenizer has no pad: EOS is used")
+    ends = [f"{tokenizer.convert_ids_to_tokens(end)!r}" for end in subject.end_token_ids]
+    figures["ends"] = list(subject.end_token_ids)
+    measured += f"; responses end with {' or '.join(ends) or 'nothing'}"
+    ok = bool(ends)
+    if not ok:
+        advice.append("no token ends a response: set eos_token, or stop_strings")
+    yield Finding("tokens", ok, measured, figures, "; ".join(advice))
+
+
+def positions(subject: Subject) -> Iterator[Finding]:
+    """Positions of the model beside what prompt and response take, and lengths after which it computes otherwise."""
+    config, args = inner_model(subject.policy).config, subject.args
+    limit, needed = max_positions(subject.policy), subject.longest
+    measured = f"{'no limit' if limit is None else limit}; a prompt and its response take up to {needed} tokens"
+    if args.max_prompt_length is None:
+        measured += ", as far as is known: max_prompt_length is not set"
+    crossed = [number for number in boundaries(config) if number < needed]
+    advice = []
+    if crossed:
+        advice.append(f"rows cross lengths that its config names: {', '.join(map(str, crossed))}; the trials did too")
+    if (rope := rope_limit(config)) is not None and needed > rope:
+        advice.append(f"RoPE depends on the longest row of a batch beyond {rope} tokens: longer rows go one by one")
+    ok = limit is None or needed <= limit
+    if not ok:
+        advice.append("lower max_prompt_length or max_completion_length")
+    figures = {"positions": limit, "needed": needed, "boundaries": crossed}
+    yield Finding("positions", ok, measured, figures, "; ".join(advice))
+
+
+def text_prompt(subject: Subject) -> Iterator[Finding]:
+    """What the tokenizer puts around a prompt that is plain text."""
+    before, own, after, _ = text_ids(QUESTION, subject.tokenizer)
+    shown = subject.tokenizer.decode([*before, *own])
+    advice = (
+        f"{subject.tokenizer.decode(after)!r}, which the tokenizer puts behind a text, is left out" if after else ""
+    )
+    figures: dict[str, Any] = {"before": before, "after": after}
+    yield Finding("text prompts", True, f"read as {shown!r}", figures, advice)
+
+
+def chat_template(subject: Subject) -> Iterator[Finding]:
+    """A message as the policy reads it: one BOS, a header for the answer, and an end that ends a response."""
+    tokenizer, options = subject.tokenizer, subject.args.chat_template_kwargs or {}
+    if tokenizer.chat_template is None:
+        yield skipped("chat template", "none; prompts are texts")
+        return
+    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is so."}
+    render = {"tokenize": True, "return_dict": False, **options}
+    ids = list(tokenizer.apply_chat_template([question], add_generation_prompt=True, **render))
+    without = list(tokenizer.apply_chat_template([question], add_generation_prompt=False, **render))
+    answered = list(tokenizer.apply_chat_template([question, answer], **render))
+    beginnings = ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+    same_as_end = tokenizer.bos_token_id in subject.end_token_ids
+    ends = [token for token in answered[len(without) :] if token in subject.end_token_ids]
+    header = tokenizer.decode(ids[len(without) :]) if ids[: len(without)] == without else tokenizer.decode(ids)
+    wrong, notes = [], []
+    if beginnings > 1 and not same_as_end:
+        wrong.append(f"it writes BOS {beginnings} times")
+    if ids == without:
+        notes.append("it writes no header for the answer (add_generation_prompt has no effect)")
+    if subject.end_token_ids and not ends:
+        wrong.append(
+            "no answer that it renders ends with a token that ends a response: set stop_token_id or eos_token"
+        )
+    shown = f"{tokenizer.decode(ids)!r}; the answer follows {header!r}"
+    if ends:
+        shown += f" and ends with {tokenizer.convert_ids_to_tokens(ends[-1])!r}"
+    figures = {"bos": beginnings, "ids": ids}
+    yield Finding("chat template", not wrong, shown, figures, "; ".join([*wrong, *notes]))

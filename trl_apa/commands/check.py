@@ -1,0 +1,166 @@
+"""`trl-apa check`: whether the numbers of a model on this machine can be trusted, in a table."""
+
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig
+from trl import ModelConfig
+
+from trl_apa.checking import Finding, Report
+from trl_apa.commands.models import load_policy, load_tokenizer
+from trl_apa.commands.options import CommandParser, Part
+from trl_apa.config import APAConfig
+from trl_apa.trainer import APATrainer
+
+
+NEW_LORA = "lora"
+
+
+def _option(default: object, help: str, **metadata: object) -> object:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class CheckArguments:
+    """The model, how it is loaded, and the run that is meant."""
+
+    model: str | None = _option(None, "Folder or hub name of a language model, or of an adapter on its base.")
+    peft: str | None = _option(None, "'lora': new LoRA adapters on the model.", choices=[NEW_LORA])
+    lora_r: int = _option(16, "Their rank.")
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers with adapters; 'default' is peft's choice."}
+    )
+    quantization: str | None = _option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
+    device: str | None = _option(None, "By default a GPU, if there is one.", choices=["cpu", "cuda"])
+    dtype: str | None = _option(
+        None,
+        "Of weights that are not quantised; bfloat16 with quantization and float32 without by default.",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    bf16: bool = _option(False, "Compute in bfloat16 (autocast).")
+    attn_implementation: str | None = _option(None, "Attention: sdpa, eager, flash_attention_2, ...")
+    value_model: str = _option("separate", "The value model: separate, adapter, head, or a checkpoint.")
+    max_prompt_length: int | None = _option(None, "Longest prompt of the run that is meant, tokens.")
+    max_completion_length: int = _option(64, "Longest response, tokens.")
+    gradient_checkpointing: bool = _option(False, "Keep each layer's input only and compute the rest twice.")
+    prompts: str | None = _option(None, "File of texts to read, one a line; by default four questions.")
+    use_vllm: bool = _option(False, "Look at vLLM's log-probs too.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model.")
+    json: bool = _option(False, "Print JSON.")
+
+    def __post_init__(self) -> None:
+        if self.peft is None and self.quantization is not None:
+            self.peft = NEW_LORA
+
+    def model_config(self) -> ModelConfig:
+        """The same for the loader."""
+        dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
+        bits = {"load_in_8bit": self.quantization == "8bit", "load_in_4bit": self.quantization == "4bit"}
+        return ModelConfig(
+            model_name_or_path=self.model, dtype=dtype, attn_implementation=self.attn_implementation, **bits
+        )
+
+    def peft_config(self) -> LoraConfig | None:
+        """New adapters, if they are asked for; an adapter by name brings its own."""
+        if self.peft is None:
+            return None
+        encoder_decoder = AutoConfig.from_pretrained(
+            self.model, trust_remote_code=self.trust_remote_code
+        ).is_encoder_decoder
+        targets = self.lora_target_modules or ["all-linear"]
+        alone = {"all-linear": "all-linear", "default": None}
+        return LoraConfig(
+            r=self.lora_r,
+            target_modules=alone.get(targets[0], targets) if len(targets) == 1 else targets,
+            task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        )
+
+    def config(self, folder: str) -> APAConfig:
+        """The options of the run that is meant."""
+        return APAConfig(
+            output_dir=folder,
+            report_to="none",
+            use_cpu=self.device == "cpu",
+            bf16=self.bf16,
+            batch_size=4,
+            mini_batch_size=1,
+            gradient_checkpointing=self.gradient_checkpointing,
+            max_prompt_length=self.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            use_vllm=self.use_vllm,
+            disable_tqdm=True,
+        )
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
+        "check",
+        "Measure on a model and a machine whether log-probs, gradients, sampling, saving and sizes are right: "
+        "`trl-apa check MODEL`. Exit status 1 if something is wrong.",
+        Part(CheckArguments, lambda name: "model"),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
+    (arguments,) = make_parser().build(make_parser().parse(argv))
+    if arguments.model is None:
+        raise ValueError("model is not set: name a folder or a hub name")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no GPU")
+    prompts = None if arguments.prompts is None else _lines(arguments.prompts)
+    report = check(arguments, prompts)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print("\n".join(report.lines(colour=sys.stdout is not None and sys.stdout.isatty())))
+    return 0 if report.ok else 1
+
+
+def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report:
+    """Load a model as a run would, make its trainer, and check its networks.
+
+    A trainer that refuses what it is given, because sizes do not fit say, is the finding that something is wrong.
+
+    Raises:
+        ValueError: if the model or its tokenizer cannot be loaded.
+    """
+    loading, trust = arguments.model_config(), arguments.trust_remote_code
+    tokenizer = load_tokenizer(arguments.model, loading, trust)
+    model = load_policy(arguments.model, loading, trust)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no dataset")
+        try:
+            trainer = APATrainer(
+                arguments.config(folder),
+                model,
+                processing_class=tokenizer,
+                value_model=arguments.value_model,
+                peft_config=arguments.peft_config(),
+            )
+        except ValueError as error:
+            finding = Finding("construction of the trainer", False, str(error))
+            return Report(arguments.model, arguments.device or "this machine", (finding,))
+        return trainer.check(prompts, tell=_tell if sys.stderr is not None and sys.stderr.isatty() else None)
+
+
+def _lines(path: str) -> list[str]:
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts={path!r} has no text: it should have one prompt a line")
+    return lines
+
+
+def _tell(name: str) -> None:
+    print(f"\r\033[Kchecking: {name} ...", end="", file=sys.stderr, flush=True)
