@@ -46,7 +46,9 @@ def whole_weights(trainer):
 
 def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwargs):
     """A trainer after two steps on its rows of eight rollouts, and what there is to compare of it."""
-    model = tiny_model() if model is None else model  # before the config, so that ZeRO-3 does not cut up its making
+    model = (
+        tiny_model() if model is None else model
+    )  # before the config, so that ZeRO-3 does not shard it as it is made
     args = make_config(folder, batch_size=len(rows), **STEPS, **(config or {}))
     trainer = APATrainer(args, model, tokenizer=tiny_tokenizer(), **kwargs)
     torch.manual_seed(1)

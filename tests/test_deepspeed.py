@@ -35,7 +35,7 @@ MISSING = ("apa/grad_norm/policy", "apa/grad_norm/value")
 
 
 def zero(stage, **config):
-    """Options for DeepSpeed under which weights as small as ours are cut up, too."""
+    """Options for DeepSpeed under which weights as small as ours are sharded, too."""
     sharding = {"stage": stage, "stage3_param_persistence_threshold": 0}
     sharding["stage3_gather_16bit_weights_on_model_save"] = True
     return {"zero_optimization": sharding, **dict.fromkeys(AUTO, "auto"), **config}
@@ -160,7 +160,7 @@ def test_two_processes_train_as_one_and_go_on_where_they_stopped(ranks, folder, 
 
 
 def test_half_precision_comes_near(ranks, folder):
-    """Also where a policy is cut up in bfloat16 as it is loaded, and the new value head is not."""
+    """Also where a policy is sharded in bfloat16 as it is loaded, and the new value head is not."""
     expected = stepped(alone, folder / "float32")[1]["stats"]
     for name in ("apa/loss/policy", "apa/loss/value", "apa/grad_norm/total", "objective/entropy"):
         assert ranks[0]["bf16"]["stats"][name] == pytest.approx(expected[name], rel=0.05), name

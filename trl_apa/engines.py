@@ -1,4 +1,4 @@
-"""What engines that cut up weights, DeepSpeed and FSDP2, need beyond DDP; all other code is the same for all."""
+"""What engines that shard weights, DeepSpeed and FSDP2, need beyond DDP; all other code is the same for all."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ def zero_stage(accelerator: Accelerator) -> int:
     return plugin.zero_stage if plugin else 0
 
 
-def cuts_up_weights(accelerator: Accelerator) -> bool:
+def shards_weights(accelerator: Accelerator) -> bool:
     """Whether a process holds a part of the weights only: FSDP2, ZeRO-3."""
     return accelerator.is_fsdp2 or zero_stage(accelerator) == 3
 
@@ -84,14 +84,14 @@ def keep_outputs_precise(accelerator: Accelerator) -> None:
 
 
 def prepare_frozen(model: nn.Module, policy: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A network that is not trained, on the device and cut up where the policy will be.
+    """A network that is not trained, on the device and sharded where the policy will be.
 
     Args:
-        model: pi_init or a reward model. Where weights are cut up it gets its own copy of those that it shares with
+        model: pi_init or a reward model. Where weights are sharded it gets its own copy of those that it shares with
             the policy.
         policy: before it is prepared.
     """
-    if cuts_up_weights(accelerator) and {id(p) for p in model.parameters()} & {id(p) for p in policy.parameters()}:
+    if shards_weights(accelerator) and {id(p) for p in model.parameters()} & {id(p) for p in policy.parameters()}:
         model = independent_copy(model).requires_grad_(False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # The engine's hooks are on the model itself, whose config and generate are those of a language model.
@@ -101,8 +101,8 @@ def prepare_frozen(model: nn.Module, policy: nn.Module, accelerator: Accelerator
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def serve_cut_up_weights(model: nn.Module, accelerator: Accelerator) -> None:
-    """Let a frozen network compute that ZeRO-3 has cut up while it was loaded; nothing happens to any other."""
+def serve_sharded_weights(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let a frozen network compute that ZeRO-3 has sharded while it was loaded; nothing happens to any other."""
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         prepare_deepspeed(model, accelerator)
 
@@ -139,11 +139,11 @@ def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def whole(tensor: Any) -> Any:
-    """A tensor that is cut up among processes (FSDP2's) as one that is not; anything else as it is."""
+    """A tensor that is sharded among processes (FSDP2's) as one that is not; anything else as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm of the gradients of all parameters together, cut up or not, 0-D."""
+    """Norm of the gradients of all parameters together, sharded or not, 0-D."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return whole(nn.utils.get_total_norm(gradients))

@@ -82,7 +82,7 @@ def _measured_in_parts(
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     queries = trainer._on_all_processes(lambda: [[trainer._query(row) for row in part] for part in parts])
     responses = [trainer._respond_on_all_processes(part, generate_ref_response=True) for part in queries]
-    # Where weights are cut up, the networks are run by all processes together, too.
+    # Where weights are sharded, the networks are run by all processes together, too.
     nats = [_kl_and_entropy(trainer, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]
     together = list(zip(parts, queries, responses, nats, strict=True))
     return [_measure(trainer, *part) for part in together]

@@ -82,7 +82,7 @@ def num_token_ids(network: nn.Module) -> int | None:
     if (rows := getattr(layer, "num_embeddings", None)) is not None:
         return int(rows)
     weight = getattr(layer, "weight", None)
-    # ZeRO-3 leaves weights that it has cut up empty.
+    # ZeRO-3 leaves weights that it has sharded empty.
     return None if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
 
 

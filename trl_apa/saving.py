@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
-from trl_apa.engines import cuts_up_weights
+from trl_apa.engines import shards_weights
 from trl_apa.models import merge_and_save
 from trl_apa.redaction import without_secrets
 from trl_apa.signals import StopOnSignal
@@ -55,7 +55,7 @@ class Saving(NoTelemetry, _BaseTrainer):
         Raises:
             ValueError: where no process holds the whole policy (FSDP2, ZeRO-3); if the process that writes failed.
         """
-        if cuts_up_weights(self.accelerator):
+        if shards_weights(self.accelerator):
             raise ValueError(
                 "merge_and_save: no process holds the whole policy; save_pretrained gathers it, and "
                 "models.merge_and_save (trl-apa merge) merges what it wrote"

@@ -244,7 +244,7 @@ class AdapterReward:
         return self.module.compute_reward_score(**tokens)[:, -1]
 
 
-# What runs on the device, beside training: never in a thread, and on all processes together where weights are cut up.
+# What runs on the device, beside training: never in a thread, and on all processes together where weights are sharded.
 NETWORKS = (RewardModel, AdapterReward)
 
 

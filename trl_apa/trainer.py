@@ -26,7 +26,7 @@ from trl_apa.engines import (
     keep_outputs_precise,
     policy_gathered,
     prepare_frozen,
-    serve_cut_up_weights,
+    serve_sharded_weights,
 )
 from trl_apa.experience import Experience
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
@@ -258,7 +258,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         for function in functions:
             if isinstance(function, RewardModel):
                 function.check_fits(self.model.policy, args.max_prompt_length, args.max_completion_length)
-                serve_cut_up_weights(function.model, self.accelerator)
+                serve_sharded_weights(function.model, self.accelerator)
         return Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
 
     def _begin(self) -> None:

@@ -57,7 +57,7 @@ class EndOfIteration(TrainerCallback):
         control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
 
 
-class Tickets(IterableDataset):
+class EmptyRows(IterableDataset):
     """Empty rows without end: what is learned from comes out of the rollouts, not out of the data loader."""
 
     def __iter__(self) -> Iterator[int]:
@@ -225,9 +225,9 @@ class TrainingLoop(ResumableRuns):
         """As many empty rows as a pass over the prompts has micro-batches."""
         passes = self._source.iterations_per_pass
         micro_batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
-        tickets = Tickets() if passes is None else range(passes * micro_batches)
+        rows = EmptyRows() if passes is None else range(passes * micro_batches)
         # With a generator of its own the loader leaves the global one alone, with which tokens are sampled.
-        return DataLoader(tickets, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))
+        return DataLoader(rows, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Rollouts in a pass over the prompts."""

@@ -16,8 +16,8 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
     A model that another trainer has had in its hands may carry a `forward` of its own, a function that remembers the
     original (TRL's fused LM head, accelerate's autocast): `deepcopy` keeps such a function as it is, and the copy
     would silently follow the original's training. It gets its class's forward back, and accelerate's device hook, if
-    it had one, around that. The copy of a model that ZeRO-3 has cut up is cut up, too; for a moment every process has
-    it whole.
+    it had one, around that. The copy of a model that ZeRO-3 has sharded is sharded, too; for a moment every process
+    holds all of it.
 
     Args:
         model: any module.

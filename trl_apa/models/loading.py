@@ -104,7 +104,7 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
     config = _config_of(path, kwargs)
     auto_class = language_model_class(config) if auto_class is None else class_that_knows(config, auto_class)
     if is_deepspeed_zero3_enabled() and "quantization_config" not in kwargs:
-        kwargs = {"dtype": torch.float32, **kwargs}  # weights that are cut up as they are loaded cannot be cast later
+        kwargs = {"dtype": torch.float32, **kwargs}  # weights that are sharded as they are loaded cannot be cast later
     model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
         model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints

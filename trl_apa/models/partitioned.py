@@ -1,4 +1,4 @@
-"""Weights that DeepSpeed's ZeRO-3 has cut up among the processes: outside of its forward passes they look empty."""
+"""Weights that DeepSpeed's ZeRO-3 has sharded among the processes: outside of its forward passes they look empty."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,25 +12,25 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def whole_shape(parameter: nn.Parameter) -> Size:
-    """The shape of a parameter, also of one that is cut up."""
+    """The shape of a parameter, also of one that is sharded."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], modify: bool = False) -> Iterator[None]:
-    """Inside, every process has these parameters whole; nothing happens to those that are not cut up.
+    """Inside, every process has these parameters whole; nothing happens to those that are not sharded.
 
     Args:
         parameters: the same on all processes, which enter together.
         modify: keep what the first process does to them.
     """
-    cut_up = [parameter for parameter in parameters if is_partitioned(parameter)]
-    if not cut_up:
+    sharded = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not sharded:
         yield
         return
     import deepspeed  # slow to import, and there only if somebody uses it
 
-    with deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0 if modify else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None):
         yield
 
 
@@ -43,7 +43,7 @@ def partition(module: nn.Module) -> None:
 
 
 def use_one_precision(module: nn.Module) -> None:
-    """Give what is trained the precision of what ZeRO-3 has cut up of it while it was loaded: it takes no mixture."""
+    """Give what is trained the precision of what ZeRO-3 has sharded of it while it was loaded: it takes no mixture."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for dtype in {parameter.dtype for parameter in trained if is_partitioned(parameter)}:
         for parameter in trained:
