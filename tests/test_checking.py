@@ -229,6 +229,16 @@ def test_a_check_that_fails_is_a_finding_and_ends_nothing(tmp_path, monkeypatch,
     assert report["memory of the weights"].ok
 
 
+def test_a_check_without_enough_memory_says_nothing_of_right_and_wrong(tmp_path, monkeypatch, only):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    only(precision.half_precision, reading.reference)
+    monkeypatch.setattr(precision, "independent_copy", full)
+    report = checked(tmp_path, tiny_model(dtype=torch.bfloat16), lora())
+    assert report.ok and "not enough memory" in report["half precision"].measured
+
+
 @pytest.mark.parametrize(
     ("template", "eos", "said"),
     [

@@ -82,14 +82,17 @@ def _findings(check: Callable[[Subject], Iterator[Finding]], subject: Subject) -
     try:
         for finding in check(subject):
             found.append(finding)
+    except torch.OutOfMemoryError as error:  # some checks hold a second copy of the policy
+        torch.cuda.empty_cache()
+        found.append(Finding(_name(check), None, f"not enough memory for this check: {_in_one_line(error)}"))
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        advice = "this check failed: report it"
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = "not enough memory for this check: try a larger device, or shorter rows"
-            torch.cuda.empty_cache()
-        found.append(Finding(_name(check), False, told, {}, advice))
+        told = f"{type(error).__name__}: {_in_one_line(error)}"
+        found.append(Finding(_name(check), False, told, {}, "this check failed: report it"))
     return found
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _name(check: Callable[[Subject], Iterator[Finding]]) -> str:
