@@ -245,11 +245,13 @@ def test_a_check_without_enough_memory_says_nothing_of_right_and_wrong(tmp_path,
         (CHATML, "<|im_end|>", None),
         (BRACKETS, "</s>", None),
         (CHATML, "</s>", "no answer that it renders ends with a token that ends a response"),
-        ("<s><s>" + CHATML, "<|im_end|>", "it writes BOS 2 times"),
+        ("<s><s>" + CHATML, "<|im_end|>", "it begins with BOS 2 times"),
     ],
 )
 def test_a_chat_template_is_shown_and_its_faults_are_found(template, eos, said):
-    tokenizer = made_tokenizer("byte_level", chat_template=template, eos_token=eos)
+    # SmolLM2's BOS is the token that begins each turn.
+    bos = "<|im_start|>" if template == CHATML else "<s>"
+    tokenizer = made_tokenizer("byte_level", chat_template=template, eos_token=eos, bos_token=bos)
     ends = [tokenizer.eos_token_id]
     subject = SimpleNamespace(tokenizer=tokenizer, args=SimpleNamespace(chat_template_kwargs=None), end_token_ids=ends)
     (finding,) = sizes.chat_template(subject)

@@ -1,5 +1,6 @@
 """Whether tokenizer and networks fit each other, and what a chat template makes of a message."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,13 +80,13 @@ def chat_template(subject: Subject) -> Iterator[Finding]:
     ids = list(tokenizer.apply_chat_template([question], add_generation_prompt=True, **render))
     without = list(tokenizer.apply_chat_template([question], add_generation_prompt=False, **render))
     answered = list(tokenizer.apply_chat_template([question, answer], **render))
-    beginnings = ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
-    same_as_end = tokenizer.bos_token_id in subject.end_token_ids
+    # At the beginning: ChatML's models have the token that begins each turn as their BOS.
+    beginnings = len(ids) - len(list(itertools.dropwhile(lambda token: token == tokenizer.bos_token_id, ids)))
     ends = [token for token in answered[len(without) :] if token in subject.end_token_ids]
     header = tokenizer.decode(ids[len(without) :]) if ids[: len(without)] == without else tokenizer.decode(ids)
     wrong, notes = [], []
-    if beginnings > 1 and not same_as_end:
-        wrong.append(f"it writes BOS {beginnings} times")
+    if beginnings > 1:
+        wrong.append(f"it begins with BOS {beginnings} times")
     if ids == without:
         notes.append("it writes no header for the answer (add_generation_prompt has no effect)")
     if subject.end_token_ids and not ends:
