@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests.all_families import small_model
 from tests.fake_vllm import install
 from tests.families import family_model, wrong_behind_its_cache
 from tests.made_tokenizers import BRACKETS, CHATML, made_tokenizer
@@ -204,7 +205,18 @@ def test_a_checkpoint_that_lacks_what_was_trained_is_found(tmp_path, monkeypatch
         save_file({name: tensor * 0.9 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 
     monkeypatch.setattr(PolicyAndValue, "save_pretrained", save)
-    assert wrong(checked(tmp_path)) == ["saved and resumed", "saved and loaded anew"]
+    trainer = tiny_trainer(tmp_path, **SMALL)
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert wrong(trainer.check(PROMPTS)) == ["saved and resumed", "saved and loaded anew"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("trainer_kwargs", [dict, lora, lambda: {"value_model": "head"}])
+def test_a_checkpoint_that_lacks_the_value_model_is_found(tmp_path, monkeypatch, trainer_kwargs, only):
+    only(saving.reloaded)
+    trainer = tiny_trainer(tmp_path, None, trainer_kwargs(), **SMALL)
+    monkeypatch.setattr(type(trainer.model.value_model), "load_weights", lambda *args: None)
+    assert wrong(trainer.check(PROMPTS)) == ["values, saved and resumed"]
 
 
 def test_an_adapter_that_is_lost_in_merging_is_found(tmp_path, monkeypatch, only):
@@ -215,6 +227,46 @@ def test_an_adapter_that_is_lost_in_merging_is_found(tmp_path, monkeypatch, only
 
     monkeypatch.setattr(saving, "merge_and_save", base_alone)
     assert wrong(checked(tmp_path, None, lora())) == ["adapter merged into its base"]
+
+
+def test_what_is_not_a_number_is_null_in_json():
+    report = Report("m", "cpu", (Finding("a", False, "", {"nats": float("nan"), "gap": float("inf"), "rows": 2}),))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["findings"][0]["figures"] == {
+        "nats": None,
+        "gap": None,
+        "rows": 2,
+    }
+
+
+def test_one_prompt_is_no_batch(tmp_path, only):
+    only(reading.greedy, learning.gradient)
+    report = tiny_trainer(tmp_path, **SMALL).check(["w2 w3"])
+    assert [finding.ok for finding in report.findings] == [None, None]
+
+
+def test_parts_of_a_composite_model_keep_their_attention(tmp_path, only):
+    only(reading.attention)
+    model = small_model("gemma3")
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    config = model.config
+    before = [config._attn_implementation, config.text_config._attn_implementation]
+    tiny_trainer(tmp_path, model, {"value_model": "head"}, **SMALL).check(PROMPTS)
+    assert [config._attn_implementation, config.text_config._attn_implementation] == before
+
+
+@pytest.mark.parametrize("value_model", ["gpt2", "llama"])
+def test_memory_is_predicted_for_the_networks_that_are_there(tmp_path, monkeypatch, value_model, only):
+    only(memory.weights, memory.micro_batch)
+    monkeypatch.setattr(memory, "SMALL", 4096)
+    trainer = tiny_trainer(tmp_path, None, {"value_model": tiny_model(value_model)}, **SMALL)
+    assert wrong(trainer.check(PROMPTS)) == []
+
+
+def test_memory_of_adapters_that_the_planner_does_not_know_is_not_judged(tmp_path, only):
+    only(memory.weights)
+    options = {"peft_config": lora_config(modules_to_save=["lm_head"])}
+    (finding,) = tiny_trainer(tmp_path, None, options, **SMALL).check(PROMPTS).findings
+    assert finding.ok is None and "modules_to_save" in finding.measured
 
 
 def test_a_check_that_fails_is_a_finding_and_ends_nothing(tmp_path, monkeypatch, only):
@@ -393,6 +445,9 @@ def test_a_tokenizer_without_an_end_is_found(tmp_path, only):
     trainer = APATrainer(tiny_config(tmp_path, **SMALL), model, tokenizer=tokenizer)
     finding = trainer.check(PROMPTS)["tokens"]
     assert finding.ok is False and "no token ends a response" in finding.advice
+    trainer.args.stop_strings = ["w9"]
+    finding = trainer.check(PROMPTS)["tokens"]
+    assert finding.ok and "the text 'w9'" in finding.measured
 
 
 def test_layers_of_a_kind_without_adapters_are_counted():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -57,13 +57,19 @@ AttentionMaskInterface.register(PER_SEQUENCE, sdpa_mask)
 def attending_with(network: Any, implementation: str) -> Iterator[None]:
     """Inside, a network has another implementation of attention; afterwards its own."""
     own = network.config._attn_implementation
+    of_parts = {name: getattr(network.config, name)._attn_implementation for name in _parts(network.config)}
     if own != implementation:
         network.set_attn_implementation(implementation)
     try:
         yield
     finally:
         if own != implementation:
-            network.set_attn_implementation(own)
+            network.set_attn_implementation({"": own, **of_parts})
+
+
+def _parts(config: Any) -> list[str]:
+    """The configs of a composite one, by name."""
+    return [name for name in config.sub_configs if isinstance(getattr(config, name, None), PreTrainedConfig)]
 
 
 def for_packed_rows(network: Any) -> str:

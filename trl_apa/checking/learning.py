@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_apa.checking.report import Finding
-from trl_apa.checking.subject import Subject, some_of
+from trl_apa.checking.report import Finding, skipped
+from trl_apa.checking.subject import Subject, part
 from trl_apa.logprobs import inner_model
 from trl_apa.losses import apa_loss, value_loss
 from trl_apa.rollouts import lay_out, longest_row, response_mask
@@ -22,15 +22,17 @@ def gradient(subject: Subject) -> Iterator[Finding]:
     """The gradient of APA's loss and of the value loss, of all rows at once and of each row by itself."""
     networks = subject.module.trainable_parameters()
     rows = list(range(len(subject.queries)))
+    if len(rows) < 2:
+        yield skipped("gradient, split into micro-batches", "one prompt cannot be split: give more")
+        return
     module, training = subject.module, subject.module.training
     module.train()
     try:
         for what, parameters in networks.items():
             if not parameters:
                 continue
-            chosen = some_of(parameters)
-            together = _gradient(subject, [rows], chosen)
-            apart = _gradient(subject, [[row] for row in rows], chosen)
+            together = _gradient(subject, [rows], parameters)
+            apart = _gradient(subject, [[row] for row in rows], parameters)
             yield _compared(f"gradient of the {what}, split into micro-batches", together, apart, subject)
     finally:
         module.train(training)
@@ -49,20 +51,20 @@ def _compared(name: str, together: Tensor, apart: Tensor, subject: Subject) -> F
     return Finding(name, ok, f"{relative:.1e} of its norm", figures, advice)
 
 
-def _gradient(subject: Subject, micro_batches: Sequence[Sequence[int]], chosen: Sequence[nn.Parameter]) -> Tensor:
-    """With respect to some weights, flat, float32 on the CPU, of the loss over all rows."""
+def _gradient(subject: Subject, micro_batches: Sequence[Sequence[int]], trained: Sequence[nn.Parameter]) -> Tensor:
+    """With respect to a part of each weight, flat, float32 on the CPU, of the loss over all rows."""
     num_tokens = torch.tensor(float(sum(len(response) for response in subject.responses)))
-    total = torch.zeros(sum(parameter.numel() for parameter in chosen))
+    total = torch.zeros(sum(part(parameter).numel() for parameter in trained))
     for rows in micro_batches:
         for networks in subject.module.passes:
             with subject.module.adapter_for(**networks):
                 loss = _loss(subject, rows, num_tokens, networks)
                 if not loss.requires_grad:
                     continue
-                parts = torch.autograd.grad(loss, chosen, allow_unused=True)
+                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
             flat = [
-                torch.zeros(parameter.numel()) if part is None else part.detach().float().cpu().flatten()
-                for parameter, part in zip(chosen, parts, strict=True)
+                torch.zeros(part(parameter).numel()) if gradient is None else part(gradient).float().cpu().flatten()
+                for parameter, gradient in zip(trained, gradients, strict=True)
             ]
             total += torch.cat(flat)
     return total

@@ -17,6 +17,7 @@ from trl_apa.memory.prediction import forward_and_backward
 from trl_apa.memory.pretending import scales_of
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.adapters import trains_its_adapter_only
+from trl_apa.network_parts import text_trunk
 from trl_apa.rollouts import lay_out
 from trl_apa.trials import ordinary_tokens
 
@@ -100,9 +101,8 @@ def _setup(subject: Subject) -> Setup:
     module, args, policy = subject.module, subject.args, subject.policy
     base, adapted = inner_model(policy), is_peft_model(policy)
     peft_config = policy.active_peft_config if adapted else None
-    if adapted and getattr(peft_config, "r", None) is None:
-        raise ValueError("adapters that are not LoRA")
-    value = "head" if module.value_is_a_head else "adapter" if module.base_is_shared else "separate"
+    if adapted:
+        _check_plain_lora(peft_config)
     with subject.around():
         device = policy.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -120,7 +120,7 @@ def _setup(subject: Subject) -> Setup:
         autocast=autocast,
         lora_r=peft_config.r if adapted else 0,
         lora_target_modules=_targets(peft_config) if adapted else None,
-        value=value,
+        value=_value(module),
         reference=reference or "auto",
         num_unfrozen_layers=args.num_unfrozen_layers,
         micro_batch_size=args.per_device_train_batch_size,
@@ -131,6 +131,35 @@ def _setup(subject: Subject) -> Setup:
         gradient_checkpointing=args.gradient_checkpointing,
         attention=_attention(base.config._attn_implementation),
     )
+
+
+# What the planner does not know of LoRA.
+BEYOND_PLAIN_LORA = ("modules_to_save", "rank_pattern", "use_dora", "lora_bias", "target_parameters")
+BEYOND_PLAIN_LORA += ("layers_to_transform", "trainable_token_indices", "exclude_modules")
+
+
+def _check_plain_lora(peft_config: Any) -> None:
+    if getattr(peft_config, "r", None) is None:
+        raise ValueError("adapters that are not LoRA")
+    beyond = [name for name in BEYOND_PLAIN_LORA if getattr(peft_config, name, None)]
+    if beyond:
+        raise ValueError(f"the planner does not know LoRA's {', '.join(beyond)}")
+
+
+def _value(module: PolicyAndValue) -> Any:
+    """The value model in the planner's terms."""
+    if module.value_is_a_head:
+        return "head"
+    if module.base_is_shared:
+        return "adapter"
+    policy, network = inner_model(module.policy), inner_model(module.value_model.network)
+    if network.get_input_embeddings().weight.dtype != policy.get_input_embeddings().weight.dtype:
+        raise ValueError("a value model in another precision than the policy")
+    shapes = [
+        {name: tuple(weight.shape) for name, weight in text_trunk(part).named_parameters() if "lora_" not in name}
+        for part in (policy, network)
+    ]
+    return "separate" if shapes[0] == shapes[1] else network.config
 
 
 def _targets(peft_config: object) -> str | list[str]:

@@ -83,6 +83,9 @@ def sampling(subject: Subject) -> Iterator[Finding]:
 def greedy(subject: Subject) -> Iterator[Finding]:
     """Greedy answers in a batch and alone; where they part, two tokens have to be equally likely within rounding."""
     name = "greedy, batch against alone"
+    if len(subject.queries) < 2:
+        yield skipped(name, "one prompt is no batch: give more")
+        return
     together, each = (_greedy(subject, size) for size in (len(subject.queries), 1))
     parted = [
         (row, place)

@@ -1,5 +1,6 @@
 """What a check found: a line for each property, with the measured figure and what to do where it does not hold."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -82,7 +83,13 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         findings = [asdict(finding) for finding in self.findings]
+        for finding in findings:  # JSON has no word for what is not a number
+            finding["figures"] = {name: _finite(value) for name, value in finding["figures"].items()}
         return {"model": self.model, "machine": self.machine, "ok": self.ok, "findings": findings}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compared(name: str, difference: Difference, allowed: float, advice: str = "", ok: bool | None = None) -> Finding:

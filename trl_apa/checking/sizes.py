@@ -31,6 +31,8 @@ def tokens(subject: Subject) -> Iterator[Finding]:
         advice.append("the tokenizer has no pad: EOS is used")
     ends = [f"{tokenizer.convert_ids_to_tokens(end)!r}" for end in subject.end_token_ids]
     figures["ends"] = list(subject.end_token_ids)
+    stops = subject.args.stop_strings or []
+    ends += [f"the text {stop!r}" for stop in ([stops] if isinstance(stops, str) else stops)]
     measured += f"; responses end with {' or '.join(ends) or 'nothing'}"
     ok = bool(ends)
     if not ok:

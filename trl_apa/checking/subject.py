@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trl_apa._trl import is_peft_model
+from trl_apa.layouts import layout_trial
 from trl_apa.logprobs import inner_model
 from trl_apa.models import PolicyAndValue
-from trl_apa.rollouts import Layout, longest_row
-from trl_apa.trials import Difference, allowed_difference, alone, difference, in_layout, is_precise
+from trl_apa.rollouts import Layout, lay_out, longest_row, response_mask
+from trl_apa.trials import Difference, LayoutTrial, allowed_difference, alone, difference, in_layout, is_precise
 from trl_apa.vllm_generation import VLLMSampler
 
 
@@ -72,9 +74,11 @@ class Subject:
 
     @property
     def allowed(self) -> float:
-        """The largest relative difference that counts as rounding."""
+        """The largest relative difference that counts as rounding, which may be more in a deep network."""
         with self.around():
-            return allowed_difference(inner_model(self.policy))
+            trial = layout_trial(self.policy, self.longest)
+            together = trial.together if isinstance(trial, LayoutTrial) else None
+            return allowed_difference(inner_model(self.policy), together)
 
     def each_alone(self, network: nn.Module | None = None) -> list[Tensor]:
         """Logits `(tokens, V)` of each response by the plain forward of a network, by default the policy."""
@@ -89,6 +93,15 @@ class Subject:
             rows = (self.queries, self.responses, self.pad_token_id, self.decoder_start_token_id)
             return in_layout(self.policy, self.layout, *rows)
 
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """What the value model says of the responses, `(B, R)`, 0 behind the end of each, on the CPU."""
+        rows = (self.queries, self.responses, self.pad_token_id, self.decoder_start_token_id)
+        mask_BR = response_mask(self.responses, device=self.queries[0].device)
+        with self.around():
+            outputs = self.module(**lay_out(self.layout, *rows), response_width=mask_BR.shape[1], with_policy=False)
+        return (outputs["values"].float() * mask_BR).cpu()
+
     def difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Difference:
         """Between logits of the responses."""
         with self.around():
@@ -96,40 +109,50 @@ class Subject:
         return difference(expected, actual, self.responses, exact)
 
 
-# Elements of weights that are changed, or whose gradients are compared, at a time.
-ELEMENTS = 2**27
+# Rows of each weight that are changed, and whose gradients are compared: a layer that is forgotten shows in any.
+ROWS = 64
 
 
-def some_of(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """The first and the last of `parameters`, of at most `ELEMENTS` elements together, and one at least."""
-    chosen: list[nn.Parameter] = []
-    ends = [parameter for pair in zip(parameters, reversed(parameters), strict=True) for parameter in pair]
-    for parameter in {id(parameter): parameter for parameter in ends}.values():
-        if not chosen or sum(one.numel() for one in chosen) + parameter.numel() <= ELEMENTS:
-            chosen.append(parameter)
-    return chosen
+def part(tensor: Tensor) -> Tensor:
+    """A view of the first rows of a weight."""
+    return tensor[:ROWS] if tensor.dim() else tensor
 
 
 @contextmanager
 def moved(module: PolicyAndValue, seed: int = 0) -> Iterator[None]:
-    """Inside, trained weights have moved by chance, as an update moves them; afterwards they are back to the bit.
+    """Inside, a part of each trained weight has moved by chance, as an update moves it; afterwards all weights that a
+    checkpoint holds are back to the bit.
 
     A new adapter changes nothing, so that one that is not saved, or merged wrongly, would not be seen.
     """
+    saved = {tensor: tensor.detach().cpu().clone() for tensor in of_a_checkpoint(module)}
     trained = [parameter for parameters in module.trainable_parameters().values() for parameter in parameters]
-    saved = {parameter: parameter.detach().cpu().clone() for parameter in some_of(trained)}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in saved:
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.add_(noise.to(parameter))
+        for parameter in trained:
+            noise = torch.randn(part(parameter).shape, generator=generator) * 0.02
+            part(parameter).add_(noise.to(parameter))
     try:
         yield
     finally:
         restore(saved)
 
 
+def of_a_checkpoint(module: PolicyAndValue) -> list[Tensor]:
+    """What is overwritten when a checkpoint is loaded: of networks with adapters these, of others all."""
+    tensors: dict[int, Tensor] = {}
+    networks = list(module.networks())
+    for network in networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.requires_grad or not is_peft_model(network):
+                tensors.setdefault(id(tensor), tensor)
+    for parameter in module.value_model.parameters():
+        if parameter.requires_grad:
+            tensors.setdefault(id(parameter), parameter)
+    return list(tensors.values())
+
+
 @torch.no_grad()
-def restore(saved: dict[nn.Parameter, Tensor]) -> None:
-    for parameter, before in saved.items():
-        parameter.copy_(before)
+def restore(saved: dict[Tensor, Tensor]) -> None:
+    for tensor, before in saved.items():
+        tensor.copy_(before)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
 from trl_apa.checking import Finding, Report
@@ -32,7 +33,9 @@ class CheckArguments:
     """The model, how it is loaded, and the run that is meant."""
 
     model: str | None = _option(None, "Folder or hub name of a language model, or of an adapter on its base.")
-    peft: str | None = _option(None, "'lora': new LoRA adapters on the model.", choices=[NEW_LORA])
+    peft: str | None = _option(
+        None, "'lora': new LoRA adapters on the model, as quantization needs them.", choices=[NEW_LORA]
+    )
     lora_r: int = _option(16, "Their rank.")
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Layers with adapters; 'default' is peft's choice."}
@@ -55,10 +58,6 @@ class CheckArguments:
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
     json: bool = _option(False, "Print JSON.")
 
-    def __post_init__(self) -> None:
-        if self.peft is None and self.quantization is not None:
-            self.peft = NEW_LORA
-
     def model_config(self) -> ModelConfig:
         """The same for the loader."""
         dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
@@ -69,7 +68,8 @@ class CheckArguments:
 
     def peft_config(self) -> LoraConfig | None:
         """New adapters, if they are asked for; an adapter by name brings its own."""
-        if self.peft is None:
+        is_adapter = find_adapter_config_file(self.model) is not None
+        if is_adapter or (self.peft is None and self.quantization is None):
             return None
         encoder_decoder = AutoConfig.from_pretrained(
             self.model, trust_remote_code=self.trust_remote_code
@@ -121,8 +121,10 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("device='cuda', but torch sees no GPU")
     prompts = None if arguments.prompts is None else _lines(arguments.prompts)
     report = check(arguments, prompts)
+    if _watched():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     if arguments.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         print("\n".join(report.lines(colour=sys.stdout is not None and sys.stdout.isatty())))
     return 0 if report.ok else 1
@@ -152,7 +154,7 @@ def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report
         except ValueError as error:
             finding = Finding("construction of the trainer", False, str(error))
             return Report(arguments.model, arguments.device or "this machine", (finding,))
-        return trainer.check(prompts, tell=_tell if sys.stderr is not None and sys.stderr.isatty() else None)
+        return trainer.check(prompts, tell=_tell if _watched() else None)
 
 
 def _lines(path: str) -> list[str]:
@@ -160,6 +162,10 @@ def _lines(path: str) -> list[str]:
     if not lines:
         raise ValueError(f"prompts={path!r} has no text: it should have one prompt a line")
     return lines
+
+
+def _watched() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _tell(name: str) -> None:
