@@ -1,7 +1,9 @@
 """A batch gives what its rows give alone, in families in which padding, packing or a longer row would change it."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -331,3 +333,57 @@ def test_a_family_without_a_gradient_at_pads_is_not_padded(tmp_path, monkeypatch
         assert trainer._layouts(16) is SEPARATE
         stepped = parameters_after_step(trainer, *rollouts)
     assert_same(stepped, parameters_after_step(tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8), *rollouts))
+
+
+def test_numbers_of_layers_are_no_boundaries_nor_are_positions_after_which_rope_stays_as_it_is():
+    qwen = AutoConfig.for_model("qwen2", max_window_layers=28, **SHARED)
+    gemma = AutoConfig.for_model("gemma3_text", sliding_window=512, sliding_window_pattern=6, **SHARED)
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 8192
+    llama = AutoConfig.for_model("llama", rope_parameters=llama3, **SHARED)
+    assert [boundaries(config) for config in (qwen, gemma, llama)] == [(), (512,), ()]
+
+
+def test_a_cache_is_used_where_rope_reads_the_finished_row_otherwise_in_any_case():
+    model = family_model("longrope")
+    assert not sampling_trial(model, 40).is_exact_cached and layouts.cache_is_exact(model, 40)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_trial_while_checkpointing_is_on_is_that_without(reentrant):
+    """Its gradient is of short rows: long ones would take the memory of an update without checkpointing."""
+    model = family_model("window", sliding_window=20).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    seen = []
+    model.model.layers[0].register_forward_hook(
+        lambda layer, args, output: seen.append((torch.is_grad_enabled(), args[0].shape[1]))
+    )
+    trial = layout_trial(model, 30)
+    assert trial.has_padded_gradient and trial.is_exact_padded and model.model.layers[0].training
+    assert max(length for grad, length in seen if grad) < 20 < max(length for grad, length in seen if not grad)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_trial_is_made_anew_in_another_precision():
+    model = tiny_model(seed=78)
+    exact = layout_trial(model, 13)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = layout_trial(model, 13)
+    assert exact.allowed == 1e-4 and rounded.allowed >= 6e-2 and layout_trial(model, 13) is exact
+
+
+def test_a_failed_trial_keeps_nothing_alive(monkeypatch):
+    def fails(network, *args, **kwargs):
+        try:
+            raise KeyError("in a frame that holds the network")
+        except KeyError as error:
+            raise RuntimeError("no kernel") from error
+
+    monkeypatch.setattr(layouts, "try_layouts", fails)
+    model = tiny_model(seed=79)
+    kept = weakref.ref(model)
+    with pytest.warns(UserWarning, match="no kernel"):
+        assert isinstance(layout_trial(model, 13), RuntimeError)
+    del model
+    gc.collect()
+    assert kept() is None

@@ -265,8 +265,9 @@ def cache_is_exact(model: nn.Module, longest: int) -> bool:
         model: a language model. If its weights are spread over processes all call this together.
         longest: most tokens of a prompt and its response.
     """
-    sharded = is_sharded(model)
-    trial = sampling_trial(model, LONG if sharded else longest)
+    if _crosses_rope(model, longest):
+        return True  # the finished row is read with other frequencies than its beginning, with a cache or without
+    trial = sampling_trial(model, LONG if is_sharded(model) else longest)
     if isinstance(trial, Exception) or trial.is_exact_cached:
         return True
     base = inner_model(model)
@@ -321,9 +322,9 @@ _SAID: set[tuple[str, str]] = set()
 
 
 def _say(network: nn.Module, why: str, layout: Layout) -> Layout:
-    """One line for each kind of model, however many networks of it there are; hands `layout` back."""
+    """One line for each kind of model and layout, however many networks there are; hands `layout` back."""
     base = inner_model(network)
-    _warn_once((base.config.model_type, "layout"), f"{type(base).__name__} {why}: {CONSEQUENCES[layout]}")
+    _warn_once((base.config.model_type, layout.value), f"{type(base).__name__} {why}: {CONSEQUENCES[layout]}")
     return layout
 
 

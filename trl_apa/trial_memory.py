@@ -10,7 +10,7 @@ from torch import nn
 
 from trl_apa.network_identity import identity_of
 from trl_apa.network_parts import inner_model
-from trl_apa.packing import attending_with
+from trl_apa.packing import PER_SEQUENCE, attending_with
 from trl_apa.trials import boundaries
 
 
@@ -35,7 +35,7 @@ def once(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -
     """
     base = inner_model(network)
     learns = any(parameter.requires_grad for parameter in network.parameters())
-    key = kind, bisect_left(boundaries(base.config), longest), learns
+    key = kind, bisect_left(boundaries(base.config), longest), learns, _precision(base)
     of_network = _OF_NETWORKS.setdefault(base, {})
     if key not in of_network:
         identity = identity_of(base)
@@ -50,6 +50,14 @@ def once(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -
     return of_network[key]
 
 
+def _precision(base: Any) -> Hashable:
+    """What else decides how a network rounds; attention for packed rows is SDPA for all others."""
+    kind = base.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    attention = base.config._attn_implementation
+    return kind, base.dtype, autocast, "sdpa" if attention == PER_SEQUENCE else attention
+
+
 def _made(base: Any, work: Callable[[], Any]) -> Any:
     own = base.config._attn_implementation
     try:
@@ -59,6 +67,8 @@ def _made(base: Any, work: Callable[[], Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return error.with_traceback(None)  # its frames hold what the network computed
+        # Frames, those of what it was raised from too, hold what the network computed, and the network.
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
     finally:
         torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
