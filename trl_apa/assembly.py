@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
 from trl_apa.config import APAConfig
@@ -25,6 +25,7 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.models.adapter_kinds import check_adapters
+from trl_apa.models.gguf import load_tokenizer
 from trl_apa.models.partitioned import is_partitioned, use_one_precision
 from trl_apa.network_checks import check_has_positions, check_reads
 from trl_apa.optimization import add_value_parameters
@@ -77,7 +78,7 @@ def assemble(
     check_type("ref_model", ref_model, MODELS, optional=True)
     check_type("num_shared_layers", num_shared_layers, int, optional=True)
     if isinstance(model, str | Path):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        tokenizer = tokenizer or load_tokenizer(model)
         model = load_language_model(str(model))
     if isinstance(ref_model, str | Path):
         ref_model = load_language_model(str(ref_model))

@@ -156,7 +156,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
             `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
         max_prompt_length (`int`, *optional*):
-            In `train`, only the last tokens of a longer prompt are kept. Defaults to all.
+            In `train`, only the last tokens of a longer prompt are kept; of chat messages the last complete turns, and
+            the system message. Defaults to all.
         num_generations (`int`, *optional*, defaults to `1`):
             In `train`, responses to each prompt; an iteration asks `batch_size / num_generations` prompts a process.
         generation_batch_size (`int`, *optional*):

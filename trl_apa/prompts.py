@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from trl_apa.conversations import conversation_ids
 from trl_apa.tokenizing import prompt_ids
 
 
@@ -138,28 +139,20 @@ def query_of(
     chat_template_kwargs: dict[str, Any] | None = None,
     for_encoder: bool = False,
 ) -> Tensor:
-    """A row's prompt as 1-D token ids, the last `max_prompt_length` of them.
+    """A row's prompt as 1-D token ids, at most `max_prompt_length` of them.
 
-    Ids that the row holds are taken as they are; chat messages go through the tokenizer's chat template, up to where
-    the assistant answers (or goes on, if the last message is its own); a text becomes what `tokenizing.prompt_ids`
-    says, `for_encoder` or for a decoder.
+    Ids that the row holds are taken as they are; a text becomes what `tokenizing.prompt_ids` says, `for_encoder` or
+    for a decoder; the last ones are kept of both. Of chat messages the last turns are kept, in a complete chat
+    template: see `conversations.conversation_ids`.
 
     Raises:
-        ValueError: if the prompt has no token.
+        ValueError: if the prompt has no token, or chat messages cannot be made that short.
     """
     prompt = prompt_of(row)
     if row.get("input_ids") is not None:
         ids = row["input_ids"]
     elif is_conversational({"prompt": prompt}):
-        goes_on = prompt[-1]["role"] == "assistant"
-        ids = tokenizer.apply_chat_template(
-            prompt,
-            tokenize=True,
-            return_dict=False,
-            add_generation_prompt=not goes_on,
-            continue_final_message=goes_on,
-            **(chat_template_kwargs or {}),
-        )
+        ids = conversation_ids(prompt, tokenizer, max_prompt_length, chat_template_kwargs)
     else:
         ids = prompt_ids(prompt, tokenizer, chat_template_kwargs, for_encoder)
     query = torch.as_tensor(ids, dtype=torch.long)

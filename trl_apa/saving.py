@@ -102,7 +102,9 @@ class Saving(NoTelemetry, _BaseTrainer):
             return
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        # A base is written where no checkpoint that is deleted takes it along.
+        module, base_folder = self.accelerator.unwrap_model(self.model), self.args.output_dir
+        module.save_pretrained(output_dir, state_dict=state_dict, base_folder=base_folder)
         self.processing_class.save_pretrained(output_dir)
 
     def _push_if_best(self, scores_B: Tensor) -> None:

@@ -44,7 +44,7 @@ def prompt_ids(
     """
     before, own, after, left_out = text_ids(text, tokenizer, chat_template_kwargs)
     if left_out:
-        _warn_once(
+        warn_once(
             tokenizer,
             "prompts begin with BOS, or as the chat template renders them: what the tokenizer puts before a text, "
             f"{tokenizer.decode(left_out)!r}, is left out there, as it is of chat messages",
@@ -52,7 +52,7 @@ def prompt_ids(
     if for_encoder:
         return [*before, *own, *after]
     if after:
-        _warn_once(
+        warn_once(
             tokenizer,
             f"the tokenizer puts {tokenizer.decode(after)!r} behind a text: it is left out of prompts, so that the "
             "policy does not answer after its end (EOS)",
@@ -154,7 +154,8 @@ def _try_template(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict
 _SAID: WeakKeyDictionary[PreTrainedTokenizerBase, set[str]] = WeakKeyDictionary()
 
 
-def _warn_once(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def warn_once(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """A warning that comes once for each tokenizer in a run."""
     said = _SAID.setdefault(tokenizer, set())
     if text not in said:
         said.add(text)

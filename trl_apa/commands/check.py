@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
 from trl_apa.checking import Finding, Report
 from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.config import APAConfig
+from trl_apa.models.gguf import adapter_config_file, load_config
 from trl_apa.trainer import APATrainer
 
 
@@ -68,12 +67,10 @@ class CheckArguments:
 
     def peft_config(self) -> LoraConfig | None:
         """New adapters, if they are asked for; an adapter by name brings its own."""
-        is_adapter = find_adapter_config_file(self.model) is not None
+        is_adapter = adapter_config_file(self.model) is not None
         if is_adapter or (self.peft is None and self.quantization is None):
             return None
-        encoder_decoder = AutoConfig.from_pretrained(
-            self.model, trust_remote_code=self.trust_remote_code
-        ).is_encoder_decoder
+        encoder_decoder = load_config(self.model, trust_remote_code=self.trust_remote_code).is_encoder_decoder
         targets = self.lora_target_modules or ["all-linear"]
         alone = {"all-linear": "all-linear", "default": None}
         return LoraConfig(

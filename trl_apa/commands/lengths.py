@@ -6,11 +6,11 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_apa.commands.models import loading
+from trl_apa.models.gguf import adapter_config_file, load_config
 from trl_apa.offline.data import completion_ids
 from trl_apa.prompts import query_of
 
@@ -32,9 +32,9 @@ def config_of(path: str, arguments: ModelConfig, trust_remote_code: bool) -> Pre
     """
     hub = {"revision": arguments.model_revision} if path == arguments.model_name_or_path else {}
     with loading("model", path):
-        if find_adapter_config_file(path, **hub) is not None:
+        if adapter_config_file(path, **hub) is not None:
             path, hub = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path, {}
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
+        return load_config(path, trust_remote_code=trust_remote_code, **hub)
 
 
 def check_prompt_lengths(

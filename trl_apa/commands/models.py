@@ -14,17 +14,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
-from trl_apa.models import load_language_model, load_reward_model
+from trl_apa.models import gguf, load_language_model, load_reward_model
 from trl_apa.models.critic import ADAPTER_PREFIX
 
 
@@ -37,7 +33,7 @@ def loading(what: str, path: str) -> Iterator[None]:
         if not any(frame.name == "from_pretrained" for frame in traceback.extract_tb(error.__traceback__)):
             raise
         reason = str(error) or type(error).__name__
-        if not os.path.isdir(path):
+        if not os.path.exists(path):
             reason = f"there is no such folder, and the hub says: {reason}"
         raise ValueError(f"the {what} {path!r} cannot be loaded: {reason}") from error
 
@@ -87,7 +83,7 @@ def load_tokenizer(path: str, arguments: ModelConfig, trust_remote_code: bool) -
     """
     revision = arguments.model_revision if path == arguments.model_name_or_path else "main"
     with loading("tokenizer of", path):
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return gguf.load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 # What a checkpoint is made of, as patterns of names. Logs, and answers that someone keeps beside it, are not.
@@ -102,6 +98,8 @@ def checkpoint_stamp(name: str, revision: str = "main") -> str:
         name: folder or hub name of a model or an adapter, whose base is looked at too.
         revision: on the hub.
     """
+    if os.path.isfile(name):
+        return _stamp([_file_stamp(Path(name))])
     try:
         adapter = find_adapter_config_file(name, revision=revision)
         config = adapter or cached_file(name, "config.json", revision=revision)
@@ -110,11 +108,19 @@ def checkpoint_stamp(name: str, revision: str = "main") -> str:
     stamps = [extract_commit_hash(config, None) or ""]
     if Path(name).is_dir():
         files = [file for file in sorted(Path(name).iterdir()) if any(map(file.match, CHECKPOINT_FILES))]
-        stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+        stamps = [_file_stamp(file) for file in files if file.is_file()]
     if adapter is not None:
         base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
         stamps.append(checkpoint_stamp(base) if base else "")
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    return _stamp(stamps)
+
+
+def _file_stamp(file: Path) -> str:
+    return f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+
+
+def _stamp(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def import_reward_function(name: str) -> Callable:

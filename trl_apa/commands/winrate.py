@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa.commands.models import checkpoint_stamp, loading
 from trl_apa.commands.parsing import OneLineParser
@@ -18,7 +16,7 @@ from trl_apa.commands.rows import demonstration
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import iter_rows
 from trl_apa.files import replace_text
-from trl_apa.models import load_language_model, load_reward_model
+from trl_apa.models import gguf, load_language_model, load_reward_model
 from trl_apa.winrate import (
     Judge,
     JudgeError,
@@ -251,7 +249,7 @@ def make_judge(options: argparse.Namespace) -> Judge:
             timeout=options.timeout,
             workers=options.workers,
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    tokenizer = gguf.load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
     dtype = getattr(torch, options.dtype)
     if _is_classifier(name, options.trust_remote_code):
@@ -267,11 +265,11 @@ def _fingerprint(name: str, model: torch.nn.Module) -> str:
 
 
 def _is_classifier(name: str, trust_remote_code: bool) -> bool:
-    if find_adapter_config_file(name) is not None:
+    if gguf.adapter_config_file(name) is not None:
         from peft import PeftConfig
 
         return PeftConfig.from_pretrained(name).task_type == "SEQ_CLS"
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = gguf.load_config(name, trust_remote_code=trust_remote_code)
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
 
 

@@ -23,7 +23,12 @@ OFFLINE = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with `argv` (*optional*, defaults to the process's arguments); returns the exit status."""
-    options = parse_options(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if "--real" in argv:
+        from . import smollm2
+
+        return smollm2.main([argument for argument in argv if argument != "--real"], OFFLINE)
+    options = parse_options(argv)
     missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
     if missing:
         print(f"trl-apa demo needs {' and '.join(missing)}: pip install 'trl-apa[demo]'", file=sys.stderr)

@@ -40,17 +40,18 @@ def plot_curves(path: Path, title: str, training: Sequence[dict[str, float]], ev
     entropy.plot(
         held_out, [row["eval/entropy"] for row in evaluations], "D", color=OTHER_COLOUR, markeredgecolor="white"
     )
-    _label(rewards, "Reward", "iteration", "mean reward")
-    _label(kl, "KL to the initial model", "iteration", "nats per response")
-    _label(trade, "Reward against KL", "KL, nats per response", "mean reward")
-    _label(entropy, "Entropy", "iteration", "nats per token")
+    label_axes(rewards, "Reward", "iteration", "mean reward")
+    label_axes(kl, "KL to the initial model", "iteration", "nats per response")
+    label_axes(trade, "Reward against KL", "KL, nats per response", "mean reward")
+    label_axes(entropy, "Entropy", "iteration", "nats per token")
     rewards.legend(frameon=False)
     trade.legend(frameon=False)
     figure.suptitle(f"{title}; diamonds: held-out questions", fontsize=11)
     figure.savefig(path)
 
 
-def _label(axes, title: str, x: str, y: str) -> None:
+def label_axes(axes, title: str, x: str, y: str) -> None:
+    """Title, names of the axes and a light grid."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -53,51 +53,69 @@ class DemoOptions:
     num_threads: int = 1
 
 
+class OptionParser(OneLineParser):
+    """A parser of options whose defaults are those of an object.
+
+    Args:
+        default: has an attribute for each option.
+        kwargs: of `ArgumentParser`.
+    """
+
+    def __init__(self, default: object, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.default = default
+
+    def add(self, name: str, kind: Callable[[str], object], meaning: str, **kwargs: Any) -> None:
+        """An option, whose default its help shows."""
+        default = getattr(self.default, kwargs.get("dest", name.lstrip("-").replace("-", "_")))
+        meaning = meaning if default is None else f"{meaning} (default: %(default)s)"
+        self.add_argument(name, type=kind, default=default, help=meaning, **kwargs)
+
+
 def parse_options(argv: Sequence[str]) -> DemoOptions:
     """Options from command-line arguments; exits with status 2 and a message where one is wrong."""
-    default = DemoOptions()
-    parser = OneLineParser(
+    parser = OptionParser(
+        DemoOptions(),
         prog="trl-apa demo",
-        description="A complete RLHF in miniature on the CPU: supervised fine-tuning, a learned reward model, APA.",
+        description="A complete RLHF in miniature on the CPU: supervised fine-tuning, a learned reward model, APA. "
+        "With --real a real language model is aligned instead: see trl-apa demo --real --help.",
     )
-
-    def add(name: str, kind: Callable[[str], object], meaning: str, **kwargs: Any) -> None:
-        field = kwargs.get("dest", name.lstrip("-").replace("-", "_"))
-        meaning = meaning if getattr(default, field) is None else f"{meaning} (default: %(default)s)"
-        parser.add_argument(name, type=kind, default=getattr(default, field), help=meaning, **kwargs)
-
+    add = parser.add
     add("--loss-type", str, "policy loss", choices=LOSS_TYPES)
-    add("--seed", _natural, "same seed, same numbers")
-    add("--iterations", _positive_int, "rounds of generate, score, step")
+    add("--seed", natural, "same seed, same numbers")
+    add("--iterations", positive_int, "rounds of generate, score, step")
     add("--output-dir", Path, "where everything is saved")
     add(
         "--kl-coef",
-        _positive_float,
+        positive_float,
         "lambda of the objective; for ppo the initial KL coefficient (default: by loss type)",
     )
-    add("--learning-rate", _positive_float, "of policy and value model at the start; it falls linearly to 0")
-    add("--sft-steps", _positive_int, "optimizer steps of supervised fine-tuning")
-    add("--pairs", _positive_int, "preference pairs for the reward model", dest="num_pairs", metavar="PAIRS")
-    add("--reward-steps", _positive_int, "optimizer steps of the reward model")
-    add("--threads", _positive_int, "torch threads", dest="num_threads", metavar="THREADS")
+    add("--learning-rate", positive_float, "of policy and value model at the start; it falls linearly to 0")
+    add("--sft-steps", positive_int, "optimizer steps of supervised fine-tuning")
+    add("--pairs", positive_int, "preference pairs for the reward model", dest="num_pairs", metavar="PAIRS")
+    add("--reward-steps", positive_int, "optimizer steps of the reward model")
+    add("--threads", positive_int, "torch threads", dest="num_threads", metavar="THREADS")
     return DemoOptions(**vars(parser.parse_args(argv)))
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """A whole number from 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} should not be negative")
     return value
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A whole number from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} should be at least 1")
     return value
 
 
-def _positive_float(text: str) -> float:
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} should be a positive number")

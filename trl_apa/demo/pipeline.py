@@ -66,7 +66,10 @@ def run_demo(options: DemoOptions, report: Report) -> dict[str, Any]:
         "before": before.metrics,
         "after": after.metrics,
     }
-    save(options, result, training, report)
+    steady, evaluations = save_metrics(options.output_dir, options.iterations, result, training, report)
+    with go_on_without_report(None, f"drawing {options.output_dir / PICTURE}"):
+        title = f"trl-apa demo, {options.loss_type.upper()}"
+        plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
     show(options, report, before, after)
     return result
 
@@ -167,17 +170,24 @@ def measure(options: DemoOptions, made: Ingredients) -> Evaluation:
     )
 
 
-def save(
-    options: DemoOptions,
-    result: dict[str, Any],
-    training: list[dict[str, float]],
-    report: Report,
-) -> None:
-    """Metrics, timings and picture; a picture that cannot be drawn is a warning."""
-    directory = options.output_dir
+def save_metrics(
+    directory: Path, iterations: int, result: dict[str, Any], training: list[dict[str, float]], report: Report
+) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
+    """Write metrics, result and timings.
+
+    Args:
+        directory: to write to.
+        iterations: updates made before the last evaluation.
+        result: with the metrics `before` and `after`.
+        training: statistics of each iteration.
+        report: knows how long each stage took.
+
+    Returns:
+        The iterations without timings, and the evaluations.
+    """
     evaluations = [
         {"iteration": iteration, **{f"eval/{name}": value for name, value in result[moment].items()}}
-        for iteration, moment in ((0, "before"), (options.iterations, "after"))
+        for iteration, moment in ((0, "before"), (iterations, "after"))
     ]
     steady = [{name: value for name, value in row.items() if not name.startswith("time/")} for row in training]
     timings = [{name: value for name, value in row.items() if name.startswith("time/")} for row in training]
@@ -186,8 +196,7 @@ def save(
     write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     stages = {"stages": report.seconds, "iterations": timings}
     write_text(directory / "timings.json", json.dumps(stages, indent=2) + "\n")
-    with go_on_without_report(None, f"drawing {directory / PICTURE}"):
-        plot_curves(directory / PICTURE, f"trl-apa demo, {options.loss_type.upper()}", steady, evaluations)
+    return steady, evaluations
 
 
 def save_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
@@ -203,7 +212,8 @@ def show(options: DemoOptions, report: Report, before: Evaluation, after: Evalua
     """Samples and the table of before and after."""
     rows = zip(before.prompts, before.answers, before.golds, after.answers, after.golds, strict=True)
     report.samples(list(rows)[:NUM_SAMPLES_SHOWN])
-    report.summary(before.metrics, after.metrics, len(before.prompts))
+    title = f"Held-out questions, {len(before.prompts)} sampled answers"
+    report.summary(before.metrics, after.metrics, title, "before (SFT)")
     outputs = (PICTURE, "metrics.jsonl", "result.json", "timings.json", "model", "sft_model", "reward_model")
     written = ", ".join(name for name in outputs if (options.output_dir / name).exists())
     report.say(f"saved in {options.output_dir}: {written} ({report.seconds['total']:.0f} s in all)")
@@ -219,6 +229,7 @@ def quiet_libraries() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "no dataset", UserWarning)
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

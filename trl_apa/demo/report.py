@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -27,10 +28,16 @@ PLAIN_EVERY = 5
 
 
 class Report:
-    """Writes to `console`, and keeps the seconds that each stage took in `seconds`."""
+    """Writes to `console`, and keeps the seconds that each stage took in `seconds`.
 
-    def __init__(self, console: Console):
+    Args:
+        console: to write to.
+        metrics: of each, its name, its heading in the live table, its meaning in the final one, and its format.
+    """
+
+    def __init__(self, console: Console, metrics: Sequence[tuple[str, str, str, str]] = METRICS):
         self.console = console
+        self.metrics = metrics
         self.seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
@@ -81,12 +88,12 @@ class Report:
         if not self.console.is_terminal:
             self.say(f"{title}: {total} iterations in {self.seconds[title]:.1f} s")
 
-    def summary(self, before: dict[str, float], after: dict[str, float], num_samples: int) -> None:
+    def summary(self, before: dict[str, float], after: dict[str, float], title: str, before_heading: str) -> None:
         """The table of means before and after."""
-        table = Table(title=f"Held-out questions, {num_samples} sampled answers", title_justify="left")
-        for heading in ("", "before (SFT)", "after"):
+        table = Table(title=title, title_justify="left")
+        for heading in ("", before_heading, "after"):
             table.add_column(heading, justify="left" if heading == "" else "right")
-        for name, _, meaning, form in METRICS:
+        for name, _, meaning, form in self.metrics:
             table.add_row(meaning, form.format(before[name]), form.format(after[name]))
         self.console.print(table)
 
@@ -97,6 +104,16 @@ class Report:
             self.say(f"  before ({gold_before:+.2f})  {readable(before)}")
             self.say(f"  after  ({gold_after:+.2f})  {readable(after)}")
         self.say("")
+
+    def side_by_side(self, rows: Sequence[tuple[str, str, float, str, float]]) -> None:
+        """Sentences before and after in two columns, each with its reward."""
+        table = Table(title="Held-out sentences", title_justify="left", show_lines=True)
+        for heading in ("before", "after"):
+            table.add_column(heading, ratio=1)
+        for prompt, *told in rows:
+            pairs = zip(told[::2], told[1::2], strict=True)
+            table.add_row(*(f"{escape(prompt)}[bold]{escape(text)}[/bold] ({reward:+.2f})" for text, reward in pairs))
+        self.console.print(table)
 
     def _progress(self) -> Progress:
         return Progress(
@@ -121,18 +138,20 @@ class IterationTable:
         self.live: Live | None = None
 
     def add(self, iteration: int, metrics: dict[str, float]) -> None:
-        cells = [form.format(metrics[name]) for name, _, _, form in METRICS]
+        cells = [form.format(metrics[name]) for name, _, _, form in self.report.metrics]
         self.rows.append([str(iteration), *cells])
         self.progress.update(self.task, completed=iteration)
         if self.live is not None:
             self.live.update(self.render())
         elif iteration % PLAIN_EVERY == 0 or iteration in (1, self.total):
-            values = ", ".join(f"{heading} {cell}" for (_, heading, _, _), cell in zip(METRICS, cells, strict=True))
+            values = ", ".join(
+                f"{heading} {cell}" for (_, heading, _, _), cell in zip(self.report.metrics, cells, strict=True)
+            )
             self.report.say(f"iteration {iteration}/{self.total}: {values}")
 
     def render(self) -> Group:
         table = Table()
-        for heading in ("iteration", *(heading for _, heading, _, _ in METRICS)):
+        for heading in ("iteration", *(heading for _, heading, _, _ in self.report.metrics)):
             table.add_column(heading, justify="right")
         for row in self.rows[-VISIBLE_ROWS:]:
             table.add_row(*row)

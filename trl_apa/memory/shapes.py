@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from trl_apa.models.gguf import SUFFIX, load_config
+
 
 def _llama(hidden: int, layers: int, heads: int, inner: int, **others: Any) -> dict[str, Any]:
     return {
@@ -61,13 +63,13 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """The config of a model: a folder's, a shape (`family=llama,hidden_size=...`), a known one, or the hub's.
+    """The config of a model: of a folder, GGUF file, shape (`family=llama,hidden_size=...`), known name or the hub.
 
     Raises:
         ValueError: if it is none of these, or the shape has a name or a value that the family does not.
     """
-    if Path(name).is_dir():
-        return AutoConfig.from_pretrained(name)
+    if Path(name).is_dir() or name.endswith(SUFFIX):
+        return load_config(name)
     if "=" in name:
         return shaped(dict(_pair(part) for part in name.split(",")))
     known = name.rpartition("/")[2].lower().removesuffix("-hf").removesuffix("-deduped")

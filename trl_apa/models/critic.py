@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.summary_head import PolicyValueHead, SummaryHead
 from trl_apa.models.value_adapter import AdapterValueModel
 from trl_apa.models.value_model import ValueModel, output_width, trainable
@@ -50,6 +51,7 @@ def resolve_value_model(
             f"value_model is a {type(value_model).__name__}; it should be 'separate', 'adapter', 'head', a path, a "
             "ValueModel or a PreTrainedModel"
         )
+    value_model = settle_quantization(value_model)
     if isinstance(getattr(value_model, "score", None), nn.Linear):
         return ValueModel.from_reward_model(value_model)
     if value_model.get_output_embeddings() is not None:

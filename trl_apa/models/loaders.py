@@ -11,7 +11,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import with_adapters
 from trl_apa.models.loading import load_language_model, process_device
-from trl_apa.models.quantization import use_one_kernel
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_model import ValueHead, ValueModel, output_width
 
 
@@ -90,12 +90,12 @@ def load_reward_model(name: str, quantization: Quantization = None, **kwargs: An
         model = model if quantization is not None else model.merge_and_unload()
         # Its tokenizer lies with the adapter.
         model.config._name_or_path = name
-        return use_one_kernel(model)
+        return settle_quantization(model)
     model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise ValueError(f"{name} is no trained reward model: it has no weights for {missing}")
-    return use_one_kernel(model)
+    return settle_quantization(model)
 
 
 def _options(

@@ -7,7 +7,6 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, load_peft_weights
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
@@ -17,7 +16,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa.models.adapter_kinds import refuse_prompt_learning
-from trl_apa.models.quantization import use_one_kernel
+from trl_apa.models.gguf import dense_options, gguf_source, load_config, name_after_file
+from trl_apa.models.quantization import settle_quantization
 
 
 def load_language_model(
@@ -30,7 +30,7 @@ def load_language_model(
     """A language model, or an adapter on the base that it names.
 
     Args:
-        path: folder or hub name.
+        path: folder or hub name; or that of a GGUF file in one, "models/smollm2.gguf" say, whose weights are unpacked.
         auto_class: `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`; by default what the checkpoint's config says.
         is_trainable: whether an adapter is to be trained further.
         hub: `token`, `revision`, ... of `path`.
@@ -41,15 +41,18 @@ def load_language_model(
         ValueError: for an adapter that works by prompt learning.
         OSError: if there is no such checkpoint.
     """
-    hub = hub or {}
-    if find_adapter_config_file(path, **hub) is None:
+    path, file = gguf_source(path)
+    hub, kwargs = hub or {}, {**file, **kwargs}
+    if "gguf_file" in kwargs or find_adapter_config_file(path, **hub) is None:
         return _load_base(path, auto_class, kwargs)
     config = PeftConfig.from_pretrained(path, **hub)
     refuse_prompt_learning(config)
     base_kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    base_config = _config_of(config.base_model_name_or_path, base_kwargs)
+    base_path, file = gguf_source(config.base_model_name_or_path)
+    base_kwargs |= file
+    base_config = _config_of(base_path, base_kwargs)
     auto_class = _class_under(path, base_config, auto_class or language_model_class(base_config), hub)
-    base = _load_base(config.base_model_name_or_path, auto_class, base_kwargs)
+    base = _load_base(base_path, auto_class, base_kwargs)
     return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub)
 
 
@@ -105,15 +108,18 @@ def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrained
     auto_class = language_model_class(config) if auto_class is None else class_that_knows(config, auto_class)
     if is_deepspeed_zero3_enabled() and "quantization_config" not in kwargs:
         kwargs = {"dtype": torch.float32, **kwargs}  # weights that are sharded as they are loaded cannot be cast later
-    model = use_one_kernel(auto_class.from_pretrained(path, **kwargs))
+    model = settle_quantization(auto_class.from_pretrained(path, **dense_options(kwargs, config)))
+    name_after_file(model, kwargs.get("gguf_file"))
     if kwargs.get("dtype") is None and not getattr(model, "is_quantized", False):
         model = model.float()  # small updates vanish in half precision, where transformers 5 leaves such checkpoints
     return model
 
 
 def _config_of(path: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    found_by = {name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code") if name in kwargs}
-    return AutoConfig.from_pretrained(path, **found_by)
+    found_by = {
+        name: kwargs[name] for name in ("revision", "subfolder", "trust_remote_code", "gguf_file") if name in kwargs
+    }
+    return load_config(path, **found_by)
 
 
 def process_device() -> str:

@@ -7,11 +7,12 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.gguf import load_tokenizer
 from trl_apa.models.loading import load_language_model
 from trl_apa.models.value_model import save_network
 from trl_apa.network_parts import without_unknown_pad
@@ -44,7 +45,7 @@ def merge_and_save(
     if isinstance(source, nn.Module):
         merged = _merged_copy(source, kwargs)
     else:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer or load_tokenizer(source)
         merged = _merged(os.fspath(source), kwargs)
     with without_unknown_pad(merged):
         merged.save_pretrained(path)

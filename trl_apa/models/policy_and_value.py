@@ -14,8 +14,9 @@ from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import either_method
+from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.modes import make_repeatable
-from trl_apa.models.quantization import use_one_kernel
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
 from trl_apa.models.summary_head import PolicyValueHead
@@ -46,8 +47,8 @@ class PolicyAndValue(nn.Module):
         reward_adapter: RewardAdapter | None = None,
     ):
         super().__init__()
-        self.policy = use_one_kernel(policy)
-        self.value_model = use_one_kernel(value_model)
+        self.policy = settle_quantization(policy)
+        self.value_model = settle_quantization(value_model)
         self.reward_adapter = reward_adapter
         self.eval()
 
@@ -260,7 +261,13 @@ class PolicyAndValue(nn.Module):
         if isinstance(self.value_model, ValueModel):
             yield self.value_model.network
 
-    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        base_folder: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         """The policy as a checkpoint that plain transformers (or peft) loads, and the value model.
 
         A value model goes into a folder of its own, a head on the policy beside it: `path` then is what
@@ -269,10 +276,15 @@ class PolicyAndValue(nn.Module):
         Args:
             path: a folder, made if it is not there.
             state_dict: weights to write instead of the module's own, as gathered from a sharded one.
+            base_folder: where a base from a GGUF file is written, see `gguf.save_dense_base`; by default `path`.
             kwargs: passed on to the policy's `save_pretrained`.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         policy_state, value_state = state_of(state_dict, "policy"), state_of(state_dict, "value_model")
+        if kwargs.get("is_main_process", True):
+            save_dense_base(self.policy, base_folder or path, policy_state)
+            if isinstance(self.value_model, ValueModel):
+                save_dense_base(self.value_model.network, base_folder or path, state_of(value_state, "network"))
         save_network(self.policy, path, policy_state, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -303,6 +315,7 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     """
     if model.get_output_embeddings() is None:
         raise ValueError(f"model is a {type(model).__name__}; it should be a language model")
+    model = settle_quantization(model)
     if is_peft_model(model) and peft_config is not None:
         raise ValueError("model has adapters already; give peft_config or a PEFT model, not both")
     if peft_config is not None:

@@ -3,6 +3,8 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_apa.models.gguf import without_gguf_marks
+
 
 def use_one_kernel(model: nn.Module) -> nn.Module:
     """Keep bitsandbytes' 4-bit layers, and kernels from the hub, to what training computes with.
@@ -33,3 +35,8 @@ def _choose_training_kernels(model: PreTrainedModel) -> None:
     model.train()
     for module, training in modes.items():
         module.training = training
+
+
+def settle_quantization(model: nn.Module) -> nn.Module:
+    """`model` itself, changed in place: see `use_one_kernel` and `gguf.without_gguf_marks`."""
+    return use_one_kernel(without_gguf_marks(model))

@@ -22,7 +22,7 @@ from trl_apa.models.adapters import (
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.partitioned import gathered
-from trl_apa.models.quantization import use_one_kernel
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.network_parts import inner_model, text_trunk
 
 
@@ -184,7 +184,7 @@ def choose_reference(
         if ref_model is not None:
             warnings.warn("ref_adapter_name has no effect when ref_model is given", UserWarning, stacklevel=4)
     if ref_model is not None:
-        make_repeatable(use_one_kernel(ref_model).requires_grad_(False))
+        make_repeatable(settle_quantization(ref_model).requires_grad_(False))
         return ref_model
     if num_shared_layers and not is_peft_model(policy):
         return create_reference_model(policy, num_shared_layers)

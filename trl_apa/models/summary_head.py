@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 
 from trl_apa.masking import at_least_float32
+from trl_apa.models.gguf import SUFFIX
 
 
 HEAD_PREFIX = "v_head."
@@ -103,6 +104,8 @@ def read_value_head(path: str, **hub: Any) -> dict[str, Tensor]:
     def find(name: str) -> str | None:
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
 
+    if path.endswith(SUFFIX):
+        return {}
     for name in (HEAD_WEIGHTS, SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         if file := find(name):
             return _read_head_weights(file)

@@ -19,8 +19,9 @@ from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import last_hidden_states
 from trl_apa.models.adapter_kinds import refuse_prompt_learning, with_adapters
 from trl_apa.models.checkpointing import either_method
+from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.loading import load_language_model, process_device
-from trl_apa.models.quantization import use_one_kernel
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
 from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.value_model import save_network
@@ -55,7 +56,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
     ):
         super().__init__()
         _check_language_model(pretrained_model, self.is_encoder_decoder, type(self).__name__)
-        self.pretrained_model = use_one_kernel(pretrained_model)
+        self.pretrained_model = settle_quantization(pretrained_model)
         vocabulary_head = pretrained_model.get_output_embeddings()
         self.v_head = SummaryHead(
             vocabulary_head.in_features, summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
@@ -119,7 +120,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
             kwargs |= _loading_options(kwargs, load_in_8bit, load_in_4bit, device_map, torch_dtype)
             model = load_language_model(source, cls.auto_class, is_trainable, hub, **kwargs)
         else:
-            model = source
+            model = settle_quantization(source)
         if peft_config is not None and is_peft_model(model):
             warnings.warn("peft_config is ignored: the model has adapters already", UserWarning, stacklevel=2)
         elif peft_config is not None:
@@ -253,6 +254,8 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         state = self.state_dict() if state_dict is None else state_dict
         model_state = {name: t for name, t in state.items() if not name.startswith((HEAD_PREFIX, SCORE_PREFIX))}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if kwargs.get("is_main_process", True):
+            save_dense_base(self.pretrained_model, save_directory, model_state)
         save_network(self.pretrained_model, os.fspath(save_directory), model_state, **kwargs)
         if kwargs.get("is_main_process", True):
             save_value_head(save_directory, state)

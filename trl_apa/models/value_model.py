@@ -10,16 +10,18 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
+from trl_apa.models.gguf import dense_options, gguf_source, load_config
 from trl_apa.models.loading import class_that_knows, load_language_model
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.partitioned import gathered, whole_shape
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.network_parts import inner_model, text_trunk, without_unknown_pad
 
 
@@ -104,7 +106,7 @@ class ValueModel(nn.Module):
     @classmethod
     def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
         """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
-        width = output_width(inner_model(policy))
+        width = output_width(inner_model(settle_quantization(policy)))
         network = _copy_with_adapter(policy) if is_peft_model(policy) else trainable(copy_of_trunk(policy))
         return cls(network, ValueHead(width, head).to(_device(network)))
 
@@ -121,7 +123,7 @@ class ValueModel(nn.Module):
                 f"value_model={type(reward_model).__name__}: a value model can be built from a reward model with one "
                 f"linear `score` of one label, not from {score}"
             )
-        network = trainable(independent_copy(text_trunk(reward_model)))
+        network = trainable(independent_copy(text_trunk(settle_quantization(reward_model))))
         return cls(network, ValueHead.like(score).to(_device(network)))
 
     @classmethod
@@ -143,7 +145,7 @@ class ValueModel(nn.Module):
         if head is None:
             return cls._from_checkpoint(path, **kwargs)
         if find_adapter_config_file(str(path)) is None:
-            network = class_that_knows(AutoConfig.from_pretrained(path), AutoModel).from_pretrained(path, **kwargs)
+            network = class_that_knows(load_config(path), AutoModel).from_pretrained(path, **kwargs)
         elif base_model is None:
             network = load_language_model(str(path), **kwargs)
         else:
@@ -154,7 +156,10 @@ class ValueModel(nn.Module):
 
     @classmethod
     def _from_checkpoint(cls, path: str | Path, **kwargs: Any) -> "ValueModel":
-        config = AutoConfig.from_pretrained(path)
+        path, file = gguf_source(path)
+        kwargs = {**file, **kwargs}
+        config = load_config(path, **{name: value for name, value in kwargs.items() if name == "gguf_file"})
+        kwargs = dense_options(kwargs, config)
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             return cls.from_reward_model(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
         return cls.on_trunk(class_that_knows(config, AutoModel).from_pretrained(path, **kwargs))
@@ -162,7 +167,7 @@ class ValueModel(nn.Module):
     @classmethod
     def on_trunk(cls, trunk: nn.Module) -> "ValueModel":
         """A bare trunk with a new head. OPT-350m projects its hidden states; its config says to what."""
-        trunk = text_trunk(trunk)
+        trunk = text_trunk(settle_quantization(trunk))
         config = trunk.config.get_text_config()
         width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
         return cls(trunk, ValueHead(width).to(_device(trunk)))

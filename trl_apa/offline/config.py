@@ -64,7 +64,8 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         ilql_beta (`float`, *optional*, defaults to `1.0`):
             ILQL only: nats by which a reward unit of advantage moves a token's log-prob in decoding.
         max_prompt_length (`int`, *optional*):
-            Only the last tokens of a longer prompt are kept. Defaults to all.
+            Only the last tokens of a longer prompt are kept; of chat messages the last complete turns, and the system
+            message. Defaults to all.
         max_completion_length (`int`, *optional*, defaults to `128`):
             Only the first tokens of a longer response are learned from; also the limit of sampled responses.
         add_eos (`bool`, *optional*, defaults to `True`):

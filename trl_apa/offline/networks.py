@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from trl_apa.logprobs import TOKEN_FIELDS, response_rows, response_states
 from trl_apa.masking import at_least_float32
 from trl_apa.models import PolicyAndValue, ValueHead, ValueModel, load_policy_and_value
-from trl_apa.models.quantization import use_one_kernel
+from trl_apa.models.gguf import save_dense_base
+from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_model import state_of
 
 
@@ -119,7 +120,7 @@ class OfflineNetworks(PolicyAndValue):
 
     def __init__(self, policy: nn.Module, value_model: ValueModel, normaliser: ValueModel | None = None):
         super().__init__(policy, value_model)
-        self.normaliser = None if normaliser is None else use_one_kernel(normaliser)
+        self.normaliser = None if normaliser is None else settle_quantization(normaliser)
 
     def forward(self, with_normaliser: bool = False, with_q: bool = False, **inputs: Any) -> dict[str, Tensor]:
         """What the update reads of a micro-batch at its response tokens.
@@ -142,12 +143,20 @@ class OfflineNetworks(PolicyAndValue):
         if self.normaliser is not None:
             yield self.normaliser.network
 
-    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        base_folder: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As of `PolicyAndValue`, and the normaliser in a folder of its own."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(path, state_dict, **kwargs)
+        super().save_pretrained(path, state_dict, base_folder, **kwargs)
         if self.normaliser is not None and kwargs.get("is_main_process", True):
-            self.normaliser.save_pretrained(Path(path) / NORMALISER_FOLDER, state_of(state_dict, "normaliser"))
+            state = state_of(state_dict, "normaliser")
+            save_dense_base(self.normaliser.network, base_folder or path, state_of(state, "network"))
+            self.normaliser.save_pretrained(Path(path) / NORMALISER_FOLDER, state)
 
     def load_weights(self, path: str | Path) -> None:
         """Put what `save_pretrained` wrote into these networks."""
