@@ -2,11 +2,14 @@
 
     python -m benchmarks.gpu --scale 160m|1b|7b [--layouts NAME ...] [--micro-batches 1 2 4] [--output F]
 
+Beside each peak stands what `trl-apa memory` predicts of it, without its allowance for what it does not predict.
+
 Random weights of the shapes of Pythia-160M, Pythia-1B and LLaMA-7B, prompts of 896 tokens, responses of 128, gradient
 checkpointing, bfloat16. `full` trains all weights of the policy and of a value network as large, in float32 under
 autocast; the other layouts train LoRA of rank 16. Without `--layouts` a size takes those that suit it. One iteration
 warms up; the next ones are measured: `generate`, `score` and `step` on `--rollouts` rows. The checkpoints are made in
-a folder that needs 27 GB at 7B. `--scale tiny` runs the same code with a small shape, on a CPU too.
+a folder that needs 27 GB at 7B, 14 GB if all layouts are on one base. `--scale tiny` runs the same code with a small
+shape, on a CPU too.
 
 Model FLOPs of the trunk of a network, with N weights in linear layers and L layers of width H, for a row of T tokens:
 `F = 2 N T + 2 L H T^2`, the second term for causal attention. The vocabulary's weights count where they are used:
@@ -21,9 +24,14 @@ response. MFU is that over the seconds and over the GPU's peak.
 import argparse
 import gc
 import json
+import multiprocessing
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +51,13 @@ from transformers import (
 from benchmarks.memory import lasting_bytes, peak_of
 from tests.tiny import tiny_tokenizer
 from trl_apa import APAConfig, APATrainer
+from trl_apa.memory import Setup, predict
 from trl_apa.memory.shapes import config_of
 from trl_apa.models.loaders import load_policy, load_reward_model, load_value_model
 
 
 LORA_RANK = 16
-LORA_LAYOUTS = ("separate-bf16", "separate-8bit", "one-base")
+LORA_LAYOUTS = ("separate-bf16", "separate-8bit", "one-base", "one-base-bf16")
 LAYOUTS = ("full", *LORA_LAYOUTS)
 # Dense bfloat16 FLOP/s by a part of the device's name, from the makers' data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "A10G": 70e12, "4090": 165e12}
@@ -68,7 +77,8 @@ class Scale:
 class Result:
     """One line of the table; memory in GiB, times in seconds, MFU as a share; None where a CPU has no such thing.
 
-    `reserved` is what the allocator took from the GPU, beside the CUDA context. On a CPU the separate reward model is
+    `predicted_generate` and `predicted_step` are of the planner. `reserved` is what the allocator took from the GPU,
+    beside the CUDA context. On a CPU the separate reward model is
     in none of the sizes, and the profiler that measures them is in the times.
     """
 
@@ -79,6 +89,8 @@ class Result:
     generate_peak: float
     score_peak: float
     step_peak: float
+    predicted_generate: float
+    predicted_step: float
     reserved: float | None
     generate_seconds: float
     step_seconds: float
@@ -100,10 +112,11 @@ def scale_of(name: str) -> Scale:
     return Scale(LlamaConfig(**sizes, vocab_size=256), LAYOUTS, prompt=24, response=8)
 
 
-def make_checkpoints(config: PretrainedConfig, folder: Path, device: torch.device) -> None:
-    """Random weights of a language model, of a classifier with one label, and of such a one's adapter."""
+def make_checkpoints(config: PretrainedConfig, folder: Path, device: torch.device, with_reward: bool) -> None:
+    """Random weights of a language model, if asked for of a classifier with one label, and of such a one's adapter."""
     config.pad_token_id, config.num_labels = 0, 1
-    for name, auto_class in (("model", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+    made = {"model": AutoModelForCausalLM} | ({"reward": AutoModelForSequenceClassification} if with_reward else {})
+    for name, auto_class in made.items():
         with device:
             auto_class.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
     with torch.device("meta"):
@@ -116,7 +129,7 @@ def make_checkpoints(config: PretrainedConfig, folder: Path, device: torch.devic
 
 
 def build(layout: str, scale: Scale, micro_batch: int, rollouts: int, folder: Path) -> APATrainer:
-    """The trainer with its four networks laid out in one of the four ways."""
+    """The trainer with its four networks laid out in one of the ways."""
     use_cpu = not torch.cuda.is_available()
     config = APAConfig(
         output_dir=str(folder / "output"),
@@ -132,7 +145,7 @@ def build(layout: str, scale: Scale, micro_batch: int, rollouts: int, folder: Pa
     )
     base, reward = str(folder / "model"), str(folder / "reward")
     whole: dict[str, Any] = {"dtype": torch.bfloat16}
-    options = {**whole, "quantization": None if layout == "separate-bf16" else "8bit"}
+    options = {**whole, "quantization": _quantization(layout)}
     if layout == "full":
         policy = load_policy(base)
         networks = {
@@ -152,8 +165,48 @@ def build(layout: str, scale: Scale, micro_batch: int, rollouts: int, folder: Pa
     return APATrainer(config, policy, tokenizer=tiny_tokenizer(), **networks)
 
 
-def measure(layout: str, scale: Scale, micro_batch: int, rollouts: int, repeats: int, folder: Path) -> Result:
-    """Peak memory, time and MFU of one layout; the mean of `repeats` iterations after one that warms up."""
+def _quantization(layout: str) -> str | None:
+    return None if layout == "full" or layout.endswith("bf16") else "8bit"
+
+
+def predicted(scale: str, layout: str, micro_batch: int, rollouts: int) -> tuple[float, float]:
+    """The planner's peaks of `generate` and of `step`, GiB."""
+    shape, on_one_base = scale_of(scale), layout.startswith("one-base")
+    networks = {"value": "adapter", "reference": "base", "reward": "adapter"}
+    if not on_one_base:
+        networks = {"value": "separate", "reference": "copy", "reward": "separate"}
+    setup = Setup(
+        shape.config,
+        quantization=_quantization(layout),
+        dtype=torch.float32 if layout == "full" else torch.bfloat16,
+        lora_r=0 if layout == "full" else LORA_RANK,
+        micro_batch_size=micro_batch,
+        max_length=shape.prompt + shape.response,
+        max_new_tokens=shape.response,
+        generation_batch_size=rollouts,
+        **networks,
+    )
+    prediction, sizes = predict(setup), []
+    for parts in (prediction.generation, prediction.update):
+        size = sum(parts.values())
+        if layout == "full":  # the two that are frozen are bfloat16 here
+            size -= (parts["weights: reference"] + parts["weights: reward"]) // 2
+        sizes.append(size / 2**30)
+    return sizes[0], sizes[1]
+
+
+def _without_gpu() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def measure(
+    layout: str, scale: Scale, micro_batch: int, rollouts: int, repeats: int, folder: Path
+) -> Callable[[tuple[float, float]], Result]:
+    """Peak memory, time and MFU of one layout; the mean of `repeats` iterations after one that warms up.
+
+    Returns:
+        A function that makes the result, given what the planner predicts.
+    """
     gauge = _cuda_peak if torch.cuda.is_available() else peak_of
     trainer = build(layout, scale, micro_batch, rollouts, folder)
     device = trainer.accelerator.device
@@ -182,7 +235,8 @@ def measure(layout: str, scale: Scale, micro_batch: int, rollouts: int, repeats:
             if iteration:
                 seconds[work.__name__] += taken / repeats
                 peaks[work.__name__] = max(peaks.get(work.__name__, 0), peak)
-    return _result(layout, scale, micro_batch, rollouts, loaded, peaks, seconds)
+    reserved = torch.cuda.max_memory_reserved() if on_gpu else None
+    return lambda plan: _result(layout, scale, micro_batch, rollouts, loaded, reserved, peaks, seconds, plan)
 
 
 def _timed(work: Callable[[], object], gauge: Callable[[Callable[[], object]], int]) -> tuple[float, int]:
@@ -205,8 +259,10 @@ def _result(
     micro_batch: int,
     rollouts: int,
     loaded: int,
+    reserved: int | None,
     peaks: dict[str, int],
     seconds: dict[str, float],
+    plan: tuple[float, float],
 ) -> Result:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
@@ -221,7 +277,9 @@ def _result(
         device=device,
         loaded=loaded / 2**30,
         **{f"{name}_peak": peak / 2**30 for name, peak in peaks.items()},
-        reserved=torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
+        predicted_generate=plan[0],
+        predicted_step=plan[1],
+        reserved=None if reserved is None else reserved / 2**30,
         generate_seconds=seconds["generate"],
         step_seconds=seconds["step"],
         generated_tokens_per_second=rollouts * scale.response / seconds["generate"],
@@ -249,35 +307,49 @@ def step_flops(layout: str, trunk: int, vocabulary: int) -> int:
 
 def table(results: list[Result]) -> str:
     """The results as Markdown."""
-    columns = ("layout", "micro-batch", "loaded", "generate, peak", "score, peak", "step, peak", "reserved")
-    columns += ("generate", "step", "MFU")
+    columns = ("layout", "micro-batch", "loaded", "generate, peak (predicted)", "score, peak")
+    columns += ("step, peak (predicted)", "reserved", "generate", "step", "MFU")
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for r in results:
         mfu = "-" if r.step_mfu is None else f"{r.generate_mfu:.1%}, {r.step_mfu:.1%}"
         speeds = f"{r.generate_seconds:.2f} s, {r.generated_tokens_per_second:.0f} tokens/s"
         speeds += f" | {r.step_seconds:.2f} s, {r.step_tokens_per_second:.0f} tokens/s"
-        sizes = (r.loaded, r.generate_peak, r.score_peak, r.step_peak, r.reserved)
-        sizes = " | ".join("-" if size is None else f"{size:.3f} GiB" for size in sizes)
+        sizes = f"{r.loaded:.3f} GiB | {r.generate_peak:.3f} GiB ({r.predicted_generate:.3f}) | {r.score_peak:.3f} GiB"
+        sizes += f" | {r.step_peak:.3f} GiB ({r.predicted_step:.3f})"
+        sizes += " | -" if r.reserved is None else f" | {r.reserved:.3f} GiB"
         lines.append(f"| {r.layout} | {r.micro_batch} | {sizes} | {speeds} | {mfu} |")
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> list[Result]:
-    """Every layout with every micro-batch; one that does not fit is said so and left out."""
-    scale, results = scale_of(options.scale), []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+def run(options: argparse.Namespace) -> Iterator[Result | Exception]:
+    """Every layout with every micro-batch; one that fails is said so and left out.
+
+    The planner takes some 20 seconds for a prediction at 7B: it works in processes of its own in the meantime.
+    """
+    scale, layouts = scale_of(options.scale), options.layouts or scale_of(options.scale).layouts
+    cases = [(layout, rows) for layout in layouts for rows in options.micro_batches]
+    spawn, workers = multiprocessing.get_context("spawn"), max(1, min(len(cases), (os.cpu_count() or 1) // 4))
+    with (
+        ProcessPoolExecutor(workers, mp_context=spawn, initializer=_without_gpu) as planner,
+        tempfile.TemporaryDirectory(dir=options.folder) as folder,
+    ):
+        plans = {case: planner.submit(predicted, options.scale, *case, options.rollouts) for case in cases}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        make_checkpoints(scale.config, Path(folder), device)
-        for layout in options.layouts or scale.layouts:
-            for rows in options.micro_batches:
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                try:
-                    results.append(measure(layout, scale, rows, options.rollouts, options.repeats, Path(folder)))
-                except torch.cuda.OutOfMemoryError as error:
-                    print(f"{layout} with micro-batches of {rows} does not fit: {error}", flush=True)
-    return results
+        with_reward = any(not layout.startswith("one-base") for layout in layouts)
+        make_checkpoints(scale.config, Path(folder), device, with_reward)
+        for layout, rows in cases:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                result = measure(layout, scale, rows, options.rollouts, options.repeats, Path(folder))
+                yield result(plans[layout, rows].result())
+            except torch.OutOfMemoryError as error:
+                print(f"{layout} with micro-batches of {rows} does not fit: {error}", flush=True)
+            except Exception as error:  # of one layout, which leaves the others to be measured
+                traceback.print_exc()
+                yield error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -288,12 +360,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rollouts", type=int, default=8, help="rows of an iteration, sampled together")
     parser.add_argument("--repeats", type=int, default=3, help="measured iterations")
     parser.add_argument("--folder", help="where the checkpoints are made (default: the system's temporary folder)")
-    parser.add_argument("--output", help="a file for the results as JSON")
+    parser.add_argument("--output", help="a file for the results as JSON, written anew after each")
     options = parser.parse_args(argv)
-    results = run(options)
+    results, failed = [], False
+    for result in run(options):
+        if isinstance(result, Exception):
+            failed = True
+            continue
+        results.append(result)
+        if options.output:
+            Path(options.output).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     print(table(results))
-    if options.output:
-        Path(options.output).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    if failed:
+        sys.exit("some layouts failed, see above")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SIZES = {
     "128 x 4": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256, "num_attention_heads": 2},
     "256 x 4": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4},
     "512 x 6": {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 8},
+    "2048 x 16": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 5632, "num_attention_heads": 16},
 }
 # Shortest and longest query and response, tokens, and how lengths lie between them.
 SPREADS = {

@@ -1,4 +1,4 @@
-"""Run a function in two gloo processes on this machine and hand back what each rank returned."""
+"""Run a function in two processes on this machine and hand back what each rank returned."""
 
 import datetime
 import multiprocessing
@@ -17,28 +17,38 @@ WORLD_SIZE = 2
 multiprocessing.set_forkserver_preload(["trl_apa.trainer", "transformers.models.llama.modeling_llama", "peft"])
 
 
-def run_in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_in_two_processes(function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
     """
-    `[function(0, *args), function(1, *args)]`, each in its own process of one initialised gloo group.
+    `[function(0, *args), function(1, *args)]`, each in its own process of one initialised group; with NCCL each has
+    the GPU of its rank.
 
     `function` is defined at module level (it is imported by the processes), and its result can be pickled. An
     exception in either process is raised here, and ends the other one.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = (folder, dict(os.environ), function, args)
-        mp.start_processes(_run_rank, args=given, nprocs=WORLD_SIZE, start_method="forkserver")
+        given = (folder, dict(os.environ), function, args, backend)
+        # What has looked for a GPU before it is forked cannot use one afterwards.
+        method = "forkserver" if backend == "gloo" else "spawn"
+        mp.start_processes(_run_rank, args=given, nprocs=WORLD_SIZE, start_method=method)
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORLD_SIZE)]
 
 
 def _run_rank(
-    rank: int, folder: str, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    backend: str,
 ) -> None:
     # Those of the test, not of the one that started the server.
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(os.path.join(folder, "store"), WORLD_SIZE),
         rank=rank,
         world_size=WORLD_SIZE,

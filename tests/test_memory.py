@@ -275,6 +275,7 @@ def test_the_gpu_benchmark_runs_at_a_small_scale(tmp_path, capsys):
     results = {row["layout"]: row for row in json.loads((tmp_path / "o.json").read_text())}
     assert list(results) == list(gpu.LAYOUTS)
     for row in results.values():
+        assert row["predicted_step"] == pytest.approx(row["step_peak"], rel=0.5)
         assert row["step_peak"] > row["loaded"] > 0 and row["step_seconds"] > 0 and row["generate_seconds"] > 0
     loaded = [results[layout]["loaded"] for layout in ("one-base", "separate-8bit", "separate-bf16", "full")]
     assert loaded == sorted(set(loaded))

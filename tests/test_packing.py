@@ -127,15 +127,14 @@ class Copies(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def waits_between(trainer, begin, end, work):
-    """What is waited for from the end of the method `begin` to the beginning of the method `end`."""
-    waits, watching = Waits(), ExitStack()
-    methods = {name: getattr(trainer, name) for name in (begin, end)}
+def between(trainer, begin, end, work, *watches):
+    """Carry out `work`, with `watches` entered from the end of the method `begin` to the beginning of `end`."""
+    watching, methods = ExitStack(), {name: getattr(trainer, name) for name in (begin, end)}
 
     def begun(*args):
         methods[begin](*args)
-        watching.enter_context(waits)
-        watching.enter_context(Copies(waits.seen))
+        for watch in watches:
+            watching.enter_context(watch)
 
     def ended(*args):
         watching.close()
@@ -144,6 +143,12 @@ def waits_between(trainer, begin, end, work):
     setattr(trainer, begin, begun)
     setattr(trainer, end, ended)
     work()
+
+
+def waits_between(trainer, begin, end, work):
+    """What is waited for from the end of the method `begin` to the beginning of the method `end`."""
+    waits = Waits()
+    between(trainer, begin, end, work, waits, Copies(waits.seen))
     return waits.seen
 
 
