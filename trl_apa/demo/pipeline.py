@@ -66,10 +66,7 @@ def run_demo(options: DemoOptions, report: Report) -> dict[str, Any]:
         "before": before.metrics,
         "after": after.metrics,
     }
-    steady, evaluations = save_metrics(options.output_dir, options.iterations, result, training, report)
-    with go_on_without_report(None, f"drawing {options.output_dir / PICTURE}"):
-        title = f"trl-apa demo, {options.loss_type.upper()}"
-        plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
+    save(options, result, training, report)
     show(options, report, before, after)
     return result
 
@@ -168,6 +165,14 @@ def measure(options: DemoOptions, made: Ingredients) -> Evaluation:
         options.max_new_tokens,
         seed=options.seed + 3,
     )
+
+
+def save(options: DemoOptions, result: dict[str, Any], training: list[dict[str, float]], report: Report) -> None:
+    """Metrics, timings and picture; a picture that cannot be drawn is a warning."""
+    steady, evaluations = save_metrics(options.output_dir, options.iterations, result, training, report)
+    with go_on_without_report(None, f"drawing {options.output_dir / PICTURE}"):
+        title = f"trl-apa demo, {options.loss_type.upper()}"
+        plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
 
 
 def save_metrics(
