@@ -566,6 +566,7 @@ def test_the_reference_has_no_option_that_is_not_there():
     assert marked == options["generate"] & DataArguments.__dataclass_fields__.keys()
 
 
+@pytest.mark.slow
 def test_the_pipeline_leaves_models_that_load(pipeline):
     AutoModelForCausalLM.from_pretrained(pipeline / "apa")
     assert AutoModelForSequenceClassification.from_pretrained(pipeline / "reward").config.num_labels == 1
@@ -583,6 +584,7 @@ def test_what_cannot_be_merged_ends_the_command(tmp_path, capsys):
     assert said.startswith("trl-apa merge: the adapter") and "there is no such folder" in said
 
 
+@pytest.mark.slow
 def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
     history = json.loads((pipeline / "apa" / "trainer_state.json").read_text())["log_history"]
     steps = [row["step"] for row in history if "apa/mean_scores" in row]
@@ -592,6 +594,7 @@ def test_the_pipeline_logs_reward_and_kl_and_goes_on_where_it_stopped(pipeline):
     assert (pipeline / "apa" / "checkpoint-4").is_dir()
 
 
+@pytest.mark.slow
 def test_the_pipeline_learns_offline_from_labelled_responses(pipeline):
     history = json.loads((pipeline / "offline" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "policy/weight" in row] == [1, 2, 3]
@@ -620,6 +623,7 @@ def test_rows_with_rewards_are_taken_and_preferences_are_labelled():
         offline.response_with_reward(Row(3, {"chosen": MESSAGES, "rejected": MESSAGES}))
 
 
+@pytest.mark.slow
 def test_the_pipeline_compares_checkpoints(pipeline):
     before, after = json.loads((pipeline / "evaluation.json").read_text()).values()
     assert before["kl"] == pytest.approx(0.0, abs=1e-4) and after["kl"] != before["kl"]
@@ -630,6 +634,7 @@ def test_the_pipeline_compares_checkpoints(pipeline):
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and lines[1].startswith("before")
 
 
+@pytest.mark.slow
 def test_the_pipeline_writes_samples_and_pictures(pipeline):
     samples = [json.loads(line) for line in (pipeline / "samples.jsonl").read_text().splitlines()]
     assert 5 <= len(samples) <= 7
@@ -641,6 +646,7 @@ def test_the_pipeline_writes_samples_and_pictures(pipeline):
         assert (pipeline / "compared" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
     folder = pipeline / "paper" / "mini"
     curves = json.loads((folder / "fig8.json").read_text())["in small"]
@@ -649,6 +655,7 @@ def test_the_pipeline_draws_a_figure_of_the_paper_in_small(pipeline):
         assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4) and rows[1]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_the_pipeline_has_a_win_rate_over_the_model_before(pipeline):
     result = json.loads((pipeline / "winrate.json").read_text())
     assert result["pairs"] == len((pipeline / "samples.jsonl").read_text().splitlines())

@@ -348,6 +348,7 @@ def test_picture(learning_run):
     assert int.from_bytes(header[16:20], "big") == 1080
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path):
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
     quiet_run(first, seed=5, **TINY)

@@ -82,6 +82,7 @@ def layers_of_llama_7b(number):
     return predict(Setup(config, quantization="8bit", value="adapter", micro_batch_size=4))
 
 
+@pytest.mark.slow
 def test_llama_7b_on_one_8_bit_base_stays_below_24_gib_with_micro_batches_of_4():
     one, two, three = (layers_of_llama_7b(number) for number in (1, 2, 3))
     # A layer: 4 * 4096^2 + 3 * 4096 * 11008 bytes, 4 * 4096 + 2 * 11008 + 4096 float32 scales, two norms in bfloat16.
@@ -184,6 +185,7 @@ def test_networks_are_counted_where_they_are():
     assert 0 < other["weights: value"] < separate["weights: value"]
 
 
+@pytest.mark.slow
 def test_what_to_change_is_sorted_by_what_it_saves_and_each_line_holds():
     setup = Setup(SMALL, lora_r=8, quantization="4bit", micro_batch_size=4, max_length=64, max_new_tokens=8)
     setup = replace(setup, gradient_checkpointing=False, optimizer="sgd", generation_batch_size=1)

@@ -38,7 +38,9 @@ def test_w_and_b_opens_its_run_with_the_real_key_and_none_of_its_files_holds_a_s
     ]
     monkeypatch.setattr(sys, "argv", line)
     opened, pushed, real = [], [], wandb.init
-    monkeypatch.setattr(wandb, "init", lambda **options: opened.append(options) or real(**options))
+    # W&B reads the environment once in a process, so that another test may have said where its files go.
+    place = {"dir": str(tmp_path), "mode": "offline"}
+    monkeypatch.setattr(wandb, "init", lambda **options: opened.append(options) or real(**{**options, **place}))
     with warnings.catch_warnings(record=True) as caught:
         trainer = tiny_trainer(tmp_path, report_to="wandb", **planted_options())
         trainer.push_to_hub = lambda repo_id, token: pushed.append(token)
