@@ -27,8 +27,10 @@ def run_in_two_processes(function: Callable[..., Any], *args: Any, backend: str 
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, dict(os.environ), function, args, backend)
-        # What has looked for a GPU before it is forked cannot use one afterwards.
-        method = "forkserver" if backend == "gloo" else "spawn"
+        # What has looked for a GPU before it is forked cannot use one afterwards; and the path of the server's socket,
+        # in the folder of temporary files, may have a hundred letters.
+        short = len(tempfile.gettempdir()) < 70
+        method = "forkserver" if backend == "gloo" and short else "spawn"
         mp.start_processes(_run_rank, args=given, nprocs=WORLD_SIZE, start_method=method)
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORLD_SIZE)]
 

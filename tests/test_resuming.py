@@ -595,5 +595,5 @@ def test_ctrl_c_saves_after_the_current_step_and_says_how_to_continue(tmp_path, 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
     status, errors = interrupted_at_step_4(tmp_path, 60, signal.SIGINT, signal.SIGINT)
-    assert status in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors
+    assert status in (-signal.SIGINT, 130), errors
     assert steps_in(tmp_path) == []
