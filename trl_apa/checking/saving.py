@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
 from trl_apa.checking.report import Finding, compared, skipped
-from trl_apa.checking.subject import Subject, moved, of_a_checkpoint, restore
+from trl_apa.checking.subject import Subject, moved, restore
 from trl_apa.logprobs import inner_model
 from trl_apa.models import load_language_model, merge_and_save
 from trl_apa.models.modes import make_repeatable
@@ -22,8 +22,7 @@ LOST = "a checkpoint of this model cannot be resumed, or used: report this model
 def reloaded(subject: Subject) -> Iterator[Finding]:
     """Write moved weights, put the old ones back, and load: as a run is resumed, and as others load the model."""
     module = subject.module
-    before = {tensor: tensor.detach().cpu().clone() for tensor in of_a_checkpoint(module)}
-    with tempfile.TemporaryDirectory() as folder, moved(module):
+    with tempfile.TemporaryDirectory() as folder, moved(module) as before:
         expected, values = subject.each_alone(), subject.values()
         module.save_pretrained(folder)
         restore(before)
@@ -73,8 +72,7 @@ def _base_is_missing(policy: nn.Module) -> str | None:
     """Why the base of an adapter cannot be loaded; None if it can, or nothing has to be."""
     if not is_peft_model(policy):
         return None
-    path = policy.active_peft_config.base_model_name_or_path
-    if path:
+    if policy.active_peft_config.base_model_name_or_path:
         return None
     return "not tried: the adapter does not say where its base is"
 

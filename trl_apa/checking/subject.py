@@ -119,13 +119,13 @@ def part(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def moved(module: PolicyAndValue, seed: int = 0) -> Iterator[None]:
+def moved(module: PolicyAndValue, seed: int = 0) -> Iterator[dict[Tensor, Tensor]]:
     """Inside, a part of each trained weight has moved by chance, as an update moves it; afterwards all weights that a
-    checkpoint holds are back to the bit.
+    checkpoint holds are back to the bit. Gives what these were, each by its weight.
 
     A new adapter changes nothing, so that one that is not saved, or merged wrongly, would not be seen.
     """
-    saved = {tensor: tensor.detach().cpu().clone() for tensor in of_a_checkpoint(module)}
+    saved = {tensor: tensor.detach().cpu().clone() for tensor in _of_a_checkpoint(module)}
     trained = [parameter for parameters in module.trainable_parameters().values() for parameter in parameters]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -133,16 +133,15 @@ def moved(module: PolicyAndValue, seed: int = 0) -> Iterator[None]:
             noise = torch.randn(part(parameter).shape, generator=generator) * 0.02
             part(parameter).add_(noise.to(parameter))
     try:
-        yield
+        yield saved
     finally:
         restore(saved)
 
 
-def of_a_checkpoint(module: PolicyAndValue) -> list[Tensor]:
+def _of_a_checkpoint(module: PolicyAndValue) -> list[Tensor]:
     """What is overwritten when a checkpoint is loaded: of networks with adapters these, of others all."""
     tensors: dict[int, Tensor] = {}
-    networks = list(module.networks())
-    for network in networks:
+    for network in module.networks():
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.requires_grad or not is_peft_model(network):
                 tensors.setdefault(id(tensor), tensor)
