@@ -4,21 +4,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tests.families import DECODER
 from tests.tiny import SHARED, VOCABULARY
 
 
 # Ids that stand for images: no text has them.
 IMAGE_TOKENS = {"image_token_id": 31, "video_token_id": 30}
 FIRST_IMAGE_TOKEN = 28
-TEXT = {
-    **SHARED,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
+TEXT = {**SHARED, **DECODER}
 # As many layers as the text has: which stack is frozen must not depend on the first one found.
 VISION = {
     "hidden_size": 16,
