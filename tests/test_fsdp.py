@@ -36,6 +36,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+CLIPPED_APART = {"max_grad_norm": 0.5, "value_max_grad_norm": 0.05}
+
+
 def with_fsdp(folder, state_dict_type="FULL_STATE_DICT", **config):
     args = tiny_config(folder, fsdp=True, fsdp_config={"version": 2, "state_dict_type": state_dict_type}, **config)
     args.distributed_state.distributed_type = DistributedType.MULTI_GPU
@@ -67,6 +70,7 @@ def everything(rank, folder, base):
             1
         ],
         "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
+        "clipped apart": stepped(with_fsdp, f"{folder}/apart", rows, config=ACCUMULATED | CLIPPED_APART)[1],
         "train": trained_in_parts(with_fsdp, f"{folder}/train", base, state_dict_type="SHARDED_STATE_DICT"),
         "bf16": in_half_precision(f"{folder}/bf16", rows),
     }
@@ -102,6 +106,13 @@ def test_so_they_do_where_rows_are_read_one_by_one(ranks, folder):
     expected = stepped(alone, folder / "griffin-alone", model=family_model("griffin", scale=1.0))[1]
     for rank in ranks:
         assert_equal_outcome(rank["row by row"], expected)
+
+
+def test_so_they_do_where_each_network_has_a_clip_of_its_own(ranks, folder):
+    expected = stepped(alone, folder / "apart-alone", config=CLIPPED_APART)[1]
+    assert expected["stats"]["apa/grad_norm/policy"] > 0.5 and expected["stats"]["apa/grad_norm/value"] > 0.05
+    for rank in ranks:
+        assert_equal_outcome(rank["clipped apart"], expected)
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder):

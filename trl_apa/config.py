@@ -56,6 +56,7 @@ POSITIVE = (
     "temperature",
     "total_episodes",
     "value_learning_rate",
+    "value_max_grad_norm",
 )
 # The name a classic script uses -> ours.
 ALIASES = {
@@ -190,6 +191,9 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             seen to compute the same from it; `True` raises elsewhere, `False` never does.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value model. Defaults to `learning_rate`.
+        value_max_grad_norm (`float`, *optional*):
+            Clip the value model's gradient by itself, at this norm; `max_grad_norm` then clips the policy's alone. By
+            default `max_grad_norm` clips the gradient of both together, so that the larger one scales the other down.
         num_unfrozen_layers (`int`, *optional*):
             Train only so many of the highest layers of the policy and of its separate value model; the paper's HH
             experiments trained two. The reference shares what is frozen of the policy. Defaults to all layers.
@@ -277,6 +281,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     top_k: int = _option(0, "Of sampling; 0 is off.")
     padding_free: bool | None = _switch("No padding in the update; by default wherever that is exact.")
     value_learning_rate: float | None = _option(None, "Learning rate of the value model.")
+    value_max_grad_norm: float | None = _option(None, "Clip of the value model's gradient, apart from the policy's.")
     num_unfrozen_layers: int | None = _option(None, "Train only the highest layers of each network; all by default.")
     steps: int = _option(20000, "Rollouts a process will see in the classic loop.")
     early_stopping: bool = _option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
@@ -451,6 +456,11 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
         check_optimizer_options(self)
+        if self.value_max_grad_norm is not None and not self.max_grad_norm:
+            raise ValueError(
+                f"value_max_grad_norm={self.value_max_grad_norm} needs a max_grad_norm, the policy's clip: set it to "
+                "inf if that should not be clipped"
+            )
         check_reward_weights(self.reward_weights)
         for name in ("kl_coef", "vf_coef", "top_k"):
             if getattr(self, name) < 0:

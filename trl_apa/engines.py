@@ -61,6 +61,11 @@ def check_engine(
             f"ratio_threshold={args.ratio_threshold}: DeepSpeed updates the weights inside the backward pass, so that "
             "a mini-batch cannot be left out after it; set ratio_threshold=float('inf')"
         )
+    if args.value_max_grad_norm is not None:
+        raise ValueError(
+            f"value_max_grad_norm={args.value_max_grad_norm}: DeepSpeed clips the gradient of both networks together; "
+            "leave it out"
+        )
     zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
     if module.base_is_shared and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise ValueError(

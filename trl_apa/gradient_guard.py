@@ -58,8 +58,16 @@ class GradientGuard(_BaseTrainer):
         return prepared
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip both networks together, or each by itself with `value_max_grad_norm`; the norm of both before that."""
+        if self.args.value_max_grad_norm is None:
+            self._note_gradient_norms()
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
         self._note_gradient_norms()
-        return super()._clip_grad_norm(model)
+        networks = self.accelerator.unwrap_model(model).trainable_parameters()
+        limits = {"policy": self.args.max_grad_norm, "value": self.args.value_max_grad_norm}
+        norms = [whole(nn.utils.clip_grad_norm_(network, limits[name])) for name, network in networks.items()]
+        return torch.stack([norm.to(self.accelerator.device) for norm in norms]).norm()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The joint norm before clipping, noted; no update is made from a gradient that is not finite."""

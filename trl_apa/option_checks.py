@@ -19,6 +19,7 @@ LIMITS = (
     "reward_timeout",
     "score_clip",
     "target_kl",
+    "value_max_grad_norm",
     "vllm_server_timeout",
 )
 FLOATS = (float, float | None)
