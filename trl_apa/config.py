@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa import second_generation
 from trl_apa._trl import _BaseConfig
+from trl_apa.algorithms import SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.core import flatten_dict
 from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
@@ -17,17 +18,7 @@ from trl_apa.reporting import check_trackers
 from trl_apa.vllm_options import VLLMOptions
 
 
-LOSS_TYPES = ("apa", "awr", "ppo")
 Json = dict | str | None
-# Options that only the named losses read, with the defaults they get there.
-ONLY_WITH: dict[str, tuple[str, Any]] = {
-    "cliprange": ("ppo", 0.2),
-    "adap_kl_ctrl": ("ppo", True),
-    "target": ("ppo", 6.0),
-    "horizon": ("ppo", 10000.0),
-    "kl_penalty": ("ppo", "kl"),
-    "ratio_threshold": ("ppo", 10.0),
-}
 # Options that should be greater than 0 where they are set.
 POSITIVE = (
     "batch_size",
@@ -109,7 +100,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
             Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
-            KL penalty in the reward. Nothing else changes with it.
+            KL penalty in the reward; or `"module:name"` of an algorithm of your own (`docs/extending.md`). Nothing
+            else changes with it.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
             `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`.
@@ -237,11 +229,12 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
     aliases: ClassVar[dict[str, str]] = ALIASES
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
-    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.1, "awr": 1.0, "ppo": 0.05}
+    # Instead of the algorithm's own default.
+    _default_kl_coef: ClassVar[dict[str, float]] = {}
     _default_batch_size: ClassVar[int] = 64
     _largest_mini_batch: ClassVar[int] = 8
 
-    loss_type: str = _option("apa", "Policy loss: 'apa', 'awr' or 'ppo'.")
+    loss_type: str = _option("apa", "Policy loss: 'apa', 'awr', 'ppo', or module:name of an Algorithm.")
     kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
     gamma: float = _option(1.0, "Discount a token.")
     gae_lambda: float = _option(0.95, "lambda of generalised advantage estimation.")
@@ -333,8 +326,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
         with errors_without_secrets(vars(self), quoted=False):
             check_finite_options(self)
             self._translate_classic_only()
-            if self.loss_type not in LOSS_TYPES:
-                raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
+            algorithm_of(self.loss_type)
             self._translate_second_generation()
             self._translate_aliases()
             self._fill_by_loss_type()
@@ -353,6 +345,15 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             self._check_world_size()
             self._check_horizon()
             self._check_trackers()
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What `loss_type` names."""
+        return algorithm_of(self.loss_type)
+
+    def reads(self, option: str) -> bool:
+        """Whether the algorithm reads an option that only some algorithms read."""
+        return option in self.algorithm.options
 
     @property
     def total_ppo_epochs(self) -> int:
@@ -426,12 +427,12 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
                 setattr(self, alias, getattr(self, name))
 
     def _fill_by_loss_type(self) -> None:
-        for name, (loss_type, default) in ONLY_WITH.items():
-            if self.loss_type != loss_type:
+        for name in SELECTIVE_OPTIONS:
+            if not self.reads(name):
                 self._warn_without_effect(name)
             elif getattr(self, name) is None:
-                setattr(self, name, default)
-        if self.loss_type != "ppo":
+                setattr(self, name, self.algorithm.options[name])
+        if not self.algorithm.kl_in_reward:
             self._warn_without_effect("init_kl_coef")
             self._warn_without_effect("kl_estimator")
         elif self.init_kl_coef is not None:
@@ -439,7 +440,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
                 raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
             self.kl_coef = self.init_kl_coef
         if self.kl_coef is None:
-            self.kl_coef = self._default_kl_coef[self.loss_type]
+            self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
 
     def _warn_without_effect(self, name: str) -> None:
         if getattr(self, name) is not None:
@@ -450,7 +451,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             )
 
     def _check_ranges(self) -> None:
-        positive = [*POSITIVE, "kl_coef"] if self.loss_type != "ppo" else POSITIVE
+        positive = POSITIVE if self.algorithm.kl_in_reward else [*POSITIVE, "kl_coef"]
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -485,7 +486,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
         responses = self.batch_size * self.world_size
-        if self.loss_type == "ppo" and self.adap_kl_ctrl and responses >= 5 * self.horizon:
+        if self.reads("horizon") and self.adap_kl_ctrl and responses >= 5 * self.horizon:
             raise ValueError(
                 f"horizon={self.horizon}: it should be more than a fifth of the {responses} responses of one step"
             )

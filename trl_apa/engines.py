@@ -56,7 +56,7 @@ def check_engine(
     for name, given in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
         if given is not None:
             raise ValueError(f"{name}: DeepSpeed would drop it; say what you want with optim, learning_rate, ...")
-    if args.loss_type == "ppo" and args.ratio_threshold != float("inf"):
+    if args.reads("ratio_threshold") and args.ratio_threshold != float("inf"):
         raise ValueError(
             f"ratio_threshold={args.ratio_threshold}: DeepSpeed updates the weights inside the backward pass, so that "
             "a mini-batch cannot be left out after it; set ratio_threshold=float('inf')"

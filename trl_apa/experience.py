@@ -34,15 +34,15 @@ class Experience(_BaseTrainer):
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
-        """Fill in log pi_init and V; for PPO and for early stopping log pi_old; for PPO the KL in its reward."""
+        """Fill in log pi_init and V; log pi_old where it is read; the KL where the reward is charged for it."""
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
-        is_ppo = self.args.loss_type == "ppo"
-        needs_old = is_ppo or self.args.early_stopping
-        full_kl = is_ppo and self.args.kl_penalty == "full"
+        algorithm = self.args.algorithm
+        needs_old = algorithm.needs_old_logprobs or algorithm.kl_in_reward or self.args.early_stopping
+        full_kl = algorithm.kl_in_reward and self.args.kl_penalty == "full"
         if needs_old:
             rollouts.old_logprobs_BR = blank_BR.clone()
-        if is_ppo:
+        if algorithm.kl_in_reward:
             rollouts.kl_penalty_BR = blank_BR.clone()
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
@@ -62,7 +62,7 @@ class Experience(_BaseTrainer):
             if full_kl:
                 kl = kl_full(outputs["logits"].log_softmax(-1), ref_outputs["logits"].log_softmax(-1))
                 rollouts.kl_penalty_BR[index, :width] = kl.float()
-        if is_ppo and not full_kl:
+        if algorithm.kl_in_reward and not full_kl:
             rollouts.kl_penalty_BR = kl_estimate(
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )
@@ -96,7 +96,7 @@ class Experience(_BaseTrainer):
         rewards_BR = shaped_token_rewards(
             scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
         )
-        if args.loss_type == "ppo":
+        if args.algorithm.kl_in_reward:
             mask_BR = rollouts.response_mask_BR
             rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
         return rewards_BR

@@ -15,7 +15,7 @@ class PPOConfig(APAConfig):
     `loss_type="apa"` keeps the rest and changes the algorithm.
     """
 
-    _default_kl_coef: ClassVar[dict[str, float]] = {**APAConfig._default_kl_coef, "ppo": 0.2}
+    _default_kl_coef: ClassVar[dict[str, float]] = {"ppo": 0.2}
     _default_batch_size: ClassVar[int] = 128
     _largest_mini_batch: ClassVar[int] = 128
 

@@ -106,9 +106,9 @@ class SecondGenerationOptions:
             penalty = KL_ESTIMATORS[self.kl_estimator]
             if self.kl_penalty not in (None, penalty):
                 raise ValueError(f"kl_estimator={self.kl_estimator!r} and kl_penalty={self.kl_penalty!r}: set one")
-            if self.loss_type == "ppo":
+            if self.reads("kl_penalty"):
                 self.kl_penalty = penalty
-        if self.loss_type == "ppo" and self._is_second_generation():
+        if self.algorithm.kl_in_reward and self._is_second_generation():
             # Those trainers had no controller.
             if self.adap_kl_ctrl is None:
                 self.adap_kl_ctrl = False

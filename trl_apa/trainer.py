@@ -266,7 +266,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         args = self.args
         self.kl_ctl = (
             AdaptiveKLController(args.kl_coef, args.target, args.horizon)
-            if args.loss_type == "ppo" and args.adap_kl_ctrl
+            if args.algorithm.kl_in_reward and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
         self.vllm: VLLMSampler | None = None
@@ -543,7 +543,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         rollouts = iteration.rollouts
         num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
         stats |= timer.as_statistics(num_tokens)
-        if self.args.loss_type == "ppo":
+        if self.args.algorithm.classic_statistics:
             # Classic's names, for scripts and dashboards that read them.
             stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
         return stats
@@ -607,7 +607,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         )
         if everywhere.old_logprobs_BR is not None:
             logprobs_BR = everywhere.old_logprobs_BR
-        kl_coef = None if args.loss_type == "ppo" else args.kl_coef
+        kl_coef = None if args.algorithm.kl_in_reward else args.kl_coef
         stats = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
         stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
         stats.update(record.mean_losses(self._sum_over_processes))
@@ -615,7 +615,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
         stats["apa/mean_non_score_reward"] = 0.0
-        if args.loss_type == "ppo":
+        if args.algorithm.kl_in_reward:
             penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)

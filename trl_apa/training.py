@@ -150,9 +150,10 @@ class TrainingLoop(ResumableRuns):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        if args.fp16 and args.loss_type == "ppo":
+        if args.fp16 and args.reads("ratio_threshold"):
             raise ValueError(
-                "fp16 with loss_type='ppo': train() cannot leave out a mini-batch then; use bf16, or step"
+                f"fp16 with loss_type={args.loss_type!r}: train() cannot leave out a mini-batch then; use bf16, or "
+                "step"
             )
         self._iteration, self._unlogged, self._last_kl = None, [], None
         self._first_iteration, self._episodes_before = self.num_iterations_done, 0

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
+from trl_apa.algorithms import PolicyTokens
 from trl_apa.engines import forget_gradients
-from trl_apa.losses import apa_loss, awr_loss, policy_shift, ppo_loss, value_loss
+from trl_apa.losses import policy_shift, value_loss
 from trl_apa.masking import masked_mean
 
 
@@ -67,12 +68,12 @@ class Update(_BaseTrainer):
             return
         moved = float(self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
         # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
-        moved = moved if self.args.loss_type == "ppo" else abs(moved)
+        moved = moved if self.args.algorithm.classic_statistics else abs(moved)
         iteration.stopped = moved > 1.5 * self.args.target_kl
 
     def _ratio_explodes(self) -> bool:
-        """Whether PPO's mini-batch is so far off-policy that its update is left out."""
-        if self.args.loss_type != "ppo":
+        """Whether a mini-batch is so far off-policy that its update is left out."""
+        if not self.args.reads("ratio_threshold"):
             return False
         record = self._iteration.record
         step = record.optimizer_steps[-1]
@@ -99,7 +100,7 @@ class Update(_BaseTrainer):
         """
         args, record = self.args, self._iteration.record
         networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
-        with_entropy = networks["with_policy"] and (record.observing or args.loss_type == "ppo")
+        with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)
         outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
         loss, stats = 0.0, {}
         if networks["with_policy"]:
@@ -116,13 +117,21 @@ class Update(_BaseTrainer):
         mask, num_tokens, record = batch["response_mask"], batch["num_tokens"], self._iteration.record
         if record.observing:
             record.observe(batch["rows"], outputs)
-        loss, stats = self._policy_loss(outputs["logprobs"], batch, num_tokens)
+        tokens = PolicyTokens(
+            outputs["logprobs"],
+            batch["ref_logprobs"],
+            batch["advantages"],
+            mask,
+            num_tokens,
+            batch.get("old_logprobs") if self.args.algorithm.needs_old_logprobs else None,
+        )
+        loss, stats = self.args.algorithm.loss(tokens, self.args)
         if "policykl" not in stats:
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
             first_visit = record.logprobs_BR[batch["rows"], : mask.shape[1]]
             old_logprobs = batch.get("old_logprobs", first_visit)
             stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
-        if self.args.loss_type == "ppo":
+        if self.args.algorithm.classic_statistics:
             # As in classic the mean over all epochs; the others report that of each row's first visit.
             stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)
         return loss, {**{f"apa/policy/{name}": v for name, v in stats.items()}, "apa/loss/policy": loss.detach()}
@@ -134,12 +143,3 @@ class Update(_BaseTrainer):
         loss, stats = value_loss(values_BR, batch["returns"], mask, batch["values"], clip, num_tokens)
         stats["vpred"] = masked_mean(values_BR.detach(), mask, num_tokens)
         return loss, {**{f"apa/val/{name}": v for name, v in stats.items()}, "apa/loss/value": loss.detach()}
-
-    def _policy_loss(self, logprobs_BR: Tensor, batch: dict[str, Tensor], num_tokens: Tensor) -> tuple[Tensor, dict]:
-        """The one place where APA, AWR and PPO differ in the update."""
-        args, advantages, mask = self.args, batch["advantages"], batch["response_mask"]
-        if args.loss_type == "apa":
-            return apa_loss(logprobs_BR, batch["ref_logprobs"], advantages, mask, args.kl_coef, num_tokens)
-        if args.loss_type == "awr":
-            return awr_loss(logprobs_BR, advantages, mask, args.kl_coef, num_tokens)
-        return ppo_loss(logprobs_BR, batch["old_logprobs"], advantages, mask, args.cliprange, num_tokens)
