@@ -1,5 +1,7 @@
 """Policy, reference, value and reward model on one base: networks of their own, equal to separate ones."""
 
+import copy
+
 import pytest
 import torch
 from peft import (
@@ -323,6 +325,60 @@ def test_an_adapter_that_computes_inside_leaves_the_others_as_they_were():
         assert policy.active_adapter == "default" and torch.equal(policy(ids).logits, outputs[0])
     assert not torch.equal(outputs[1], outputs[0]) and not torch.equal(outputs[2], outputs[0])
     torch.testing.assert_close(outputs[2], tiny_model()(ids).logits)
+
+
+SWITCHED_BY_PEFT = {"modules_to_save": ["lm_head"]}
+
+
+@pytest.mark.parametrize("options", [{}, SWITCHED_BY_PEFT], ids=["flags", "peft"])
+def test_switching_adapters_computes_what_peft_s_own_switch_does(options):
+    """Nested, on a policy whose adapter is replaced by one on other layers, and with two active together."""
+    policy = get_peft_model(tiny_model(), lora_config(**options))
+    policy.add_adapter("other", lora_config(**options))
+    away_from_identity(policy, seed=5)
+    ids = torch.arange(2, 9)[None]
+
+    def by_peft(name):
+        twin = copy.deepcopy(policy)
+        if name is None:
+            with twin.disable_adapter():
+                return twin(ids).logits
+        twin.set_adapter(name)
+        return twin(ids).logits
+
+    def agree(*names):
+        for name in names:
+            expected = by_peft(name)
+            with only_adapter(policy, name):
+                assert torch.equal(policy(ids).logits, expected), name
+                for inner in names:
+                    expected_inner = by_peft(inner)
+                    with only_adapter(policy, inner):
+                        if name is not None:
+                            assert torch.equal(policy(ids).logits, expected_inner), (name, inner)
+                assert torch.equal(policy(ids).logits, expected), name
+
+    with torch.no_grad():
+        agree("default", "other", None)
+        policy.delete_adapter("other")  # and one of the same name on other layers
+        policy.add_adapter("other", lora_config(target_modules=["v_proj", "down_proj"], r=2))
+        away_from_identity(policy, seed=6)
+        agree("default", "other", None)
+        before = policy(ids).logits
+        policy.base_model.set_adapter(["default", "other"])
+        together = policy(ids).logits
+        with only_adapter(policy, "other"):
+            pass
+        assert torch.equal(policy(ids).logits, together) and not torch.equal(together, before)
+
+
+def test_an_adapter_that_is_not_there_is_refused_and_nothing_is_switched():
+    policy = lora_policy(trained=True)
+    ids = torch.arange(2, 9)[None]
+    expected = policy(ids).logits
+    with pytest.raises(ValueError, match="missing"), only_adapter(policy, "missing"):
+        pass
+    assert policy.active_adapter == "default" and torch.equal(policy(ids).logits, expected)
 
 
 def test_set_ups_in_which_one_base_cannot_serve_are_refused(tmp_path, base):

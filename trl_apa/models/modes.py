@@ -1,6 +1,6 @@
 """Networks that compute one function of their tokens: in eval mode while they learn, too, and checkpointed there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -42,8 +42,11 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
         network: any network.
         checkpointing: whether layers whose gradient checkpointing is on are checkpointed. `generate` wants its cache.
     """
-    for module in network.modules():
-        module.training = _needs_train_mode(type(module))
+    modules = list(network.modules())
+    for module in modules:
+        training = _needs_train_mode(type(module))
+        if module.training is not training:  # torch takes longer to set it than to look
+            module.training = training
         if "dynamic" in str(vars(module).get("rope_type", "")):
             if _forget_longer_rows not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_forget_longer_rows)
@@ -51,7 +54,7 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
             if _forget_the_row_before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_forget_the_row_before, with_kwargs=True)
     if checkpointing:
-        for layer in _checkpointed_layers(network):
+        for layer in _checkpointed_layers(modules):
             layer.training = True
             if getattr(layer._gradient_checkpointing_func, "func", None) is not _checkpoint_in_eval_mode:
                 original = layer._gradient_checkpointing_func
@@ -64,9 +67,9 @@ def _needs_train_mode(module_class: type[nn.Module]) -> bool:
     return any(c.__name__ in IN_TRAIN_MODE and c.__module__.startswith(LIBRARIES) for c in module_class.__mro__)
 
 
-def _checkpointed_layers(network: nn.Module) -> list[Any]:
+def _checkpointed_layers(modules: Iterable[nn.Module]) -> list[Any]:
     """The layers that are checkpointed; in code from the hub the stack of them may do it."""
-    flagged = [module for module in network.modules() if vars(module).get("gradient_checkpointing")]
+    flagged = [module for module in modules if vars(module).get("gradient_checkpointing")]
     layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
     return [module for module in layers or flagged if hasattr(module, "_gradient_checkpointing_func")]
 
