@@ -27,6 +27,7 @@ class Case:
 def apa_token(logprob, ref_logprob, advantage):
     residual = logprob - ref_logprob - advantage / KL_COEF
     stats = {"residual": residual, "residual_sq": residual**2, "log_ratio": logprob - ref_logprob}
+    stats["target_sq"] = (advantage / KL_COEF) ** 2
     return residual**2, 2 * residual, stats
 
 
@@ -94,6 +95,8 @@ def test_apa_hand_worked():
     # residuals -1 + 1.5 - 0.1 / 0.1 = -0.5 and -2 + 1 + 0.2 / 0.1 = 1: squares 0.25 and 1, mean 0.625
     assert loss.item() == pytest.approx(0.625)
     assert stats["residual_sq"].item() == pytest.approx(0.625)
+    # (0.1 / 0.1)^2 = 1 and (0.2 / 0.1)^2 = 4, mean 2.5
+    assert stats["target_sq"].item() == pytest.approx(2.5)
     # mean residual (-0.5 + 1) / 2, mean log ratio (0.5 - 1) / 2
     assert stats["residual"].item() == pytest.approx(0.25)
     assert stats["log_ratio"].item() == pytest.approx(-0.25)

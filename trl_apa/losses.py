@@ -47,7 +47,8 @@ def apa_loss(
 
     Returns:
         The loss (0-d, nats squared) and `residual` (mean of log pi_theta - log pi_init - Adv/lambda, nats),
-        `residual_sq` (mean of its square: the loss), `log_ratio` (mean of log pi_theta - log pi_init, nats).
+        `residual_sq` (mean of its square: the loss), `target_sq` (mean of (Adv/lambda)^2: the loss at pi_init, nats
+        squared), `log_ratio` (mean of log pi_theta - log pi_init, nats).
 
     Raises:
         ValueError: if `kl_coef` is not positive and finite, a shape is not the mask's `(B, R)`, or the mask is not
@@ -60,12 +61,13 @@ def apa_loss(
     logprobs = keep_counted(logprobs_BR, response_mask_BR)
     ref_logprobs = keep_counted(ref_logprobs_BR.detach(), response_mask_BR)
     advantages = keep_counted(advantages_BR.detach(), response_mask_BR)
-    log_ratio = logprobs - ref_logprobs
-    residual = log_ratio - advantages / kl_coef
+    log_ratio, target = logprobs - ref_logprobs, advantages / kl_coef
+    residual = log_ratio - target
     loss = masked_mean(residual.square(), response_mask_BR, num_tokens)
     return loss, {
         "residual": masked_mean(residual.detach(), response_mask_BR, num_tokens),
         "residual_sq": loss.detach(),
+        "target_sq": masked_mean(target.square(), response_mask_BR, num_tokens),
         "log_ratio": masked_mean(log_ratio.detach(), response_mask_BR, num_tokens),
     }
 

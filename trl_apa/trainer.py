@@ -21,6 +21,7 @@ from transformers import (
 from trl_apa._trl import is_peft_model
 from trl_apa.assembly import assemble
 from trl_apa.config import APAConfig
+from trl_apa.drift import DriftWatch
 from trl_apa.engines import (
     check_engine,
     keep_outputs_precise,
@@ -269,6 +270,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             if args.algorithm.kl_in_reward and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
+        self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.vllm: VLLMSampler | None = None
         if args.use_vllm:
             policy = self.model.policy
@@ -539,6 +541,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
         stats["apa/epochs"] = iteration.epochs_done
         self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
+        self.drift.look(stats)
         self.num_iterations_done += 1
         rollouts = iteration.rollouts
         num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
@@ -611,6 +614,10 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         stats = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
         stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
         stats.update(record.mean_losses(self._sum_over_processes))
+        if "apa/policy/target_sq" in stats:
+            stats["apa/policy/unexplained"] = stats["apa/policy/residual_sq"] / max(
+                stats["apa/policy/target_sq"], 1e-8
+            )
         stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
