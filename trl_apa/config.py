@@ -104,7 +104,8 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             else changes with it.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
-            `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`.
+            `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`, in reward
+            units per nat: small scores want a smaller one (`docs/rewards.md`).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
