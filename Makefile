@@ -10,7 +10,7 @@ comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install check format test test-slow test-families test-real test-distributed test-lowest
-.PHONY: bench soak chaos gpu-check parity demo build clean
+.PHONY: bench soak chaos gpu-check metrics parity demo build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ soak: install ## see that memory does not grow over a thousand optimizer steps
 
 chaos: install ## kill runs at random moments, resume them, and see that their bits are those of a run left alone
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.chaos $(ARGS)
+
+metrics: install ## print how easily the code can be followed: changes of file, shared private names, import circles, types
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.metrics $(ARGS)
 
 # Without `install`, which needs a network: a machine with a GPU may have none.
 gpu-check: ## see on one GPU, in eight minutes, what no CPU shows: tests, memory, speed
