@@ -322,7 +322,7 @@ def test_the_snippets_on_generation_run(training_page, checkpoints, tmp_path, mo
     namespace = dict(training_page[0])
     sampled, colocated, served = fenced(ROOT / "docs" / "generation.md", "python")
     run_block(sampled, namespace, checkpoints)
-    rollouts = namespace["trainer"]._iteration.rollouts
+    rollouts = namespace["trainer"].run_state.iteration.rollouts
     assert len(rollouts) == 16 and len({tuple(query.tolist()) for query in rollouts.queries[:4]}) == 1
     assert list((tmp_path / "sentences" / "completions").iterdir())
     install(monkeypatch)

@@ -48,7 +48,7 @@ def with_fsdp(folder, state_dict_type="FULL_STATE_DICT", **config):
 def in_half_precision(folder, rows):
     """What the update reads of the networks: bfloat16 inside, but not rounded on its way out."""
     trainer, _ = stepped(with_fsdp, folder, rows, config={"bf16": True})
-    batch = trainer._iteration.rollouts.micro_batch(range(4), 0)
+    batch = trainer.run_state.iteration.rollouts.micro_batch(range(4), 0)
     with torch.no_grad():
         outputs = trainer.model_wrapped(**trainer._model_inputs(batch))
     return {name: (output.dtype, output.float()) for name, output in outputs.items()}

@@ -70,7 +70,7 @@ def test_a_run_whose_first_step_was_left_out_goes_on_like_a_new_one(tmp_path):
         spoilt.step(*tiny_rollouts())
     hook.remove()
     assert spoilt.optimizer.state
-    spoilt.num_iterations_done = new.num_iterations_done
+    spoilt.run_state.num_iterations_done = new.num_iterations_done
     for trainer in (spoilt, new):
         trainer.step(*tiny_rollouts())
     assert_same(parameters(spoilt), parameters(new), tolerance=1e-30)

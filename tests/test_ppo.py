@@ -74,7 +74,7 @@ def test_apas_distance_from_the_rollout_policy_is_measured_from_the_first_visit(
     trainer.step(queries, responses, scores)
     moved = (old - seen[1])[mask]
     for name, expected in {"policykl": moved.mean(), "approxkl": 0.5 * moved.square().mean()}.items():
-        reported = [float(step[f"apa/policy/{name}"]) for step in trainer._iteration.record.optimizer_steps]
+        reported = [float(step[f"apa/policy/{name}"]) for step in trainer.run_state.iteration.record.optimizer_steps]
         assert reported[0] == pytest.approx(0.0, abs=1e-6)
         assert reported[1] == pytest.approx(float(expected), rel=1e-3) and abs(expected) > 1e-5
 

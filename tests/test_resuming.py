@@ -463,7 +463,7 @@ def test_episodes_count_by_what_each_iteration_had(tmp_path):
     trainer_for(tmp_path, max_steps=-1, total_episodes=8, **SAVING).train()
     again = trainer_for(tmp_path, max_steps=-1, total_episodes=16, batch_size=8, resume_anyway=["batch_size"])
     again.train(resume_from_checkpoint=True)
-    assert again._episodes_done == 16 and again.num_iterations_done == 3
+    assert again.run_state.episodes_done == 16 and again.num_iterations_done == 3
 
 
 def test_a_secret_among_the_options_that_define_a_run_is_in_no_manifest(tmp_path):

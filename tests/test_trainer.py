@@ -58,7 +58,10 @@ EXPECTED = {
     "time/apa/tokens_per_second",
 }
 OF_LOSS = {
-    "apa": {f"apa/policy/{name}" for name in ("residual", "residual_sq", "log_ratio", "log_normalizer")},
+    "apa": {
+        f"apa/policy/{name}"
+        for name in ("residual", "residual_sq", "target_sq", "unexplained", "log_ratio", "log_normalizer")
+    },
     "awr": {f"apa/policy/{name}" for name in ("weight", "weight_sq", "log_normalizer")},
     "ppo": {f"apa/policy/{name}" for name in ("ratio", "clipfrac", "skipped")},
 }

@@ -190,7 +190,7 @@ def test_rows_may_be_texts_messages_or_token_ids(tmp_path):
         trainer = trainer_for(tmp_path, dataset=dataset, reward_funcs=remember, max_steps=1)
         trainer.processing_class.chat_template = tokenizer.chat_template
         trainer.train()
-        queries[kind] = [query.tolist() for query in trainer._iteration.rollouts.queries]
+        queries[kind] = [query.tolist() for query in trainer.run_state.iteration.rollouts.queries]
     assert queries["list"] == queries["query"] == queries["ids"]
     assert queries["chat"] == [[30, *query, 31] for query in queries["list"]]
     assert [prompts for prompts, _, _ in seen[:3]] == [seen[0][0]] * 3
@@ -202,7 +202,7 @@ def test_rows_may_be_texts_messages_or_token_ids(tmp_path):
 def test_long_prompts_keep_their_end_and_prompts_may_have_several_responses(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=1, max_prompt_length=1, num_generations=2, temperature=1.0)
     trainer.train()
-    rollouts = trainer._iteration.rollouts
+    rollouts = trainer.run_state.iteration.rollouts
     assert {len(query) for query in rollouts.queries} == {1}
     assert rollouts.queries[0].equal(rollouts.queries[1]) and rollouts.queries[2].equal(rollouts.queries[3])
     with pytest.raises(ValueError, match="num_generations=3: batch_size=4 should be a multiple"):
@@ -219,7 +219,7 @@ def test_reward_functions_are_weighted_and_see_the_columns(tmp_path):
         tmp_path, dataset=dataset, reward_funcs=[few_nines, length, later], reward_weights=[1, 2, 3], max_steps=1
     )
     trainer.train()
-    rollouts = trainer._iteration.rollouts
+    rollouts = trainer.run_state.iteration.rollouts
     rows = PromptSource(dataset, 4, seed=3).rows(0)
     texts = tiny_tokenizer().batch_decode(rollouts.responses, skip_special_tokens=True)
     lengths = length([r.tolist() for r in rollouts.responses], [row["target"] for row in rows])
@@ -241,7 +241,7 @@ def test_rewards_given_token_by_token_stay_on_their_tokens(tmp_path):
     options = {"reward_weights": [1.0, 0.5], "max_steps": 1, "whiten_advantages": False, "gae_lambda": 1.0}
     trainer = trainer_for(tmp_path, reward_funcs=[one, per_token], **options)
     trainer.train()
-    rollouts = trainer._iteration.rollouts
+    rollouts = trainer.run_state.iteration.rollouts
     for row, response in enumerate(rollouts.responses):
         expected = [0.5 * float(token) for token in response]
         expected[-1] += 3.0
@@ -269,7 +269,7 @@ def test_score_clip_and_centring_hold_for_the_total_of_a_response_with_rewards_t
     options = {"scale_rewards": True, "center_rewards": True, "score_clip": 0.7, "max_steps": 1}
     trainer = trainer_for(tmp_path, reward_funcs=[quality, per_token], **options)
     trainer.train()
-    rollouts, running = trainer._iteration.rollouts, trainer.running_scores
+    rollouts, running = trainer.run_state.iteration.rollouts, trainer.running_scores
     centred = (rollouts.scores_B - running.mean) / running.std
     totals = rollouts.rewards_BR.sum(dim=1)
     torch.testing.assert_close(totals, centred.clamp(-0.7, 0.7))
@@ -297,7 +297,7 @@ def test_responses_without_a_score_are_left_out_when_asked(tmp_path):
 
             trainer._collect = other_row
         trainer.train()
-        rollouts = trainer._iteration.rollouts
+        rollouts = trainer.run_state.iteration.rollouts
         assert rollouts.response_mask_BR.any(dim=1).tolist() == [True, False, True, True]
         kept[replaced] = parameters(trainer)
     assert_same(kept[False], kept[True], tolerance=1e-6)
@@ -315,9 +315,10 @@ def test_reward_functions_of_trl_are_understood(tmp_path):
         max_steps=4,
     )
     trainer.train()
-    lengths = [len(response) for response in trainer._iteration.rollouts.responses]
+    lengths = [len(response) for response in trainer.run_state.iteration.rollouts.responses]
     soft = [0.0 if n <= 2 else (2 - n) / 2 if n <= 4 else -1.0 for n in lengths]
-    answers = [{"prompt": "w2"}] * 4, trainer._iteration.rollouts.queries, trainer._iteration.rollouts.responses
+    rollouts = trainer.run_state.iteration.rollouts
+    answers = [{"prompt": "w2"}] * 4, rollouts.queries, rollouts.responses
     scores = trainer._scores(trainer._texts(*answers), *answers)
     assert scores.by_function_BF[:, 0].tolist() == pytest.approx(soft)
 
@@ -337,7 +338,7 @@ def test_completions_are_printed_and_kept_as_parquet(tmp_path, capsys):
     assert [file.name for file in files] == ["completions_000000.parquet", "completions_000004.parquet"]
     table = Dataset.from_parquet(str(files[1]), cache_dir=tmp_path / "cache")
     assert table.column_names == ["prompt", "completion", "rewards/few_nines", "reward"]
-    responses = trainer._iteration.rollouts.responses
+    responses = trainer.run_state.iteration.rollouts.responses
     assert list(table["completion"]) == tiny_tokenizer().batch_decode(responses, skip_special_tokens=True)
     assert list(table["reward"]) == pytest.approx(few_nines(table["completion"]))
     trainer.generate_completions(sampling=True)
@@ -369,10 +370,11 @@ def test_what_reward_functions_are_given_and_may_give(tmp_path):
     assert trainer.scorer.names == ["reward", "reward_2", "later"]
     trainer.train()
     assert "from the data" not in seen
-    assert trainer._iteration.rollouts.scores_B.tolist() == [1.0, 3.0, 5.0, 7.0]
+    assert trainer.run_state.iteration.rollouts.scores_B.tolist() == [1.0, 3.0, 5.0, 7.0]
 
     async def in_a_notebook():
-        return trainer.score(trainer._iteration.rollouts.queries, trainer._iteration.rollouts.responses)
+        rollouts = trainer.run_state.iteration.rollouts
+        return trainer.score(rollouts.queries, rollouts.responses)
 
     assert [float(score) for score in asyncio.run(in_a_notebook())] == [1.0, 3.0, 5.0, 7.0]
     answers = {

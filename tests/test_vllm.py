@@ -65,7 +65,8 @@ def test_training_in_one_process_with_vllm_is_training_with_generate(tmp_path, f
     base = {name: p.clone() for name, p in trainer.model.policy.named_parameters() if "base_layer" in name}
     trainer.train()
     assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)
-    assert trainer._iteration.rollouts.responses[0].tolist() == plain._iteration.rollouts.responses[0].tolist()
+    sampled, expected = (made.run_state.iteration.rollouts.responses[0] for made in (trainer, plain))
+    assert sampled.tolist() == expected.tolist()
     llm = trainer.vllm.engine.llm
     assert llm.events.count("synced") == 2, "once an iteration"
     # Merging for vLLM has not moved the base by a bit.

@@ -23,6 +23,12 @@ def zero_stage(accelerator: Accelerator) -> int:
     return plugin.zero_stage if plugin else 0
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether an engine holds weights, gradients or optimizer, and may shard them: DeepSpeed, FSDP."""
+    plugins = (getattr(accelerator.state, f"{engine}_plugin", None) for engine in ("deepspeed", "fsdp"))
+    return any(plugin is not None for plugin in plugins)
+
+
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether a process holds a part of the weights only: FSDP2, ZeRO-3."""
     return accelerator.is_fsdp2 or zero_stage(accelerator) == 3

@@ -80,7 +80,7 @@ def _measured_in_parts(
     """What `_measure` says of every `size` rows. All are sampled before one is scored: vLLM samples for all processes
     together, and a reward function that fails in one of them must not leave the others waiting for it."""
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    queries = trainer._on_all_processes(lambda: [[trainer._query(row) for row in part] for part in parts])
+    queries = trainer.processes.together(lambda: [[trainer._query(row) for row in part] for part in parts])
     responses = [trainer._respond_on_all_processes(part, generate_ref_response=True) for part in queries]
     # Where weights are sharded, the networks are run by all processes together, too.
     nats = [_kl_and_entropy(trainer, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.advantages import gae
+from trl_apa.engines import is_sharded
 from trl_apa.iteration import Iteration
 from trl_apa.kl import kl_estimate, kl_full
 from trl_apa.layouts import try_sampling_up_to
@@ -30,7 +31,7 @@ class Experience(_BaseTrainer):
             rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
         with timer("compute_advantages"):
             self._estimate_advantages(rollouts)
-        self._iteration = self._plan(rollouts, ended_B)
+        self.run_state.begin_iteration(self._plan(rollouts, ended_B), self.state.global_step)
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
@@ -75,13 +76,13 @@ class Experience(_BaseTrainer):
             if reference is policy:
                 return self._module_to_call(**self._model_inputs(batch), with_value=False, with_logits=with_logits)
             reading = (reference, self._tokens(batch), width, self.args.temperature)
-            outputs = policy_outputs(*reading, with_logits=with_logits, own_forward=self._is_sharded)
+            outputs = policy_outputs(*reading, with_logits=with_logits, own_forward=is_sharded(self.accelerator))
         return {"logprobs": outputs.logprobs_BR, "logits": outputs.logits_BRV}
 
     @property
     def _module_to_call(self) -> nn.Module:
         """For a pass without gradient: what has the weights, and waits for other processes only if it must."""
-        return self.model_wrapped if self._is_sharded else self.accelerator.unwrap_model(self.model)
+        return self.model_wrapped if is_sharded(self.accelerator) else self.accelerator.unwrap_model(self.model)
 
     def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
         """Scores, shaped, on the last counted token or those that they were given to; for PPO minus the KL penalty."""
@@ -118,7 +119,7 @@ class Experience(_BaseTrainer):
         if size < self.args.backward_batch_size and self._layouts(rollouts.longest()) is not Layout.PACKED:
             # Neighbours are read together; which rows share an optimizer step stays as drawn.
             epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
-        return Iteration.begin(rollouts, ended_B, epochs, size, self._sum_over_processes)
+        return Iteration.begin(rollouts, ended_B, epochs, size, self.processes.sum)
 
     def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
@@ -134,7 +135,7 @@ class Experience(_BaseTrainer):
 
     def _try_rows_of_the_run(self) -> None:
         """Make trials with the weights that a run begins with, so that it is the same one when it is resumed."""
-        if self._is_sharded:
+        if is_sharded(self.accelerator):
             return
         longest = (self.args.max_prompt_length or LONG) + self.args.max_completion_length
         self._layouts.try_up_to(longest)

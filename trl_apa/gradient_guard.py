@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
-from trl_apa.engines import gradient_norm, whole
+from trl_apa.engines import gradient_norm, is_sharded, whole
 from trl_apa.optimization import check_optimizer_is_finite
 
 
@@ -54,7 +54,7 @@ class GradientGuard(_BaseTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if not self.is_deepspeed_enabled:  # whose optimizer's state is the engine's own
             name = "optimizer" if resume_from_checkpoint is None else f"the optimizer of {resume_from_checkpoint}"
-            self._on_all_processes(lambda: check_optimizer_is_finite(name, self.optimizer))
+            self.processes.together(lambda: check_optimizer_is_finite(name, self.optimizer))
         return prepared
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -75,7 +75,7 @@ class GradientGuard(_BaseTrainer):
             self._note_gradient_norms()
         total = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         norm = torch.as_tensor(total, device=self.accelerator.device)  # torch's norm of no gradient is on the CPU
-        self._iteration.record.grad_norms[-1]["apa/grad_norm/total"] = norm
+        self.run_state.iteration.record.grad_norms[-1]["apa/grad_norm/total"] = norm
         # With fp16 an overflow is expected now and then, and whoever scales the gradient skips that update.
         if self.accelerator.mixed_precision != "fp16":
             self._guard_update(norm)
@@ -88,14 +88,14 @@ class GradientGuard(_BaseTrainer):
             module = self.accelerator.unwrap_model(self.model)
             for name, parameters in module.trainable_parameters().items():
                 norms[f"apa/grad_norm/{name}"] = gradient_norm(parameters).to(self.accelerator.device)
-        self._iteration.record.grad_norms.append(norms)
+        self.run_state.iteration.record.grad_norms.append(norms)
 
     def _guard_update(self, norm: Tensor) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper reads no found_inf
         # A scheduler of the script's own need not have a state, and its state may hold whole networks.
         put_back = not self.is_in_train or self._created_lr_scheduler
-        waits = self._is_sharded or not put_back or not skips_on_device(optimizer, norm.device)
-        iteration, state = self._iteration, self.state
+        waits = is_sharded(self.accelerator) or not put_back or not skips_on_device(optimizer, norm.device)
+        iteration, state = self.run_state.iteration, self.state
         self._unseen.append(
             Gradient(
                 norm=norm,
@@ -131,7 +131,7 @@ class GradientGuard(_BaseTrainer):
             return
         self._go_back_to(unseen[failed])
         kept = self._keep_for_inspection()
-        self._iteration.take_back_step()
+        self.run_state.iteration.take_back_step()
         self._save_what_was_learned()
         raise FloatingPointError(
             f"the gradient norm is {norms[failed]} at optimizer step {self.state.global_step}; this update was not "
@@ -142,7 +142,7 @@ class GradientGuard(_BaseTrainer):
     def _go_back_to(self, gradient: Gradient) -> None:
         """Counters and schedule as they were then; the weights are so already."""
         self.state.global_step, self.state.epoch = gradient.global_step, gradient.epoch
-        self._iteration.rewind(gradient.position, gradient.num_norms)
+        self.run_state.iteration.rewind(gradient.position, gradient.num_norms)
         if gradient.schedule is not None:
             scheduler, groups = gradient.schedule
             self.lr_scheduler.load_state_dict(scheduler)
@@ -154,7 +154,7 @@ class GradientGuard(_BaseTrainer):
         name = f"failed_step_{self.state.global_step}_process_{self.accelerator.process_index}.pt"
         path = Path(self.args.output_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self._iteration.state_dict(), path)
+        torch.save(self.run_state.iteration.state_dict(), path)
         return path
 
     def _forget_gradients_unseen(self) -> None:

@@ -171,10 +171,10 @@ class ResumableRuns(_BaseTrainer):
         if not resume_from_checkpoint:
             self._begin_new_run()
             return None
-        self._on_all_processes(lambda: self._name_complete_checkpoints(resume_from_checkpoint))
+        self.processes.together(lambda: self._name_complete_checkpoints(resume_from_checkpoint))
         checkpoint = self._agreed(lambda: self._find_checkpoint(resume_from_checkpoint))
-        self._on_all_processes(lambda: self._verify(checkpoint))
-        self._on_all_processes(lambda: self._compare(checkpoint, resume_anyway))
+        self.processes.together(lambda: self._verify(checkpoint))
+        self.processes.together(lambda: self._compare(checkpoint, resume_anyway))
         self._check_agreement(checkpoint)
         self.run = self._agreed(lambda: self._run_that_goes_on(self._resumed_manifest))
         if self._resumed_manifest is not None:
@@ -224,7 +224,7 @@ class ResumableRuns(_BaseTrainer):
 
     def _agreed(self, choose: Any) -> Any:
         """What `choose` gives on the main process, on all of them; if it fails there, all raise."""
-        chosen = [self._on_all_processes(lambda: choose() if self.is_world_process_zero() else None)]
+        chosen = [self.processes.together(lambda: choose() if self.is_world_process_zero() else None)]
         return broadcast_object_list(chosen)[0] if self.accelerator.num_processes > 1 else chosen[0]
 
     # ---- resuming ----
@@ -426,10 +426,10 @@ class ResumableRuns(_BaseTrainer):
         self._note_best_checkpoint(place)
         writes = self.args.should_save
         try:
-            self._on_all_processes(lambda: delete_folder(folder) if writes else None)
+            self.processes.together(lambda: delete_folder(folder) if writes else None)
             for write in self._parts_of_a_checkpoint(folder):
-                self._on_all_processes(write)
-            self._on_all_processes(lambda: self._complete(folder, step) if writes else None)
+                self.processes.together(write)
+            self.processes.together(lambda: self._complete(folder, step) if writes else None)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             if writes:
                 delete_folder(folder)

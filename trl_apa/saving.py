@@ -1,27 +1,22 @@
 """What is left of a run: the networks in a folder or on the hub, and a model card."""
 
 import os
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.engines import shards_weights
 from trl_apa.models import merge_and_save
+from trl_apa.processes import Processes
 from trl_apa.redaction import without_secrets
-from trl_apa.signals import StopOnSignal
 from trl_apa.telemetry import NoTelemetry
-from trl_apa.values import described_error
 
 
 class Saving(NoTelemetry, _BaseTrainer):
     """The part of `APATrainer` that writes policy, value model, tokenizer and card."""
 
-    # Made after the first calls of `_on_all_processes`.
-    _stop_on_signal: StopOnSignal | None = None
     _tag_names = ["trl", "apa", "rlhf"]
     _name = "APA"
     _paper = {
@@ -66,36 +61,12 @@ class Saving(NoTelemetry, _BaseTrainer):
                 policy = self.accelerator.unwrap_model(self.model).policy
                 merge_and_save(policy, save_directory, self.processing_class, **kwargs)
 
-        self._on_all_processes(write)
+        self.processes.together(write)
 
-    def _on_all_processes(self, work: Callable[[], Any]) -> Any:
-        """Do `work`; if it fails in one process, with `SystemExit` too, all raise: none is left waiting.
-
-        Work that talks to other processes has to have talked to all of them before it fails.
-
-        Raises:
-            ValueError: if it failed in other processes only, with what they say.
-        """
-        error, result = None, None
-        try:
-            result = work()
-        except BaseException as failed:
-            if self._stop_on_signal is not None and self._stop_on_signal.at_once:
-                raise  # the user has asked twice for the end, and is not to wait for other processes
-            error = failed
-        failures = self._sum_over_processes(torch.tensor(float(error is not None), device=self.accelerator.device))
-        if failures and self.accelerator.num_processes > 1:
-            process = self.accelerator.process_index
-            told = [] if error is None else [f"process {process}: {described_error(error)[:1000]}"]
-            messages = gather_object(told)
-        if error is not None:
-            raise error
-        if failures:
-            raise ValueError(f"{int(failures)} other process(es) failed at the same point: {'; '.join(messages)}")
-        return result
-
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
+    @cached_property
+    def processes(self) -> Processes:
+        """All processes of the run."""
+        return Processes(self.accelerator)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -112,9 +83,7 @@ class Saving(NoTelemetry, _BaseTrainer):
         args = self.args
         if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
             return
-        mean = float(self.accelerator.gather(scores_B).mean())
-        if mean > self._best_mean_score:
-            self._best_mean_score = mean
+        if self.run_state.is_best(float(self.accelerator.gather(scores_B).mean())):
             self.push_to_hub(**args.push_to_hub_if_best_kwargs)
 
     def create_model_card(

@@ -1,6 +1,5 @@
 """`APATrainer`: orchestration of generate -> score -> step. Every stage it calls is a file of its own."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,6 +23,7 @@ from trl_apa.config import APAConfig
 from trl_apa.drift import DriftWatch
 from trl_apa.engines import (
     check_engine,
+    is_sharded,
     keep_outputs_precise,
     policy_gathered,
     prepare_frozen,
@@ -32,7 +32,6 @@ from trl_apa.engines import (
 from trl_apa.experience import Experience
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.gradient_guard import GradientGuard
-from trl_apa.iteration import Iteration
 from trl_apa.kl import AdaptiveKLController, FixedKLController
 from trl_apa.layouts import Layouts, ShardedLayouts
 from trl_apa.masking import keep_counted, masked_mean
@@ -46,6 +45,7 @@ from trl_apa.reporting import gather_table, log_media, reward_statistics, split_
 from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.run_identity import initial_policy_fingerprint
+from trl_apa.run_state import RunState
 from trl_apa.saving import Saving
 from trl_apa.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.signals import StopOnSignal
@@ -211,11 +211,11 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         set_seed(args.seed, device_specific=True)
 
         self._layouts = self._try_layouts()
-        if not self._is_sharded:
+        if not is_sharded(self.accelerator):
             with self.accelerator.autocast():
                 check_answers_text(module.policy)
         self._note_what_scripts_read()
-        if not self._is_sharded:
+        if not is_sharded(self.accelerator):
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
         if self.ref_model is not None:
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
@@ -227,10 +227,10 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
 
         Not packed where a wrapper's forward has to be called, or each new set of lengths would be compiled anew.
         """
-        if (self._is_sharded or self.args.torch_compile) and self.args.padding_free:
+        if (is_sharded(self.accelerator) or self.args.torch_compile) and self.args.padding_free:
             raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
         networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        if self._is_sharded:
+        if is_sharded(self.accelerator):
             return ShardedLayouts(networks)
         # Flash attention reads half precision alone.
         padding_free = False if self.args.torch_compile else self.args.padding_free
@@ -265,30 +265,46 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     def _begin(self) -> None:
         """What changes from one iteration to the next, and the callbacks that see to it."""
         args = self.args
-        self.kl_ctl = (
+        kl_ctl = (
             AdaptiveKLController(args.kl_coef, args.target, args.horizon)
             if args.algorithm.kl_in_reward and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
+        running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
+        self.run_state = RunState(kl_ctl, running_scores, args.global_batch_size)
         self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.vllm: VLLMSampler | None = None
         if args.use_vllm:
             policy = self.model.policy
-            self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self._on_all_processes)
-        self.running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
-        self.num_iterations_done = 0
-        self._iteration: Iteration | None = None
+            self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self.processes.together)
         self._prepared = False
-        self._unseen = []
-        self._unlogged: list[dict[str, Any]] = []
-        self._best_mean_score = -math.inf
-        self._stop_on_signal = StopOnSignal(self._sum_over_processes)
+        self._forget_gradients_unseen()
+        self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
         self.add_callback(self._stop_on_signal)
 
+    @property
+    def num_iterations_done(self) -> int:
+        """Iterations whose optimizer steps are all made: calls of `step`, or iterations of `train`."""
+        return self.run_state.num_iterations_done
+
+    @property
+    def running_scores(self) -> RunningMoments:
+        """Mean and standard deviation of all scores so far, which `scale_rewards` divides by."""
+        return self.run_state.running_scores
+
     # ---- what classic scripts read ----
+
+    @property
+    def kl_ctl(self) -> AdaptiveKLController | FixedKLController:
+        """The coefficient of the KL penalty (PPO), or lambda."""
+        return self.run_state.kl_ctl
+
+    @kl_ctl.setter
+    def kl_ctl(self, controller: AdaptiveKLController | FixedKLController) -> None:
+        self.run_state.kl_ctl = controller
 
     @property
     def config(self) -> APAConfig:
@@ -436,7 +452,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             with reference_policy(policy, self.ref_model) as reference:
                 return responses, sample(reference)
 
-        if self._is_sharded and not self.is_in_train:
+        if is_sharded(self.accelerator) and not self.is_in_train:
             self._prepare_for_updates()
         of_vllm = None
         if self.vllm is not None:
@@ -536,13 +552,12 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
         self._look_at_gradients()
-        iteration = self._iteration
+        iteration = self.run_state.iteration
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
         stats["apa/epochs"] = iteration.epochs_done
-        self.kl_ctl.update(stats["objective/kl"], self.args.global_batch_size)
+        self.run_state.end_iteration(stats["objective/kl"])
         self.drift.look(stats)
-        self.num_iterations_done += 1
         rollouts = iteration.rollouts
         num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
         stats |= timer.as_statistics(num_tokens)
@@ -563,7 +578,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
                 if network is not None:
                     check_positions(queries, lengths, network, "queries + responses", name)
 
-        self._on_all_processes(check)
+        self.processes.together(check)
 
     def _prepare_for_updates(self) -> None:
         """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""
@@ -613,7 +628,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         kl_coef = None if args.algorithm.kl_in_reward else args.kl_coef
         stats = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
         stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
-        stats.update(record.mean_losses(self._sum_over_processes))
+        stats.update(record.mean_losses(self.processes.sum))
         if "apa/policy/target_sq" in stats:
             stats["apa/policy/unexplained"] = stats["apa/policy/residual_sq"] / max(
                 stats["apa/policy/target_sq"], 1e-8

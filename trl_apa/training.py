@@ -17,8 +17,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
+from trl_apa.engines import is_sharded
 from trl_apa.evaluation import held_out_metrics
-from trl_apa.iteration import Iteration
 from trl_apa.lost_trackers import go_on_without, go_on_without_report
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
@@ -48,7 +48,7 @@ class EndOfIteration(TrainerCallback):
         if args.max_kl is not None and kl is not None and kl > args.max_kl:
             logger.warning("training stops: KL to pi_init is %.2f nats a response, above max_kl=%s", kl, args.max_kl)
             self._stop(args, control)
-        if args.total_episodes is not None and self.trainer._episodes_done >= args.total_episodes:
+        if args.total_episodes is not None and self.trainer.run_state.episodes_done >= args.total_episodes:
             self._stop(args, control)  # before max_steps where early stopping left epochs out
 
     def _stop(self, args: Any, control: Any) -> None:
@@ -75,12 +75,6 @@ class TrainingLoop(ResumableRuns):
     _source: PromptSource | None = None
     _timer: StageTimer | None = None
     _reporters_started = False
-    # Of the run: where its counting began, and the rollouts that were counted before.
-    _first_iteration = _episodes_before = 0
-    # Optimizer steps that were made when the iteration began.
-    _iteration_began_at = 0
-    # Of the iteration that ended last, nats a response.
-    _last_kl: float | None = None
     _engine_is_made = False
     _kept_engine: Any = None
 
@@ -155,8 +149,7 @@ class TrainingLoop(ResumableRuns):
                 f"fp16 with loss_type={args.loss_type!r}: train() cannot leave out a mini-batch then; use bf16, or "
                 "step"
             )
-        self._iteration, self._unlogged, self._last_kl = None, [], None
-        self._first_iteration, self._episodes_before = self.num_iterations_done, 0
+        self.run_state.begin_run()
         checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
         self._try_rows_of_the_run()
         # Those whose runs take options of ours; the Trainer starts the others itself.
@@ -178,19 +171,14 @@ class TrainingLoop(ResumableRuns):
         self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether weights, gradients or optimizer are in the hands of an engine that cuts them up."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """As the Trainer does; but an engine that cuts up weights is made once, and the next run goes on with it."""
         if not self._engine_is_made:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             for name in ("run_with_policy", "compute_reward_score"):
                 register_fsdp_forward_method(self.model, name)
-            self._engine_is_made = self._is_sharded
-            if self._is_sharded:
+            self._engine_is_made = is_sharded(self.accelerator)
+            if is_sharded(self.accelerator):
                 module = self.accelerator.unwrap_model(self.model)
                 with self.accelerator.autocast():
                     module.run_with_policy(lambda _: self._layouts.try_out(module.networks()))
@@ -215,12 +203,6 @@ class TrainingLoop(ResumableRuns):
             callbacks = self.callback_handler.callbacks
             start_reporters(trackers, callbacks, self.args, self.state, self.control, self.model)
         self._reporters_started = True
-
-    @property
-    def _episodes_done(self) -> int:
-        """Rollouts of all processes since the run began, those before it was resumed included."""
-        iterations = self.num_iterations_done - self._first_iteration
-        return self._episodes_before + iterations * self.args.global_batch_size
 
     def get_train_dataloader(self) -> DataLoader:
         """As many empty rows as a pass over the prompts has micro-batches."""
@@ -248,7 +230,6 @@ class TrainingLoop(ResumableRuns):
         if scores.per_token is not None:
             rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
         self._prepare_iteration(rollouts, ended_B, timer)
-        self._iteration_began_at = self.state.global_step
         if self.args.log_completions:
             self._log_completions(texts, scores)
 
@@ -294,7 +275,7 @@ class TrainingLoop(ResumableRuns):
         rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
 
         self._start_reporters()
-        queries = self._on_all_processes(lambda: [self._query(row) for row in rows])
+        queries = self.processes.together(lambda: [self._query(row) for row in rows])
         responses = self._respond_on_all_processes(queries, do_sample=False)
         texts, scores = self._scores_on_all_processes(rows, queries, responses)
         self._log_completions(texts, scores)
@@ -305,13 +286,13 @@ class TrainingLoop(ResumableRuns):
         Raises:
             ValueError: if not one response of all processes was scored.
         """
-        rows, queries = self._on_all_processes(self._next_queries)
+        rows, queries = self.processes.together(self._next_queries)
         with timer("generate"):
             responses = self._respond_on_all_processes(queries)
         with timer("score"):
             texts, scores = self._scores_on_all_processes(rows, queries, responses)
         self._check_on_all_processes(queries, responses, list(scores.total_B), None)
-        if not self._sum_over_processes(scores.kept_B.sum().float().to(self.accelerator.device)):
+        if not self.processes.sum(scores.kept_B.sum().float().to(self.accelerator.device)):
             raise ValueError("no response of this iteration was scored: every one had a None or NaN")
         return queries, responses, texts, scores
 
@@ -324,12 +305,11 @@ class TrainingLoop(ResumableRuns):
     def _close_iteration(self) -> float | None:
         """After an optimizer step: the KL of the iteration, nats a response, if that was its last."""
         self._stop_if_moved_too_far()
-        if not self._iteration.finished:
+        if not self.run_state.iteration.finished:
             return None
         stats = self._finish_iteration(self._timer)
-        self._unlogged.append(mean_of_numbers([stats]))
-        self._last_kl = float(stats["objective/kl"])
-        return self._last_kl
+        self.run_state.note_for_log(mean_of_numbers([stats]))
+        return self.run_state.last_kl
 
     def _query(self, row: dict[str, Any]) -> Tensor:
         args = self.args
@@ -351,7 +331,7 @@ class TrainingLoop(ResumableRuns):
         """`_respond`, failing everywhere if it fails in one process; with vLLM that sees to it by itself."""
         if self.vllm is not None:
             return self._respond(queries, **options)
-        return self._on_all_processes(lambda: self._respond(queries, **options))
+        return self.processes.together(lambda: self._respond(queries, **options))
 
     def _texts(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Texts:
         """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
@@ -366,8 +346,8 @@ class TrainingLoop(ResumableRuns):
         self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
     ) -> tuple[Texts, Scores]:
         """Prompts and completions, and their scores, failing everywhere if one process fails."""
-        texts, columns = self._on_all_processes(lambda: (self._texts(rows, queries, responses), _columns(rows)))
-        return texts, self.scorer(*texts, queries, responses, columns, self._on_all_processes)
+        texts, columns = self.processes.together(lambda: (self._texts(rows, queries, responses), _columns(rows)))
+        return texts, self.scorer(*texts, queries, responses, columns, self.processes.together)
 
     def score(
         self, queries: list[Tensor], responses: list[Tensor], prompts: list[Any] | None = None, **columns: list[Any]
@@ -405,9 +385,8 @@ class TrainingLoop(ResumableRuns):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
-        if self.is_in_train and self._unlogged and logs.keys() & {"loss", "train_runtime"}:
-            logs = {**logs, **mean_of_numbers(self._unlogged)}
-            self._unlogged = []
+        if self.is_in_train and self.run_state.unlogged and logs.keys() & {"loss", "train_runtime"}:
+            logs = {**logs, **mean_of_numbers(self.run_state.take_unlogged())}
         super().log(logs, start_time)
 
     def evaluate(
@@ -453,33 +432,13 @@ class TrainingLoop(ResumableRuns):
         super()._save_checkpoint(model, trial)
 
     def _process_state(self) -> dict[str, Any]:
-        unfinished = self._iteration is not None and not self._iteration.finished
-        return {
-            "iteration": self._iteration.state_dict() if unfinished else None,
-            "num_iterations_done": self.num_iterations_done,
-            "episodes_done": self._episodes_done,
-            "iteration_began_at": self._iteration_began_at,
-            "last_kl": self._last_kl,
-            "running_scores": self.running_scores.state_dict(),
-            "kl_ctl": self.kl_ctl.state_dict(),
-            "unlogged": self._unlogged,
-        }
+        return self.run_state.state_dict()
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
-        self.num_iterations_done, self._unlogged = state["num_iterations_done"], state["unlogged"]
-        self._first_iteration, self._episodes_before = self.num_iterations_done, self._episodes_in(state)
-        self._last_kl = state.get("last_kl")
-        self._iteration_began_at = state.get("iteration_began_at", self.state.global_step)
-        self.running_scores.load_state_dict(state["running_scores"])
-        if not self._overridden.keys() & CONTROLLER_OPTIONS:
-            self.kl_ctl.load_state_dict(state["kl_ctl"])
-        if state["iteration"] is not None and not self._overridden:
-            self._iteration = Iteration.from_state_dict(state["iteration"], self.accelerator.device)
-            self._timer = StageTimer()
-
-    def _episodes_in(self, state: dict[str, Any]) -> int:
-        """Rollouts before a checkpoint; 0.1.0 did not count them."""
-        return state.get("episodes_done", state["num_iterations_done"] * self.args.global_batch_size)
+        with_controller = not self._overridden.keys() & CONTROLLER_OPTIONS
+        device, step = self.accelerator.device, self.state.global_step
+        self.run_state.load_state_dict(state, device, step, with_controller, with_iteration=not self._overridden)
+        self._timer = StageTimer()
 
     def _numbers_to_agree(self) -> list[int]:
         iteration = self._resumed_state["iteration"]
@@ -488,7 +447,7 @@ class TrainingLoop(ResumableRuns):
 
     def _why_finished(self, step: int) -> str | None:
         args, state = self.args, self._resumed_state
-        if args.total_episodes is not None and self._episodes_in(state) >= args.total_episodes:
+        if args.total_episodes is not None and self.run_state.episodes_in(state) >= args.total_episodes:
             return f"it has made its total_episodes={args.total_episodes}; more of them continue it"
         kl = state.get("last_kl")
         if args.max_kl is not None and kl is not None and state["iteration"] is None and kl > args.max_kl:
@@ -497,7 +456,7 @@ class TrainingLoop(ResumableRuns):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights of policy and value model, whatever the engine; all processes call it."""
-        if self._is_sharded and not self.is_in_train:
+        if is_sharded(self.accelerator) and not self.is_in_train:
             self._prepare_for_updates()
         if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # the Trainer writes none

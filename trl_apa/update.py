@@ -19,7 +19,7 @@ class Update(_BaseTrainer):
 
     def _update(self) -> None:
         """Work off the plan; under `train()` the Trainer's own loop does it."""
-        iteration = self._iteration
+        iteration = self.run_state.iteration
         self.model_wrapped.zero_grad()  # what an interrupted train() has left
         while not iteration.finished:
             for number in range(1, iteration.micro_batches_per_step + 1):
@@ -42,9 +42,9 @@ class Update(_BaseTrainer):
 
         Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
         """
-        if self._iteration is None or self._iteration.finished:
+        if self.run_state.iteration is None or self.run_state.iteration.finished:
             self._collect_iteration()
-        iteration = self._iteration
+        iteration = self.run_state.iteration
         batch = iteration.next_micro_batch(self._pad_token_id, self._layouts)
         module, losses = self.accelerator.unwrap_model(model), []
         ends_step = self.accelerator.sync_gradients
@@ -63,10 +63,10 @@ class Update(_BaseTrainer):
 
     def _stop_if_moved_too_far(self) -> None:
         """Leave out the epochs that remain if the last mini-batch has moved further than `early_stopping` allows."""
-        iteration = self._iteration
+        iteration = self.run_state.iteration
         if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
             return
-        moved = float(self._sum_over_processes(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
+        moved = float(self.processes.sum(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
         # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
         moved = moved if self.args.algorithm.classic_statistics else abs(moved)
         iteration.stopped = moved > 1.5 * self.args.target_kl
@@ -75,9 +75,9 @@ class Update(_BaseTrainer):
         """Whether a mini-batch is so far off-policy that its update is left out."""
         if not self.args.reads("ratio_threshold"):
             return False
-        record = self._iteration.record
+        record = self.run_state.iteration.record
         step = record.optimizer_steps[-1]
-        ratio = float(self._sum_over_processes(step["apa/policy/ratio"]))
+        ratio = float(self.processes.sum(step["apa/policy/ratio"]))
         record.skipped = skipped = ratio > self.args.ratio_threshold
         step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
         if skipped:
@@ -98,7 +98,7 @@ class Update(_BaseTrainer):
 
         Multiplied by the number of processes, because distributed engines average gradients over them.
         """
-        args, record = self.args, self._iteration.record
+        args, record = self.args, self.run_state.iteration.record
         networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
         with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)
         outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
@@ -114,7 +114,7 @@ class Update(_BaseTrainer):
 
     def _policy_terms(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's loss and its statistics; what a row's first visit shows is kept."""
-        mask, num_tokens, record = batch["response_mask"], batch["num_tokens"], self._iteration.record
+        mask, num_tokens, record = batch["response_mask"], batch["num_tokens"], self.run_state.iteration.record
         if record.observing:
             record.observe(batch["rows"], outputs)
         tokens = PolicyTokens(

@@ -10,6 +10,7 @@ from torch import nn
 from trl_apa.checking import learning, memory, precision, reading, saving, sizes
 from trl_apa.checking.report import Finding, Report
 from trl_apa.checking.subject import Subject
+from trl_apa.engines import is_sharded
 from trl_apa.logprobs import inner_model
 from trl_apa.models import reference_policy
 from trl_apa.network_parts import max_positions
@@ -60,7 +61,7 @@ def check_trainer(
     Raises:
         ValueError: where weights are sharded over processes, or if a prompt cannot be read.
     """
-    if trainer._is_sharded:
+    if is_sharded(trainer.accelerator):
         raise ValueError(
             "check() reads the networks by themselves; with FSDP or DeepSpeed run `trl-apa check` instead"
         )

@@ -48,7 +48,7 @@ def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) ->
 
     with random_numbers_of_its_own(trainer.args.seed, process):
         # Together: processes may have different numbers of parts.
-        measured = trainer._on_all_processes(measure)
+        measured = trainer.processes.together(measure)
     everything = sorted(gather_object(measured))
     _, rewards, kls, lengths, ended, texts = zip(*everything, strict=True)
     rewards_B = torch.tensor(rewards, dtype=torch.float64)

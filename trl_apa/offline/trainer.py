@@ -161,7 +161,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
-        self._stop_on_signal = StopOnSignal(self._sum_over_processes)
+        self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(BetweenSteps(self))
         self.add_callback(self._stop_on_signal)
         if args.early_stopping_patience is not None:
@@ -450,7 +450,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             name = f"the optimizer of {checkpoint}"
-            self._on_all_processes(lambda: check_optimizer_is_finite(name, self.optimizer))
+            self.processes.together(lambda: check_optimizer_is_finite(name, self.optimizer))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
