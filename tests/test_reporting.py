@@ -34,7 +34,6 @@ from tests.test_training import logged, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
-from trl_apa.lost_trackers import is_lost
 from trl_apa.reporting import (
     TENSORBOARD_ROWS,
     Table,
@@ -44,6 +43,7 @@ from trl_apa.reporting import (
     reward_statistics,
     split_statistics,
 )
+from trl_apa.tracker_failures import is_disabled
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -456,7 +456,7 @@ def test_where_no_run_is_open_nothing_is_logged_and_nobody_is_warned(tmp_path, m
         warnings.simplefilter("always")
         log_media(callbacks, 1, {"env/reward_dist": np.ones(3)}, Table(["query", "reward"], [["q", 1.0]]))
     assert failures(caught) == []
-    assert not any(is_lost(callback) for callback in callbacks)
+    assert not any(is_disabled(callback) for callback in callbacks)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny
 from trl_apa import APAConfig, APATrainer, PPOConfig
 from trl_apa.generation import end_token_ids
 from trl_apa.models import choose_reference, reference_policy, select_adapter
-from trl_apa.second_generation import WITHOUT_EFFECT, SecondGenerationOptions
+from trl_apa.trl_0_12 import WITHOUT_EFFECT, TRL012Options
 
 
 FACTS = json.loads((Path(__file__).parent / "data" / "second_generation_options.json").read_text())
@@ -56,7 +56,7 @@ def sizes(made):
 def test_the_list_of_options_covers_every_release():
     assert (FACTS["versions"][0], FACTS["versions"][-1], len(FACTS["versions"])) == ("0.12.0", "1.12.0", 52)
     assert set(FACTS["options"]) == set(VALUES)
-    ours = {field.name for field in dataclasses.fields(SecondGenerationOptions)}
+    ours = {field.name for field in dataclasses.fields(TRL012Options)}
     assert ours <= set(FACTS["options"])
 
 

@@ -18,9 +18,9 @@ from tests.tiny import tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa.commands.sft import SFTOptions
 from trl_apa.commands.supervised import finish
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
-from trl_apa.quiet_trainers import QuietSFTTrainer
 from trl_apa.secret_patterns import HIDDEN
 from trl_apa.tracker_secrets import options_to_open
+from trl_apa.trl_trainers import QuietSFTTrainer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect")

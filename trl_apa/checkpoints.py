@@ -46,7 +46,7 @@ from transformers.utils import (
 
 from trl_apa.files import replace_text
 from trl_apa.models import VALUE_MODEL_FOLDER
-from trl_apa.models.summary_head import HEAD_WEIGHTS as CLASSIC_HEAD_WEIGHTS
+from trl_apa.models.classic_value_head import HEAD_WEIGHTS as CLASSIC_HEAD_WEIGHTS
 from trl_apa.models.value_model import DESCRIPTION
 from trl_apa.models.value_model import HEAD_WEIGHTS as VALUE_HEAD_WEIGHTS
 from trl_apa.run_identity import Run

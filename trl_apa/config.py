@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
 
-from trl_apa import second_generation
+from trl_apa import trl_0_12
 from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.core import flatten_dict
@@ -58,7 +58,7 @@ ALIASES = {
     "use_score_scaling": "scale_rewards",
     "use_score_norm": "center_rewards",
     "optimize_cuda_cache": "optimize_device_cache",
-    **second_generation.ALIASES,
+    **trl_0_12.ALIASES,
 }
 # Those of them that are not given a value for scripts to read.
 NOT_READ_BACK = ("log_with", "local_batch_size")
@@ -77,7 +77,7 @@ WITHOUT_EFFECT = {
     "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
     "project_kwargs": "set output_dir, or log_dir of TensorBoard in tracker_kwargs",
     "dataset_num_proc": "the trainer does not tokenize",
-    **second_generation.WITHOUT_EFFECT,
+    **trl_0_12.WITHOUT_EFFECT,
 }
 
 
@@ -91,7 +91,7 @@ def _switch(help: str) -> Any:
 
 
 @dataclass
-class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, RedactedOptions, _BaseConfig):
+class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
     PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
@@ -328,7 +328,7 @@ class APAConfig(second_generation.SecondGenerationOptions, VLLMOptions, Redacted
             check_finite_options(self)
             self._translate_classic_only()
             algorithm_of(self.loss_type)
-            self._translate_second_generation()
+            self._translate_trl_0_12()
             self._translate_aliases()
             self._fill_by_loss_type()
             self._check_ranges()

@@ -149,7 +149,7 @@ def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
             safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
-def whole(tensor: Any) -> Any:
+def full_tensor(tensor: Any) -> Any:
     """A tensor that is sharded among processes (FSDP2's) as one that is not; anything else as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -157,4 +157,4 @@ def whole(tensor: Any) -> Any:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Norm of the gradients of all parameters together, sharded or not, 0-D."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return whole(nn.utils.get_total_norm(gradients))
+    return full_tensor(nn.utils.get_total_norm(gradients))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
-from trl_apa.engines import gradient_norm, is_sharded, whole
+from trl_apa.engines import full_tensor, gradient_norm, is_sharded
 from trl_apa.optimization import check_optimizer_is_finite
 
 
@@ -66,14 +66,14 @@ class GradientGuard(_BaseTrainer):
         self._note_gradient_norms()
         networks = self.accelerator.unwrap_model(model).trainable_parameters()
         limits = {"policy": self.args.max_grad_norm, "value": self.args.value_max_grad_norm}
-        norms = [whole(nn.utils.clip_grad_norm_(network, limits[name])) for name, network in networks.items()]
+        norms = [full_tensor(nn.utils.clip_grad_norm_(network, limits[name])) for name, network in networks.items()]
         return torch.stack([norm.to(self.accelerator.device) for norm in norms]).norm()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The joint norm before clipping, noted; no update is made from a gradient that is not finite."""
         if grad_norm is None:
             self._note_gradient_norms()
-        total = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        total = full_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         norm = torch.as_tensor(total, device=self.accelerator.device)  # torch's norm of no gradient is on the CPU
         self.run_state.iteration.record.grad_norms[-1]["apa/grad_norm/total"] = norm
         # With fp16 an overflow is expected now and then, and whoever scales the gradient skips that update.
@@ -107,7 +107,7 @@ class GradientGuard(_BaseTrainer):
             )
         )
         if waits:
-            self._look_at_gradients()
+            self._check_gradient_norms()
             return
         found_before = getattr(optimizer, "found_inf", torch.zeros((), device=norm.device))
         optimizer.found_inf = torch.maximum(found_before, (~norm.isfinite()).float())
@@ -118,7 +118,7 @@ class GradientGuard(_BaseTrainer):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return copy.deepcopy((self.lr_scheduler.state_dict(), groups))
 
-    def _look_at_gradients(self) -> None:
+    def _check_gradient_norms(self) -> None:
         """Wait for the norms that nobody has looked at, all at once.
 
         Raises:
@@ -157,7 +157,7 @@ class GradientGuard(_BaseTrainer):
         torch.save(self.run_state.iteration.state_dict(), path)
         return path
 
-    def _forget_gradients_unseen(self) -> None:
+    def _clear_gradient_norms(self) -> None:
         """After the last update of a `step` or a `train`: the optimizer is as its owner knows it."""
         self._unseen = []
         if self._told is not None:
@@ -167,7 +167,7 @@ class GradientGuard(_BaseTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer does between two optimizer steps; what it logs, or ends with, was looked at before."""
         if self.control.should_log or self.control.should_training_stop:
-            self._look_at_gradients()
+            self._check_gradient_norms()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
 

@@ -22,9 +22,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_apa._trl import print_prompt_completions_sample
-from trl_apa.lost_trackers import go_on_without_report, is_lost, may_fail, tracker_of
 from trl_apa.redaction import without_secrets
-from trl_apa.statistics import spread
+from trl_apa.statistics import unbiased_std
+from trl_apa.tracker_failures import is_disabled, may_fail, tracker_of, warn_if_report_fails
 from trl_apa.tracker_secrets import options_to_open
 
 
@@ -111,7 +111,7 @@ def start_reporters(
     """
     for callback in callbacks:
         tracker = tracker_of(callback)
-        if tracker in trackers and not is_lost(callback):
+        if tracker in trackers and not is_disabled(callback):
             with (
                 may_fail(callback, "opening its run"),
                 _run_options(tracker, callback, args, state.is_world_process_zero),
@@ -173,7 +173,7 @@ def reward_statistics(rewards: Sequence[Any], accelerator: Accelerator) -> dict[
     rewards_B = accelerator.gather(rewards_B.to(accelerator.device))
     return {
         "env/reward_mean": float(rewards_B.mean()),
-        "env/reward_std": float(spread(rewards_B)),
+        "env/reward_std": float(unbiased_std(rewards_B)),
         "env/reward_dist": rewards_B.cpu().numpy(),
     }
 
@@ -335,7 +335,7 @@ def log_media(
     """
     histograms = {f"train/{name}": vector for name, vector in vectors.items()}
     for callback in callbacks:
-        if not is_lost(callback):
+        if not is_disabled(callback):
             with may_fail(callback, "log_media"):
                 _log_media_to(callback, step, histograms, table)
 
@@ -400,4 +400,4 @@ def _log_to_comet(
 
 
 def _left_out_if_refused(callback: TrainerCallback, name: str) -> AbstractContextManager[None]:
-    return go_on_without_report(callback, f"logging {name} to {tracker_of(callback)}", kind="media")
+    return warn_if_report_fails(callback, f"logging {name} to {tracker_of(callback)}", kind="media")

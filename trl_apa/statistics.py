@@ -148,15 +148,15 @@ def rollout_statistics(
         "apa/policy/entropy": masked_mean(entropy_BR, mask),
         "apa/policy/advantages_mean": masked_mean(rollouts.advantages_BR, mask),
         "apa/mean_scores": rollouts.scores_B.mean(),
-        "apa/std_scores": spread(rollouts.scores_B),
+        "apa/std_scores": unbiased_std(rollouts.scores_B),
         "apa/returns/mean": masked_mean(returns, mask),
         "apa/returns/var": masked_var(returns, mask),
         "apa/val/mean": masked_mean(values, mask),
         "apa/val/var": masked_var(values, mask),
         "tokens/queries_len_mean": query_lengths_B.float().mean(),
-        "tokens/queries_len_std": spread(query_lengths_B.float()),
+        "tokens/queries_len_std": unbiased_std(query_lengths_B.float()),
         "tokens/responses_len_mean": lengths_B.mean(),
-        "tokens/responses_len_std": spread(lengths_B),
+        "tokens/responses_len_std": unbiased_std(lengths_B),
         "tokens/eos_share": ended_B.float().mean(),
         "tokens/counted": masked_sum(torch.ones_like(k1_BR), mask),
     }
@@ -190,7 +190,7 @@ def rollout_arrays(rollouts: Rollouts, logprobs_BR: Tensor, query_lengths_B: Ten
     return {name: array.contiguous().cpu().numpy() for name, array in arrays.items()}
 
 
-def spread(values: Tensor) -> Tensor:
+def unbiased_std(values: Tensor) -> Tensor:
     """Unbiased standard deviation, 0-D; 0 of a single value."""
     return values.std() if len(values) > 1 else torch.zeros(())
 

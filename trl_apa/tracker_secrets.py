@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from trl_apa.lost_trackers import EVENTS, LAST_EVENT, tracker_of
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.secret_patterns import is_secret_name
+from trl_apa.tracker_failures import EVENTS, LAST_EVENT, tracker_of
 
 
 # What opens a run with these logs in, or finds its server; the rest is what people read there.

@@ -278,7 +278,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             policy = self.model.policy
             self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self.processes.together)
         self._prepared = False
-        self._forget_gradients_unseen()
+        self._clear_gradient_norms()
         self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
@@ -541,17 +541,17 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             self.running_scores.load_state_dict(running_scores)
             if isinstance(error, RuntimeError):
                 with suppress(RuntimeError):  # a device that is lost answers nothing
-                    self._look_at_gradients()
+                    self._check_gradient_norms()
             raise
         finally:
-            self._forget_gradients_unseen()
+            self._clear_gradient_norms()
         if not self._rate_is_the_scripts:
             self.lr_scheduler.step()
         return stats
 
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
-        self._look_at_gradients()
+        self._check_gradient_norms()
         iteration = self.run_state.iteration
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)

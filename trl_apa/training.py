@@ -19,7 +19,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from trl_apa.engines import is_sharded
 from trl_apa.evaluation import held_out_metrics
-from trl_apa.lost_trackers import go_on_without, go_on_without_report
 from trl_apa.models import load_policy_and_value
 from trl_apa.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
 from trl_apa.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
@@ -28,6 +27,7 @@ from trl_apa.rollouts import without_start_tokens
 from trl_apa.scoring import Scores
 from trl_apa.statistics import StageTimer, mean_of_numbers
 from trl_apa.texts import Texts, prompts_and_completions
+from trl_apa.tracker_failures import isolate_failures, warn_if_report_fails
 from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_score_inputs
 
@@ -86,14 +86,14 @@ class TrainingLoop(ResumableRuns):
     def callback_handler(self, handler: CallbackHandler) -> None:
         """Set by the Trainer, which at once tells all callbacks that it is made."""
         hide_secrets_from(handler.callbacks)
-        go_on_without(handler.callbacks)
+        isolate_failures(handler.callbacks)
         self._callback_handler = handler
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As in [`~transformers.Trainer.add_callback`]."""
         super().add_callback(callback)
         hide_secrets_from(self.callback_handler.callbacks)
-        go_on_without(self.callback_handler.callbacks)
+        isolate_failures(self.callback_handler.callbacks)
 
     def train(
         self,
@@ -164,7 +164,7 @@ class TrainingLoop(ResumableRuns):
             with self._stop_on_signal.listening():
                 result = super().train(checkpoint, **kwargs)
         finally:
-            self._forget_gradients_unseen()
+            self._clear_gradient_norms()
             # The end of training closes the trackers' runs; schedule and optimizer are made ready anew for `step`.
             self.is_in_train = self._reporters_started = self._prepared = False
         self._restore_resumed_state()  # of a finished run, whose loop was not entered
@@ -246,9 +246,9 @@ class TrainingLoop(ResumableRuns):
         if table is None or not self.is_world_process_zero():
             return
         step, folder = self.state.global_step, Path(self.args.output_dir) / "completions"
-        with go_on_without_report(self, "printing completions"):
+        with warn_if_report_fails(self, "printing completions"):
             show_table(table, step, self.args.num_completions_to_print)
-        with go_on_without_report(self, f"writing completions to {folder}"):
+        with warn_if_report_fails(self, f"writing completions to {folder}"):
             save_table(table, folder / f"completions_{step:06d}.parquet")
         log_media(self.callback_handler.callbacks, step, {}, table)
 
@@ -401,7 +401,7 @@ class TrainingLoop(ResumableRuns):
             RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
                 first.
         """
-        self._look_at_gradients()
+        self._check_gradient_norms()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate() needs eval_dataset, held-out prompts")
@@ -428,7 +428,7 @@ class TrainingLoop(ResumableRuns):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._look_at_gradients()
+        self._check_gradient_norms()
         super()._save_checkpoint(model, trial)
 
     def _process_state(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import RewardConfig
 
 from trl_apa.data import Preference
-from trl_apa.quiet_trainers import QuietRewardTrainer
+from trl_apa.trl_trainers import QuietRewardTrainer
 
 
 SCALE_PROMPTS = 256

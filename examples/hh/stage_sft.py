@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from trl_apa.data import Preference, sft_rows
-from trl_apa.quiet_trainers import QuietSFTTrainer
+from trl_apa.trl_trainers import QuietSFTTrainer
 
 
 def run(options: argparse.Namespace, pairs: Sequence[Preference], output_dir: Path) -> dict[str, Any]:

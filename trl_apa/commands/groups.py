@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from trl_apa.commands.options import Part
 from trl_apa.config import ALIASES, NOT_READ_BACK, WITHOUT_EFFECT, APAConfig
-from trl_apa.second_generation import SecondGenerationOptions
+from trl_apa.trl_0_12 import TRL012Options
 from trl_apa.vllm_options import VLLMOptions
 
 
@@ -35,7 +35,7 @@ OLDER_NAMES = "names and options of older scripts"
 # Of classic configs: kept for the record there, and of no use to a command.
 OLDER = {*ALIASES, *NOT_READ_BACK, *WITHOUT_EFFECT, "forward_batch_size", "exp_name", "task_name", "model_name"}
 OLDER |= {"query_dataset", "reward_model", "init_kl_coef", "steps"}
-OLDER |= set(SecondGenerationOptions.__annotations__) - {"total_episodes", "ds3_gather_for_generation"}
+OLDER |= set(TRL012Options.__annotations__) - {"total_episodes", "ds3_gather_for_generation"}
 
 
 def training_title(name: str) -> str:

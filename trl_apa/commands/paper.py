@@ -10,13 +10,13 @@ from pathlib import Path
 
 from trl_apa.commands.outputs import check_output_folder
 from trl_apa.commands.parsing import OneLineParser
-from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.drawing import draw_figure
 from trl_apa.paper.figures import read_entry, read_figure
 from trl_apa.paper.logs import Row, read_rows
 from trl_apa.paper.running import Job, full_jobs, mini_jobs, run_full, run_in_small
 from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables
+from trl_apa.tracker_failures import warn_if_report_fails
 
 
 def make_parser() -> OneLineParser:
@@ -102,7 +102,7 @@ def draw(title: str, jobs: Sequence[Job], path: Path) -> None:
         panels.setdefault(job.panel, {}).setdefault(job.label, []).append(read_rows(job.folder))
     draw_figure(title, panels, path)
     text, file = tables(panels), path.with_suffix(".md")
-    with go_on_without_report(None, f"writing {file}"):
+    with warn_if_report_fails(None, f"writing {file}"):
         file.write_text(text, encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from trl_apa.lost_trackers import go_on_without
+from trl_apa.tracker_failures import isolate_failures
 
 
 # Name on the line, statistic, format.
@@ -62,4 +62,4 @@ def print_lines(trainer: Trainer, columns: Sequence[Column]) -> None:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressLines(columns))
-    go_on_without(trainer.callback_handler.callbacks)
+    isolate_failures(trainer.callback_handler.callbacks)

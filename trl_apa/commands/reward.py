@@ -11,8 +11,8 @@ from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
 from trl_apa.commands.supervised import check_options, finish, supervised_parser
-from trl_apa.quiet_trainers import QuietRewardTrainer
 from trl_apa.redaction import RedactedOptions
+from trl_apa.trl_trainers import QuietRewardTrainer
 
 
 class RewardOptions(RedactedOptions, RewardConfig):

@@ -12,8 +12,8 @@ from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
 from trl_apa.commands.rows import demonstration, load_rows
 from trl_apa.commands.supervised import check_options, finish, supervised_parser
-from trl_apa.quiet_trainers import QuietSFTTrainer
 from trl_apa.redaction import RedactedOptions
+from trl_apa.trl_trainers import QuietSFTTrainer
 
 
 class SFTOptions(RedactedOptions, SFTConfig):

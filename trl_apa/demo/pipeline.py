@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_apa import APAConfig, APATrainer
-from trl_apa.lost_trackers import go_on_without_report
+from trl_apa.tracker_failures import warn_if_report_fails
 
 from .corpus import Corpus, build_corpus
 from .curves import plot_curves
@@ -170,7 +170,7 @@ def measure(options: DemoOptions, made: Ingredients) -> Evaluation:
 def save(options: DemoOptions, result: dict[str, Any], training: list[dict[str, float]], report: Report) -> None:
     """Metrics, timings and picture; a picture that cannot be drawn is a warning."""
     steady, evaluations = save_metrics(options.output_dir, options.iterations, result, training, report)
-    with go_on_without_report(None, f"drawing {options.output_dir / PICTURE}"):
+    with warn_if_report_fails(None, f"drawing {options.output_dir / PICTURE}"):
         title = f"trl-apa demo, {options.loss_type.upper()}"
         plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 from trl import RewardConfig
 
-from trl_apa.quiet_trainers import QuietRewardTrainer
+from trl_apa.trl_trainers import QuietRewardTrainer
 
 from .corpus import gold_quality
 from .networks import decode, draw_prompts, sample

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig
 
-from trl_apa.quiet_trainers import QuietSFTTrainer
+from trl_apa.trl_trainers import QuietSFTTrainer
 
 
 Tick = Callable[[int, float | None], None]

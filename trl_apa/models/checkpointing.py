@@ -6,6 +6,6 @@ from typing import Any
 from torch import nn
 
 
-def either_method(network: nn.Module, new_name: str, old_name: str) -> Callable[..., Any]:
+def renamed_method(network: nn.Module, new_name: str, old_name: str) -> Callable[..., Any]:
     """The method under its new name, or under the one that it had before."""
     return getattr(network, new_name, None) or getattr(network, old_name)

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_apa.models.classic_value_head import PolicyValueHead, SummaryHead
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.quantization import settle_quantization
-from trl_apa.models.summary_head import PolicyValueHead, SummaryHead
 from trl_apa.models.value_adapter import AdapterValueModel
 from trl_apa.models.value_model import ValueModel, output_width, trainable
 
@@ -18,7 +18,7 @@ ADAPTER_PREFIX = "adapter:"
 
 
 def resolve_value_model(
-    value_model: Any, policy: nn.Module, summary_head: SummaryHead | None = None
+    value_model: Any, policy: nn.Module, classic_value_head: SummaryHead | None = None
 ) -> ValueModel | AdapterValueModel | PolicyValueHead:
     """What the trainer's `value_model` argument means.
 
@@ -28,7 +28,7 @@ def resolve_value_model(
             the policy itself), a `ValueModel`, a sequence classifier, a language model or bare trunk (copied), or a
             path or hub name of any of these.
         policy: the language model that is aligned.
-        summary_head: the head that "head" means, if the policy came with one; otherwise a new one.
+        classic_value_head: the head that "head" means, if the policy came with one; otherwise a new one.
 
     Raises:
         ValueError: if it is none of these.
@@ -37,7 +37,7 @@ def resolve_value_model(
         return ValueModel.from_policy(policy)
     if value_model == "head":
         device = policy.get_output_embeddings().weight.device
-        return PolicyValueHead(summary_head or SummaryHead(output_width(policy)).to(device))
+        return PolicyValueHead(classic_value_head or SummaryHead(output_width(policy)).to(device))
     if value_model == "adapter":
         return AdapterValueModel.on_policy(policy)
     if isinstance(value_model, str) and value_model.startswith(ADAPTER_PREFIX):

@@ -13,13 +13,13 @@ from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
-from trl_apa.models.checkpointing import either_method
+from trl_apa.models.checkpointing import renamed_method
+from trl_apa.models.classic_value_head import PolicyValueHead
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
-from trl_apa.models.summary_head import PolicyValueHead
 from trl_apa.models.value_adapter import VALUE_ADAPTER, AdapterValueModel
 from trl_apa.models.value_model import ValueModel, load_network, save_network, state_of
 from trl_apa.network_parts import parameters_beyond_text
@@ -240,14 +240,14 @@ class PolicyAndValue(nn.Module):
     ) -> None:
         """Gradient checkpointing of both networks, under the name that newer transformers' Trainer looks for first."""
         for network in self.networks():
-            either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
+            renamed_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 activation_checkpointing_kwargs, **kwargs
             )
         self.train(self.training)
 
     def activation_checkpointing_disable(self) -> None:
         for network in self.networks():
-            either_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+            renamed_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         self.train(self.training)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:

@@ -18,12 +18,12 @@ from transformers.utils import PushToHubMixin
 from trl_apa._trl import is_peft_model
 from trl_apa.logprobs import last_hidden_states
 from trl_apa.models.adapter_kinds import refuse_prompt_learning, with_adapters
-from trl_apa.models.checkpointing import either_method
+from trl_apa.models.checkpointing import renamed_method
+from trl_apa.models.classic_value_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.loading import load_language_model, process_device
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
-from trl_apa.models.summary_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.value_model import save_network
 
 
@@ -217,11 +217,11 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         model = self.pretrained_model
-        either_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
+        renamed_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         model = self.pretrained_model
-        either_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        renamed_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
     # Since transformers 5.20 these are the names that the Trainer looks for first.
     activation_checkpointing_enable = gradient_checkpointing_enable

@@ -18,7 +18,6 @@ from trl_apa.generation import end_token_ids
 from trl_apa.layouts import Layouts
 from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
 from trl_apa.losses import apa_loss, awr_loss, value_loss
-from trl_apa.lost_trackers import go_on_without
 from trl_apa.masking import masked_mean, masked_whiten
 from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference_policy
 from trl_apa.network_checks import check_answers_text
@@ -39,6 +38,7 @@ from trl_apa.run_identity import data_fingerprint, initial_policy_fingerprint
 from trl_apa.saving import Saving
 from trl_apa.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.signals import StopOnSignal
+from trl_apa.tracker_failures import isolate_failures
 from trl_apa.tracker_secrets import hide_secrets_from
 from trl_apa.validation import check_fp16, check_type
 
@@ -182,7 +182,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As in [`~transformers.Trainer.add_callback`]; a tracker that fails does not end the run."""
         super().add_callback(callback)
-        go_on_without(self.callback_handler.callbacks)
+        isolate_failures(self.callback_handler.callbacks)
 
     # ---- before the policy is trained ----
 

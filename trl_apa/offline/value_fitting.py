@@ -9,7 +9,7 @@ from transformers import PrinterCallback
 
 from trl_apa.losses import value_loss
 from trl_apa.models import ValueModel
-from trl_apa.models.checkpointing import either_method
+from trl_apa.models.checkpointing import renamed_method
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.denominators import CountsTokens
 from trl_apa.rollouts import Rollouts
@@ -54,7 +54,7 @@ def fit_value_model(
     own.eval_strategy, own.save_strategy = type(args.eval_strategy)("no"), type(args.save_strategy)("no")
     if args.gradient_checkpointing:
         network = value_model.network
-        enable = either_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = renamed_method(network, "activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
     # Switched on here, because the Trainer looks for it on the value model itself.
     own.gradient_checkpointing = False

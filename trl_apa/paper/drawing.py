@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.logs import QUANTITIES, Row, quantities_of
+from trl_apa.tracker_failures import warn_if_report_fails
 
 
 Panels = Mapping[str, Mapping[str, Sequence[Sequence[Row]]]]
@@ -55,9 +55,9 @@ def draw_figure(title: str, panels: Panels, path: Path) -> None:
     """
     curves = {panel: {label: bands(runs) for label, runs in found.items()} for panel, found in panels.items()}
     numbers = path.with_suffix(".json")
-    with go_on_without_report(None, f"writing {numbers}"):
+    with warn_if_report_fails(None, f"writing {numbers}"):
         numbers.write_text(_as_json(panels), encoding="utf-8")
-    with go_on_without_report(None, f"drawing {path}"):
+    with warn_if_report_fails(None, f"drawing {path}"):
         _draw(title, curves, path)
 
 

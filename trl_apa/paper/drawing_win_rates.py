@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from trl_apa.lost_trackers import go_on_without_report
 from trl_apa.paper.tables import markdown_table
 from trl_apa.paper.win_rates import WinRates
+from trl_apa.tracker_failures import warn_if_report_fails
 
 
 PARTS = {"wins": "C0", "ties": "0.8", "losses": "C1"}
@@ -23,9 +23,9 @@ def draw_win_rates(title: str, found: WinRates, path: Path) -> None:
     """
     texts = {".json": json.dumps(found._asdict(), indent=1) + "\n", ".md": table(title, found)}
     for suffix, text in texts.items():
-        with go_on_without_report(None, f"writing {path.with_suffix(suffix)}"):
+        with warn_if_report_fails(None, f"writing {path.with_suffix(suffix)}"):
             path.with_suffix(suffix).write_text(text, encoding="utf-8")
-    with go_on_without_report(None, f"drawing {path}"):
+    with warn_if_report_fails(None, f"drawing {path}"):
         _draw(title, found, path)
 
 

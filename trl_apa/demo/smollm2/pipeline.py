@@ -14,7 +14,7 @@ from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
 from trl_apa.demo.pipeline import quiet_libraries, save_metrics, torch_threads
 from trl_apa.demo.report import Report
-from trl_apa.lost_trackers import go_on_without_report
+from trl_apa.tracker_failures import warn_if_report_fails
 
 from .curves import plot_real_curves
 from .measuring import measure_responses
@@ -70,7 +70,7 @@ def run_real_demo(options: RealDemoOptions, report: Report) -> dict[str, Any]:
     }
     save_metrics(options.output_dir, options.iterations, result, training, report)
     save_samples(options, before, after)
-    with go_on_without_report(None, f"drawing {options.output_dir / PICTURE}"):
+    with warn_if_report_fails(None, f"drawing {options.output_dir / PICTURE}"):
         picture = options.output_dir / PICTURE
         plot_real_curves(picture, f"SmolLM2-135M-Instruct, {options.loss_type.upper()}", training, before, after)
     show(options, report, before, after)

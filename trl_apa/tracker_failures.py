@@ -26,7 +26,7 @@ def tracker_of(callback: TrainerCallback) -> str | None:
     return next((name for name, reporter in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, reporter)), None)
 
 
-def is_lost(callback: TrainerCallback) -> bool:
+def is_disabled(callback: TrainerCallback) -> bool:
     """Whether its tracker has failed before."""
     return getattr(callback, "_has_failed", False)
 
@@ -41,13 +41,13 @@ def may_fail(callback: TrainerCallback, doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_lost(callback):
+        if not is_disabled(callback):
             _tell(callback, f"{tracker_of(callback) or type(callback).__name__} failed in {doing}", error)
         callback._has_failed = True
 
 
 @contextmanager
-def go_on_without_report(owner: Any, what: str, kind: str | None = None) -> Iterator[None]:
+def warn_if_report_fails(owner: Any, what: str, kind: str | None = None) -> Iterator[None]:
     """An error inside is a warning that says what failed and why, the first time.
 
     Args:
@@ -64,20 +64,20 @@ def go_on_without_report(owner: Any, what: str, kind: str | None = None) -> Iter
             _failed_reports(owner).add(kind or what)
 
 
-def go_on_without(callbacks: Iterable[TrainerCallback]) -> None:
+def isolate_failures(callbacks: Iterable[TrainerCallback]) -> None:
     """Let those of `callbacks` that report to a tracker or on the terminal fail without ending the run."""
     for callback in callbacks:
         reports = tracker_of(callback) is not None or isinstance(callback, DISPLAYS)
         if reports and not hasattr(callback, "_has_failed"):
             callback._has_failed = False
             for event in EVENTS:
-                setattr(callback, event, _forgiven(callback, getattr(callback, event)))
+                setattr(callback, event, _isolated(callback, getattr(callback, event)))
 
 
-def _forgiven(callback: TrainerCallback, handler: Callable) -> Callable:
+def _isolated(callback: TrainerCallback, handler: Callable) -> Callable:
     @wraps(handler)
     def handle(*args: Any, **kwargs: Any) -> Any:
-        if is_lost(callback) and handler.__name__ != LAST_EVENT:
+        if is_disabled(callback) and handler.__name__ != LAST_EVENT:
             return None
         with may_fail(callback, handler.__name__):
             return handler(*args, **kwargs)

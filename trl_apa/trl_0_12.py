@@ -32,7 +32,7 @@ def _option(help: str, default: Any = None) -> Any:
 
 
 @dataclass
-class SecondGenerationOptions:
+class TRL012Options:
     """
     What `PPOConfig` of TRL 0.12 to 1.12 had and [`APAConfig`] does not call by that name. A value of None is an
     option that was not set.
@@ -87,12 +87,12 @@ class SecondGenerationOptions:
     micro_batch_size: int | None = _option("Without effect.")
     local_mini_batch_size: int | None = _option("Without effect.")
 
-    def _is_second_generation(self) -> bool:
+    def _is_trl_0_12(self) -> bool:
         """Whether an option is set that only those scripts set; to be asked before names are filled in."""
-        names = {f.name for f in fields(SecondGenerationOptions)} - SHARED
+        names = {f.name for f in fields(TRL012Options)} - SHARED
         return any(getattr(self, name) is not None for name in names)
 
-    def _translate_second_generation(self) -> None:
+    def _translate_trl_0_12(self) -> None:
         """Sampling and KL as those scripts meant them; sizes are `_rollouts_by_mini_batches`."""
         if self.stop_token not in (None, "eos"):
             raise ValueError(
@@ -108,7 +108,7 @@ class SecondGenerationOptions:
                 raise ValueError(f"kl_estimator={self.kl_estimator!r} and kl_penalty={self.kl_penalty!r}: set one")
             if self.reads("kl_penalty"):
                 self.kl_penalty = penalty
-        if self.algorithm.kl_in_reward and self._is_second_generation():
+        if self.algorithm.kl_in_reward and self._is_trl_0_12():
             # Those trainers had no controller.
             if self.adap_kl_ctrl is None:
                 self.adap_kl_ctrl = False
@@ -121,7 +121,7 @@ class SecondGenerationOptions:
         `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`, as in TRL 0.12 to 0.16.
         """
         by_size = self.per_device_train_batch_size is not None and self.mini_batch_size is None
-        if self.num_mini_batches is None and not (by_size and self._is_second_generation()):
+        if self.num_mini_batches is None and not (by_size and self._is_trl_0_12()):
             return None
         size, mini_batches = self.per_device_train_batch_size or 8, self.num_mini_batches or 1
         mini_batch = size * self.gradient_accumulation_steps
@@ -154,4 +154,4 @@ def _note_world_size(args: TrainingArguments, given: int | None) -> None:
 
 
 # A property of TrainingArguments, which the field above would hide.
-SecondGenerationOptions.world_size = property(_number_of_processes, _note_world_size)
+TRL012Options.world_size = property(_number_of_processes, _note_world_size)
