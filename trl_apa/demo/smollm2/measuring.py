@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa.kl import kl_full
 from trl_apa.masking import keep_counted
-from trl_apa.models.adapters import only_adapter
+from trl_apa.models.reference import reference_policy
 from trl_apa.rollouts import pad_tokens, response_mask
 
 
@@ -26,20 +25,28 @@ METRICS = (
 
 
 def measure_responses(
-    policy: PeftModel,
+    policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     rewards: Sequence[float],
+    frozen: nn.Module | None = None,
 ) -> dict[str, float]:
     """Means over responses that `policy` has just sampled.
+
+    Args:
+        policy: the model that is trained.
+        tokenizer: its tokenizer.
+        queries, responses: 1-D token ids.
+        rewards: of the responses.
+        frozen: the model before training; by default the policy without adapters.
 
     Returns:
         `reward`; `kl`, summed over each response's positions and the whole vocabulary at each, nats per response;
         `entropy`, nats per token; `perplexity`, exp of the mean negative log-prob of the tokens under the base without
         adapters; `distinct_1` and `distinct_2`, see `distinct`; `length`, tokens.
     """
-    kl, entropy, negative_logprob = token_sums(policy, tokenizer, queries, responses)
+    kl, entropy, negative_logprob = token_sums(policy, tokenizer, queries, responses, frozen=frozen)
     count, tokens = len(responses), sum(map(len, responses))
     return {
         "reward": sum(rewards) / count,
@@ -54,18 +61,21 @@ def measure_responses(
 
 @torch.no_grad()
 def token_sums(
-    policy: PeftModel,
+    policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     rows: int = 16,
+    frozen: nn.Module | None = None,
 ) -> tuple[float, float, float]:
     """Sums over all response tokens, nats: KL to the base, entropy of the policy, and -log p of the token in the base.
 
     Args:
-        policy: with adapters; the base without them is the frozen model.
+        policy: the model that is trained.
+        tokenizer: its tokenizer.
         queries, responses: 1-D token ids.
         rows: responses that are computed together: their logits take 200 kB a token.
+        frozen: the model before training; by default the policy without adapters.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(responses), rows):
@@ -73,8 +83,8 @@ def token_sums(
         batch = pad_tokens(queries[part], responses[part], tokenizer.pad_token_id)
         mask_BR = response_mask(responses[part])
         logprobs_BRV = _logprobs(policy, batch, mask_BR.shape[1])
-        with only_adapter(policy, None):
-            frozen_BRV = _logprobs(policy, batch, mask_BR.shape[1])
+        with reference_policy(policy, frozen) as reference:
+            frozen_BRV = _logprobs(reference, batch, mask_BR.shape[1])
         tokens_BR = batch["input_ids"][:, -mask_BR.shape[1] :]
         chosen_BR = frozen_BRV.gather(-1, tokens_BR[..., None])[..., 0]
         entropy_BR = -(logprobs_BRV.exp() * logprobs_BRV).sum(dim=-1)
@@ -84,7 +94,7 @@ def token_sums(
     return kl, entropy, negative_logprob
 
 
-def _logprobs(policy: PeftModel, batch: dict[str, Tensor], width: int) -> Tensor:
+def _logprobs(policy: nn.Module, batch: dict[str, Tensor], width: int) -> Tensor:
     logits_BRV = policy(**batch, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
     return logits_BRV.float().log_softmax(dim=-1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from trl_apa.models import load_policy
 from trl_apa.models.adapter_kinds import with_adapters
@@ -37,14 +37,23 @@ def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(gguf_file(), padding_side="left")
 
 
-def load_smollm2(seed: int) -> PeftModel:
-    """The model with LoRA of rank 16 on its ten highest layers; float32 adapters on a base in the machine's precision.
+def load_base(dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model itself, by default in the precision in which this machine is fastest."""
+    if dtype is None:
+        dtype = torch.bfloat16 if computes_in_bfloat16() else torch.float32
+    base = load_policy(str(gguf_file()), dtype=dtype)
+    base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    return base
+
+
+def load_smollm2(seed: int, base: PreTrainedModel | None = None) -> PeftModel:
+    """The model with LoRA of rank 16 on its ten highest layers, in float32.
 
     Args:
         seed: of the adapters.
+        base: what `load_base` returned, if it is there already.
     """
-    dtype = torch.bfloat16 if computes_in_bfloat16() else torch.float32
-    base = load_policy(str(gguf_file()), dtype=dtype)
+    base = load_base() if base is None else base
     lora = LoraConfig(
         r=16,
         lora_alpha=32,
@@ -54,9 +63,7 @@ def load_smollm2(seed: int) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     set_seed(seed)
-    policy = with_adapters(base, lora)
-    policy.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    return policy
+    return with_adapters(base, lora)
 
 
 def _contiguous(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

