@@ -11,6 +11,7 @@ from transformers import get_constant_schedule_with_warmup
 from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
 from trl_apa.kl import AdaptiveKLController, FixedKLController
+from trl_apa.preparation import rewards_of_tokens
 
 
 EXPECTED = {
@@ -174,7 +175,7 @@ def shaped_rewards(trainer, rollouts):
     collected, ended_B = trainer._collect(*rollouts, None)
     trainer._prepare_for_updates()
     trainer._evaluate_rollouts(collected)
-    return trainer._token_rewards(collected, ended_B).sum(dim=1)
+    return rewards_of_tokens(collected, ended_B, trainer.args, trainer.run_state).sum(dim=1)
 
 
 def test_missing_eos_penalty_scaling_and_clipping_shape_the_score_in_that_order(tmp_path):

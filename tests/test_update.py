@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import ENCODER_DECODERS, FAMILIES, START, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa.masking import masked_mean
+from trl_apa.preparation import rewards_of_tokens
 
 
 def row_outputs(model, query, response):
@@ -297,7 +298,7 @@ def test_ppo_rewards_carry_the_kl_penalty_and_apa_rewards_do_not(tmp_path):
         trainer.step(queries, responses, scores)
         rollouts, ended_B = trainer._collect(queries, responses, scores, None)
         trainer._evaluate_rollouts(rollouts)
-        rewards_BR = trainer._token_rewards(rollouts, ended_B)
+        rewards_BR = rewards_of_tokens(rollouts, ended_B, trainer.args, trainer.run_state)
         mask = rollouts.response_mask_BR
         if loss_type == "apa":
             assert rollouts.old_logprobs_BR is None

@@ -1,4 +1,4 @@
-"""Rollouts to what their update needs: log pi_init, values, token rewards, advantages, a plan of optimizer steps."""
+"""Rollouts to what their update needs: passes of the networks over them, and the stages of `preparation`."""
 
 from typing import Any
 
@@ -6,15 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from trl_apa._trl import _BaseTrainer
-from trl_apa.advantages import gae
 from trl_apa.engines import is_sharded
-from trl_apa.iteration import Iteration
 from trl_apa.kl import kl_estimate, kl_full
 from trl_apa.layouts import try_sampling_up_to
 from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
-from trl_apa.masking import masked_whiten
 from trl_apa.models import reference_policy
-from trl_apa.rewards import kl_penalized_rewards, shaped_token_rewards
+from trl_apa.preparation import advantages_and_returns, plan_iteration, rewards_of_tokens
 from trl_apa.rollouts import Layout, Rollouts
 from trl_apa.statistics import StageTimer
 from trl_apa.trials import LONG
@@ -28,10 +25,14 @@ class Experience(_BaseTrainer):
         with timer("forward_pass"):
             self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
-            rollouts.rewards_BR = self._token_rewards(rollouts, ended_B)
+            rollouts.rewards_BR = rewards_of_tokens(rollouts, ended_B, self.args, self.run_state)
         with timer("compute_advantages"):
-            self._estimate_advantages(rollouts)
-        self.run_state.begin_iteration(self._plan(rollouts, ended_B), self.state.global_step)
+            distributed = self.accelerator.num_processes > 1
+            rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rollouts, self.args, distributed)
+        stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
+        packed = self._layouts(rollouts.longest()) is Layout.PACKED
+        plan = plan_iteration(rollouts, ended_B, self.args, stream, packed, self.processes.sum)
+        self.run_state.begin_iteration(plan, self.state.global_step)
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
@@ -83,50 +84,6 @@ class Experience(_BaseTrainer):
     def _module_to_call(self) -> nn.Module:
         """For a pass without gradient: what has the weights, and waits for other processes only if it must."""
         return self.model_wrapped if is_sharded(self.accelerator) else self.accelerator.unwrap_model(self.model)
-
-    def _token_rewards(self, rollouts: Rollouts, ended_B: Tensor) -> Tensor:
-        """Scores, shaped, on the last counted token or those that they were given to; for PPO minus the KL penalty."""
-        args, scores_B = self.args, rollouts.scores_B
-        if args.missing_eos_penalty is not None:
-            scores_B = scores_B - args.missing_eos_penalty * ~ended_B
-        std = mean = None
-        if args.scale_rewards:
-            self.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
-            std = self.running_scores.std
-            mean = self.running_scores.mean if args.center_rewards else None
-        rewards_BR = shaped_token_rewards(
-            scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
-        )
-        if args.algorithm.kl_in_reward:
-            mask_BR = rollouts.response_mask_BR
-            rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, self.kl_ctl.value)
-        return rewards_BR
-
-    def _estimate_advantages(self, rollouts: Rollouts) -> None:
-        args, mask_BR, distributed = self.args, rollouts.response_mask_BR, self.accelerator.num_processes > 1
-        rewards_BR = rollouts.rewards_BR
-        if args.whiten_rewards:
-            rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
-        advantages_BR, rollouts.returns_BR = gae(rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
-        if args.whiten_advantages:
-            advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
-        rollouts.advantages_BR = advantages_BR
-
-    def _plan(self, rollouts: Rollouts, ended_B: Tensor) -> Iteration:
-        """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches."""
-        epochs = [self._mini_batches(len(rollouts), epoch) for epoch in range(self.args.num_epochs_per_batch)]
-        size = self.args.per_device_train_batch_size
-        if size < self.args.backward_batch_size and self._layouts(rollouts.longest()) is not Layout.PACKED:
-            # Neighbours are read together; which rows share an optimizer step stays as drawn.
-            epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
-        return Iteration.begin(rollouts, ended_B, epochs, size, self.processes.sum)
-
-    def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
-        """Rows of each optimizer step of an epoch, in an order that depends on seed, process, iteration and epoch."""
-        seed = hash((self.args.seed, self.accelerator.process_index, self.num_iterations_done, epoch)) % 2**63
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
-        size = self.args.backward_batch_size
-        return [order[start : start + size] for start in range(0, num_rows, size)]
 
     @property
     def _packed(self) -> bool:
