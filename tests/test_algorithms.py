@@ -23,7 +23,7 @@ HERE = "tests.test_algorithms"
 @pytest.fixture
 def reinforce(tmp_path, monkeypatch):
     """The module of `docs/extending.md`, importable as a user's is; returns its option's value."""
-    module, script = fenced(ROOT / "docs" / "extending.md", "python")
+    module, script = fenced(ROOT / "docs" / "extending.md", "python")[:2]
     (tmp_path / "reinforce.py").write_text(module)
     monkeypatch.syspath_prepend(str(tmp_path))
     namespace = {}

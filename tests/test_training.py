@@ -31,6 +31,7 @@ def length(completion_ids, target, **kwargs):
 
 def trainer_for(tmp_path, model=None, dataset=None, reward_funcs=few_nines, **options):
     names = ("eval_dataset", "callbacks", "reward_processing_classes", "value_model", "optimizer", "lr_scheduler")
+    names += ("sampler", "peft_config")
     of_trainer = {name: options.pop(name) for name in names if name in options}
     config = {"max_completion_length": 5, "logging_steps": 1, "save_strategy": "no", "max_steps": 4, "seed": 3}
     dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset

@@ -11,9 +11,9 @@ from tests.test_training import PROMPTS, few_nines, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_tokenizer
 from trl_apa import APATrainer
-from trl_apa.generation import row_criteria
+from trl_apa.generation import cut_responses, row_criteria
 from trl_apa.models import merged_parameters
-from trl_apa.vllm_generation import check_vllm_can_hold, cut_responses, vllm_sampling
+from trl_apa.vllm_generation import check_vllm_can_hold, vllm_sampling
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_rows_are_cut_at_their_first_end_by_hand():
     assert [row.tolist() for row in cut] == [[3, EOS], [8, 9], [2, 3, 4]]
     cut = cut_responses(queries, [[7, 8, 9], [8, 9, 7, 8, 2], [3, 7, 7, 8]], criteria, [9, 9, 9], pad_token_id=EOS)
     assert [row.tolist() for row in cut] == [[7, 8], [8, 9, 7, 8], [3, 7, 7, 8]]
-    with pytest.raises(ValueError, match="vLLM gave no token for row 1"):
+    with pytest.raises(ValueError, match="the engine gave no token for row 1"):
         cut_responses(queries[:2], [[3], []], criteria, [9, 9], pad_token_id=0)
 
 

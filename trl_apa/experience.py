@@ -96,7 +96,7 @@ class Experience(_BaseTrainer):
             return
         longest = (self.args.max_prompt_length or LONG) + self.args.max_completion_length
         self._layouts.try_up_to(longest)
-        if self.vllm is None:
+        if self.sampler is None:
             with self._module_for_generation() as module, self.accelerator.autocast():
                 try_sampling_up_to(module.policy, longest)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
@@ -267,6 +268,38 @@ def row_criteria(
         except ValueError:  # it wants a tokenizer that can spell any text
             criteria.append(DecodedTextCriteria(tokenizer, stop_strings))
     return criteria
+
+
+def cut_responses(
+    queries: Sequence[Tensor],
+    completions: Sequence[Sequence[int]],
+    criteria: list[StoppingCriteria],
+    limits: Sequence[int],
+    pad_token_id: int,
+) -> list[Tensor]:
+    """Each completion up to the token at which transformers' `generate` would have stopped, on the CPU.
+
+    Args:
+        queries: what was asked, 1-D token ids.
+        completions: token ids, at least one each; they may go on behind their end.
+        criteria: what ends a row.
+        limits: most tokens of each response.
+        pad_token_id: fills up; it does not matter which.
+
+    Raises:
+        ValueError: if a completion is empty.
+    """
+    lengths = [min(len(ids), limit) for ids, limit in zip(completions, limits, strict=True)]
+    if min(lengths) == 0:
+        raise ValueError(f"the engine gave no token for row {lengths.index(0)}")
+    prompts_BP = pad_queries([query.cpu() for query in queries], pad_token_id)["input_ids"]
+    rows = [torch.tensor(list(ids)) for ids in completions]
+    tokens_BT = torch.cat([prompts_BP, pad_sequence(rows, batch_first=True, padding_value=pad_token_id)], dim=1)
+    found = ResponseLengths(prompts_BP.shape[1], criteria, torch.tensor(lengths))
+    for width in range(prompts_BP.shape[1] + 1, tokens_BT.shape[1] + 1):
+        if found(tokens_BT[:, :width], None).all():
+            break
+    return found.cut(tokens_BT)
 
 
 def decoder_start_token_id(model: nn.Module) -> int | None:

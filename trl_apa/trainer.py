@@ -46,6 +46,7 @@ from trl_apa.rewards import RunningMoments
 from trl_apa.rollouts import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.run_identity import initial_policy_fingerprint
 from trl_apa.run_state import RunState
+from trl_apa.sampling import EngineSampler, Sampler
 from trl_apa.saving import Saving
 from trl_apa.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.signals import StopOnSignal
@@ -133,6 +134,9 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             Held-out prompts for `evaluate`.
         callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`].
+        sampler (`Sampler`, *optional*):
+            An inference engine of your own that answers prompts in place of the model's `generate`
+            (`docs/extending.md`).
 
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -167,6 +171,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        sampler: Sampler | None = None,
     ):
         _check_places(model, training_data_collator)
         args = one_of("args", args, "config", config)
@@ -220,7 +225,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         if self.ref_model is not None:
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
-        self._begin()
+        self._begin(sampler)
 
     def _try_layouts(self) -> Layouts | ShardedLayouts:
         """How micro-batches go through every network.
@@ -262,7 +267,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
                 serve_sharded_weights(function.model, self.accelerator)
         return Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
 
-    def _begin(self) -> None:
+    def _begin(self, sampler: Sampler | None) -> None:
         """What changes from one iteration to the next, and the callbacks that see to it."""
         args = self.args
         kl_ctl = (
@@ -273,10 +278,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.run_state = RunState(kl_ctl, running_scores, args.global_batch_size)
         self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
-        self.vllm: VLLMSampler | None = None
-        if args.use_vllm:
-            policy = self.model.policy
-            self.vllm = VLLMSampler(policy, self.accelerator, self.processing_class, args, self.processes.together)
+        self.sampler = self._make_sampler(sampler)
         self._prepared = False
         self._clear_gradient_norms()
         self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
@@ -284,6 +286,24 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
         self.add_callback(self._stop_on_signal)
+
+    def _make_sampler(self, given: Sampler | None) -> VLLMSampler | EngineSampler | None:
+        """What answers prompts, if it is not the policy's own `generate`."""
+        args, policy = self.args, self.model.policy
+        if args.use_vllm:
+            if given is not None:
+                raise ValueError("sampler and use_vllm=True name two engines: give one of them")
+            return VLLMSampler(policy, self.accelerator, self.processing_class, args, self.processes.together)
+        if given is None:
+            return None
+        if is_sharded(self.accelerator):
+            raise ValueError("sampler: under FSDP or DeepSpeed no process holds the policy that it would sample from")
+        return EngineSampler(given, policy, self.processing_class, self.processes)
+
+    @property
+    def vllm(self) -> VLLMSampler | None:
+        """vLLM, if it samples."""
+        return self.sampler if isinstance(self.sampler, VLLMSampler) else None
 
     @property
     def num_iterations_done(self) -> int:
@@ -405,12 +425,13 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
 
         The model's own generation config is not consulted: what is not given here comes from `args` (`temperature`,
         `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled. With
-        `args.use_vllm` vLLM samples, all queries at once, and every process has to call this.
+        `args.use_vllm` vLLM samples, with `sampler=` that engine, all queries at once, and every process has to call
+        this.
 
         Args:
             query_tensor: one query, 1-D token ids, or a list of them.
             length_sampler: draws `max_new_tokens` for each batch.
-            batch_size: queries a call of the model's `generate`, when a list is given; vLLM makes its own batches.
+            batch_size: queries a call of the model's `generate`, when a list is given; engines make their own batches.
             return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
                 start token instead, whatever this says.
             generate_ref_response: also sample from the reference.
@@ -446,7 +467,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             return shaped(generate_responses(model, queries, tokenizer=self.processing_class, **options, **batching))
 
         def sample_all(policy: nn.Module) -> Any:
-            responses = sample(policy) if of_vllm is None else of_vllm
+            responses = sample(policy) if of_engine is None else of_engine
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:
@@ -454,11 +475,14 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
 
         if is_sharded(self.accelerator) and not self.is_in_train:
             self._prepare_for_updates()
-        of_vllm = None
-        if self.vllm is not None:
-            of_vllm = shaped(self.vllm.responses(queries, step=self.state.global_step, **options))
+        of_engine = None
+        if self.sampler is not None:
+            # vLLM has weights of its own; another engine may call the policy.
+            ready = nullcontext() if self.vllm is not None else self._module_for_generation()
+            with ready, self.accelerator.autocast():
+                of_engine = shaped(self.sampler.responses(queries, step=self.state.global_step, **options))
             if not generate_ref_response:
-                return of_vllm
+                return of_engine
         with self._module_for_generation() as module, self.accelerator.autocast():
             return module.run_with_policy(sample_all)
 

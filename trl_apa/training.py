@@ -328,8 +328,8 @@ class TrainingLoop(ResumableRuns):
         return pair if isinstance(responses, tuple) else pair[0]
 
     def _respond_on_all_processes(self, queries: list[Tensor], **options: Any) -> Any:
-        """`_respond`, failing everywhere if it fails in one process; with vLLM that sees to it by itself."""
-        if self.vllm is not None:
+        """`_respond`, failing everywhere if it fails in one process; an engine sees to it by itself."""
+        if self.sampler is not None:
             return self._respond(queries, **options)
         return self.processes.together(lambda: self._respond(queries, **options))
 

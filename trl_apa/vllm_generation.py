@@ -10,16 +10,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.stopping_criteria import StoppingCriteria
 
 from trl_apa._trl import is_peft_model, vllm_generation_class
-from trl_apa.generation import ResponseLengths, response_limits, row_criteria
+from trl_apa.generation import cut_responses, response_limits, row_criteria
 from trl_apa.models import merged_parameters
 from trl_apa.models.adapters import adapts_tied_weights, parts_tied_weights
 from trl_apa.models.dense import as_in_checkpoints
 from trl_apa.network_parts import inner_model
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
-from trl_apa.rollouts import pad_queries
 from trl_apa.validation import check_positions
 
 
@@ -337,35 +335,3 @@ def vllm_sampling(
             "min_tokens": given.get("min_new_tokens", 0),
         },
     }
-
-
-def cut_responses(
-    queries: Sequence[Tensor],
-    completions: Sequence[Sequence[int]],
-    criteria: list[StoppingCriteria],
-    limits: Sequence[int],
-    pad_token_id: int,
-) -> list[Tensor]:
-    """Each completion up to the token at which transformers' `generate` would have stopped, on the CPU.
-
-    Args:
-        queries: what was asked, 1-D token ids.
-        completions: token ids, at least one each; they may go on behind their end.
-        criteria: what ends a row.
-        limits: most tokens of each response.
-        pad_token_id: fills up; it does not matter which.
-
-    Raises:
-        ValueError: if a completion is empty.
-    """
-    lengths = [min(len(ids), limit) for ids, limit in zip(completions, limits, strict=True)]
-    if min(lengths) == 0:
-        raise ValueError(f"vLLM gave no token for row {lengths.index(0)}")
-    prompts_BP = pad_queries([query.cpu() for query in queries], pad_token_id)["input_ids"]
-    rows = [torch.tensor(list(ids)) for ids in completions]
-    tokens_BT = torch.cat([prompts_BP, pad_sequence(rows, batch_first=True, padding_value=pad_token_id)], dim=1)
-    found = ResponseLengths(prompts_BP.shape[1], criteria, torch.tensor(lengths))
-    for width in range(prompts_BP.shape[1] + 1, tokens_BT.shape[1] + 1):
-        if found(tokens_BT[:, :width], None).all():
-            break
-    return found.cut(tokens_BT)
