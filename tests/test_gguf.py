@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests._cli import run
 from tests.tiny import lora_config, tiny_config
 from trl_apa import APATrainer, AutoModelForCausalLMWithValueHead
+from trl_apa.checking import memory, saving
 from trl_apa.memory.shapes import config_of
 from trl_apa.models import ValueModel, load_language_model, load_policy, load_value_model, merge_and_save
 from trl_apa.models.gguf import gguf_source, load_tokenizer, without_gguf_marks
@@ -235,3 +236,13 @@ def test_plain_peft_keeps_the_file_as_the_name_of_a_base(folder, tmp_path):
     loaded = load_language_model(str(tmp_path))
     assert isinstance(loaded, PeftModel)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_file_is_checked_under_its_name(folder, capsys, monkeypatch):
+    """Only what depends on where the weights came from, for speed."""
+    monkeypatch.setattr("trl_apa.checking.run.CHECKS", (saving.reloaded, memory.weights))
+    assert run("check", folder / NAME, "--device", "cpu", "--max_completion_length", 8) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{folder / NAME} on cpu, float32\n") and printed.endswith("nothing is wrong\n")
+    for finding in ("saved and resumed", "saved and loaded anew", "memory of the weights"):
+        assert f"\nok    {finding} " in printed

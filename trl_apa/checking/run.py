@@ -74,7 +74,7 @@ def check_trainer(
             findings += _findings(check, subject)
     base = inner_model(subject.policy)
     dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    name = getattr(base.config, "_name_or_path", "") or type(base).__name__
+    name = getattr(base, "name_or_path", "") or type(base).__name__
     return Report(name, f"{trainer.accelerator.device}, {dtype}", tuple(findings))
 
 
