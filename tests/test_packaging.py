@@ -128,7 +128,7 @@ class TestDeclaredVersions:
         for path in (ROOT / folder).rglob("*.py"):
             beside = {other.stem for other in path.parent.glob("*.py")}
             for module in top_level_imports(path) - {*sys.stdlib_module_names, *ours, *beside}:
-                if canonicalize_name(module) not in declared:
+                if canonicalize_name(PACKAGE_OF.get(module, module)) not in declared:
                     undeclared.add(f"{path.relative_to(ROOT)} imports {module}")
         assert undeclared == set()
 

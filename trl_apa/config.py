@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -13,6 +13,7 @@ from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.core import flatten_dict
 from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
+from trl_apa.option_fields import option, switch
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.reporting import check_trackers
 from trl_apa.vllm_options import VLLMOptions
@@ -79,15 +80,6 @@ WITHOUT_EFFECT = {
     "dataset_num_proc": "the trainer does not tokenize",
     **trl_0_12.WITHOUT_EFFECT,
 }
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-def _switch(help: str) -> Any:
-    """An option that is True, False or not set; on a command line its name alone means True, as for any bool."""
-    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
 @dataclass
@@ -235,93 +227,89 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
     _default_batch_size: ClassVar[int] = 64
     _largest_mini_batch: ClassVar[int] = 8
 
-    loss_type: str = _option("apa", "Policy loss: 'apa', 'awr', 'ppo', or module:name of an Algorithm.")
-    kl_coef: float | None = _option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
-    gamma: float = _option(1.0, "Discount a token.")
-    gae_lambda: float = _option(0.95, "lambda of generalised advantage estimation.")
-    vf_coef: float = _option(1.0, "Weight of the value loss.")
-    whiten_advantages: bool = _option(True, "Give the iteration's advantages mean 0 and variance 1.")
-    whiten_rewards: bool = _option(False, "Divide token rewards by their standard deviation.")
-    scale_rewards: bool = _option(False, "Divide scores by their running standard deviation.")
-    center_rewards: bool = _option(False, "With scale_rewards, subtract the running mean first.")
-    score_clip: float | None = _option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
-    missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a response without EOS.")
-    batch_size: int | None = _option(None, "Rollouts of one process in one iteration.")
-    per_device_train_batch_size: int | None = _option(None, "Rollouts a forward pass of the update.")
-    num_epochs_per_batch: int = _option(2, "Passes over the rollouts of an iteration.")
-    cliprange: float | None = _option(None, "PPO only: clip range of the ratio.")
-    cliprange_value: float | None = _option(None, "Clip range of the values in the value loss; none by default.")
-    init_kl_coef: float | None = _option(None, "PPO only: classic's name of kl_coef.")
-    adap_kl_ctrl: bool | None = _switch("PPO only: adapt the KL coefficient.")
-    target: float | None = _option(None, "PPO only: KL that the controller aims at, nats per sequence.")
-    horizon: float | None = _option(None, "PPO only: responses over which the controller reacts.")
-    kl_penalty: str | None = _option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
-    max_prompt_length: int | None = _option(None, "train(): keep the last tokens of a prompt; all by default.")
-    num_generations: int = _option(1, "train(): responses to each prompt of an iteration.")
-    generation_batch_size: int | None = _option(None, "train(): prompts a call of generate; all by default.")
-    stop_strings: list[str] | None = field(default=None, metadata={"help": "train(): texts that end a response."})
-    log_completions: bool = _option(False, "train(): show, save and track the completions of each iteration.")
-    num_completions_to_print: int = _option(4, "With log_completions: rows on the terminal, chosen at random.")
-    skip_unscored: bool = _option(False, "train(): leave out responses that a reward function gives None or NaN.")
-    reward_timeout: float | None = _option(None, "Seconds that reward functions in Python may take for one iteration.")
-    max_kl: float | None = _option(None, "train(): stop when an iteration's KL is above it, nats a response.")
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the reward functions; 1 each by default."}
+    loss_type: str = option("apa", "Policy loss: 'apa', 'awr', 'ppo', or module:name of an Algorithm.")
+    kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
+    gamma: float = option(1.0, "Discount a token.")
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
+    vf_coef: float = option(1.0, "Weight of the value loss.")
+    whiten_advantages: bool = option(True, "Give the iteration's advantages mean 0 and variance 1.")
+    whiten_rewards: bool = option(False, "Divide token rewards by their standard deviation.")
+    scale_rewards: bool = option(False, "Divide scores by their running standard deviation.")
+    center_rewards: bool = option(False, "With scale_rewards, subtract the running mean first.")
+    score_clip: float | None = option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
+    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without EOS.")
+    batch_size: int | None = option(None, "Rollouts of one process in one iteration.")
+    per_device_train_batch_size: int | None = option(None, "Rollouts a forward pass of the update.")
+    num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
+    cliprange: float | None = option(None, "PPO only: clip range of the ratio.")
+    cliprange_value: float | None = option(None, "Clip range of the values in the value loss; none by default.")
+    init_kl_coef: float | None = option(None, "PPO only: classic's name of kl_coef.")
+    adap_kl_ctrl: bool | None = switch("PPO only: adapt the KL coefficient.")
+    target: float | None = option(None, "PPO only: KL that the controller aims at, nats per sequence.")
+    horizon: float | None = option(None, "PPO only: responses over which the controller reacts.")
+    kl_penalty: str | None = option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    max_prompt_length: int | None = option(None, "train(): keep the last tokens of a prompt; all by default.")
+    num_generations: int = option(1, "train(): responses to each prompt of an iteration.")
+    generation_batch_size: int | None = option(None, "train(): prompts a call of generate; all by default.")
+    stop_strings: list[str] | None = option(None, "train(): texts that end a response.")
+    log_completions: bool = option(False, "train(): show, save and track the completions of each iteration.")
+    num_completions_to_print: int = option(4, "With log_completions: rows on the terminal, chosen at random.")
+    skip_unscored: bool = option(False, "train(): leave out responses that a reward function gives None or NaN.")
+    reward_timeout: float | None = option(None, "Seconds that reward functions in Python may take for one iteration.")
+    max_kl: float | None = option(None, "train(): stop when an iteration's KL is above it, nats a response.")
+    reward_weights: list[float] | None = option(None, "Weights of the reward functions; 1 each by default.")
+    chat_template_kwargs: Json = option(None, "JSON; more arguments of the chat template.")
+    max_completion_length: int = option(128, "max_new_tokens of generate unless the call says otherwise.")
+    temperature: float = option(1.0, "Of sampling and of the log-probs in the update.")
+    top_p: float = option(1.0, "Of sampling.")
+    top_k: int = option(0, "Of sampling; 0 is off.")
+    padding_free: bool | None = switch("No padding in the update; by default wherever that is exact.")
+    value_learning_rate: float | None = option(None, "Learning rate of the value model.")
+    value_max_grad_norm: float | None = option(None, "Clip of the value model's gradient, apart from the policy's.")
+    num_unfrozen_layers: int | None = option(None, "Train only the highest layers of each network; all by default.")
+    steps: int = option(20000, "Rollouts a process will see in the classic loop.")
+    early_stopping: bool = option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
+    target_kl: float = option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
+    ratio_threshold: float | None = option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
+    optimize_device_cache: bool = option(False, "Empty the device's cache after every backward pass.")
+
+    resume_anyway: list[str] | None = option(
+        None, "Options in which a resumed checkpoint may differ although they define its run."
     )
-    chat_template_kwargs: Json = field(default=None, metadata={"help": "JSON; more arguments of the chat template."})
-    max_completion_length: int = _option(128, "max_new_tokens of generate unless the call says otherwise.")
-    temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
-    top_p: float = _option(1.0, "Of sampling.")
-    top_k: int = _option(0, "Of sampling; 0 is off.")
-    padding_free: bool | None = _switch("No padding in the update; by default wherever that is exact.")
-    value_learning_rate: float | None = _option(None, "Learning rate of the value model.")
-    value_max_grad_norm: float | None = _option(None, "Clip of the value model's gradient, apart from the policy's.")
-    num_unfrozen_layers: int | None = _option(None, "Train only the highest layers of each network; all by default.")
-    steps: int = _option(20000, "Rollouts a process will see in the classic loop.")
-    early_stopping: bool = _option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
-    target_kl: float = _option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
-    ratio_threshold: float | None = _option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
-    optimize_device_cache: bool = _option(False, "Empty the device's cache after every backward pass.")
+    tracker_project_name: str | None = option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
+    tracker_kwargs: Json = option(None, "JSON: for each tracker what opens its run.")
 
-    resume_anyway: list[str] | None = field(
-        default=None,
-        metadata={"help": "Options in which a resumed checkpoint may differ although they define its run."},
+    learning_rate: float = option(1.41e-5, "Initial learning rate.")
+    lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
+    logging_nan_inf_filter: bool | None = switch("Keep NaN out of the logged loss; by default with fp16 alone.")
+    gradient_checkpointing: bool | None = switch("Trade compute for memory; off by default.")
+
+    lam: float | None = option(None, "Classic's name of gae_lambda.")
+    ppo_epochs: int | None = option(None, "Classic's name of num_epochs_per_batch.")
+    mini_batch_size: int | None = option(None, "Classic's name of per_device_train_batch_size.")
+    log_with: str | None = option(None, "Classic's name of report_to.")
+    use_score_scaling: bool | None = switch("Classic's name of scale_rewards.")
+    use_score_norm: bool | None = switch("Classic's name of center_rewards.")
+    forward_batch_size: int | None = option(None, "Classic's old name of mini_batch_size.")
+    optimize_cuda_cache: bool | None = switch("Classic's old name of optimize_device_cache.")
+
+    exp_name: str | None = option(None, "Name of the run for trackers; classic's name of run_name.")
+    task_name: str | None = option(None, "Kept for the record.")
+    model_name: str | None = option(None, "Kept for the record; scripts load the model by it.")
+    query_dataset: str | None = option(None, "Kept for the record.")
+    reward_model: str | None = option(None, "Kept for the record; scripts load the reward model by it.")
+    compare_steps: int = option(1, "With push_to_hub_if_best_kwargs: every how many calls of step to look.")
+    push_to_hub_if_best_kwargs: Json = option(
+        None, "JSON; arguments of push_to_hub, called before a step with the best scores yet."
     )
-    tracker_project_name: str | None = _option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
-    tracker_kwargs: Json = field(default=None, metadata={"help": "JSON: for each tracker what opens its run."})
-
-    learning_rate: float = _option(1.41e-5, "Initial learning rate.")
-    lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
-    logging_nan_inf_filter: bool | None = _switch("Keep NaN out of the logged loss; by default with fp16 alone.")
-    gradient_checkpointing: bool | None = _switch("Trade compute for memory; off by default.")
-
-    lam: float | None = _option(None, "Classic's name of gae_lambda.")
-    ppo_epochs: int | None = _option(None, "Classic's name of num_epochs_per_batch.")
-    mini_batch_size: int | None = _option(None, "Classic's name of per_device_train_batch_size.")
-    log_with: str | None = _option(None, "Classic's name of report_to.")
-    use_score_scaling: bool | None = _switch("Classic's name of scale_rewards.")
-    use_score_norm: bool | None = _switch("Classic's name of center_rewards.")
-    forward_batch_size: int | None = _option(None, "Classic's old name of mini_batch_size.")
-    optimize_cuda_cache: bool | None = _switch("Classic's old name of optimize_device_cache.")
-
-    exp_name: str | None = _option(None, "Name of the run for trackers; classic's name of run_name.")
-    task_name: str | None = _option(None, "Kept for the record.")
-    model_name: str | None = _option(None, "Kept for the record; scripts load the model by it.")
-    query_dataset: str | None = _option(None, "Kept for the record.")
-    reward_model: str | None = _option(None, "Kept for the record; scripts load the reward model by it.")
-    compare_steps: int = _option(1, "With push_to_hub_if_best_kwargs: every how many calls of step to look.")
-    push_to_hub_if_best_kwargs: Json = field(
-        default=None,
-        metadata={"help": "JSON; arguments of push_to_hub, called before a step with the best scores yet."},
-    )
-    accelerator_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
-    project_kwargs: Json = field(default=None, metadata={"help": "JSON; without effect."})
-    dataset_num_proc: int | None = _option(None, "Without effect.")
-    is_encoder_decoder: bool | None = _option(None, "Read it; the trainer sets it.")
-    is_peft_model: bool | None = _option(None, "Read it; the trainer sets it.")
-    backward_batch_size: int | None = _option(None, "Read it: mini_batch_size times gradient_accumulation_steps.")
-    global_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
-    global_backward_batch_size: int | None = _option(None, "Read it; the trainer sets it.")
+    accelerator_kwargs: Json = option(None, "JSON; without effect.")
+    project_kwargs: Json = option(None, "JSON; without effect.")
+    dataset_num_proc: int | None = option(None, "Without effect.")
+    is_encoder_decoder: bool | None = option(None, "Read it; the trainer sets it.")
+    is_peft_model: bool | None = option(None, "Read it; the trainer sets it.")
+    backward_batch_size: int | None = option(None, "Read it: mini_batch_size times gradient_accumulation_steps.")
+    global_batch_size: int | None = option(None, "Read it; the trainer sets it.")
+    global_backward_batch_size: int | None = option(None, "Read it; the trainer sets it.")
 
     def __post_init__(self):
         with errors_without_secrets(vars(self), quoted=False):

@@ -1,10 +1,11 @@
 """Options that scripts for `PPOConfig` of TRL 0.12 to 1.12 set: what they mean here, or why they mean nothing."""
 
 import warnings
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
+
+from trl_apa.option_fields import option
 
 
 # The name that such a script uses -> ours.
@@ -25,10 +26,6 @@ KL_ESTIMATORS = {"k1": "kl", "k3": "k3"}
 KL_COEF = 0.05
 # Options that scripts for train() set too, and that therefore do not tell which TRL a script was written for.
 SHARED = {"total_episodes", "ds3_gather_for_generation", "world_size"}
-
-
-def _option(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -67,25 +64,25 @@ class TRL012Options:
             Without effect, with a warning that says why.
     """
 
-    num_ppo_epochs: int | None = _option("TRL 0.12 - 1.12's name of num_epochs_per_batch.")
-    response_length: int | None = _option("TRL 0.12 - 1.12's name of max_completion_length.")
-    local_batch_size: int | None = _option("TRL 0.12 - 1.12's name of batch_size.")
-    num_mini_batches: int | None = _option("Optimizer steps an epoch.")
-    total_episodes: int | None = _option("Rollouts that train() makes, over all processes.")
-    local_rollout_forward_batch_size: int | None = _option("Rollouts of one forward pass without gradient.")
-    kl_estimator: str | None = _option("PPO only: 'k1' or 'k3', another name of kl_penalty.")
-    stop_token: str | None = _option("'eos', where responses end in any case.")
-    stop_token_id: int | None = _option("Token at which responses end, instead of EOS.")
-    model_adapter_name: str | None = _option("PEFT adapter that is trained; the active one by default.")
-    ref_adapter_name: str | None = _option("PEFT adapter that is the reference.")
-    ds3_gather_for_generation: bool = _option("Under ZeRO-3, gather the policy's weights before sampling.", True)
-    sft_model_path: str | None = _option("Kept for the record; scripts load the model by it.")
-    reward_model_path: str | None = _option("Kept for the record; scripts load the reward model by it.")
-    world_size: int | None = _option("Read it; the launcher decides it.")
-    num_sample_generations: int | None = _option("Without effect.")
-    num_total_batches: int | None = _option("Without effect.")
-    micro_batch_size: int | None = _option("Without effect.")
-    local_mini_batch_size: int | None = _option("Without effect.")
+    num_ppo_epochs: int | None = option(None, "TRL 0.12 - 1.12's name of num_epochs_per_batch.")
+    response_length: int | None = option(None, "TRL 0.12 - 1.12's name of max_completion_length.")
+    local_batch_size: int | None = option(None, "TRL 0.12 - 1.12's name of batch_size.")
+    num_mini_batches: int | None = option(None, "Optimizer steps an epoch.")
+    total_episodes: int | None = option(None, "Rollouts that train() makes, over all processes.")
+    local_rollout_forward_batch_size: int | None = option(None, "Rollouts of one forward pass without gradient.")
+    kl_estimator: str | None = option(None, "PPO only: 'k1' or 'k3', another name of kl_penalty.")
+    stop_token: str | None = option(None, "'eos', where responses end in any case.")
+    stop_token_id: int | None = option(None, "Token at which responses end, instead of EOS.")
+    model_adapter_name: str | None = option(None, "PEFT adapter that is trained; the active one by default.")
+    ref_adapter_name: str | None = option(None, "PEFT adapter that is the reference.")
+    ds3_gather_for_generation: bool = option(True, "Under ZeRO-3, gather the policy's weights before sampling.")
+    sft_model_path: str | None = option(None, "Kept for the record; scripts load the model by it.")
+    reward_model_path: str | None = option(None, "Kept for the record; scripts load the reward model by it.")
+    world_size: int | None = option(None, "Read it; the launcher decides it.")
+    num_sample_generations: int | None = option(None, "Without effect.")
+    num_total_batches: int | None = option(None, "Without effect.")
+    micro_batch_size: int | None = option(None, "Without effect.")
+    local_mini_batch_size: int | None = option(None, "Without effect.")
 
     def _is_trl_0_12(self) -> bool:
         """Whether an option is set that only those scripts set; to be asked before names are filled in."""

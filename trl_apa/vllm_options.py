@@ -1,16 +1,12 @@
 """Options of sampling with vLLM, under the names that GRPO's config in TRL has for them."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from trl_apa._trl import is_vllm_available
+from trl_apa.option_fields import option
 
 
 MODES = ("colocate", "server")
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -44,18 +40,18 @@ class VLLMOptions:
             Server: port over which weights are sent.
     """
 
-    use_vllm: bool = _option(False, "Sample with vLLM.")
-    vllm_mode: str = _option("colocate", "'colocate': in the training processes; 'server': in a server.")
-    vllm_model_impl: str = _option("vllm", "Colocate: 'vllm', 'transformers' or 'auto', the model's implementation.")
-    vllm_enable_sleep_mode: bool = _option(False, "Colocate: give memory back during the update.")
-    vllm_gpu_memory_utilization: float = _option(0.3, "Colocate: share of the device's memory that vLLM takes.")
-    vllm_tensor_parallel_size: int = _option(1, "Colocate: processes that hold one copy of the policy together.")
-    vllm_max_model_length: int | None = _option(None, "Colocate: most tokens of a prompt and its response.")
-    vllm_server_base_url: str | None = _option(None, "Server: its address, in place of host and port.")
-    vllm_server_host: str = _option("0.0.0.0", "Server: its host.")
-    vllm_server_port: int = _option(8000, "Server: its port.")
-    vllm_server_timeout: float = _option(240.0, "Server: seconds to wait for it at the start.")
-    vllm_group_port: int = _option(51216, "Server: port over which weights are sent.")
+    use_vllm: bool = option(False, "Sample with vLLM.")
+    vllm_mode: str = option("colocate", "'colocate': in the training processes; 'server': in a server.")
+    vllm_model_impl: str = option("vllm", "Colocate: 'vllm', 'transformers' or 'auto', the model's implementation.")
+    vllm_enable_sleep_mode: bool = option(False, "Colocate: give memory back during the update.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Colocate: share of the device's memory that vLLM takes.")
+    vllm_tensor_parallel_size: int = option(1, "Colocate: processes that hold one copy of the policy together.")
+    vllm_max_model_length: int | None = option(None, "Colocate: most tokens of a prompt and its response.")
+    vllm_server_base_url: str | None = option(None, "Server: its address, in place of host and port.")
+    vllm_server_host: str = option("0.0.0.0", "Server: its host.")
+    vllm_server_port: int = option(8000, "Server: its port.")
+    vllm_server_timeout: float = option(240.0, "Server: seconds to wait for it at the start.")
+    vllm_group_port: int = option(51216, "Server: port over which weights are sent.")
 
     def _check_vllm(self) -> None:
         """

@@ -5,7 +5,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,45 +17,40 @@ from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.config import APAConfig
 from trl_apa.models.gguf import adapter_config_file, load_config
+from trl_apa.option_fields import option
 from trl_apa.trainer import APATrainer
 
 
 NEW_LORA = "lora"
 
 
-def _option(default: object, help: str, **metadata: object) -> object:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
 class CheckArguments:
     """The model, how it is loaded, and the run that is meant."""
 
-    model: str | None = _option(None, "Folder or hub name of a language model, or of an adapter on its base.")
-    peft: str | None = _option(
+    model: str | None = option(None, "Folder or hub name of a language model, or of an adapter on its base.")
+    peft: str | None = option(
         None, "'lora': new LoRA adapters on the model, as quantization needs them.", choices=[NEW_LORA]
     )
-    lora_r: int = _option(16, "Their rank.")
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Layers with adapters; 'default' is peft's choice."}
-    )
-    quantization: str | None = _option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
-    device: str | None = _option(None, "By default a GPU, if there is one.", choices=["cpu", "cuda"])
-    dtype: str | None = _option(
+    lora_r: int = option(16, "Their rank.")
+    lora_target_modules: list[str] | None = option(["all-linear"], "Layers with adapters; 'default' is peft's choice.")
+    quantization: str | None = option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
+    device: str | None = option(None, "By default a GPU, if there is one.", choices=["cpu", "cuda"])
+    dtype: str | None = option(
         None,
         "Of weights that are not quantised; bfloat16 with quantization and float32 without by default.",
         choices=["float32", "bfloat16", "float16"],
     )
-    bf16: bool = _option(False, "Compute in bfloat16 (autocast).")
-    attn_implementation: str | None = _option(None, "Attention: sdpa, eager, flash_attention_2, ...")
-    value_model: str = _option("separate", "The value model: separate, adapter, head, or a checkpoint.")
-    max_prompt_length: int | None = _option(None, "Longest prompt of the run that is meant, tokens.")
-    max_completion_length: int = _option(64, "Longest response, tokens.")
-    gradient_checkpointing: bool = _option(False, "Keep each layer's input only and compute the rest twice.")
-    prompts: str | None = _option(None, "File of texts to read, one a line; by default four questions.")
-    use_vllm: bool = _option(False, "Look at vLLM's log-probs too.")
-    trust_remote_code: bool = _option(False, "Run code that comes with the model.")
-    json: bool = _option(False, "Print JSON.")
+    bf16: bool = option(False, "Compute in bfloat16 (autocast).")
+    attn_implementation: str | None = option(None, "Attention: sdpa, eager, flash_attention_2, ...")
+    value_model: str = option("separate", "The value model: separate, adapter, head, or a checkpoint.")
+    max_prompt_length: int | None = option(None, "Longest prompt of the run that is meant, tokens.")
+    max_completion_length: int = option(64, "Longest response, tokens.")
+    gradient_checkpointing: bool = option(False, "Keep each layer's input only and compute the rest twice.")
+    prompts: str | None = option(None, "File of texts to read, one a line; by default four questions.")
+    use_vllm: bool = option(False, "Look at vLLM's log-probs too.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    json: bool = option(False, "Print JSON.")
 
     def model_config(self) -> ModelConfig:
         """The same for the loader."""

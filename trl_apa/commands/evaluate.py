@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.commands.train import reward_part
 from trl_apa.evaluation import held_out_metrics
+from trl_apa.option_fields import option
 from trl_apa.trainer import APATrainer
 
 
@@ -41,14 +42,13 @@ COLUMNS = (
 class EvaluateArguments:
     """What is compared, and with what."""
 
-    checkpoints: list[str] | None = field(
-        default=None,
-        metadata={"help": "Folders or hub names of language models or adapters, each a row of the table."},
+    checkpoints: list[str] | None = option(
+        None, "Folders or hub names of language models or adapters, each a row of the table."
     )
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "What KL and wins are measured against; the first checkpoint by default."}
+    ref_model_name_or_path: str | None = option(
+        None, "What KL and wins are measured against; the first checkpoint by default."
     )
-    output: str | None = field(default=None, metadata={"help": "File for the metrics as JSON."})
+    output: str | None = option(None, "File for the metrics as JSON.")
 
 
 def make_parser() -> CommandParser:

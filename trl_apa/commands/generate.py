@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from trl_apa.config import APAConfig
 from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.models.modes import make_repeatable
+from trl_apa.option_fields import option
 from trl_apa.prompts import prompt_of, query_of
 from trl_apa.redaction import without_secrets
 from trl_apa.texts import answer_text, is_ended
@@ -40,16 +41,14 @@ STANDARD_OUTPUT = (None, "-", "/dev/stdout")
 class GenerateArguments:
     """What is asked, and where the answers go."""
 
-    prompt: list[str] | None = field(default=None, metadata={"help": "Prompts, in place of those of a data set."})
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "File for the JSON lines; stdout by default. What this command wrote there before it was killed "
-            "is not made again."
-        },
+    prompt: list[str] | None = option(None, "Prompts, in place of those of a data set.")
+    output: str | None = option(
+        None,
+        "File for the JSON lines; stdout by default. What this command wrote there before it was killed "
+        "is not made again.",
     )
-    overwrite: bool = field(default=False, metadata={"help": "Begin anew, whatever the file holds."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
+    overwrite: bool = option(False, "Begin anew, whatever the file holds.")
+    trust_remote_code: bool = option(False, "Let code that comes with the model run.")
 
     def __post_init__(self):
         name = (self.output or "").lower()

@@ -8,13 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from trl_apa.commands.options import Part, did_you_mean, read_yaml
 from trl_apa.commands.parsing import DEBUG
+from trl_apa.option_fields import option
 
 
 # Set for the processes that are started here, for which the option has had its effect.
@@ -25,22 +26,16 @@ LAUNCHED = "TRL_APA_LAUNCHED"
 class LaunchArguments:
     """How many processes run the command; not needed under `torchrun` or `accelerate launch`."""
 
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start this command with `accelerate launch` and this configuration: a file, or the name of one "
-            "that comes with this package (single_gpu, ddp_8bit, two_nodes, fsdp2, zero2, zero3) or with TRL."
-        },
+    accelerate_config: str | None = option(
+        None,
+        "Start this command with `accelerate launch` and this configuration: a file, or the name of one "
+        "that comes with this package (single_gpu, ddp_8bit, two_nodes, fsdp2, zero2, zero3) or with TRL.",
     )
-    num_processes: int | None = field(
-        default=None, metadata={"help": "With accelerate_config: processes, in place of the number that it says."}
+    num_processes: int | None = option(None, "With accelerate_config: processes, in place of the number that it says.")
+    machine_rank: int | None = option(
+        None, "With accelerate_config of several machines: which of them this is, from 0."
     )
-    machine_rank: int | None = field(
-        default=None, metadata={"help": "With accelerate_config of several machines: which of them this is, from 0."}
-    )
-    main_process_ip: str | None = field(
-        default=None, metadata={"help": "With accelerate_config of several machines: the address of machine 0."}
-    )
+    main_process_ip: str | None = option(None, "With accelerate_config of several machines: the address of machine 0.")
 
 
 LAUNCH_PART = Part(LaunchArguments, lambda name: "launching")

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
@@ -16,6 +16,7 @@ from trl_apa.memory.optimizers import STATES
 from trl_apa.memory.prediction import OVERHEAD, PARTS
 from trl_apa.memory.setup import ATTENTIONS, NETWORKS, REFERENCES, SHARDINGS
 from trl_apa.memory.shapes import config_of
+from trl_apa.option_fields import option
 
 
 GIB = 2**30
@@ -23,49 +24,43 @@ GIB = 2**30
 CARDS = {"24 GB": 22.0, "40 GB": 39.0, "80 GB": 79.0}
 
 
-def _option(default: object, help: str, **metadata: object) -> object:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
 class MemoryArguments:
     """What the run is like."""
 
-    model: str | None = _option(
+    model: str | None = option(
         None,
         "The policy: a folder with a config.json, a hub name (common ones need no hub), or a shape: "
         "family=llama,hidden_size=4096,...",
     )
-    quantization: str | None = _option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
-    dtype: str | None = _option(
+    quantization: str | None = option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
+    dtype: str | None = option(
         None,
         "Of weights that are not quantised; bfloat16 with quantization and float32 without by default.",
         choices=["float32", "bfloat16", "float16"],
     )
-    bf16: bool = _option(True, "Compute in bfloat16 (autocast), as the trainer does where it can.")
-    lora_r: int = _option(16, "Rank of the adapters; 0: no adapters, all weights are trained.")
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Layers with adapters; 'default' is peft's choice."}
-    )
-    num_unfrozen_layers: int | None = _option(None, "Without adapters: train only so many of the highest layers.")
-    value: str = _option("separate", "The value model: separate, adapter, head, or a model as for --model.")
-    reference: str = _option(
+    bf16: bool = option(True, "Compute in bfloat16 (autocast), as the trainer does where it can.")
+    lora_r: int = option(16, "Rank of the adapters; 0: no adapters, all weights are trained.")
+    lora_target_modules: list[str] | None = option(["all-linear"], "Layers with adapters; 'default' is peft's choice.")
+    num_unfrozen_layers: int | None = option(None, "Without adapters: train only so many of the highest layers.")
+    value: str = option("separate", "The value model: separate, adapter, head, or a model as for --model.")
+    reference: str = option(
         "auto",
         "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.",
         choices=list(REFERENCES),
     )
-    reward: str = _option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
-    batch: int = _option(1, "Rows of a micro-batch (mini_batch_size).")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches of an optimizer step.")
-    seq: int = _option(1024, "Longest prompt and response together, tokens.")
-    new_tokens: int = _option(128, "Longest response, tokens (max_completion_length).")
-    generation_batch: int = _option(8, "Rows that are sampled together (generation_batch_size).")
-    gradient_checkpointing: bool = _option(True, "Keep each layer's input only and compute the rest twice.")
-    optim: str = _option("adamw", "The optimizer.", choices=list(STATES))
-    world_size: int = _option(1, "Processes, one GPU each.")
-    sharding: str = _option("ddp", "How several processes share the work.", choices=list(SHARDINGS))
-    attn_implementation: str = _option("sdpa", "Attention.", choices=list(ATTENTIONS))
-    overhead: float = _option(
+    reward: str = option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
+    batch: int = option(1, "Rows of a micro-batch (mini_batch_size).")
+    gradient_accumulation_steps: int = option(1, "Micro-batches of an optimizer step.")
+    seq: int = option(1024, "Longest prompt and response together, tokens.")
+    new_tokens: int = option(128, "Longest response, tokens (max_completion_length).")
+    generation_batch: int = option(8, "Rows that are sampled together (generation_batch_size).")
+    gradient_checkpointing: bool = option(True, "Keep each layer's input only and compute the rest twice.")
+    optim: str = option("adamw", "The optimizer.", choices=list(STATES))
+    world_size: int = option(1, "Processes, one GPU each.")
+    sharding: str = option("ddp", "How several processes share the work.", choices=list(SHARDINGS))
+    attn_implementation: str = option("sdpa", "Attention.", choices=list(ATTENTIONS))
+    overhead: float = option(
         0.75, "GiB assumed for the CUDA context, libraries' workspaces and what the allocator cannot use."
     )
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -11,37 +11,34 @@ from trl_apa.data import BadRow, Preference, preference_rows, sft_rows, split_by
 from trl_apa.data.hh import parse_row, split_dialogue
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import Row, iter_rows
+from trl_apa.option_fields import option
 
 
 Fields = dict[str, Any]
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class DataArguments:
     """Which rows a command reads."""
 
-    dataset_name: str | None = _option(None, "A file (json, jsonl, both also .gz, csv, parquet) or a hub data set.")
-    dataset_config: str | None = _option(None, "Configuration of a hub data set.")
-    dataset_data_dir: str | None = _option(None, "Folder inside a hub data set.")
-    dataset_layout: str | None = _option(
+    dataset_name: str | None = option(None, "A file (json, jsonl, both also .gz, csv, parquet) or a hub data set.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_data_dir: str | None = option(None, "Folder inside a hub data set.")
+    dataset_layout: str | None = option(
         None, f"Columns of a data set that are not called prompt, chosen, ...: {', '.join(LAYOUTS)}."
     )
-    dataset_train_split: str = _option("train", "Split of a hub data set that is trained on.")
-    dataset_test_split: str | None = _option(None, "Split of a hub data set that is evaluated on.")
-    eval_dataset_name: str | None = _option(None, "Held-out rows that are not in dataset_name: a file or a data set.")
-    eval_dataset_data_dir: str | None = _option(
+    dataset_train_split: str = option("train", "Split of a hub data set that is trained on.")
+    dataset_test_split: str | None = option(None, "Split of a hub data set that is evaluated on.")
+    eval_dataset_name: str | None = option(None, "Held-out rows that are not in dataset_name: a file or a data set.")
+    eval_dataset_data_dir: str | None = option(
         None, "Folder inside the hub data set eval_dataset_name; dataset_data_dir by default."
     )
-    eval_share: float | None = _option(
+    eval_share: float | None = option(
         None, "Hold out this share of dataset_name's rows: the same in every command, a dialogue never in both parts."
     )
-    max_train_rows: int | None = _option(None, "Train on so many rows at most.")
-    max_eval_rows: int | None = _option(None, "Evaluate on so many rows at most.")
-    dataset_prompt_column: str | None = _option(
+    max_train_rows: int | None = option(None, "Train on so many rows at most.")
+    max_eval_rows: int | None = option(None, "Evaluate on so many rows at most.")
+    dataset_prompt_column: str | None = option(
         None, "Column with the prompt. By default prompt, query, input_ids, or what comes before chosen's last turn."
     )
 

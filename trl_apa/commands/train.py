@@ -1,7 +1,7 @@
 """`trl-apa train`: align a policy with APA, AWR or PPO."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +17,7 @@ from trl_apa.commands.progress import APA_COLUMNS, print_lines
 from trl_apa.commands.rows import DataArguments, load_rows, prompts_by
 from trl_apa.config import APAConfig
 from trl_apa.models.critic import ADAPTER_PREFIX
+from trl_apa.option_fields import option
 from trl_apa.prompts import PromptSource
 from trl_apa.trainer import APATrainer
 
@@ -25,22 +26,15 @@ from trl_apa.trainer import APATrainer
 class RewardArguments:
     """What scores the responses."""
 
-    reward_model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward models: folders or hub names of classifiers with one label, or 'adapter:PATH' for one "
-            "that is an adapter on the policy's base."
-        },
+    reward_model_name_or_path: list[str] | None = option(
+        None,
+        "Reward models: folders or hub names of classifiers with one label, or 'adapter:PATH' for one "
+        "that is an adapter on the policy's base.",
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions by dotted name (my_rewards.politeness), found from the working directory."
-        },
+    reward_funcs: list[str] | None = option(
+        None, "Reward functions by dotted name (my_rewards.politeness), found from the working directory."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let code that comes with models and tokenizers run."}
-    )
+    trust_remote_code: bool = option(False, "Let code that comes with models and tokenizers run.")
 
     def functions(self) -> list[Callable]:
         """The functions, imported.
@@ -57,16 +51,12 @@ class RewardArguments:
 class OtherModelArguments:
     """The networks beside the policy."""
 
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "pi_init, the policy before training by default."}
-    )
-    value_model: str = field(
-        default="separate",
-        metadata={
-            "help": "'separate': a copy of the policy's trunk; 'adapter' or 'adapter:PATH': a second adapter on the "
-            "policy's base; 'head': classic's head on the policy; or a folder or hub name of a reward model, a "
-            "language model or a saved value model."
-        },
+    ref_model_name_or_path: str | None = option(None, "pi_init, the policy before training by default.")
+    value_model: str = option(
+        "separate",
+        "'separate': a copy of the policy's trunk; 'adapter' or 'adapter:PATH': a second adapter on the "
+        "policy's base; 'head': classic's head on the policy; or a folder or hub name of a reward model, a "
+        "language model or a saved value model.",
     )
 
 

@@ -1,12 +1,13 @@
 """Options of `OfflineAPATrainer`: defaults and their validation."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
 from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
+from trl_apa.option_fields import option
 from trl_apa.redaction import RedactedOptions
 
 
@@ -18,10 +19,6 @@ DEFINES_RUN = (
     *("max_prompt_length", "max_completion_length", "add_eos", "temperature", "num_unfrozen_layers", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "chat_template_kwargs"),
 )
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -93,42 +90,41 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
 
-    loss_type: str = _option("awr", "'apa', 'awr' or 'ilql'.")
-    kl_coef: float | None = _option(None, "APA and AWR: lambda of the paper's objective (2).")
-    gamma: float = _option(1.0, "Discount a token.")
-    gae_lambda: float = _option(0.95, "lambda of generalised advantage estimation.")
-    whiten_advantages: bool = _option(True, "Give the advantages of the data mean 0 and variance 1.")
-    value_epochs: int = _option(3, "APA and AWR: passes that fit the value model before the policy is trained.")
-    value_learning_rate: float | None = _option(None, "Learning rate of these passes.")
-    freeze_value: bool = _option(True, "APA and AWR: leave the value model as it is after them.")
-    vf_coef: float = _option(1.0, "With freeze_value=False, the weight of the value loss.")
-    learn_state_normaliser: bool = _option(False, "APA only: learn log Z(s) by a third network.")
-    expectile: float = _option(0.7, "ILQL only: tau of the value loss.")
-    cql_coef: float = _option(0.1, "ILQL only: weight of the CQL term.")
-    polyak: float = _option(0.005, "ILQL only: rate of the target heads.")
-    bc_coef: float = _option(1.0, "ILQL only: weight of the policy's negative log-likelihood.")
-    ilql_beta: float = _option(1.0, "ILQL only: nats per reward unit of advantage in decoding.")
-    max_prompt_length: int | None = _option(None, "Keep the last tokens of a prompt; all by default.")
-    max_completion_length: int = _option(128, "Keep the first tokens of a response; the limit of sampled ones.")
-    add_eos: bool = _option(True, "Let a response that is given as text end with EOS.")
-    early_stopping_patience: int | None = _option(None, "Evaluations without a better held-out reward before the end.")
-    temperature: float = _option(1.0, "Of sampling and of the log-probs in the update.")
-    top_p: float = _option(1.0, "Of sampling.")
-    top_k: int = _option(0, "Of sampling; 0 is off.")
-    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a sampled response."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "Of the reward functions."})
-    num_unfrozen_layers: int | None = _option(None, "Train the highest layers only; all by default.")
-    model_adapter_name: str | None = _option(None, "Adapter of a PEFT model that is trained.")
-    ref_adapter_name: str | None = _option(None, "Adapter of a PEFT model that pi_init is.")
-    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "More for the chat template."})
-    resume_anyway: list[str] | None = field(
-        default=None,
-        metadata={"help": "Options in which a resumed checkpoint may differ although they define its run."},
+    loss_type: str = option("awr", "'apa', 'awr' or 'ilql'.")
+    kl_coef: float | None = option(None, "APA and AWR: lambda of the paper's objective (2).")
+    gamma: float = option(1.0, "Discount a token.")
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
+    whiten_advantages: bool = option(True, "Give the advantages of the data mean 0 and variance 1.")
+    value_epochs: int = option(3, "APA and AWR: passes that fit the value model before the policy is trained.")
+    value_learning_rate: float | None = option(None, "Learning rate of these passes.")
+    freeze_value: bool = option(True, "APA and AWR: leave the value model as it is after them.")
+    vf_coef: float = option(1.0, "With freeze_value=False, the weight of the value loss.")
+    learn_state_normaliser: bool = option(False, "APA only: learn log Z(s) by a third network.")
+    expectile: float = option(0.7, "ILQL only: tau of the value loss.")
+    cql_coef: float = option(0.1, "ILQL only: weight of the CQL term.")
+    polyak: float = option(0.005, "ILQL only: rate of the target heads.")
+    bc_coef: float = option(1.0, "ILQL only: weight of the policy's negative log-likelihood.")
+    ilql_beta: float = option(1.0, "ILQL only: nats per reward unit of advantage in decoding.")
+    max_prompt_length: int | None = option(None, "Keep the last tokens of a prompt; all by default.")
+    max_completion_length: int = option(128, "Keep the first tokens of a response; the limit of sampled ones.")
+    add_eos: bool = option(True, "Let a response that is given as text end with EOS.")
+    early_stopping_patience: int | None = option(None, "Evaluations without a better held-out reward before the end.")
+    temperature: float = option(1.0, "Of sampling and of the log-probs in the update.")
+    top_p: float = option(1.0, "Of sampling.")
+    top_k: int = option(0, "Of sampling; 0 is off.")
+    stop_strings: list[str] | None = option(None, "Texts that end a sampled response.")
+    reward_weights: list[float] | None = option(None, "Of the reward functions.")
+    num_unfrozen_layers: int | None = option(None, "Train the highest layers only; all by default.")
+    model_adapter_name: str | None = option(None, "Adapter of a PEFT model that is trained.")
+    ref_adapter_name: str | None = option(None, "Adapter of a PEFT model that pi_init is.")
+    chat_template_kwargs: dict | str | None = option(None, "More for the chat template.")
+    resume_anyway: list[str] | None = option(
+        None, "Options in which a resumed checkpoint may differ although they define its run."
     )
 
-    learning_rate: float = _option(1.41e-5, "Initial learning rate.")
-    lr_scheduler_type: str = _option("constant", "Schedule of the learning rate.")
-    gradient_checkpointing: bool = _option(False, "Trade compute for memory.")
+    learning_rate: float = option(1.41e-5, "Initial learning rate.")
+    lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
+    gradient_checkpointing: bool = option(False, "Trade compute for memory.")
 
     def __post_init__(self):
         check_finite_options(self)

@@ -1,11 +1,11 @@
-"""Tables and pictures of the sweep: `python -m examples.smollm2.sweep_report runs/smollm2-sweep docs/results`."""
+"""Tables and pictures of the sweep: `python -m benchmarks.real_sweep_report runs/smollm2-sweep docs/results`."""
 
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.smollm2.sweep import (
+from benchmarks.real_sweep import (
     COEFFICIENTS,
     LEARNING_RATES,
     METHODS,

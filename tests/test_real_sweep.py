@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from examples.smollm2 import sweep, sweep_report
+from benchmarks import real_sweep as sweep
+from benchmarks import real_sweep_report as sweep_report
 
 
 FLUENT = {

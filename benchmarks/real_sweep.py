@@ -1,7 +1,7 @@
 """A sweep on SmolLM2-135M-Instruct: what APA, PPO and AWR gain for their KL when all three are tuned equally.
 
-    python -m examples.smollm2.sweep --output_dir runs/smollm2-sweep tune
-    python -m examples.smollm2.sweep --output_dir runs/smollm2-sweep compare
+    python -m benchmarks.real_sweep --output_dir runs/smollm2-sweep tune
+    python -m benchmarks.real_sweep --output_dir runs/smollm2-sweep compare
 
 Each run is a file of its own; a sweep that was stopped goes on with the runs that are missing.
 """

@@ -1,0 +1,23 @@
+"""Fields of dataclasses that are options: their default, and what a command line says of them."""
+
+from dataclasses import field
+from typing import Any
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with a default.
+
+    Args:
+        default: of the option; a list is copied for each object.
+        help: one line for `--help`.
+        metadata: more arguments of `argparse.ArgumentParser.add_argument`, `choices` say.
+    """
+    told = {"help": help, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=told)
+    return field(default=default, metadata=told)
+
+
+def switch(help: str) -> Any:
+    """An option that is True, False or not set; on a command line its name alone means True, as for any bool."""
+    return option(None, help, nargs="?", const=True)
