@@ -21,10 +21,10 @@ class RealDemoOptions:
     Args:
         loss_type (`str`, *optional*, defaults to `"apa"`): `"apa"`, `"awr"` or `"ppo"`.
         seed (`int`, *optional*, defaults to `0`): of everything drawn at random.
-        iterations (`int`, *optional*, defaults to `20`): rounds of generate, score, step.
+        iterations (`int`, *optional*, defaults to `12`): rounds of generate, score, step.
         output_dir (`Path`, *optional*, defaults to `demo_real_output`): where everything is saved.
         kl_coef (`float`, *optional*): lambda of the paper's objective (2); for PPO the initial coefficient of the KL
-            penalty. Defaults to 0.3 for APA, 1 for AWR, 0.02 for PPO.
+            penalty. Defaults to 0.2 for APA, 1 for AWR, 0.03 for PPO.
         learning_rate (`float`, *optional*, defaults to `1e-3`): of both adapters at the start; it falls linearly to 0.
         batch_size (`int`, *optional*, defaults to `32`): rollouts an iteration.
         samples_per_prompt (`int`, *optional*, defaults to `4`): responses to each held-out prompt.
@@ -38,7 +38,7 @@ class RealDemoOptions:
 
     loss_type: str = "apa"
     seed: int = 0
-    iterations: int = 20
+    iterations: int = 12
     output_dir: Path = Path("demo_real_output")
     kl_coef: float | None = None
     learning_rate: float = 1e-3

@@ -24,7 +24,7 @@ from .options import RealDemoOptions
 from .task import REWARDS, Prompts, make_prompts
 
 
-KL_COEF = {"apa": 0.3, "awr": 1.0, "ppo": 0.02}
+KL_COEF = {"apa": 0.2, "awr": 1.0, "ppo": 0.03}
 NUM_SAMPLES_SHOWN = 6
 PICTURE = "curves.png"
 
