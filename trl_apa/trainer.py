@@ -279,7 +279,6 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self.run_state = RunState(kl_ctl, running_scores, args.global_batch_size)
         self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
-        self._prepared = False
         self._clear_gradient_norms()
         self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(EndOfIteration(self))
@@ -603,24 +602,6 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
                     check_positions(queries, lengths, network, "queries + responses", name)
 
         self.processes.together(check)
-
-    def _prepare_for_updates(self) -> None:
-        """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""
-        if self._prepared:
-            return
-        if self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(self._checkpointing_kwargs())
-        rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
-        self._prepare_for_training(self.args.total_ppo_epochs, None, None)
-        if self._rate_is_the_scripts:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
-                group["lr"] = rate  # a new scheduler sets the initial one again
-        self._prepared = True
-
-    @property
-    def _rate_is_the_scripts(self) -> bool:
-        """Nobody asked for a schedule: what the script sets on `optimizer`, by one of its own say, stays."""
-        return self._created_lr_scheduler and self.args.lr_scheduler_type == "constant"
 
     def _collect(
         self, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor], response_masks: Any

@@ -75,6 +75,8 @@ class TrainingLoop(ResumableRuns):
     _source: PromptSource | None = None
     _timer: StageTimer | None = None
     _reporters_started = False
+    # Whether scheduler, engine and optimizer are ready for `step`.
+    _prepared = False
     _engine_is_made = False
     _kept_engine: Any = None
 
@@ -197,6 +199,24 @@ class TrainingLoop(ResumableRuns):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         return self.model_wrapped, train_dataloader
+
+    def _prepare_for_updates(self) -> None:
+        """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""
+        if self._prepared:
+            return
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self._checkpointing_kwargs())
+        rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
+        self._prepare_for_training(self.args.total_ppo_epochs, None, None)
+        if self._rate_is_the_scripts:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate  # a new scheduler sets the initial one again
+        self._prepared = True
+
+    @property
+    def _rate_is_the_scripts(self) -> bool:
+        """Nobody asked for a schedule: what the script sets on `optimizer`, by one of its own say, stays."""
+        return self._created_lr_scheduler and self.args.lr_scheduler_type == "constant"
 
     def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
         if not self._reporters_started:
