@@ -102,9 +102,10 @@ def check_step_inputs(
         named["response_masks"] = response_masks
     for name, tensors in named.items():
         _check_list(name, tensors, batch_size)
+    num_ids = num_token_ids(policy)
     for name in ("queries", "responses"):
         for row, tokens in enumerate(named[name]):
-            check_tokens(f"{name}[{row}]", tokens, policy, tokenizer)
+            check_tokens(f"{name}[{row}]", tokens, num_ids, tokenizer)
     for row, score in enumerate(scores):
         check_readable(f"scores[{row}]", score)
         if score.numel() != 1:
@@ -198,15 +199,22 @@ def check_queries(
     rows = list(queries)
     if not rows:
         raise ValueError(f"{name} is empty; it should hold at least one tensor of token ids")
+    num_ids = num_token_ids(model)
     for row, tokens in enumerate(rows):
-        check_tokens(f"{name}[{row}]", tokens, model, tokenizer)
+        check_tokens(f"{name}[{row}]", tokens, num_ids, tokenizer)
     return rows
 
 
-def check_tokens(name: str, tokens: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def check_tokens(
+    name: str, tokens: Any, num_ids: int | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Raise ValueError unless `tokens` is a dense 1-D tensor of at least one id that the model knows.
 
-    `tokenizer` names a token that has an id and no row in the model's embedding.
+    Args:
+        name: of the argument, for the message.
+        tokens: what was given.
+        num_ids: ids that the model knows, see `network_parts.num_token_ids`; None if it cannot be asked.
+        tokenizer: names a token that has an id and no row in the model's embedding.
     """
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{name} is a {type(tokens).__name__}; it should be a tensor")
@@ -217,9 +225,9 @@ def check_tokens(name: str, tokens: Any, model: nn.Module, tokenizer: PreTrained
         raise ValueError(f"{name} is empty; it should have at least one token")
     if tokens.dtype not in TOKEN_DTYPES:
         raise ValueError(f"{name} has dtype {tokens.dtype}; token ids should be integers, int64 say")
-    known, least, largest = num_token_ids(model), int(tokens.min()), int(tokens.max())
-    if known is not None and not (0 <= least and largest < known):
+    least, largest = int(tokens.min()), int(tokens.max())
+    if num_ids is not None and not (0 <= least and largest < num_ids):
         raise ValueError(
             f"{name} holds token ids from {least} to {token_in_words(largest, tokenizer)}; "
-            f"the model knows 0 to {known - 1}"
+            f"the model knows 0 to {num_ids - 1}"
         )

@@ -26,6 +26,7 @@ from trl_apa.config import APAConfig
 from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.models.modes import make_repeatable
+from trl_apa.network_parts import num_token_ids
 from trl_apa.option_fields import option
 from trl_apa.prompts import prompt_of, query_of
 from trl_apa.redaction import without_secrets
@@ -137,8 +138,9 @@ def _answers(
     """
     of_prompts = (config.max_prompt_length, config.chat_template_kwargs, policy.config.is_encoder_decoder)
     queries = [query_of(row, tokenizer, *of_prompts) for row in rows]
+    num_ids = num_token_ids(policy)
     for number, query in enumerate(queries):
-        check_tokens(f"the prompt of row {number}", query, policy, tokenizer)
+        check_tokens(f"the prompt of row {number}", query, num_ids, tokenizer)
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     if pad is None and not ends:
         raise ValueError("the tokenizer has neither a pad nor an EOS token")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa.data.pairs import Demonstration, Preference
 from trl_apa.data.sources import BadRow, report
+from trl_apa.network_parts import num_token_ids
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.prompts import as_rows, prompt_of, query_of
 from trl_apa.reward_values import as_float
@@ -139,6 +140,7 @@ def rollouts_of(
         ValueError: if a row cannot be learned from, with the numbers of all such rows, from 1, and why.
     """
     queries, responses, rewards, bad_rows = [], [], [], []
+    num_ids = num_token_ids(policy)
     for number, row in enumerate(as_rows(rows), start=1):
         try:
             reward = as_float(row.get("reward"))
@@ -148,8 +150,8 @@ def rollouts_of(
                 raise ValueError(f"reward is {reward:g}, it should be at most {LARGEST_SCORE:g} in size")
             query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
             response = completion_ids(row, tokenizer, args.add_eos)[: args.max_completion_length]
-            check_tokens("the prompt", query, policy, tokenizer)
-            check_tokens("the response", response, policy, tokenizer)
+            check_tokens("the prompt", query, num_ids, tokenizer)
+            check_tokens("the response", response, num_ids, tokenizer)
             check_positions([query], [len(response)], policy, "prompt + response")
         except ValueError as error:
             bad_rows.append(BadRow(number, str(error)))

@@ -11,6 +11,7 @@ from trl_apa.generation import generate_responses, generation_options
 from trl_apa.logprobs import response_logprobs
 from trl_apa.masking import keep_counted
 from trl_apa.models import reference_policy
+from trl_apa.network_parts import num_token_ids
 from trl_apa.prompts import PROMPT_COLUMNS, query_of
 from trl_apa.rollouts import lay_out, longest_row, response_mask
 from trl_apa.texts import prompts_and_completions
@@ -66,8 +67,9 @@ def _measure(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> tuple[
     """Reward, KL, length, whether it ended and text of a response to each row's prompt."""
     args, tokenizer = trainer.args, trainer.processing_class
     queries = [query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs) for row in rows]
+    num_ids = num_token_ids(trainer.networks.policy)
     for query in queries:
-        check_tokens("a prompt of eval_dataset", query, trainer.networks.policy, tokenizer)
+        check_tokens("a prompt of eval_dataset", query, num_ids, tokenizer)
     with trainer.learned_policy() as policy, trainer.accelerator.autocast():
         options = generation_options(_sampling(trainer), {"stop_strings": args.stop_strings})
         responses = generate_responses(policy, queries, tokenizer=tokenizer, batch_size=len(queries), **options)
