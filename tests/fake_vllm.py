@@ -1,4 +1,6 @@
-"""What TRL's classes call of vLLM, done by transformers: the real thing needs a GPU and gigabytes.
+"""What TRL's classes call of vLLM, done by transformers: the real thing takes gigabytes and starts slowly.
+
+`tests/test_vllm_real.py` has the real thing.
 
 The engine runs on behind the ends of responses, as vLLM may behind a stop string. What it is sent over the wire it
 keeps until it has all of it, as vLLM does.
@@ -28,10 +30,13 @@ class LLM:
     def __init__(self, model, **options):
         self.options, self.calls, self.events = options, [], []
         self.network = AutoModelForCausalLM.from_pretrained(model).eval()
-        runner = SimpleNamespace(model=self)
-        self.llm_engine = SimpleNamespace(
-            model_executor=SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
-        )
+
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights"
+        self.load_weights(kwargs["weights_iterator"])
+
+    def apply_model(self, function):
+        return [function(self.network)]
 
     def load_weights(self, weights):
         own = dict(self.network.named_parameters())

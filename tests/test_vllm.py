@@ -3,8 +3,10 @@
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 
+from tests.all_families import small_model
 from tests.fake_vllm import Server, install
 from tests.test_generation import letter_tokenizer
 from tests.test_training import PROMPTS, few_nines, parameters, trainer_for
@@ -13,6 +15,7 @@ from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_
 from trl_apa import APATrainer
 from trl_apa.generation import cut_responses, row_criteria
 from trl_apa.models import merged_parameters
+from trl_apa.models.dense import as_in_checkpoints
 from trl_apa.vllm_generation import check_vllm_can_hold, vllm_sampling
 
 
@@ -204,6 +207,32 @@ def test_the_merged_weights_are_those_of_one_plain_network_and_the_policy_stays_
         torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-4, atol=1e-4)
         assert all(tensor.equal(merged[name]) for name, tensor in merged_parameters(policy))
         assert policy(tokens).logits.equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mixtral", "gemma3", "hrm_text"])
+def test_vllm_gets_the_names_and_the_tensors_of_a_checkpoint(tmp_path, kind):
+    """In memory transformers has other names, one tensor for several of a checkpoint, and several for one."""
+    small_model(kind).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert kind == "llama" or saved.keys() != dict(model.named_parameters()).keys()
+    for wrap in (lambda: model, lambda: get_peft_model(model, lora_config())):  # an adapter that has learned nothing
+        policy = wrap()
+        sent = dict(as_in_checkpoints(policy, merged_parameters(policy)))
+        assert sent.keys() == saved.keys()
+        assert all(tensor.equal(saved[name]) for name, tensor in sent.items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_vllm_gets_the_names_of_a_dense_checkpoint_from_a_base_that_was_saved_in_4_bit(tmp_path, kind):
+    small_model(kind).save_pretrained(tmp_path / "dense")
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quantization)
+    model.save_pretrained(tmp_path / "4-bit")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "4-bit"), lora_config())
+    sent = dict(as_in_checkpoints(policy, merged_parameters(policy)))
+    saved = load_file(tmp_path / "dense" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in sent.items()} == {name: t.shape for name, t in saved.items()}
 
 
 # ---- what is refused ----

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from trl_apa.models.dense import as_in_checkpoints
 from trl_apa.network_parts import inner_model
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
 from trl_apa.validation import check_positions
+from trl_apa.vllm_reload import reload_weights
 
 
 # Options of transformers' GenerationConfig that need no translation, or change nothing of what is sampled.
@@ -94,6 +96,18 @@ def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrain
         def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
             named = merged_parameters(policy) if is_peft_model(policy) else super()._iter_named_params()
             yield from as_in_checkpoints(policy, named)
+
+        def sync_weights(self) -> None:
+            # In one process TRL's own would load over what vLLM has laid out for its kernels.
+            if self.mode == "server":
+                super().sync_weights()
+                return
+            if self.enable_sleep_mode:
+                clear_device_cache()
+                self.llm.wake_up(tags=["weights"])
+                self._llm_weights_sleeping = False
+            reload_weights(self.llm, self._iter_named_params(), on_cpu=self.accelerator.device.type == "cpu")
+            self.llm.reset_prefix_cache()
 
     size = (args.generation_batch_size or args.batch_size) * args.vllm_tensor_parallel_size
     base = inner_model(policy)

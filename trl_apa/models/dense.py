@@ -1,11 +1,13 @@
 """The policy as one dense network, a tensor at a time: adapters merged, 4-bit weights written out."""
 
 from collections.abc import Collection, Iterable, Iterator
+from copy import copy
+from itertools import groupby
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import merged_layer
@@ -42,18 +44,34 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def as_in_checkpoints(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names that the family's checkpoints have for them, from which vLLM loads.
 
-    They differ for experts: transformers holds those of a layer in one tensor where most checkpoints have three for
-    each expert.
+    transformers has other names for some of them in memory (GPT-NeoX's head, Mixtral's routers), one tensor for the
+    experts of a layer where most checkpoints have three for each expert, and several where some have one. A block of
+    the network at a time goes through transformers' own conversion, as each tensor of a checkpoint comes from one.
 
     Args:
         model: a language model, whose family says which names these are.
-        named: names in memory, and whole tensors.
+        named: names in memory, and complete tensors, in the order of `named_parameters`.
     """
-    for name, tensor in named:
-        if ".experts." in name:
-            yield from revert_weight_conversion(inner_model(model), {name: tensor.detach()}).items()
-        else:
-            yield name, tensor
+    network = copy(inner_model(model))
+    if (conversions := getattr(network, "_weight_conversions", None)) is not None:
+        network._weight_conversions = [conversion for conversion in conversions if _can_be_reverted(conversion)]
+    for _, block in groupby(named, key=lambda item: _block(item[0])):
+        yield from revert_weight_conversion(network, {name: tensor.detach() for name, tensor in block}).items()
+
+
+def _can_be_reverted(conversion: WeightTransform) -> bool:
+    """False for how a 4-bit checkpoint was read, which says nothing of dense weights."""
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def _block(name: str) -> tuple[str, ...]:
+    """The parts of a name up to its first number, which counts the blocks of a network."""
+    parts = name.split(".")
+    return tuple(parts[: next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)])
 
 
 def _outermost(name: str, layers: Collection[str]) -> str | None:
