@@ -164,8 +164,8 @@ def test_adapters_on_embeddings_go_with_each_kind_of_value_model_and_ids_are_che
         (lambda: peft.XLoraConfig(hidden_size=16, adapters={}), "XLORA adapters are not supported"),
         (lambda: peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1), "ADAPTION_PROMPT adapters are not supp"),
         (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "PREFIX_TUNING adapters are not supported"),
-        (lambda: lora_config(lora_bias=True), r"LORA adapter on .*q_proj cannot be merged into its base: .*no bias"),
-        (lambda: lora_config(layer_replication=[[0, 2], [1, 2]]), "layer_replication: layers share their weights"),
+        (lambda: lora_config(lora_bias=True), r"LORA adapter on .*q_proj cannot be merged into its base: .*has none"),
+        (lambda: lora_config(layer_replication=[[0, 2], [1, 2]]), "replicated layers share weights"),
     ],
 )
 def test_a_kind_that_cannot_work_is_refused_at_construction(tmp_path, config, problem):
@@ -181,9 +181,7 @@ def test_a_bias_that_a_quantised_base_lacks_is_refused_at_construction(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     options = {"tokenizer": tiny_tokenizer(), "peft_config": lora_config(lora_bias=True)}
-    with pytest.raises(
-        ValueError, match=r"LORA adapter on .*_proj cannot be merged into its base: with lora_bias=True"
-    ):
+    with pytest.raises(ValueError, match=r"LORA adapter on .*_proj cannot be merged into its base: lora_bias=True"):
         APATrainer(tiny_config(tmp_path), model, **options)
 
 
@@ -203,7 +201,7 @@ def test_adapters_on_experts_go_with_each_kind_of_value_model(tmp_path, value_mo
 
 def test_tied_adapters_that_share_memory_are_refused(tmp_path):
     config = lora_config(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
-    with pytest.raises(ValueError, match=r"embed_tokens.* and .*lm_head.* lie in the same memory"):
+    with pytest.raises(ValueError, match=r"embed_tokens.* and .*lm_head.* share memory, so every update"):
         APATrainer(tiny_config(tmp_path), tied(), tokenizer=tiny_tokenizer(), peft_config=config)
 
 

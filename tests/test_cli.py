@@ -106,7 +106,7 @@ def test_commands_without_a_file_refuse_unknown_options_too(capsys, command):
         ("batch_size: [1, 2]", "no list is expected"),
         ("eval_strategy: sometimes", "choose from no, steps, epoch"),
         ("use_cpu: perhaps", "use_cpu: 'perhaps' is of the wrong type"),
-        ("seed: 1\nseed: 2", "'seed' stands there twice"),
+        ("seed: 1\nseed: 2", "'seed' is given twice"),
         ("- seed", "it should hold options"),
         ("seed: [", "is not YAML"),
         ("learning_rate: 1e-4\nloss_type: dpo\nmodel_name_or_path: x", "loss_type='dpo': it should be one of"),
@@ -176,7 +176,7 @@ def test_code_that_comes_with_a_model_does_not_run_unless_asked(tmp_path, capsys
 
 def test_what_is_missing_is_asked_for(capsys):
     assert "model_name_or_path is not set" in refused(capsys, "train", "--reward_funcs", "math.sqrt")
-    assert "nothing gives a reward" in refused(capsys, "train", "--model_name_or_path", "x")
+    assert "no rewards: set" in refused(capsys, "train", "--model_name_or_path", "x")
     assert "dataset_name is not set" in refused(
         capsys, "train", "--model_name_or_path", "x", "--reward_funcs", "math.sqrt"
     )
@@ -351,7 +351,7 @@ def test_a_configuration_by_name_starts_the_command_again_under_accelerate(monke
     # The processes that it starts do not start others.
     assert mark == "1" and launching.LAUNCHED not in os.environ
     monkeypatch.setenv(launching.LAUNCHED, mark)
-    assert "nothing gives a reward" in refused(capsys, "train", *argv)
+    assert "no rewards: set" in refused(capsys, "train", *argv)
     monkeypatch.delenv(launching.LAUNCHED)
     assert "did you mean 'zero3'?" in refused(capsys, "sft", "--accelerate_config", "zero33")
     for option in ("--num_processes", "--machine_rank", "--main_process_ip"):
@@ -420,7 +420,7 @@ def test_plot_reads_the_last_checkpoint_and_says_what_a_log_lacks(tmp_path, caps
     assert read == ("run", [(4, 2.0, 1.0), (8, 4.0, 2.0)], [(8, 5.0, 1.0)])
     assert run("plot", tmp_path / "run", tmp_path / "run", "--output_dir", tmp_path / "pictures") == 0
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"reward.png", "kl.png", "reward_vs_kl.png"}
-    assert "holds none" in refused(capsys, "plot", tmp_path / "pictures")
+    assert "contains none" in refused(capsys, "plot", tmp_path / "pictures")
     assert "neither apa/mean_scores" in refused(capsys, "plot", state(tmp_path / "sft", [{"step": 1, "loss": 2.0}]))
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
     assert run("plot", tmp_path / "run") == 1

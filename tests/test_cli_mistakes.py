@@ -169,7 +169,7 @@ EARLY = {
     "train": [
         *TRAINING,
         *REWARDED,
-        ("--batch_size 24", "train_dataset has 20 rows; one iteration asks 24"),
+        ("--batch_size 24", "train_dataset has 20 rows; one iteration needs 24"),
         ("--batch_size 6", "batch_size=6 should be a multiple"),
         ("--max_completion_length 300", "max_completion_length=300: the model has 256 positions"),
         ("--max_completion_length 240", "the prompt of row 1 has 38 tokens; the model has 256 positions"),
@@ -248,7 +248,7 @@ EARLY = {
     ],
     "plot": [
         ("", "the following arguments are required: RUN"),
-        ("nowhere", "nowhere is no trainer_state.json, and holds none"),
+        ("nowhere", "nowhere is not a trainer_state.json, and contains none"),
         ("state", "state/trainer_state.json is not JSON"),
         ("list", "list/trainer_state.json is no trainer_state.json"),
         ("number", "number/trainer_state.json is no trainer_state.json"),
@@ -581,7 +581,7 @@ def test_a_command_that_makes_more_goes_on_when_nobody_reads(capsys, kind, tmp_p
         assert run("plot", tmp_path) == 0
     assert len(list(tmp_path.glob("*.png"))) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("trl-apa plot: stdout is lost (") and line.endswith("going on without it")
+    assert line.startswith("trl-apa plot: stdout is lost (") and line.endswith("continuing without it")
 
 
 def test_what_a_terminal_cannot_show_is_printed_as_escapes(capsys):

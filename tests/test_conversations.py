@@ -87,7 +87,9 @@ def test_a_turn_that_is_too_long_by_itself_loses_the_beginning_of_its_text():
 
 def test_what_cannot_be_left_out_is_refused_by_name():
     for messages in ([SYSTEM, *TALK], [SYSTEM], [*TALK, assistant("a long beginning of an answer")]):
-        with pytest.raises(ValueError, match=r"max_prompt_length=20, but a prompt has \d+ tokens that cannot be left"):
+        with pytest.raises(
+            ValueError, match=r"max_prompt_length=20, but a prompt has \d+ tokens that cannot be dropped"
+        ):
             prompt(messages, 20)
 
 

@@ -176,8 +176,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):
 
 def test_what_deepspeed_would_do_otherwise_is_refused(ranks):
     for optimizer, ratio, unsaved, offloaded, apart in (rank["refused"] for rank in ranks):
-        assert optimizer.startswith("optimizer: DeepSpeed would drop it")
+        assert optimizer.startswith("optimizer: DeepSpeed would ignore it")
         assert ratio.startswith("ratio_threshold=10.0: DeepSpeed updates the weights inside the backward pass")
         assert unsaved.startswith("deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true")
-        assert "offload_optimizer would add up the value model's gradients" in offloaded
+        assert "offload_optimizer would accumulate the value model's gradients" in offloaded
         assert apart.startswith("value_max_grad_norm=1.0: DeepSpeed clips the gradient of both networks together")

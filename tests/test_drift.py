@@ -33,7 +33,7 @@ def test_it_warns_of_text_that_is_probably_broken(stats, warns):
 
 def test_the_message_names_what_was_seen_and_what_to_do():
     message = drift_message(statistics(41.2, 2.61, 0.987), "kl_coef=0.1")
-    for part in ("41 nats a response", "2.6 a token", "99% of what it is at the initial model", "raise kl_coef=0.1"):
+    for part in ("41 nats per response", "2.6 per token", "99% of the initial model's", "raise kl_coef=0.1"):
         assert part in message
     assert "its loss" not in drift_message(statistics(41.2, 2.61), "kl_coef=0.1")
 
@@ -64,7 +64,7 @@ def test_a_run_that_memorizes_its_responses_is_told(tmp_path, loss_type):
     queries, responses, _ = long_rollouts()
     scores = [torch.tensor(30.0)] * len(queries)
     name = "init_kl_coef" if loss_type == "ppo" else "kl_coef"
-    with pytest.warns(UserWarning, match=rf"nats a response from the initial model.*raise {name}="):
+    with pytest.warns(UserWarning, match=rf"nats per response from the initial model.*raise {name}="):
         for _ in range(6):
             stats = trainer.step(queries, responses, scores)
     assert stats["objective/kl_per_token"] > 1 and trainer.drift.warned

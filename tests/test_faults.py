@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     ):
         trainer_for(tmp_path, loss_type="ppo", ppo_epochs=3).train(resume_from_checkpoint=checkpoint)
     os.remove(tmp_path / "checkpoint-2" / "apa_state_0.pt")
-    with pytest.raises(ValueError, match=r"is incomplete, or no checkpoint: apa_state_0\.pt is missing"):
+    with pytest.raises(ValueError, match=r"is incomplete, or not a checkpoint: apa_state_0\.pt is missing"):
         trainer_for(tmp_path).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         trainer_for(tmp_path / "empty").train(resume_from_checkpoint=True)

@@ -164,7 +164,7 @@ def test_what_is_complete_is_left_as_it_is_without_a_model(run, output, monkeypa
     before = output.read_bytes(), output.stat().st_mtime_ns
     no_model(monkeypatch)
     assert run("--output", output, model="policy/") is None
-    assert capsys.readouterr().err == f"{output}: 5 of 5 responses are there\n"
+    assert capsys.readouterr().err == f"{output}: 5 of 5 responses are done already\n"
     assert (output.read_bytes(), output.stat().st_mtime_ns) == before
 
 
@@ -198,7 +198,7 @@ def test_rows_of_another_command_are_refused_by_name(changed, said, whole, run, 
     argv, options = (changed, {}) if isinstance(changed, list) else ([], changed)
     message = run("--output", output, *argv, **options)
     assert f"{output} holds the rows of another command" in message and said in message
-    assert message.endswith("set --overwrite to begin anew, or name another file\n") and message.count("\n") == 1
+    assert message.endswith("set --overwrite to start again, or name another file\n") and message.count("\n") == 1
     assert output.read_bytes() == before
 
 
@@ -254,7 +254,7 @@ def test_a_file_that_this_command_did_not_write_is_not_touched(spoil, run, outpu
     before = output.read_bytes()
     no_model(monkeypatch)
     message = run("--output", output)
-    assert str(output) in message and "set --overwrite to begin anew, or name another file" in message
+    assert str(output) in message and "set --overwrite to start again, or name another file" in message
     assert message.count("\n") == 1 and output.read_bytes() == before
 
 

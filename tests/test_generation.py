@@ -307,7 +307,7 @@ def test_generate_refuses_what_it_cannot_answer(tmp_path):
     with pytest.raises(ValueError, match="max_length=2 leaves no token for the response to a query of 2"):
         trainer.generate([torch.tensor([2, 3])], max_length=2)
     for name, value in {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}.items():
-        with pytest.raises(ValueError, match=f"{name}={value}: generate gives one"):
+        with pytest.raises(ValueError, match=f"{name}={value}: generate returns one"):
             trainer.generate([torch.tensor([2, 3])], **{name: value})
     with pytest.raises(ValueError, match=r"row 0 has 66 tokens, but the model has 64 positions"):
         trainer.generate([torch.tensor([2, 3])], max_new_tokens=64)

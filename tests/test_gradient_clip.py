@@ -66,7 +66,7 @@ def test_limits_that_nothing_reaches_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("none", [None, 0.0])
 def test_it_wants_a_limit_of_the_policy(tmp_path, none):
-    with pytest.raises(ValueError, match=r"value_max_grad_norm=1.0 needs a max_grad_norm, .*inf"):
+    with pytest.raises(ValueError, match=r"value_max_grad_norm=1.0 needs max_grad_norm for .*inf"):
         tiny_config(tmp_path, max_grad_norm=none, value_max_grad_norm=1.0)
 
 

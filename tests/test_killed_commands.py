@@ -86,7 +86,7 @@ def test_responses_are_those_of_a_command_that_was_not_killed(policy, tmp_path, 
         assert content.count(b"\n") == there and not content.endswith(b"\n")
     capsys.readouterr()
     assert generate.main([*argv, "--output", str(output)]) == 0
-    assert f"{output}: 6 of 20 responses are there" in capsys.readouterr().err
+    assert f"{output}: 6 of 20 responses are done already" in capsys.readouterr().err
     assert output.read_bytes() == (tmp_path / "untouched.jsonl").read_bytes()
     texts = [json.loads(line)["completion"] for line in output.read_text().splitlines()]
     assert len(set(texts)) == 20  # they are sampled, each anew

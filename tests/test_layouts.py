@@ -62,7 +62,7 @@ def rows_of(lengths=LENGTHS):
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_logprobs_are_those_of_each_row_alone(tmp_path, family):
     """Of the policy in micro-batches of three, and of pi_init, at a learning rate of 0; rows are read by a model each,
     which has seen no other."""
@@ -80,7 +80,7 @@ def test_logprobs_are_those_of_each_row_alone(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["griffin", "longrope", "xlstm", "bart"])
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_a_step_does_not_depend_on_the_micro_batches(tmp_path, family):
     """Rows of equal length in one call, and several calls in one backward pass, with values and checkpointing too."""
     results = []
@@ -94,7 +94,7 @@ def test_a_step_does_not_depend_on_the_micro_batches(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["rwkv", "griffin", "mamba", "xlstm", "longrope", "dynamic RoPE", "window", "bart"])
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path, family):
     """Also of several prompts of one length, and where the caller wants widths that are multiples of eight."""
     model = family_model(family)
@@ -117,10 +117,8 @@ def test_one_warning_says_that_rows_go_one_by_one(tmp_path):
         trainer.generate(rows_of()[0], batch_size=8, max_new_tokens=2, generate_ref_response=True)
     said = [str(warning.message) for warning in caught if "one by one" in str(warning.message)]
     assert len(said) == 1
-    assert said[0].startswith(
-        "RecurrentGemmaForCausalLM computes something else from a padded batch than from each row"
-    )
-    assert said[0].endswith("nats a token: rows go one by one, those of equal length together")
+    assert said[0].startswith("RecurrentGemmaForCausalLM gives other results for a padded batch than for each row")
+    assert said[0].endswith("nats a token: rows are processed one by one, or batched by equal length")
 
 
 def test_a_window_is_packed_as_long_as_no_row_is_longer(tmp_path):
@@ -139,7 +137,7 @@ def test_a_bias_in_the_mask_is_never_lost():
     """It is zero in a new model, where a packed row gives the same without it."""
     model = family_model("bias in the mask")
     assert all(not parameter.any() for name, parameter in model.named_parameters() if name.endswith(".A"))
-    assert "reads more from the mask" in why_not_packed(model)
+    assert "uses the mask for more than padding" in why_not_packed(model)
 
 
 @pytest.mark.parametrize("family", ["capped logits", "griffin"])
@@ -150,7 +148,7 @@ def test_a_cap_on_the_logits_of_a_new_model_is_seen(family):
     assert trunk_and_head(model) is None
 
 
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_scores_are_those_of_each_row_alone():
     config = family_model("longrope").config
     config.num_labels = 1
@@ -194,7 +192,7 @@ def test_classifiers_of_all_kinds_are_tried_out_and_score_each_row_as_alone(kind
     assert readable_batches(reward._read, classifier, rows) == [list(range(8))]
 
 
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_a_judge_and_the_log_probs_of_fixed_data_read_rows_alone_too(tmp_path):
     model = family_model("griffin")
     queries, responses, _ = rows_of()
@@ -289,7 +287,9 @@ def test_a_cache_that_answers_otherwise_is_not_used_and_a_warning_says_so_once(t
     model = tiny_model()
     wrong_behind_its_cache(model)
     trainer = tiny_trainer(tmp_path, model)
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM samples with its cache otherwise .*: no cache is used"):
+    with pytest.warns(
+        UserWarning, match=r"LlamaForCausalLM gives other results with its cache than without, .*: no cache is used"
+    ):
         responses = trainer.generate(queries, **options)
     assert all(torch.equal(one, other) for one, other in zip(responses, expected, strict=True))
     with warnings.catch_warnings():
@@ -328,7 +328,9 @@ def test_a_family_without_a_gradient_at_pads_is_not_padded(tmp_path, monkeypatch
     # Weights of its own: trials are made once for equal networks.
     with monkeypatch.context() as patched:
         patched.setattr(norm, "forward", lambda self, hidden: NoDerivativeOfZero.apply(own(self, hidden)))
-        with pytest.warns(UserWarning, match="has no finite gradient of a padded batch: rows go one by one"):
+        with pytest.warns(
+            UserWarning, match="has no finite gradient of a padded batch: rows are processed one by one"
+        ):
             trainer = tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8, padding_free=False)
         assert trainer._layouts(16) is SEPARATE
         stepped = parameters_after_step(trainer, *rollouts)

@@ -578,7 +578,7 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
     [
         ({"loss_type": "ppo"}, "loss_type='ppo': it should be one of apa, awr, ilql"),
         ({"loss_type": "ilql", "kl_coef": 0.1}, "kl_coef=0.1: ILQL has none"),
-        ({"loss_type": "awr", "learn_state_normaliser": True}, "only APA leaves out log Z"),
+        ({"loss_type": "awr", "learn_state_normaliser": True}, "only APA omits log Z"),
         ({"kl_coef": 0.0}, "kl_coef=0.0: it should be greater than 0"),
         ({"gae_lambda": 1.5}, "gae_lambda=1.5: it should be between 0 and 1"),
         ({"expectile": 1.0}, "expectile=1.0"),

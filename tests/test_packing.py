@@ -76,7 +76,7 @@ def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path
     with pytest.raises(ValueError, match="padding_free=True, but MistralForCausalLM has layers that do not attend"):
         tiny_trainer(tmp_path, windowed, padding_free=True)
     assert windowed.config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match="padding_free=True does not go with FSDP, DeepSpeed or torch_compile"):
+    with pytest.raises(ValueError, match="padding_free=True does not work with FSDP, DeepSpeed or torch_compile"):
         tiny_trainer(tmp_path, padding_free=True, torch_compile=True, torch_compile_backend="eager")
 
 
@@ -205,7 +205,7 @@ def test_other_attention_is_padded(implementation):
     model = tiny_model()
     model.set_attn_implementation(implementation)
     assert Layouts([model])(LONG) is Layout.PADDED
-    with pytest.raises(ValueError, match=f"LlamaForCausalLM attends with {implementation}, and only SDPA and flash"):
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM uses {implementation} attention; only SDPA"):
         Layouts([model], padding_free=True)
     assert model.config._attn_implementation == implementation
 

@@ -250,7 +250,7 @@ def test_full_size_runs_a_process_a_curve_and_seed_and_goes_on_where_it_stopped(
     argv = ["figx", "--scale", "full", "--configs", str(folder), "--output_dir", str(tmp_path / "out")]
     argv += ["--seeds", "0", "7", "--", "--num_processes", "8"]
     assert paper.main(argv) == 1
-    assert "run this again to go on" in capsys.readouterr().err and not (tmp_path / "out" / "figx.png").exists()
+    assert "run this again to continue" in capsys.readouterr().err and not (tmp_path / "out" / "figx.png").exists()
     assert paper.main(argv) == 0
     start = ["train", "--config", str(folder / "curve.yaml"), "--kl_coef", "0.5", "--scale_rewards", "true", "--seed"]
     ends = [["0", "--output_dir", str(tmp_path / "out" / "p-a-seed0"), "--num_processes", "8"]]
@@ -353,10 +353,10 @@ def test_a_run_that_is_no_longer_finite_ends_with_what_was_measured(tmp_path, ta
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ("fig8 --scale mini -- --num_processes 8", "'--num_processes' stands after --"),
-        ("fig8 --scale full --runs x", "--runs is of fig1 with --scale full"),
-        ("fig1 --scale mini --runs x", "--runs is of fig1 with --scale full"),
-        ("fig8 --scale full --iterations 2", "--iterations is of --scale mini"),
+        ("fig8 --scale mini -- --num_processes 8", "'--num_processes' comes after --"),
+        ("fig8 --scale full --runs x", "--runs needs fig1 with --scale full"),
+        ("fig1 --scale mini --runs x", "--runs needs fig1 with --scale full"),
+        ("fig8 --scale full --iterations 2", "--iterations needs --scale mini"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(capsys, argv, problem):

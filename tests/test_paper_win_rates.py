@@ -379,7 +379,7 @@ def test_full_size_answers_and_judges_what_is_not_there_yet(tmp_path, monkeypatc
 
     processes.fail_at = 2  # the answers of APA
     assert paper.main(argv) == 3
-    assert "run this again to go on" in capsys.readouterr().err
+    assert "run this again to continue" in capsys.readouterr().err
     assert not (out / "apa-seed0.jsonl").exists() and not (out / "figw.png").exists()
     assert paper.main(argv) == 0
     answers = ["sft-seed0.jsonl", "ppo-seed0.jsonl", "apa-seed0.jsonl"]

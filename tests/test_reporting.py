@@ -251,7 +251,7 @@ class Unreachable(Recorder):
 
 
 def failures(caught):
-    return [str(warning.message) for warning in caught if "the run goes on without it" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "the run continues without it" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_training_goes_on_without_a_tracker_that_fails(tmp_path, monkeypatch, wh
         trainer = trainer_for(tmp_path / "run", max_steps=8, callbacks=[tracker])
         trainer.train()
     assert failures(caught) == [
-        f"wandb failed in {where}, and the run goes on without it: ConnectionError: the network is down"
+        f"wandb failed in {where}, and the run continues without it: ConnectionError: the network is down"
     ]
     assert tracker.events == asked
     assert_same(parameters(trainer), parameters(plain), tolerance=1e-30)
@@ -301,7 +301,7 @@ def test_the_classic_loop_goes_on_without_a_tracker_that_fails(wandb_offline, mo
         warnings.simplefilter("always")
         stats, _ = report_twice(trainer)
     where = "log_media" if what == "tables" else "on_log"
-    assert failures(caught) == [f"wandb failed in {where}, and the run goes on without it: OSError: no such host"]
+    assert failures(caught) == [f"wandb failed in {where}, and the run continues without it: OSError: no such host"]
     # The other tracker and the log have it all.
     assert trainer.state.log_history[-1]["objective/kl"] == stats["objective/kl"]
     (path,) = (wandb_offline / "runs").glob("*/events*")
@@ -402,9 +402,11 @@ def test_train_opens_the_run_with_the_same_options(wandb_offline):
 def test_a_wandb_run_of_the_scripts_own_is_left_as_it_is_with_a_warning(wandb_offline):
     run = wandb.init(project="mine")
     trainer = tiny_trainer(wandb_offline, report_to="wandb", tracker_project_name="other")
-    with pytest.warns(UserWarning, match="a run of wandb was open already; it does not get project") as caught:
+    with pytest.warns(
+        UserWarning, match="a run of wandb is open already, so these options are not applied: project"
+    ) as caught:
         stats, _ = report_twice(trainer)
-    assert [w.filename for w in caught if "was open already" in str(w.message)] == [__file__]
+    assert [w.filename for w in caught if "is open already" in str(w.message)] == [__file__]
     assert wandb.run is run and run.project == "mine"
     assert run.summary["train/objective/kl"] == stats["objective/kl"]
 

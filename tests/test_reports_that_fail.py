@@ -355,7 +355,7 @@ def test_of_one_tracker_there_is_one_warning_and_the_log_has_what_follows(wandb_
         stats, _ = report_twice(trainer)
     (warning,) = warned
     assert warning.startswith("logging game_log to wandb failed")
-    assert caplog.text.count("the run goes on without it") == 1 and "wandb failed in log_media" in caplog.text
+    assert caplog.text.count("the run continues without it") == 1 and "wandb failed in log_media" in caplog.text
     assert trainer.state.log_history[-1]["objective/kl"] == stats["objective/kl"]
 
 
@@ -400,7 +400,7 @@ def test_a_tracker_whose_run_cannot_be_opened_is_done_without(tmp_path, monkeypa
         trainer = tiny_trainer(tmp_path, report_to="comet_ml", **options)
         report_twice(trainer)
     assert warned == [
-        "comet_ml failed in opening its run, and the run goes on without it: TypeError: not that",
+        "comet_ml failed in opening its run, and the run continues without it: TypeError: not that",
     ]
     assert len(trainer.state.log_history) == 2 and comet.started == []
 
@@ -416,7 +416,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path, without_reports,
     with recorded() as warned, a_closed_stdout(tmp_path):
         trainer.train()
     (warning,) = warned
-    assert "failed in on_log, and the run goes on without it: ValueError: I/O operation on closed file" in warning
+    assert "failed in on_log, and the run continues without it: ValueError: I/O operation on closed file" in warning
     assert_same(parameters(trainer), without_reports, tolerance=1e-30)
 
 

@@ -289,7 +289,7 @@ def test_a_new_rate_takes_the_old_ones_place_in_the_schedule(tmp_path, schedule)
 
 def test_another_optimizer_is_refused_by_name(tmp_path, checkpoint_6):
     trainer = trainer_for(tmp_path, max_steps=8, optim="sgd")
-    message = r"optim was 'adamw_torch\w*' \(AdamW\), is 'sgd' \(SGD\); their states do not fit"
+    message = r"optim was 'adamw_torch\w*' \(AdamW\), is 'sgd' \(SGD\); their states are incompatible"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=checkpoint_6)
     trainer = trainer_for(tmp_path, max_steps=8, value_learning_rate=1e-3)
@@ -309,7 +309,7 @@ def test_an_incomplete_checkpoint_is_refused_by_name_and_passed_over(tmp_path, u
     os.remove(tmp_path / "checkpoint-6" / name)
     trainer = trainer_for(tmp_path, max_steps=12)
     before = parameters(trainer)
-    with pytest.raises(ValueError, match=rf"checkpoint-6' is incomplete, or no checkpoint: {name} is missing"):
+    with pytest.raises(ValueError, match=rf"checkpoint-6' is incomplete, or not a checkpoint: {name} is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_same(parameters(trainer), before, tolerance=1e-30)
     with pytest.warns(UserWarning, match=rf"checkpoint-6 is incomplete \({name} is missing\)"):
@@ -393,7 +393,9 @@ def test_a_run_that_had_no_time_to_save_is_not_taken_for_an_older_one(tmp_path):
     trainer_for(tmp_path, max_steps=4, **SAVING).train()
     with pytest.raises(RuntimeError, match="ConnectionError"):
         trainer_for(tmp_path, max_steps=8, reward_funcs=away, **SAVING).train()
-    with pytest.raises(ValueError, match=r"no complete checkpoint of run .*; name one of an older run .*checkpoint-4"):
+    with pytest.raises(
+        ValueError, match=r"no complete checkpoint of run .*; to resume an older run, name .*checkpoint-4"
+    ):
         trainer_for(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
     trainer_for(tmp_path, max_steps=8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 

@@ -95,7 +95,7 @@ def test_other_names_of_our_options_can_be_read_back():
     assert (made.num_ppo_epochs, made.ppo_epochs, made.response_length) == (3, 3, 53)
     assert config().num_ppo_epochs == 2
     for options in ({"num_ppo_epochs": 3, "ppo_epochs": 5}, {"local_batch_size": 24, "batch_size": 48}):
-        with pytest.raises(ValueError, match="name one option"):
+        with pytest.raises(ValueError, match="are the same option"):
             config(**options)
 
 
@@ -163,7 +163,7 @@ def test_the_kl_of_those_scripts_has_no_controller():
     ("options", "message"),
     [
         ({"stop_token": "pad"}, "stop_token='pad': it should be 'eos' or None"),
-        ({"stop_token": "eos", "stop_token_id": 3}, "stop_token and stop_token_id=3 name two tokens"),
+        ({"stop_token": "eos", "stop_token_id": 3}, "stop_token and stop_token_id=3 both set the end token"),
         ({"kl_estimator": "k2", "loss_type": "ppo"}, "kl_estimator='k2': it should be one of k1, k3"),
         ({"kl_estimator": "k3", "kl_penalty": "kl", "loss_type": "ppo"}, "kl_estimator='k3' and kl_penalty='kl'"),
     ],
@@ -175,7 +175,7 @@ def test_options_that_contradict_are_refused(options, message):
 
 def test_the_number_of_processes_is_read_and_cannot_be_set():
     made, messages = warnings_of(world_size=8)
-    assert made.world_size == 1 and messages == ["world_size=8 has no effect: the launcher decides it, and it is 1"]
+    assert made.world_size == 1 and messages == ["world_size=8 has no effect: the launcher sets it to 1"]
     assert config().world_size == TrainingArguments("x", use_cpu=True, report_to="none").world_size == 1
     assert made.to_dict()["world_size"] == 1
 
@@ -227,7 +227,7 @@ def test_the_adapter_that_is_named_is_the_one_trained():
     assert trained and all(".sft." in name for name in trained)
     with pytest.raises(ValueError, match="model_adapter_name='other', but the adapters of model are 'default', 'sft'"):
         select_adapter(policy, "other")
-    with pytest.raises(ValueError, match="model_adapter_name='sft', but model is no PEFT model"):
+    with pytest.raises(ValueError, match="model_adapter_name='sft', but model is not a PEFT model"):
         select_adapter(tiny_model(), "sft")
 
 
@@ -256,7 +256,7 @@ def test_the_adapter_that_is_named_is_the_reference(trains_more):
 def test_a_reference_adapter_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="ref_adapter_name='other', but the adapters of model are 'default', 'sft'"):
         choose_reference(policy_with_two_adapters(), ref_adapter_name="other")
-    with pytest.raises(ValueError, match="ref_adapter_name='sft', but model is no PEFT model"):
+    with pytest.raises(ValueError, match="ref_adapter_name='sft', but model is not a PEFT model"):
         choose_reference(tiny_model(), ref_adapter_name="sft")
     with pytest.warns(UserWarning, match="ref_adapter_name has no effect when ref_model is given"):
         choose_reference(policy_with_two_adapters(), tiny_model(), ref_adapter_name="sft")
@@ -314,5 +314,5 @@ def test_the_policy_goes_by_its_name_of_0_12_and_a_tokenizer_in_its_place_is_exp
     assert trainer.ref_model is reference
     with pytest.raises(ValueError, match=r"model is a tokenizer.*give these arguments by keyword"):
         APATrainer(config, tiny_tokenizer(), tiny_model())
-    with pytest.raises(ValueError, match="model and policy name one argument"):
+    with pytest.raises(ValueError, match="model and policy are the same argument"):
         APATrainer(config, tiny_model(), policy=tiny_model(), tokenizer=tiny_tokenizer())

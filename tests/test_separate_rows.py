@@ -128,7 +128,7 @@ def test_offline_learning_reads_rows_separately_too(tmp_path, loss_type):
 
 
 @pytest.mark.parametrize("family", ["griffin", "dynamic RoPE", "longrope"])
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_a_run_is_resumed_as_if_it_had_not_stopped(tmp_path, family):
     """In the middle of an iteration, whose rows cross the boundaries of the config by then."""
     options = {"max_steps": 8, "max_completion_length": 9, "dataset": Dataset.from_dict({"prompt": LONG_AND_SHORT})}
@@ -143,7 +143,7 @@ def test_a_run_is_resumed_as_if_it_had_not_stopped(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["griffin", "longrope", "rwkv"])
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_an_evaluation_measures_what_each_row_has_alone(tmp_path, monkeypatch, family):
     """KL to another pi_init, of answers that are sampled in the evaluation."""
     model, ref_model, measured = family_model(family), family_model(family, scale=3.0), []
@@ -172,7 +172,7 @@ def test_an_evaluation_measures_what_each_row_has_alone(tmp_path, monkeypatch, f
         torch.testing.assert_close(kl_B.float(), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_values_are_those_of_each_row_alone(tmp_path):
     trainer = learner(tmp_path, family_model("griffin"))
     value_model, (queries, responses, _) = trainer.model.value_model, tiny_rollouts()

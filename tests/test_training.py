@@ -148,7 +148,7 @@ def test_prompts_come_in_an_order_that_seed_and_iteration_decide():
     assert source.rows(2) == PromptSource(PROMPTS, 4, seed=1).rows(2) != PromptSource(PROMPTS, 4, seed=2).rows(2)
     halves = [PromptSource(PROMPTS, 2, 1, process, 2).rows(3) for process in range(2)]
     assert halves[0] + halves[1] == source.rows(3)
-    with pytest.raises(ValueError, match="train_dataset has 16 rows; one iteration asks 17"):
+    with pytest.raises(ValueError, match="train_dataset has 16 rows; one iteration needs 17"):
         PromptSource(PROMPTS, 17)
 
 
@@ -403,7 +403,7 @@ def test_score_hands_over_what_train_hands_over(tmp_path):
     responses = trainer.generate([torch.tensor([5, 6])], do_sample=False, max_new_tokens=3, eos_token_id=99)
     assert len(responses[0]) == 4
     assert trainer.score([torch.tensor([5, 6])], responses) == [torch.tensor(1.0)] and lengths == [3]
-    with pytest.raises(ValueError, match=r"rows \[1\] were not scored, and step cannot leave a response out"):
+    with pytest.raises(ValueError, match=r"rows \[1\] were not scored, and step cannot skip a response"):
         trainer.score([torch.tensor([5, 6])] * 2, responses * 2)
 
 

@@ -291,7 +291,7 @@ def test_two_ranks_equal_one_process_with_all_networks_on_one_base(tmp_path, ran
         assert_equal_outcome(rank["on one base, accumulated"], expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*rows go one by one")
+@pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_two_ranks_equal_one_process_where_rows_are_read_separately(tmp_path, ranks):
     """Each process groups its own rows by length."""
     expected = stepped(alone, tmp_path, model=family_model("griffin", scale=1.0))[1]

@@ -333,7 +333,7 @@ def test_wrong_constructor_arguments_are_named(tmp_path):
         APATrainer(config, model, tokenizer=tokenizer, lr_scheduler="linear")
     with pytest.raises(ValueError, match="value_model is a int"):
         APATrainer(config, model, tokenizer=tokenizer, value_model=3)
-    with pytest.raises(ValueError, match="processing_class and tokenizer name one argument"):
+    with pytest.raises(ValueError, match="processing_class and tokenizer are the same argument"):
         APATrainer(config, model, processing_class=tokenizer, tokenizer=tiny_tokenizer())
 
 

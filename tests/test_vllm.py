@@ -263,7 +263,7 @@ def test_policies_that_vllm_cannot_hold_are_refused(tmp_path, folder, vllm):
     int8 = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=int8)
     arguments = {"tokenizer": tiny_tokenizer(), "reward_funcs": few_nines, "train_dataset": PROMPTS}
-    with pytest.raises(ValueError, match="model is 8-bit, which vLLM cannot be given"):
+    with pytest.raises(ValueError, match="model is 8-bit, which vLLM cannot load"):
         APATrainer(tiny_config(tmp_path, use_vllm=True), model, peft_config=lora_config(), **arguments)
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit), ia3_config())

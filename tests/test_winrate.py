@@ -404,7 +404,7 @@ def test_the_command_pairs_by_prompt_and_continues_after_the_endpoint_failed(end
     given, before = len(VerdictCache(tmp_path / "winrate_cache.jsonl")), len(server.requests)
     status, said, _ = run(capsys, ours, theirs, *options)
     assert status == 0 and given >= 3 and len(server.requests) - before == 8 - given
-    assert "1 answers are left out" in said and "1 of 4 prompts have no reference answer" in said
+    assert "1 answers are dropped" in said and "1 of 4 prompts have no reference answer" in said
     assert "win rate 1.000, 95% interval 1.000 to 1.000" in said and "4 wins, 0 ties, 0 losses in 4 pairs" in said
     assert "both orders agree on 100% of the pairs; the answer that came first got 50% of the decided" in said
     result = json.loads((tmp_path / "result.json").read_text())

@@ -47,7 +47,7 @@ def is_peft_model(model: nn.Module) -> bool:
     """Whether `model` is a PEFT model, or an engine's or compiler's wrapper around one.
 
     Accelerate's function reads the metadata of packages from disk at each call, milliseconds of each micro-batch, so
-    it is asked of wrappers alone.
+    it is called only for wrappers.
     """
     if isinstance(model, PeftModel):
         return True

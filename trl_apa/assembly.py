@@ -1,4 +1,4 @@
-"""The trainer's networks, put together from what its caller gave: policy, reference, value model, tokenizer."""
+"""The trainer's networks, built from its arguments: policy, reference, value model, tokenizer."""
 
 import warnings
 from pathlib import Path
@@ -71,7 +71,8 @@ def assemble(
         ValueError: naming the argument that is of the wrong type or does not fit another.
     """
     if args.neftune_noise_alpha is not None:
-        text = f"neftune_noise_alpha={args.neftune_noise_alpha} has no effect: the log-ratio to pi_init would be noisy"
+        noise = f"neftune_noise_alpha={args.neftune_noise_alpha}"
+        text = f"{noise} has no effect: it would add noise to the log-ratio to pi_init"
         warnings.warn(text, UserWarning, stacklevel=3)
     given, model, ref_model = model, without_value_head(model), without_value_head(ref_model)
     check_type("model", model, MODELS)
@@ -91,7 +92,7 @@ def assemble(
     value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
     if args.num_unfrozen_layers is not None:
         if num_shared_layers is not None:
-            raise ValueError("num_unfrozen_layers and num_shared_layers say one thing in two ways: give one of them")
+            raise ValueError("num_unfrozen_layers and num_shared_layers set the same thing: pass one of them")
         num_frozen = freeze_all_but(args.num_unfrozen_layers, policy)
         num_shared_layers = num_frozen if ref_model is None else None
         if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
@@ -103,7 +104,7 @@ def assemble(
             check_has_positions(argument, network, policy, args.max_prompt_length, args.max_completion_length)
     module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
     if any(is_partitioned(parameter) for parameter in module.parameters()):
-        use_one_precision(module)  # DeepSpeed has a float32 copy of what it trains
+        use_one_precision(module)  # DeepSpeed has a float32 copy of the trained weights
     else:
         check_precision(module)
     check_networks_are_apart(module, ref_model, optimizer)

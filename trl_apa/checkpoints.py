@@ -1,6 +1,6 @@
-"""Checkpoints as files: written beside their place and renamed into it, verified, listed, deleted.
+"""Checkpoint files: written to a temporary folder and renamed, verified, listed, deleted.
 
-A checkpoint is complete when `MANIFEST` lies in it. That file is written last, and holds the size and the checksum of
+A checkpoint is complete if it has a `MANIFEST`. That file is written last, with the size and the checksum of
 every other one. All names below are relative to the output folder:
 
 | name | what it is |
@@ -70,12 +70,12 @@ class IncompleteCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder that a checkpoint was written to.
+    """A folder with a checkpoint.
 
     Args:
-        path: where it lies.
+        path: its folder.
         step: optimizer steps, by the folder's name.
-        run: whose it is; None if its manifest is missing (0.1.0 wrote none) or cannot be read.
+        run: the run that wrote it; None if its manifest is missing (0.1.0 wrote none) or cannot be read.
     """
 
     path: Path
@@ -113,7 +113,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def put_in_place(folder: Path, step: int, run: Run) -> Path:
-    """Rename a complete checkpoint from `staging_folder` to its own name; what had that name is never lost before.
+    """Rename a complete checkpoint from `staging_folder` to its final name; one with that name is kept until then.
 
     A predecessor of the same run is deleted afterwards; anything else is moved to `OLDER_RUNS`.
     """
@@ -151,7 +151,7 @@ def delete_surplus(output_dir: str | os.PathLike, run: Run, limit: int | None, k
 
     Args:
         limit: None or 0 deletes nothing.
-        keep: the best checkpoint, which stays besides the newest.
+        keep: the best checkpoint, which is kept in addition to the newest.
     """
     if not limit or limit < 0:
         return
@@ -168,7 +168,7 @@ def delete_surplus(output_dir: str | os.PathLike, run: Run, limit: int | None, k
 
 
 def clean_up(output_dir: str | os.PathLike, run: Run | None = None) -> None:
-    """What a process that was killed while it wrote or replaced a checkpoint left behind: completed, or deleted.
+    """Complete or delete what a killed process left while it wrote or replaced a checkpoint.
 
     Args:
         run: whose leftovers are deleted; None deletes none. A complete checkpoint without a name gets it in any case.
@@ -190,12 +190,12 @@ def clean_up(output_dir: str | os.PathLike, run: Run | None = None) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder and what is in it, if it is there."""
+    """Delete a folder and its contents, if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_directory(directory: Path) -> None:
-    """Let the names in a folder survive a power failure, where the file system can."""
+    """Flush a folder's entries to disk, so that they survive a power failure, if the file system can."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -254,7 +254,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def run_of(folder: str | os.PathLike) -> Run | None:
-    """Whose a checkpoint is, if its manifest says so."""
+    """The run of a checkpoint, if its manifest says so."""
     with suppress(IncompleteCheckpoint):
         manifest = read_manifest(folder)
         return None if manifest is None else Run(**manifest["run"])
@@ -289,7 +289,7 @@ def problem_with(folder: str | os.PathLike) -> str | None:
 
 
 def _problems(folder: Path, manifest: dict[str, Any] | None) -> Iterator[str]:
-    """Cheap ones first, so that a folder that lacks a file is told from a complete one without reading it."""
+    """Cheap checks first: a missing file is found without reading the others."""
     records = {} if manifest is None else manifest["files"]
     for name, record in records.items():
         if not (folder / name).is_file():
@@ -321,8 +321,8 @@ def _wrong_steps(folder: Path, manifest: dict[str, Any] | None) -> Iterator[str]
 
 
 def missing_files(folder: Path) -> Iterator[str]:
-    """What any checkpoint must hold, by name; of an engine that shards weights, only what is ours."""
-    # Of which processes, depends on the node that a folder lies on: each looks for its own.
+    """Files that any checkpoint must have; with sharded weights, only the trainer's own files."""
+    # Each node has the files of its own processes: each process looks for its own.
     yield from _absent(folder, TRAINER_STATE_NAME)
     for pattern, name in ((PROCESS_STATE.format(process="*"), PROCESS_STATE.format(process=0)), RANDOM_STATES):
         if not any(folder.glob(pattern)):
@@ -363,7 +363,7 @@ def _absent(folder: Path, *names: str, prefix: str = "") -> Iterator[str]:
 
 
 def record_run(output_dir: str | os.PathLike, run: Run) -> None:
-    """Note in a folder which run began, or was resumed, last, before it has a checkpoint there."""
+    """Record in a folder the run that was started or resumed last, before it has a checkpoint there."""
     path = Path(output_dir) / RUN_RECORD
     recorded = recorded_run(output_dir)
     if recorded is not None and recorded.id == run.id:
@@ -383,10 +383,10 @@ def recorded_run(output_dir: str | os.PathLike) -> Run | None:
 def newest_checkpoint(
     output_dir: str | os.PathLike, problem: Callable[[Path], str | None] = problem_with
 ) -> Path | None:
-    """The newest complete checkpoint of the run in `output_dir` that began last; None if there are no checkpoints.
+    """The newest complete checkpoint of the most recent run in `output_dir`; None if there are no checkpoints.
 
-    Which run that is, `record_run` has noted; otherwise the checkpoints say it. Those without a manifest are older
-    than all others. Warns of each incomplete one that is passed over.
+    `record_run` has recorded that run; otherwise the checkpoints say it. Those without a manifest are older
+    than all others. Warns of each incomplete one that is skipped.
 
     Args:
         output_dir: where to look.
@@ -409,12 +409,12 @@ def newest_checkpoint(
         if why is None:
             return checkpoint.path
         passed_over.append(f"{checkpoint.path.name}: {why}")
-        warnings.warn(f"{checkpoint.path} is incomplete ({why}); looking at the one before it", stacklevel=2)
+        warnings.warn(f"{checkpoint.path} is incomplete ({why}); trying the previous one", stacklevel=2)
     if not found:
         return None
     others = sorted(str(c.path) for c in found if newest_run is not None and c not in of_newest)
     others += [str(c.path) for c in of_newest if c.run is None and not (c.path / MANIFEST).exists() and newest_run]
     whose = "" if newest_run is None else f" of run {newest_run}"
     why = f" ({'; '.join(passed_over)})" if passed_over else ""
-    advice = f"; name one of an older run to resume that: {', '.join(others)}" if others else ""
+    advice = f"; to resume an older run, name one of its checkpoints: {', '.join(others)}" if others else ""
     raise IncompleteCheckpoint(f"{os.fspath(output_dir)!r} has no complete checkpoint{whose}{why}{advice}")

@@ -1,4 +1,4 @@
-"""The smaller names that scripts for TRL <= 0.11 import beside the trainer."""
+"""Other names that scripts for TRL <= 0.11 import."""
 
 import random
 from typing import Any

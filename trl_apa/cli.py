@@ -1,7 +1,7 @@
-"""The command line: `trl-apa --version` and `trl-apa <command> ...`, and what it says when something goes wrong.
+"""The command line: `trl-apa --version`, `trl-apa <command> ...` and error reporting.
 
 A command is a module with `main(argv: list[str]) -> int`, imported only when it is called for. It raises what goes
-wrong; here it is decided whether that is a user's mistake, which is told in a line or two, or a bug.
+wrong; this module decides whether that is a user error, reported in a line or two, or a bug.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from trl_apa.redaction import without_secrets_in_error
 
 
 COMMANDS = {
-    "demo": ("trl_apa.demo", "a complete RLHF in miniature on the CPU: SFT, reward model, APA"),
+    "demo": ("trl_apa.demo", "a complete RLHF pipeline with a small model on the CPU: SFT, reward model, APA"),
     "sft": ("trl_apa.commands.sft", "supervised fine-tuning with TRL's SFTTrainer"),
-    "reward": ("trl_apa.commands.reward", "a reward model from preferences with TRL's RewardTrainer"),
+    "reward": ("trl_apa.commands.reward", "train a reward model on preferences with TRL's RewardTrainer"),
     "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
-    "offline": ("trl_apa.commands.offline", "learn from fixed responses with APA, AWR or ILQL"),
+    "offline": ("trl_apa.commands.offline", "train on fixed responses with APA, AWR or ILQL"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
-    "check": ("trl_apa.commands.check", "whether a model's numbers can be trusted on this machine, in a table"),
+    "check": ("trl_apa.commands.check", "check whether a model's numbers can be trusted on this machine"),
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
     "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
-    "merge": ("trl_apa.commands.merge", "an adapter put into its base, as a plain checkpoint"),
-    "paper": ("trl_apa.commands.paper", "the curves of one of the paper's figures, and their picture"),
+    "merge": ("trl_apa.commands.merge", "merge an adapter into its base, as a plain checkpoint"),
+    "paper": ("trl_apa.commands.paper", "run and plot the curves of a figure of the paper"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
     "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),
 }
 # Where `--debug VALUE` is an option of the Trainer.
 WITH_TRAINER = ("sft", "reward", "train", "offline")
-# What these print is all that they make: without stdout there is nothing to go on for.
+# Their only output is stdout: without it there is no reason to continue.
 PRINT_ALONE = ("generate", "check", "memory", "env")
 
 MISTAKE, BUG, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
@@ -159,7 +159,9 @@ def explain(error: Exception) -> Told:
     frames, causes = traceback.extract_tb(error.__traceback__), list(_causes(error))
     is_running = any(frame.name in RUNNING for frame in frames)
     if any(_is_out_of_memory(cause) for cause in causes):
-        advice = "  lower the batch sizes or lengths; `trl-apa memory` says what a run needs, and what saves most"
+        advice = (
+            "  lower the batch sizes or lengths; `trl-apa memory` predicts the memory of a run and the largest savings"
+        )
         return Told([f"out of memory: {_text(causes[-1])}", advice], MISTAKE)
     if not is_mistake(error, frames, is_running):
         place = _last_place(frames, lambda frame: not _is_of_a_library(frame))

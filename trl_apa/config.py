@@ -75,7 +75,7 @@ DEFINES_RUN = (
 )
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
-    "accelerator_kwargs": "the Trainer makes the accelerator; set accelerator_config",
+    "accelerator_kwargs": "the Trainer creates the accelerator; set accelerator_config",
     "project_kwargs": "set output_dir, or log_dir of TensorBoard in tracker_kwargs",
     "dataset_num_proc": "the trainer does not tokenize",
     **trl_0_12.WITHOUT_EFFECT,
@@ -105,7 +105,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
         vf_coef (`float`, *optional*, defaults to `1.0`):
             eta, the weight of the value loss.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
-            Give the advantages of the whole iteration, over all processes, mean 0 and variance 1.
+            Give the advantages of the complete iteration, over all processes, mean 0 and variance 1.
         whiten_rewards (`bool`, *optional*, defaults to `False`):
             Divide token rewards by their standard deviation, keeping their mean.
         scale_rewards (`bool`, *optional*, defaults to `False`):
@@ -170,7 +170,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
         temperature (`float`, *optional*, defaults to `1.0`):
             Of sampling, and of the log-probs in the update.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
-            Of sampling. The losses assume the whole distribution: leave both off unless you know why not.
+            Of sampling. The losses assume the full distribution: leave both off unless you know why not.
         padding_free (`bool`, *optional*):
             Run the networks on the tokens of a micro-batch in one row, without padding. By default wherever they are
             seen to compute the same from it; `True` raises elsewhere, `False` never does.
@@ -195,7 +195,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
         optimize_device_cache (`bool`, *optional*, defaults to `False`):
             Empty the device's cache after every backward pass: `torch_empty_cache_steps=1`.
         steps (`int`, *optional*, defaults to `20000`):
-            Rollouts a process will see in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
+            Total rollouts per process in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
             decaying `lr_scheduler_type` stretches over.
         resume_anyway (`list[str]`, *optional*):
             `train(resume_from_checkpoint=...)` refuses a checkpoint of a run with another loss, other data, rewards,
@@ -405,7 +405,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
                 if value == default:
                     continue
                 raise ValueError(
-                    f"{alias}={value!r} and {name}={current!r} name one option: set one of them, the other to None"
+                    f"{alias}={value!r} and {name}={current!r} are the same option: set one of them, the other to None"
                 )
             setattr(self, name, value)
 
@@ -448,8 +448,8 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
         check_optimizer_options(self)
         if self.value_max_grad_norm is not None and not self.max_grad_norm:
             raise ValueError(
-                f"value_max_grad_norm={self.value_max_grad_norm} needs a max_grad_norm, the policy's clip: set it to "
-                "inf if that should not be clipped"
+                f"value_max_grad_norm={self.value_max_grad_norm} needs max_grad_norm for the policy: set that to inf "
+                "to leave the policy unclipped"
             )
         check_reward_weights(self.reward_weights)
         for name in ("kl_coef", "vf_coef", "top_k"):
@@ -459,7 +459,9 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
         if not isinstance(self.scale_rewards, bool):
-            raise ValueError(f"scale_rewards={self.scale_rewards!r}: it should be True or False, not a way of GRPO's")
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r}: it should be True or False, not one of GRPO's values"
+            )
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
 
@@ -499,7 +501,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             raise ValueError(
                 f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
                 f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
-                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: leave one of them out"
+                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: remove one of them"
             )
         if self.batch_size % self.num_generations:
             raise ValueError(

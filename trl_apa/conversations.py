@@ -58,7 +58,7 @@ def conversation_ids(
         ids = rendered([*instructions, *(message for turn in turns for message in turn)])
         if len(ids) <= max_length:
             return ids
-    _say_once(tokenizer, max_length, "leaves out the beginning of a message that is too long by itself")
+    _say_once(tokenizer, max_length, "drops the beginning of a message that is too long by itself")
     return _with_shorter_text(instructions, turns[-1] if turns else [], rendered, max_length)
 
 
@@ -94,8 +94,8 @@ def _with_shorter_text(
     ids = with_last(0)
     if len(ids) > max_length or not text:
         raise ValueError(
-            f"max_prompt_length={max_length}, but a prompt has {len(ids)} tokens that cannot be left out: its system "
-            "message, the chat template and what follows the user's last message; raise max_prompt_length"
+            f"max_prompt_length={max_length}, but a prompt has {len(ids)} tokens that cannot be dropped: its system "
+            "message, the chat template and everything after the user's last message; raise max_prompt_length"
         )
     while too_many - fits > 1:
         middle = (fits + too_many) // 2

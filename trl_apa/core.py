@@ -136,7 +136,7 @@ def listify_batch(tensor: Tensor) -> list[Tensor]:
 
 
 def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
-    """One dict of what lies in dicts within dicts, its keys joined by `sep`.
+    """Flatten nested dicts into one dict, its keys joined by `sep`.
 
     Raises:
         ValueError: if two keys become one.

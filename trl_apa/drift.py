@@ -24,12 +24,11 @@ def drift_message(stats: Mapping[str, float], coefficient: str) -> str | None:
     is_far = kl > MAX_KL and per_token > MAX_KL_PER_TOKEN
     if not is_far or (unexplained is not None and unexplained < MAX_UNEXPLAINED):
         return None
-    residual = (
-        "" if unexplained is None else f", and its loss is still {unexplained:.0%} of what it is at the initial model"
-    )
+    residual = "" if unexplained is None else f", and its loss is still {unexplained:.0%} of the initial model's"
     return (
-        f"the policy is {kl:.0f} nats a response from the initial model, {per_token:.1f} a token{residual}: from here "
-        f"on a reward is often bought with broken or repeated text. Read some responses; raise {coefficient}, lower "
+        f"the policy is {kl:.0f} nats per response from the initial model, {per_token:.1f} per token{residual}: "
+        "beyond this, higher rewards often come with broken or repetitive text. Read some responses; raise "
+        f"{coefficient}, lower "
         "learning_rate, or stop earlier (see objective/kl in docs/statistics.md)"
     )
 

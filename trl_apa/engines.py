@@ -37,7 +37,7 @@ def shards_weights(accelerator: Accelerator) -> bool:
 def check_engine(
     accelerator: Accelerator, args: Any, module: PolicyAndValue, optimizer: Any, lr_scheduler: Any
 ) -> None:
-    """Refuse, before any GPU time is spent, what the engine of this run would do otherwise than asked, or not at all.
+    """Raise an error, before any GPU time is spent, for options that this run's engine would ignore or change.
 
     Args:
         accelerator: of the run.
@@ -52,8 +52,8 @@ def check_engine(
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if asked_for_fsdp and not is_fsdp:
         raise ValueError(
-            "fsdp: accelerate runs it on several processes with a GPU (or another accelerator) each; "
-            f"here it would train with {accelerator.distributed_type.value} without a word"
+            "fsdp: accelerate needs several processes with a GPU (or another accelerator) each; here it would "
+            f"silently train with {accelerator.distributed_type.value}"
         )
     if is_fsdp and not accelerator.is_fsdp2:
         raise ValueError("fsdp_config: version 1 is not supported; version 2 is")
@@ -61,11 +61,11 @@ def check_engine(
         return
     for name, given in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
         if given is not None:
-            raise ValueError(f"{name}: DeepSpeed would drop it; say what you want with optim, learning_rate, ...")
+            raise ValueError(f"{name}: DeepSpeed would ignore it; set optim, learning_rate, ... instead")
     if args.reads("ratio_threshold") and args.ratio_threshold != float("inf"):
         raise ValueError(
-            f"ratio_threshold={args.ratio_threshold}: DeepSpeed updates the weights inside the backward pass, so that "
-            "a mini-batch cannot be left out after it; set ratio_threshold=float('inf')"
+            f"ratio_threshold={args.ratio_threshold}: DeepSpeed updates the weights inside the backward pass, so a "
+            "mini-batch cannot be skipped afterwards; set ratio_threshold=float('inf')"
         )
     if args.value_max_grad_norm is not None:
         raise ValueError(
@@ -75,13 +75,13 @@ def check_engine(
     zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
     if module.base_is_shared and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise ValueError(
-            "deepspeed: with value_model='adapter' offload_optimizer would add up the value model's gradients of all "
-            "updates; leave it out, or give value_model='separate'"
+            "deepspeed: with value_model='adapter' offload_optimizer would accumulate the value model's gradients "
+            "over all updates; remove it, or set value_model='separate'"
         )
     if zero_stage(accelerator) == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise ValueError(
             "deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true; "
-            "without it there are no whole weights to save"
+            "without it the full weights cannot be saved"
         )
 
 
@@ -120,7 +120,7 @@ def serve_sharded_weights(model: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def policy_gathered(wrapped: nn.Module) -> Iterator[None]:
-    """Inside, under ZeRO-3, every process has the whole policy, as sampling many tokens wants it.
+    """Inside, under ZeRO-3, every process has the full policy, for sampling many tokens.
 
     Args:
         wrapped: the `PolicyAndValue` as the engine has prepared it.

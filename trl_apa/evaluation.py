@@ -140,7 +140,7 @@ def _kl_and_entropy(trainer: "APATrainer", queries: list[Tensor], responses: lis
 
 @contextmanager
 def random_numbers_of_its_own(seed: int, process_index: int = 0) -> Iterator[None]:
-    """Inside, torch's generators are seeded; afterwards they go on as if nothing had been drawn."""
+    """Inside, torch's generators are seeded; afterwards their states are restored."""
     with torch.random.fork_rng():
         torch.manual_seed(seed + process_index)
         yield

@@ -5,7 +5,7 @@ from typing import IO
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write a file under another name first, so that nobody reads half of it, and what was there stays until then.
+    """Write a file under a temporary name and rename it: readers never see an incomplete file.
 
     A device or a pipe is written to as it is.
     """

@@ -51,7 +51,7 @@ class ResponseLengths(StoppingCriteria):
         return self.lengths_B > 0
 
     def cut(self, tokens_BT: Tensor) -> list[Tensor]:
-        """The generated tokens of each row up to the one that ended it; the whole row if none did."""
+        """The generated tokens of each row up to the one that ended it; the complete row if none did."""
         generated_BR = tokens_BT[:, self.prompt_width :]
         lengths = [0] * len(generated_BR) if self.lengths_B is None else self.lengths_B.tolist()
         return [row[: length or len(row)] for row, length in zip(generated_BR, lengths, strict=True)]
@@ -120,7 +120,7 @@ def generate_responses(
         length_sampler: if given, draws `max_new_tokens` for each batch.
         remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
         pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
-        model_inputs: passed on to `generate` (a logits processor, say).
+        model_inputs: passed on to `generate` (such as a logits processor).
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
@@ -131,7 +131,7 @@ def generate_responses(
     responses: list[Tensor] = [queries[0]] * len(queries)
     device = next(model.parameters()).device
     two_stacks = model.config.is_encoder_decoder
-    # Finished rows go on through the network, padded.
+    # Finished rows stay in the batch, padded.
     pad_token_id, sampling = generation_config.pad_token_id, copy.copy(generation_config)
     sampling.pad_token_id = padding_id(pad_token_id, [model])
     if length_sampler is None and max_length is None:
@@ -213,7 +213,7 @@ def response_limits(
 
 
 def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the caller of `generate` asked for, on top of `defaults`, as arguments of `generate_responses`.
+    """The caller's options of `generate`, over `defaults`, as arguments of `generate_responses`.
 
     Args:
         defaults: `temperature`, `top_p`, `top_k` (read when sampling), `max_new_tokens`, `pad_token_id`,
@@ -233,7 +233,7 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
     kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "generation_config"}
     for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
         if kwargs.get(name, only) != only:
-            raise ValueError(f"{name}={kwargs[name]}: generate gives one sampled (or greedy) response to a query")
+            raise ValueError(f"{name}={kwargs[name]}: generate returns one sampled (or greedy) response per query")
     if not kwargs.get("do_sample", True):
         for name in ("temperature", "top_p", "top_k"):
             options.pop(name)
@@ -314,7 +314,7 @@ def decoder_start_token_id(model: nn.Module) -> int | None:
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (token := getattr(config, name, None)) is not None:
                 return token
-    raise ValueError("model has no decoder_start_token_id in its config, from which its responses would start")
+    raise ValueError("model has no decoder_start_token_id in its config, the first decoder token of every response")
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_token_id: int | None = None) -> list[int]:

@@ -11,7 +11,7 @@ from trl_apa._trl import is_peft_model
 
 @contextmanager
 def neutral_generation_config(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` has no generation defaults of its own for `generate` to fall back on."""
+    """Inside, `generate` ignores the model's own generation defaults."""
     owners = [model, model.get_base_model()] if is_peft_model(model) else [model]
     saved = [owner.generation_config for owner in owners]
     try:

@@ -16,7 +16,7 @@ from trl_apa.optimization import check_optimizer_is_finite
 
 @dataclass(frozen=True)
 class Gradient:
-    """A gradient whose norm nobody has looked at yet, and where the run was when it was there.
+    """A gradient whose norm is not checked yet, and the state of the run at that time.
 
     Args:
         norm: of all of it before clipping, 0-D, on the device.
@@ -36,7 +36,7 @@ class Gradient:
 
 
 class GradientGuard(_BaseTrainer):
-    """The part of `APATrainer` that looks at each gradient between the backward pass and the update.
+    """The part of `APATrainer` that checks each gradient between the backward pass and the update.
 
     Where `skips_on_device`, the device tells the optimizer: from the first gradient on that is not finite it makes no
     update, and the host learns of it where it waits anyway. Elsewhere the host waits before each update.
@@ -119,7 +119,7 @@ class GradientGuard(_BaseTrainer):
         return copy.deepcopy((self.lr_scheduler.state_dict(), groups))
 
     def _check_gradient_norms(self) -> None:
-        """Wait for the norms that nobody has looked at, all at once.
+        """Wait for all norms that are not checked yet, at once.
 
         Raises:
             FloatingPointError: if one is not finite. The run is then where it was before the first such update.
@@ -165,7 +165,7 @@ class GradientGuard(_BaseTrainer):
             self._told = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer does between two optimizer steps; what it logs, or ends with, was looked at before."""
+        """As the Trainer does between two optimizer steps; gradients are checked before it logs or ends."""
         if self.control.should_log or self.control.should_training_stop:
             self._check_gradient_norms()
         super()._maybe_log_save_evaluate(*args, **kwargs)

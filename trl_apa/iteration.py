@@ -1,4 +1,4 @@
-"""One iteration of Algorithm 1 between its rollouts and its last optimizer step: what is planned, and what is done."""
+"""One iteration of Algorithm 1, from its rollouts to its last optimizer step: its plan and its progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ from trl_apa.statistics import UpdateRecord
 class Iteration:
     """The rollouts of one iteration, the optimizer steps planned over them, and how many micro-batches are done.
 
-    It can be written down and picked up at any point: see `state_dict`.
+    It can be saved and restored at any point: see `state_dict`.
 
     Args:
         rollouts: with log pi_init, values, advantages and returns filled in.

@@ -74,7 +74,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kl_penalty: str) -> Tens
     Args:
         logprobs, ref_logprobs (`Tensor`): as in `kl_k1`.
         kl_penalty (`str`):
-            `"kl"` is k1, `"abs"` its absolute value, `"mse"` is k2, `"k3"` is k3. Classic's `"full"` needs whole
+            `"kl"` is k1, `"abs"` its absolute value, `"mse"` is k2, `"k3"` is k3. Classic's `"full"` needs full
             distributions, not the log-probabilities of the sampled tokens: `kl_full`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The layout in which networks read a batch: one in which they compute what they compute of each row alone."""
+"""The layout in which networks read a batch: one that gives the same results as each row alone."""
 
 import warnings
 from bisect import bisect_left
@@ -36,7 +36,7 @@ LONGEST_COUNTS = "has RoPE frequencies that depend on the longest row of a batch
 class Layouts:
     """The layout in which micro-batches of rows of a length go through all of some networks.
 
-    Each network is tried out (`trials.try_layouts`) on short rows when this is made, and on longer ones when rows
+    Each network is tried (`trials.try_layouts`) on short rows when this is made, and on longer ones when rows
     first cross a boundary of its config: a window, say. What RoPE makes of long rows is known from the config.
 
     Args:
@@ -151,7 +151,7 @@ def _different(networks: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def why_not_packed(network: nn.Module, longest: int = LONG) -> str | None:
-    """Why sequences of at most `longest` tokens would not give packed what they give alone; None if they do."""
+    """Why packed sequences of at most `longest` tokens would differ from the sequences alone; None if they do not."""
     if (reason := why_unsuitable(network, longest)) is not None:
         return reason
     if _crosses_rope(network, longest):
@@ -165,7 +165,7 @@ def why_not_packed(network: nn.Module, longest: int = LONG) -> str | None:
 
 
 def unpacked_layout(network: nn.Module, longest: int = LONG) -> Layout:
-    """The first layout, packed rows left out, in which rows of at most `longest` tokens give what they give alone.
+    """The first layout, except packed, in which rows of at most `longest` tokens give the same as alone.
 
     If that is not the padded one a warning says so, once for each kind of model.
     """
@@ -174,19 +174,20 @@ def unpacked_layout(network: nn.Module, longest: int = LONG) -> Layout:
     trial = layout_trial(network, longest)
     if isinstance(trial, Exception) or trial.is_exact_padded:
         return Layout.PADDED
-    why = f"computes something else from a padded batch than from each row alone, {_size(trial.padded)}"
+    why = f"gives other results for a padded batch than for each row alone, {_size(trial.padded)}"
     if not trial.has_padded_gradient:
         why = "has no finite gradient of a padded batch"
     return _say(network, why, Layout.SEPARATE if trial.is_exact_together else Layout.ONE_BY_ONE)
 
 
 def check_repeatable(network: nn.Module) -> None:
-    """Raise ValueError if a network computes something else each time that it reads the same tokens."""
+    """Raise ValueError if a network gives different results for the same tokens."""
     trial = layout_trial(network, LONG)
     if isinstance(trial, LayoutTrial) and not trial.is_repeatable:
         raise ValueError(
-            f"{type(inner_model(network)).__name__} computes something else each time that it reads the same tokens, "
-            f"{_size(trial.repeated)}: the log-ratio to pi_init would be noise"
+            f"{type(inner_model(network)).__name__} is random even in eval mode: the same tokens give different "
+            "results, "
+            f"{_size(trial.repeated)}. The log-ratio to pi_init would be noise"
         )
 
 
@@ -250,9 +251,9 @@ def _sampling_layout(model: nn.Module, longest: int) -> Layout:
     if isinstance(trial, Exception) or trial.is_exact_batched:
         return Layout.PADDED
     if not trial.is_exact_together:
-        why = f"answers two prompts at a time otherwise than each of them alone, {_size(trial.together)}"
+        why = f"answers two prompts in a batch differently from each prompt alone, {_size(trial.together)}"
         return _say(model, why, Layout.ONE_BY_ONE)
-    why = f"answers a padded batch of prompts otherwise than each of them alone, {_size(trial.batched)}"
+    why = f"answers a padded batch of prompts differently from each prompt alone, {_size(trial.batched)}"
     return _say(model, why, Layout.SEPARATE)
 
 
@@ -271,7 +272,7 @@ def cache_is_exact(model: nn.Module, longest: int) -> bool:
     if isinstance(trial, Exception) or trial.is_exact_cached:
         return True
     base = inner_model(model)
-    why = f"samples with its cache otherwise than it reads, {_size(trial.cached)}: no cache is used"
+    why = f"gives other results with its cache than without, {_size(trial.cached)}: no cache is used"
     _warn_once((base.config.model_type, "cache"), f"{type(base).__name__} {why}")
     return False
 
@@ -279,10 +280,10 @@ def cache_is_exact(model: nn.Module, longest: int) -> bool:
 def readable_batches(
     read: Callable[[list[Tensor]], Tensor], network: nn.Module, sequences: Sequence[Tensor]
 ) -> list[list[int]]:
-    """Rows of sequences in the batches in which `read` gives of each what it gives of it alone.
+    """Split sequences into batches in which `read` gives the same results as for each sequence alone.
 
     Args:
-        read: pads sequences and gives what a network says of each, `(B, K)`; it is tried out as layouts are.
+        read: pads sequences and returns a network's results, `(B, K)`; it is tried like the layouts.
         network: what reads them. If its weights are spread over processes all call this together.
         sequences: 1-D token ids.
     """
@@ -309,14 +310,14 @@ def _reads_padded(read: Callable[[list[Tensor]], Tensor], network: nn.Module, lo
     trial = _tried(read.__qualname__, network, longest, lambda: try_reading(read, network, longest))
     if isinstance(trial, Exception) or trial.relative <= allowed_difference(inner_model(network)):
         return True
-    _say(network, f"scores a padded batch otherwise than each row alone, {_size(trial)}", Layout.SEPARATE)
+    _say(network, f"scores a padded batch differently from each row alone, {_size(trial)}", Layout.SEPARATE)
     return False
 
 
 CONSEQUENCES = {
     Layout.PADDED: "batches are padded",
-    Layout.SEPARATE: "rows go one by one, those of equal length together",
-    Layout.ONE_BY_ONE: "rows go one by one",
+    Layout.SEPARATE: "rows are processed one by one, or batched by equal length",
+    Layout.ONE_BY_ONE: "rows are processed one by one",
 }
 _SAID: set[tuple[str, str]] = set()
 

@@ -44,9 +44,9 @@ class PolicyOutputs(NamedTuple):
 
     Args:
         logprobs_BR: log pi(a|s), nats, float32, with gradient.
-        entropy_BR: of the whole next-token distribution, nats, float32, without gradient; None unless asked for.
-        hidden_BRH: the last hidden states that the logits are computed from; None unless asked for.
-        logits_BRV: the logits over the temperature, float32; None unless asked for.
+        entropy_BR: of the full next-token distribution, nats, float32, without gradient; None unless asked for.
+        hidden_BRH: the last hidden states, from which logits are computed; None unless requested.
+        logits_BRV: the logits divided by the temperature, float32; None unless requested.
     """
 
     logprobs_BR: Tensor
@@ -89,7 +89,7 @@ def policy_outputs(
         response_width: `R`, tokens.
         temperature: logits are divided by it.
         with_entropy, with_hidden, with_logits: what else to return; logits not of a packed layout.
-        own_forward: call the model as a whole, which an engine that has cut it up waits for.
+        own_forward: call the complete model, as an engine that shards it requires.
 
     Raises:
         RuntimeError: for a packed layout where the model computes its logits itself.
@@ -307,7 +307,7 @@ def network_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, A
 def separate_inputs(tokens: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The inputs of each call for `tokens` of `rollouts.separate_tokens`: token ids, and nothing more.
 
-    A network that is told neither a mask nor positions makes its own, as it does for a row alone.
+    Without a mask and positions a network makes its own, as for a row alone.
     """
     ids_N = encoder_ids_N = tokens["input_ids"][0]
     if "encoder_input_ids" in tokens:
@@ -377,7 +377,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         equal = identity_of(base) or object()
         if equal not in _IS_HEAD_OF_EQUAL_TRUNK:
             _IS_HEAD_OF_EQUAL_TRUNK[equal] = _is_head_of_trunk(base, trunk, head)
-            torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
+            torch.clear_autocast_cache()  # older torch would keep using the copies of weights made without gradient
         _IS_HEAD_OF_TRUNK[base] = _IS_HEAD_OF_EQUAL_TRUNK[equal]
     return (trunk, head) if _IS_HEAD_OF_TRUNK[base] else None
 

@@ -2,7 +2,7 @@
 The policy losses (APA, AWR, PPO) and the value loss: pure functions of tensors.
 
 Every loss is a sum over the counted tokens divided by `num_tokens`, and so is every statistic that comes with it. With
-`num_tokens` = the count of the *whole optimizer step* (over micro-batches and processes), losses, statistics and
+`num_tokens` = the count of the *complete optimizer step* (over micro-batches and processes), losses, statistics and
 gradients of its micro-batches therefore add up to those of the step, however it was split. Without it, the denominator
 is the count of the given mask. It must never be smaller than that; this is not checked, since it would wait for the
 device.

@@ -62,7 +62,7 @@ def masked_mean(x: Tensor, mask: Tensor, num_tokens: float | Tensor | None = Non
     """
     Sum of `x` over the counted entries, divided by `num_tokens` or, without it, by the number of counted entries.
 
-    With `num_tokens` = the count of a whole optimizer step, the results of its micro-batches *add up* to the mean of
+    With `num_tokens` = the count of a complete optimizer step, its micro-batches' results *add up* to the mean of
     the step, however it was split.
 
     Args:
@@ -144,7 +144,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, distributed:
     `(x - mean) / sqrt(var + 1e-8)` on the counted entries, 0 elsewhere; `var` is the unbiased variance.
 
     The paper does not mention whitening; its public code whitens the advantages of a rollout batch before use. Do it
-    once, over the whole batch, before any split into micro-batches.
+    once, over the complete batch, before any split into micro-batches.
 
     Args:
         x (`Tensor`): any shape; with `distributed`, on a device that the process group can reduce.

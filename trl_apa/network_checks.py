@@ -1,4 +1,4 @@
-"""Whether networks can do what they are given for: the ids and lengths that will occur, text alone, in order."""
+"""Checks that networks fit their task: the ids and lengths that will occur, text only, causal."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from trl_apa.network_parts import inner_model, max_positions, num_token_ids
 def check_answers_text(policy: nn.Module) -> None:
     """Refuse a policy that cannot answer text: one that waits for an image, or whose adapters do not compute.
 
-    Two rows that differ in their second token alone show whether a decoder looks ahead, as a masked language model and
+    Two rows that differ only in their second token show whether a decoder looks ahead, as a masked language model and
     PaliGemma do: the log-probs of a response would then know the response.
 
     Args:
@@ -34,8 +34,8 @@ def check_answers_text(policy: nn.Module) -> None:
     known, sampled = num_token_ids(base) or 1, head_width(base.get_output_embeddings())
     if sampled > known > 1:
         raise ValueError(
-            f"model can sample {sampled} token ids, the rows of its vocabulary head, and its embedding knows {known}; "
-            f"give it rows for them: resize_token_embeddings({sampled})"
+            f"model's vocabulary head can sample {sampled} token ids, but its embedding has only {known} rows; add "
+            f"rows: resize_token_embeddings({sampled})"
         )
     name = type(base).__name__
     tokens = torch.tensor([[0, 0], [0, 1]], device=base.get_input_embeddings().weight.device) % known
@@ -81,7 +81,7 @@ def _warning_of_adapters_without_effect(policy: nn.Module) -> Iterator[None]:
     if unused:
         warnings.warn(
             f"adapters on {', '.join(sorted(unused))} have no effect: {type(inner_model(policy)).__name__} reads the "
-            "weights of these layers without calling them; leave them out of target_modules (exclude_modules)",
+            "weights of these layers without calling them; exclude them (exclude_modules, target_modules)",
             UserWarning,
             stacklevel=2,
         )
@@ -106,8 +106,8 @@ def check_reads(argument: str, network: nn.Module, policy: nn.Module, tokenizer:
     if known < needed:
         raise ValueError(
             f"{argument} knows {known} token ids; the policy's tokenizer has {len(tokenizer)} and the policy knows "
-            f"{of_policy}, so that ids up to {needed - 1} can occur; "
-            f"give {argument} rows for them: resize_token_embeddings({needed})"
+            f"{of_policy}, so ids up to {needed - 1} can occur; add rows to {argument}: "
+            f"resize_token_embeddings({needed})"
         )
 
 

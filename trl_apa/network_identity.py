@@ -16,7 +16,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def identity_of(network: nn.Module) -> Hashable | None:
-    """What decides what a network computes: its modules and their options, attention, precision, and every weight.
+    """Identifies networks that compute the same: modules and their options, attention, precision, every weight.
 
     Returns:
         None where that cannot be told, or takes as long as a trial: large networks; hooks and replaced forwards;
@@ -40,7 +40,7 @@ def identity_of(network: nn.Module) -> Hashable | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its class and its options say what a module does."""
+    """Whether a module's class and options define its computation."""
     ours = vars(module)
     return "forward" not in ours and not any(ours.get(name) for name in HOOKS)
 

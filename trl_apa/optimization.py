@@ -33,7 +33,7 @@ def add_value_parameters(
     if value_learning_rate is not None and any(id(p) in known for p in parameters):
         raise ValueError(
             f"value_learning_rate={value_learning_rate}, but optimizer holds the value model's parameters already; "
-            "set their rate in a group of that optimizer"
+            "set their rate in its parameter group"
         )
     missing = [p for p in parameters if p.requires_grad and id(p) not in known]
     if value_learning_rate is not None:
@@ -45,7 +45,7 @@ def add_value_parameters(
 def split_off_value_groups(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], value_learning_rate: float
 ) -> None:
-    """Move the value model's parameters to groups that are like their own but for the learning rate."""
+    """Move the value model's parameters to groups that differ only in the learning rate."""
     of_value = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in of_value]
@@ -92,8 +92,8 @@ def use_new_group_options(
     for number, (group, options) in enumerate(zip(optimizer.param_groups, now, strict=True)):
         if lacking := options.keys() - group.keys():
             raise ValueError(
-                f"the checkpoint is of another optimizer than {optimizer_name(optimizer)}: its groups have no "
-                f"{', '.join(sorted(lacking))}; set optim to what it was"
+                f"the checkpoint has another optimizer than {optimizer_name(optimizer)}: its groups have no "
+                f"{', '.join(sorted(lacking))}; set optim to its old value"
             )
         was = {name: group[name] for name in options} | {"lr": group.get("initial_lr", group["lr"])}
         was = comparable(was if then is None else then[number])
@@ -121,7 +121,7 @@ def _set_base_rate(group: dict[str, Any], scheduler: Any, number: int, rate: flo
 
 
 def _follow_schedule(optimizer: Any, scheduler: LambdaLR) -> None:
-    """The rates that the schedule has for its step, under its present options (a larger `max_steps`, say)."""
+    """The learning rates of the schedule at its step, under its present options (such as a larger `max_steps`)."""
     rates = [
         base * factor(scheduler.last_epoch)
         for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -135,7 +135,7 @@ def check_optimizer_is_finite(name: str, optimizer: torch.optim.Optimizer) -> No
     """Refuse an optimizer whose next step would spoil the weights, by one look at the device.
 
     Args:
-        name: what it is called in the message.
+        name: its name in the message.
         optimizer: fresh, or with the state of the steps before.
 
     Raises:
@@ -158,8 +158,8 @@ def check_optimizer_is_finite(name: str, optimizer: torch.optim.Optimizer) -> No
         return
     part, tensor = next((part, tensor) for part, tensor in held if not tensor.isfinite().all())
     raise ValueError(
-        f"{name} is not finite: {part} of a parameter of shape {tuple(tensor.shape)} holds NaN or inf; its next step "
-        "would make the weights so too. Make a new one, or take one from before"
+        f"{name} is not finite: {part} of a parameter of shape {tuple(tensor.shape)} holds NaN or inf, and the next "
+        "step would spread it to the weights. Create a new optimizer, or use an earlier one"
     )
 
 

@@ -34,7 +34,7 @@ def attend_per_sequence(
     """transformers' SDPA attention, sequence by sequence where a row is packed: cost grows with the sum of squares.
 
     Args:
-        module, query, key, value, attention_mask, dropout, scaling, kwargs: as transformers hands them over.
+        module, query, key, value, attention_mask, dropout, scaling, kwargs: as transformers passes them.
         sequence_lengths: tokens of each sequence in the one row; None for a batch as any other.
 
     Raises:
@@ -43,7 +43,7 @@ def attend_per_sequence(
     if sequence_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is not None and attention_mask.shape != UNREAD_MASK:
-        raise ValueError("its attention reads more from the mask than which tokens there are")
+        raise ValueError("its attention uses the mask for more than padding")
     sequences = zip(*(states.split(sequence_lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, *states, None, dropout, scaling, **kwargs)[0] for states in sequences]
     return torch.cat(outputs, dim=1), None
@@ -68,7 +68,7 @@ def attending_with(network: Any, implementation: str) -> Iterator[None]:
 
 
 def _parts(config: Any) -> list[str]:
-    """The configs of a composite one, by name."""
+    """The configs of a composite config, by name."""
     return [name for name in config.sub_configs if isinstance(getattr(config, name, None), PreTrainedConfig)]
 
 
@@ -94,24 +94,24 @@ def why_unsuitable(network: nn.Module, longest: int) -> str | None:
     base = inner_model(network)
     config = base.config
     if is_sharded(base):
-        return "has its weights spread over processes, so that it cannot be tried out"
+        return "has sharded weights, so it cannot be tried"
     if config.is_encoder_decoder:
         return "has an encoder, which reads a padded batch"
     if not base._supports_attention_backend or "position_ids" not in forward_parameters(base):
-        return "keeps its attention or its positions to itself"
+        return "does not let the trainer set its attention and positions"
     if config.get_text_config() is not config:
         return "is made of several models"
     implementation = config._attn_implementation
     if not _sees_all(config, longest, implementation):
-        return "has layers that do not attend to the whole sequence"
+        return "has layers that do not attend to the full sequence"
     if implementation not in ("sdpa", PER_SEQUENCE) and not implementation.startswith("flash_attention"):
         # Flex attention could be, but sampling and packed rows are more kinds of shapes than dynamo compiles it for.
-        return f"attends with {implementation}, and only SDPA and flash attention are told where sequences end"
+        return f"uses {implementation} attention; only SDPA and flash attention support packed sequences"
     return None
 
 
 def _sees_all(config: Any, longest: int, implementation: str) -> bool:
-    """Whether every layer sees all of a sequence of at most `longest` tokens, or is told its window."""
+    """Whether every layer attends to a full sequence of at most `longest` tokens, or gets its window."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds and getattr(config, "sliding_window", None):
         kinds = {"sliding_attention"}

@@ -19,7 +19,7 @@ class Processes:
         accelerator: of the trainer.
     """
 
-    # A user who asks twice for the end does not wait for other processes.
+    # A second Ctrl-C does not wait for other processes.
     stop_on_signal: StopOnSignal | None = None
 
     def __init__(self, accelerator: Accelerator):
@@ -35,7 +35,7 @@ class Processes:
         Work that talks to other processes has to have talked to all of them before it fails.
 
         Raises:
-            ValueError: if it failed in other processes only, with what they say.
+            ValueError: if it failed only in other processes, with their messages.
         """
         error, result = None, None
         try:

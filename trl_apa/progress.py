@@ -1,4 +1,4 @@
-"""The progress bar of `train()`: reward and KL beside it, the other numbers in the trackers."""
+"""The progress bar of `train()`, with reward and KL; the other numbers go to the trackers."""
 
 from typing import Any
 

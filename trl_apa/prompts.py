@@ -48,7 +48,7 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 class PromptSource:
-    """Which rows are asked in which iteration: the same after a restart, and however many processes there are.
+    """The rows of each iteration: the same after a restart, and for any number of processes.
 
     Rows of a data set with a length come in a shuffled order that is a function of the seed and the number of the pass
     over the data alone; rows that do not fill an iteration are left out of that pass. Rows of a stream come as it
@@ -56,12 +56,12 @@ class PromptSource:
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, or a list of rows or of prompts.
-        rows_per_process: rows that a process asks in one iteration.
+        rows_per_process: rows per process and iteration.
         seed: of the shuffling.
         process_index, num_processes: process `k` takes the `k`-th part of an iteration's rows.
 
     Raises:
-        ValueError: if there are fewer rows than one iteration asks for.
+        ValueError: if there are fewer rows than one iteration needs.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class PromptSource:
         self._next_in_stream = 0
         if not self.is_stream and len(dataset) < self.rows_per_iteration:
             raise ValueError(
-                f"train_dataset has {len(dataset)} rows; one iteration asks {self.rows_per_iteration} of them "
-                "(batch_size rollouts a process): lower batch_size or give more rows"
+                f"train_dataset has {len(dataset)} rows; one iteration needs {self.rows_per_iteration} of them "
+                "(batch_size rollouts per process): lower batch_size or pass more rows"
             )
 
     @property
@@ -118,7 +118,7 @@ def as_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def prompt_of(row: dict[str, Any]) -> Any:
-    """The text or the chat messages that a row asks; None if it holds token ids alone.
+    """The prompt of a row as text or chat messages; None if it only has token ids.
 
     Raises:
         ValueError: if the row has none of these.

@@ -24,7 +24,7 @@ from trl_apa.secret_patterns import (
 )
 
 
-# Options that are None in a pickle: who takes them out of it, in another process say, logs in there.
+# Options that are None in a pickle: a process that loads it has to log in again.
 SECRET_OPTIONS = ("hub_token", "push_to_hub_token")
 # Where it does not stand under its own name, a shorter secret cannot be told from a word. One of small letters only is
 # looked for by itself, not as a part of words.
@@ -48,7 +48,7 @@ def without_secrets(value: Any, *holders: Any) -> Any:
 
 
 def secrets_in(*holders: Any) -> set[str]:
-    """The keys, tokens and passwords that `without_secrets` hides for their names or their looks."""
+    """The keys, tokens and passwords that `without_secrets` hides for their names or patterns."""
     redactor = _Redactor()
     for holder in holders:
         redactor.shown(holder)
@@ -59,7 +59,7 @@ def without_secrets_in_error(text: str, *holders: Any) -> str:
     """What an error says, without secrets, also where a server quotes a part of one: `sk-ab***yz`.
 
     Args:
-        text: what it says.
+        text: the new text.
         holders: options whose secrets it may quote. Secrets of the environment's variables are hidden too.
     """
     known = secrets_in(*holders)
@@ -70,7 +70,7 @@ def without_secrets_in_error(text: str, *holders: Any) -> str:
 
 @contextmanager
 def errors_without_secrets(*holders: Any, quoted: bool = True) -> Iterator[None]:
-    """An error inside goes on without secrets, `holders`' too, in its text and in those of the errors behind it.
+    """Hide secrets, also those of `holders`, in the text of an error raised inside and of its causes.
 
     Args:
         holders: options whose secrets it may show.
@@ -131,7 +131,7 @@ class _Redactor:
             self._looked_into.pop()
 
     def text(self, text: str) -> str:
-        """A text without the known secrets and without what looks like one."""
+        """A text without the known secrets and without anything that looks like one."""
         shown = mask_text(text if self._known is None else self._known.sub(HIDDEN, text), self.found)
         return text if shown == text else shown
 
@@ -254,7 +254,7 @@ def _as_text(name: Any) -> str:
 
 
 def _leaves(value: Any, names_too: bool = False, depth: int = 0) -> Iterator[Any]:
-    """What lies in containers; of dicts the values, and the names if asked for."""
+    """The elements of containers; of dicts the values, and the names if requested."""
     if isinstance(value, str | bytes | bytearray) or depth == DEEPEST or not isinstance(value, Collection):
         yield value
         return
@@ -278,7 +278,7 @@ class RedactedOptions:
     """A mixin: what options show of themselves to trackers, on the terminal or in a pickle has no secret.
 
     The Trainer pickles its options into `training_args.bin` beside the weights, and uploads that. Copies keep
-    everything; who takes the options out of a pickle, in another process say, logs in there.
+    everything; a process that loads the pickle has to log in again.
     """
 
     def __init_subclass__(cls, **kwargs: Any):

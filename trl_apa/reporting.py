@@ -140,7 +140,9 @@ def _run_options(tracker: str, callback: TrainerCallback, args: TrainingArgument
     finally:
         setattr(owner, name, open_run)
     if not opened:
-        warnings.warn(f"a run of {tracker} was open already; it does not get {', '.join(options)}", stacklevel=6)
+        warnings.warn(
+            f"a run of {tracker} is open already, so these options are not applied: {', '.join(options)}", stacklevel=6
+        )
 
 
 def _options_for(tracker: str, args: TrainingArguments) -> dict[str, Any]:
@@ -238,10 +240,10 @@ def gather_table(
 def show_table(table: Table, step: int, num_rows: int) -> None:
     """Print some rows, chosen at random, of a table that has the columns `prompt` and `completion`.
 
-    Needs the library rich; without it nothing is printed. Python's random numbers go on as if none had been drawn.
+    Needs the library rich; without it nothing is printed. Does not change the state of Python's random numbers.
 
     Raises:
-        OSError: if nobody reads what is printed.
+        OSError: if the pipe is closed.
     """
     if not table.rows or find_spec("rich") is None:
         return
@@ -274,7 +276,7 @@ def _printable(stream: TextIO | None) -> Iterator[None]:
 
 
 def save_table(table: Table, path: Path) -> None:
-    """Write a table as parquet, in folders that are made if they are not there; the whole file or none."""
+    """Write a table as parquet, creating missing folders; never leaves an incomplete file."""
     columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
     content = io.BytesIO()  # a writer on a file would try to end it on a full disk too
     with _no_progress_bars():

@@ -1,4 +1,4 @@
-"""What lets a run continue after it stopped: how a checkpoint is written, and the checks when one is resumed."""
+"""Writing checkpoints, and the checks when a run is resumed from one."""
 
 import logging
 import os
@@ -64,7 +64,7 @@ UNVERIFIED = "sizes and checksums of its files, its data, rewards, reference and
 
 
 def problem_resuming(folder: str | os.PathLike) -> str | None:
-    """Why a checkpoint cannot be resumed: what `problem_with` finds, or states of processes that do not fit it."""
+    """Why a checkpoint cannot be resumed: the problem of `problem_with`, or inconsistent process states."""
     if (problem := problem_with(folder)) is not None:
         return problem
     step = _step_of(folder)
@@ -79,7 +79,7 @@ def problem_resuming(folder: str | os.PathLike) -> str | None:
 
 
 def problem_with_state(state: dict[str, Any], step: int) -> str | None:
-    """What in a process's state does not fit the optimizer steps of its checkpoint; None if all does."""
+    """An inconsistency between a process's state and the optimizer steps of its checkpoint, or None."""
     if (own := state.get("global_step", step)) != step:
         return f"it is of step {own}, {TRAINER_STATE_NAME} of step {step}"
     if (iteration := state.get("iteration")) is None:
@@ -100,12 +100,12 @@ def _step_of(folder: str | os.PathLike) -> int:
 
 
 def is_complete(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint can be resumed from: every file is there, as it was written."""
+    """Whether a checkpoint can be resumed: it is complete and unchanged."""
     return problem_resuming(checkpoint) is None
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest complete checkpoint of the run in `output_dir` that began last; warns of incomplete ones after it.
+    """The newest complete checkpoint of the most recent run in `output_dir`; warns of newer incomplete ones.
 
     Raises:
         ValueError: if there is none.
@@ -119,7 +119,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
 
 
 def load_process_state(folder: str | os.PathLike, process_index: int) -> dict[str, Any]:
-    """What one process wrote into a checkpoint beside weights and optimizer.
+    """The state of one process in a checkpoint, in addition to weights and optimizer.
 
     Raises:
         ValueError: if there is none, or if it does not fit the checkpoint.
@@ -127,8 +127,8 @@ def load_process_state(folder: str | os.PathLike, process_index: int) -> dict[st
     path, where = Path(folder) / PROCESS_STATE.format(process=process_index), repr(os.fspath(folder))
     if not path.is_file():
         raise ValueError(
-            f"resume_from_checkpoint={where} has no {path.name}: it is no checkpoint of train(), or one of fewer "
-            "processes, or one written with save_only_model"
+            f"resume_from_checkpoint={where} has no {path.name}: it is not a checkpoint of train(), or has fewer "
+            "processes, or was written with save_only_model"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
     if (problem := problem_with_state(state, _step_of(folder))) is not None:
@@ -137,10 +137,10 @@ def load_process_state(folder: str | os.PathLike, process_index: int) -> dict[st
 
 
 class ResumableRuns(_BaseTrainer):
-    """The part of the trainers that writes checkpoints and continues runs; see `docs/resuming.md`.
+    """The part of the trainers that writes checkpoints and resumes runs; see `docs/resuming.md`.
 
-    A subclass says what else a process has to keep (`_process_state`, `_restore_process_state`), and which reasons
-    beside the number of steps end a run (`_why_finished`).
+    A subclass defines the state of a process (`_process_state`, `_restore_process_state`) and the reasons that end a
+    run in addition to the number of steps (`_why_finished`).
     """
 
     run: Run | None = None
@@ -160,7 +160,7 @@ class ResumableRuns(_BaseTrainer):
     def _begin_run(
         self, resume_from_checkpoint: str | os.PathLike | bool | None, resume_anyway: Sequence[str] | None
     ) -> str | None:
-        """Who this run is, and the checkpoint that it resumes, checked before anything is loaded.
+        """Set this run's id and find the checkpoint to resume, checked before anything is loaded.
 
         Raises:
             ValueError: if there is no checkpoint to resume, if it is incomplete, or if it is of another run.
@@ -190,14 +190,14 @@ class ResumableRuns(_BaseTrainer):
         if others and self.is_world_process_zero():
             names = ", ".join(sorted({other.path.name for other in others}))
             logger.warning(
-                "output_dir=%r holds checkpoints of another run (%s): this new run leaves them there, and "
-                "save_total_limit does not count them. To continue that run: train(resume_from_checkpoint=True)",
+                "output_dir=%r holds checkpoints of another run (%s): this new run keeps them, and save_total_limit "
+                "does not count them. To continue that run: train(resume_from_checkpoint=True)",
                 output_dir,
                 names,
             )
 
     def _describe_run(self) -> dict[str, Any]:
-        """What a run learns from; a checkpoint with another description is another run's."""
+        """The inputs that define a run; a checkpoint with another description belongs to another run."""
         args = self.args
         options = {name: getattr(args, name) for name in args.defines_run}
         module = self.accelerator.unwrap_model(self.model)
@@ -215,7 +215,7 @@ class ResumableRuns(_BaseTrainer):
         )
 
     def _names_of_rewards(self) -> list[str] | None:
-        """Of the functions that a run learns from; None if there is none."""
+        """Names of the reward functions; None if there are none."""
         scorer = getattr(self, "scorer", None)
         return None if scorer is None else scorer.names
 
@@ -223,29 +223,29 @@ class ResumableRuns(_BaseTrainer):
         return data_fingerprint(self.train_dataset)
 
     def _agreed(self, choose: Any) -> Any:
-        """What `choose` gives on the main process, on all of them; if it fails there, all raise."""
+        """The main process's result of `choose`, on all processes; if it fails there, all raise."""
         chosen = [self.processes.together(lambda: choose() if self.is_world_process_zero() else None)]
         return broadcast_object_list(chosen)[0] if self.accelerator.num_processes > 1 else chosen[0]
 
     # ---- resuming ----
 
     def _find_checkpoint(self, resume: str | os.PathLike | bool) -> str:
-        """The main process looks, so that all resume the same one."""
+        """The main process searches, so that all resume the same checkpoint."""
         return last_complete_checkpoint(self.args.output_dir) if resume is True else os.fspath(resume)
 
     def _name_complete_checkpoints(self, resume: str | os.PathLike | bool) -> None:
-        """A process that was killed may have left one without its name, on any of the nodes."""
+        """A killed process may have left a complete checkpoint under its temporary name, on any node."""
         if self.args.should_save and (resume is True or not Path(resume).exists()):
             clean_up(self.args.output_dir if resume is True else Path(resume).parent)
 
     def _verify(self, checkpoint: str) -> None:
         if self.args.should_save and (problem := problem_resuming(checkpoint)) is not None:
             raise IncompleteCheckpoint(
-                f"resume_from_checkpoint={checkpoint!r} is incomplete, or no checkpoint: {problem}"
+                f"resume_from_checkpoint={checkpoint!r} is incomplete, or not a checkpoint: {problem}"
             )
 
     def _compare(self, checkpoint: str, resume_anyway: Sequence[str] | None) -> None:
-        """Refuse another run's checkpoint, and find out whether this one's run has ended."""
+        """Reject another run's checkpoint, and find out whether this one's run has finished."""
         self._resumed_manifest = manifest = read_manifest(checkpoint)
         step = _step_of(checkpoint)
         self._resumed_state = state = load_process_state(checkpoint, self.accelerator.process_index)
@@ -255,13 +255,13 @@ class ResumableRuns(_BaseTrainer):
         allowed = {*self._named(self.args.resume_anyway), *self._named(resume_anyway)}
         if unknown := allowed - self._description.keys():
             raise ValueError(
-                f"resume_anyway names {', '.join(sorted(unknown))}, by which no run is told from another; it can name "
+                f"resume_anyway names {', '.join(sorted(unknown))}, which is not compared on resume; it can name "
                 f"{', '.join(sorted(self._description.keys() - set(NEVER_OVERRIDDEN)))}"
             )
         allowed -= set(NEVER_OVERRIDDEN)
         if refused := {name: pair for name, pair in differing.items() if name not in allowed}:
             names = sorted(refused.keys() - set(NEVER_OVERRIDDEN))
-            advice = f"; resume_anyway={names} resumes it with what is given here" if names else ""
+            advice = f"; resume_anyway={names} resumes it with the current values" if names else ""
             raise ValueError(f"resume_from_checkpoint={checkpoint!r} is of another run: {say(refused)}{advice}")
         self._check_optimizer(checkpoint, manifest)
         self._overridden = differing
@@ -292,22 +292,22 @@ class ResumableRuns(_BaseTrainer):
         if then["name"] != now:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r}: optim was {manifest['options'].get('optim')!r} "
-                f"({then['name']}), is {str(self.args.optim.value)!r} ({now}); their states do not fit each other"
+                f"({then['name']}), is {str(self.args.optim.value)!r} ({now}); their states are incompatible"
             )
         if len(then["groups"]) != len(self.optimizer.param_groups):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r}: its optimizer has {len(then['groups'])} groups of "
-                f"parameters, this one has {len(self.optimizer.param_groups)}; was value_learning_rate set, or are "
-                "other parameters trained?"
+                f"parameters, this one has {len(self.optimizer.param_groups)}; check value_learning_rate and which "
+                "parameters are trained"
             )
 
     def _check_agreement(self, checkpoint: str) -> None:
-        """Refuse a checkpoint whose processes' parts are of different moments."""
+        """Reject a checkpoint whose processes wrote their parts at different steps."""
         numbers = torch.tensor([self._numbers_to_agree()], device=self.accelerator.device)
         everywhere = self.accelerator.gather(numbers)
         if (everywhere != everywhere[0]).any():
             raise IncompleteCheckpoint(
-                f"resume_from_checkpoint={checkpoint!r}: the parts of its processes are of different moments: "
+                f"resume_from_checkpoint={checkpoint!r}: its processes wrote their parts at different steps: "
                 f"{everywhere.tolist()}"
             )
 
@@ -315,14 +315,14 @@ class ResumableRuns(_BaseTrainer):
         return [self._last_saved_step]
 
     def _why_finished(self, step: int) -> str | None:
-        """Why a run of this many optimizer steps has ended under the options as they are now; None if it goes on."""
+        """Why a run with this many optimizer steps is finished under the present options; None if it is not."""
         planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if step >= planned:
-            return f"it has made its {planned} optimizer steps; more of them continue it (max_steps, num_train_epochs)"
+            return f"it has made its {planned} optimizer steps; set more to continue (max_steps, num_train_epochs)"
         stopped = (self._resumed_manifest or {}).get("early_stopping_patience")
         patience = [c.early_stopping_patience for c in self._early_stopping()]
         if stopped is not None and patience and max(patience) <= stopped:
-            return f"EarlyStoppingCallback ended it after {stopped} evaluations; a larger patience continues it"
+            return f"EarlyStoppingCallback ended it after {stopped} evaluations; set a larger patience to continue"
         return None
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
@@ -348,14 +348,14 @@ class ResumableRuns(_BaseTrainer):
         return {name: value for name, value in comparable(self.args.to_dict()).items() if name not in aliases}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer does, which makes at least one step; of a finished run none."""
+        """As the Trainer does, but a finished run makes no step."""
         if self._finished is not None:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does, which forgets how patient an `EarlyStoppingCallback` has been."""
+        """As the Trainer does, but restores the counter of an `EarlyStoppingCallback`."""
         initial = super()._init_training_state(*args, **kwargs)
         if self._resumed_manifest is not None:
             state = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
@@ -368,7 +368,7 @@ class ResumableRuns(_BaseTrainer):
         return initial
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called where the resumed loop takes up: random numbers, and what each process keeps beside them."""
+        """Called when the resumed loop starts: restores random numbers and the state of each process."""
         super()._load_rng_state(checkpoint)
         self._restore_resumed_state()
 
@@ -378,7 +378,7 @@ class ResumableRuns(_BaseTrainer):
             self._resumed_state = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As the Trainer does; notes the options of the optimizer's groups before a checkpoint replaces them."""
+        """As the Trainer does; records the options of the optimizer's groups before a checkpoint replaces them."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         made = optimizer or self.optimizer
         self._optimizer_as_made = group_options(made) if hasattr(made, "param_groups") else None
@@ -403,19 +403,19 @@ class ResumableRuns(_BaseTrainer):
     # ---- writing ----
 
     def _process_state(self) -> dict[str, Any]:
-        """What each process keeps beside weights, optimizer and random numbers: tensors, numbers, lists, dicts."""
+        """A process's state besides weights, optimizer and random numbers: tensors, numbers, lists, dicts."""
         return {}
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         """The counterpart of `_process_state`."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and rename it when it is complete and on disk.
+        """Write a checkpoint to a temporary folder, and rename it when it is complete and on disk.
 
-        What lay in its place, and the checkpoints before it, stay complete until then.
+        A checkpoint of that name, and the earlier ones, stay complete until then.
 
         Raises:
-            RuntimeError: if it cannot be written, the disk being full, say.
+            RuntimeError: if it cannot be written, for example because the disk is full.
         """
         self.run = self.run or self._agreed(lambda: Run.new(()))
         step, output_dir = self.state.global_step, self._get_output_dir(trial)
@@ -441,7 +441,7 @@ class ResumableRuns(_BaseTrainer):
         self._after_saving(place)
 
     def _after_saving(self, place: Path) -> None:
-        """What may fail without a loss: the upload, and deleting old checkpoints."""
+        """The upload and deleting old checkpoints, whose failure loses nothing."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         try:
             if self.args.push_to_hub:
@@ -449,7 +449,12 @@ class ResumableRuns(_BaseTrainer):
             if self.args.should_save:
                 delete_surplus(place.parent, self.run, limit, best)
         except Exception as error:
-            logger.warning("%s is complete, but what follows failed: %s: %s", place, type(error).__name__, error)
+            logger.warning(
+                "%s is complete, but pushing it or deleting older checkpoints failed: %s: %s",
+                place,
+                type(error).__name__,
+                error,
+            )
 
     def _note_best_checkpoint(self, place: Path) -> None:
         state = self.state
@@ -464,7 +469,7 @@ class ResumableRuns(_BaseTrainer):
         return owner is not None and self.run is not None and owner.id == self.run.id
 
     def _parts_of_a_checkpoint(self, folder: Path) -> Iterator[Callable[[], None]]:
-        """Each is written by all processes before the next, so that one that fails leaves none waiting in it."""
+        """All processes finish each write before the next, so that none waits for one that failed."""
         path = os.fspath(folder)
         yield lambda: folder.mkdir(parents=True, exist_ok=True)
         yield lambda: self.save_model(path, _internal_call=True)
@@ -511,22 +516,22 @@ class ResumableRuns(_BaseTrainer):
         put_in_place(folder, step, self.run)
 
     def _save_what_was_learned(self) -> None:
-        """A checkpoint between two optimizer steps, before an error is raised, unless there is one of this step."""
+        """Save a checkpoint before an error is raised between two optimizer steps, unless this step has one."""
         step = self.state.global_step
         if not self.is_in_train or step == 0 or self._stop_on_signal.at_once:
             return
         if step == self._last_saved_step:
             logger.warning(
-                "the run failed; all that it learned is in its checkpoint of step %d: resume from there", step
+                "the run failed; its progress is saved in the checkpoint of step %d: resume from there", step
             )
             return
         try:
             self._save_checkpoint(self.model, trial=None)
         except RuntimeError as error:  # the run's own error is the one to raise
-            logger.error("the run failed, and what it learned since its last checkpoint is lost: %s", error)
+            logger.error("the run failed, and its progress since the last checkpoint is lost: %s", error)
             return
-        advice = "its weights alone (save_only_model)" if self.args.save_only_model else "resume from there"
-        logger.warning("the run failed; what it learned is in %s: %s", self._checkpoint_place(), advice)
+        advice = "only weights (save_only_model)" if self.args.save_only_model else "resume from there"
+        logger.warning("the run failed; its progress is saved in %s: %s", self._checkpoint_place(), advice)
 
     def _checkpoint_place(self) -> str:
         return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -550,7 +555,7 @@ def comparable_groups(groups: list[dict[str, Any]] | None) -> list[dict[str, Any
 
 @contextmanager
 def random_state_restored_on_error() -> Iterator[None]:
-    """If the inside fails, the generators of Python, NumPy and torch go on as if it had not been tried."""
+    """If the inside fails, the generators of Python, NumPy and torch are restored."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:

@@ -21,7 +21,7 @@ class _Stopped(Exception):
 
 
 class _Progress:
-    """What a thread that calls functions tells the one that waits for it, and is told by it."""
+    """State shared by the thread that calls functions and the one that waits for it."""
 
     def __init__(self) -> None:
         self.at_work = "?"
@@ -60,12 +60,12 @@ def call_functions(
 ) -> list[Any]:
     """What each function answers; coroutine functions run together, after the others were called.
 
-    In a thread of its own if the time is limited, since Python cannot stop a call. A call that hangs is left behind
+    In a separate thread if the time is limited, since Python cannot stop a call. A call that hangs is abandoned
     and ends with the process; it begins with no other function.
 
     Args:
         functions: names and functions.
-        arguments: keywords; each function gets copies of its own.
+        arguments: keywords; each function gets its own copies.
         timeout: seconds for all of them; no limit by default.
 
     Raises:
@@ -79,7 +79,7 @@ def call_functions(
 
 
 def private_copy(value: Any) -> Any:
-    """A copy that can be edited without harm to anybody; what cannot be copied (a connection, say) is shared."""
+    """A copy that can be edited safely; objects that cannot be copied (such as a connection) are shared."""
     if type(value) in ATOMS:
         return value
     if type(value) is list and ATOMS.issuperset(map(type, value)):

@@ -1,4 +1,4 @@
-"""What reward functions answer, read as numbers; what is none, or too large to learn from, is refused by name."""
+"""Results of reward functions as numbers; errors name the function if a value is no number or too large."""
 
 import math
 from collections import deque
@@ -29,7 +29,7 @@ def read_answer(name: str, answer: Any, lengths: Sequence[int], skip_unscored: b
 
     Args:
         name: the function's.
-        answer: what it has returned: a list, tensor, array or series of numbers, None or NaN, or of lists of these.
+        answer: its result: a list, tensor, array or series of numbers, None or NaN, or of lists of these.
         lengths: tokens of each response.
         skip_unscored: a response with None or NaN gets NaN, instead of being refused.
 
@@ -41,7 +41,7 @@ def read_answer(name: str, answer: Any, lengths: Sequence[int], skip_unscored: b
         values = [_as_list(value) for value in _rows(name, answer)]
     except ValueError:
         raise
-    except BaseException as error:  # whatever an object of its own does when it is looked at
+    except BaseException as error:  # any error that a custom object raises when it is read
         raise failure(name, error) from error
     if len(values) != len(lengths):
         raise ValueError(f"reward function {name} gave {len(values)} values for {len(lengths)} responses")
@@ -87,7 +87,7 @@ def total(value: Value) -> float:
 
 
 def as_float(value: Any) -> float | None:
-    """A number of any type, as a float; NaN for None, and None for what is no number or beyond float32."""
+    """A number of any type, as a float; NaN for None, and None if it is not a number or beyond float32."""
     if value is None:
         return math.nan
     if not isinstance(value, Real | Decimal):

@@ -1,4 +1,4 @@
-"""From the scores of whole responses to rewards of tokens."""
+"""From scores of responses to rewards of tokens."""
 
 import math
 
@@ -146,7 +146,7 @@ def shaped_token_rewards(
     keeps its share.
 
     Args:
-        scores_B (`Tensor` `(B,)`): the whole score of each response, what was given token by token included, reward
+        scores_B (`Tensor` `(B,)`): the total score of each response, what was given token by token included, reward
             units.
         response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
         given_BR (`Tensor` `(B, R)`, *optional*): the part of the scores that was given token by token, reward units.

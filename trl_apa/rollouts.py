@@ -16,7 +16,7 @@ from trl_apa.values import why_unreadable
 class Layout(Enum):
     """How the rows of a micro-batch lie before a network.
 
-    PACKED: one behind the other in one row (`pack_tokens`), for a network that is told where each ends.
+    PACKED: concatenated in one row (`pack_tokens`), for a network that gets the sequence boundaries.
     PADDED: one a row, filled up with pads (`pad_tokens`).
     SEPARATE: rows of equal length together, without pads (`separate_tokens`).
     ONE_BY_ONE: the same, each row by itself.
@@ -30,7 +30,7 @@ class Layout(Enum):
 
 @dataclass
 class Rollouts:
-    """One iteration's experience: what was asked, what was answered, how it scored, and what the update needs of it.
+    """One iteration's experience: prompts, responses, scores, and the tensors that the update needs.
 
     Queries and responses stay ragged; everything measured per response token is padded on the right to the longest
     response, `(B, R)`, and is only meaningful where `response_mask_BR` is True.
@@ -110,9 +110,9 @@ class Rollouts:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor that was made on the host, on `device`, which goes on meanwhile with what it has to do.
+    """Copy a tensor from the host to `device` without waiting for the device.
 
-    CUDA copies from pageable memory only once all that was asked of it is done, and the host would wait for that.
+    From pageable memory, CUDA copies only after all queued work is done, and the host would wait for that.
     """
     if device.type == "mps":  # which reads memory that is not pinned after it was given back
         return tensor.to(device)
@@ -129,7 +129,7 @@ def response_mask(
     Args:
         responses: `B` 1-D tensors of token ids.
         caller_masks: for each response a 1-D tensor of its length; zero or False drops the token from every
-            reduction (the text a tool wrote, say), though the model still reads it.
+            reduction (such as the output of a tool), though the model still reads it.
         device: where the mask should be; defaults to where the tensors are.
 
     Returns:
@@ -314,7 +314,7 @@ def without_start_tokens(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Responses of an encoder-decoder without the start token that `generate` puts before them, and their masks.
 
-    What does not begin with it stays as it is, and so does what is no 1-D tensor or cannot be read: others check it.
+    Responses without it are unchanged, and so are values that are not 1-D tensors: they are checked later.
     """
     starts = [
         isinstance(response, Tensor)

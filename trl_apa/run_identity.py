@@ -1,4 +1,4 @@
-"""What tells one training run from another: its id, and a description of what it learns from."""
+"""The identity of a training run: its id, and a description of its inputs."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from trl_apa.models.partitioned import is_partitioned
 ROWS_A_BATCH = 1000
 # Rows of a data set that is no table, and elements of a tensor, that a fingerprint is made from.
 ROWS_SAMPLED, ELEMENTS_SAMPLED = 1000, 64
-# Where a run lives, what it prints and how it is continued: none of it changes what is learned.
+# Options for folders, output and resuming, which do not change the result of training.
 NOT_COMPARED = frozenset(
     {
         "_n_gpu",
@@ -87,7 +87,7 @@ def describe_networks(module: nn.Module) -> str:
 
 
 def data_fingerprint(dataset: Any) -> str | None:
-    """A hash of what a data set's rows say; None for a stream, which cannot be read twice.
+    """A hash of a data set's rows; None for a stream, which cannot be read twice.
 
     All rows of a table or a list count; of another data set, whose rows may take long to make, its length and up to
     `ROWS_SAMPLED` of them, evenly spaced.
@@ -108,7 +108,7 @@ def data_fingerprint(dataset: Any) -> str | None:
 
 
 def _serialised(table: pa.Table) -> bytes:
-    """The same bytes for the same rows, however the table was cut into chunks."""
+    """The same bytes for the same rows, whatever the table's chunks."""
     sink = pa.BufferOutputStream()
     # Taken row by row, or a slice of a column would keep the offsets that it has in the column.
     plain = table.take(pa.array(range(len(table)), pa.int64())).combine_chunks().replace_schema_metadata(None)
@@ -120,7 +120,7 @@ def _serialised(table: pa.Table) -> bytes:
 def weights_fingerprint(parameters: Iterable[Tensor]) -> str | None:
     """A hash of the shapes and of up to `ELEMENTS_SAMPLED` elements of each tensor; None if ZeRO-3 shards them.
 
-    It tells a model from another one of the same shape at no cost, and is not there to find a flipped bit.
+    It cheaply distinguishes models of the same shape; it does not detect a flipped bit.
     """
     digest = hashlib.blake2b(digest_size=16)
     for parameter in parameters:
@@ -134,7 +134,7 @@ def weights_fingerprint(parameters: Iterable[Tensor]) -> str | None:
 
 
 def initial_policy_fingerprint(policy: nn.Module, reference: nn.Module | None) -> str | None:
-    """Which pi_init a run is anchored to: the reference's weights, or those that the policy does not train."""
+    """A hash of pi_init: the reference's weights, or the policy's frozen weights."""
     parameters = policy.parameters() if reference is None else reference.parameters()
     return weights_fingerprint(p for p in parameters if reference is not None or not p.requires_grad)
 
@@ -146,7 +146,7 @@ def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two descriptions say differently of what both speak about: name to (then, now).
+    """The differences between two descriptions in the names that both have: name to (then, now).
 
     A fingerprint, or the names of the rewards, that is unknown (None) in either is no difference.
     """
@@ -157,7 +157,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 
 def say(differing: Mapping[str, tuple[Any, Any]]) -> str:
     """`kl_coef was 0.1, is 0.2`, for each of `differences`."""
-    hashes = {DATA: "holds other rows", REFERENCE: "is another model (pi_init, which log-ratios are taken to)"}
+    hashes = {DATA: "has other rows", REFERENCE: "is another model (pi_init)"}
     return ", ".join(
         f"{name} {hashes[name]}" if name in hashes else f"{name} was {then!r}, is {now!r}"
         for name, (then, now) in differing.items()

@@ -14,7 +14,7 @@ from trl_apa.rewards import RunningMoments
 
 @dataclass
 class RunState:
-    """The current iteration, what was counted and measured before it, and what adapts.
+    """The current iteration, earlier counts and measurements, and adaptive state.
 
     Args:
         kl_ctl: the coefficient of the KL penalty, or lambda.
@@ -22,7 +22,7 @@ class RunState:
         responses_per_iteration: of all processes.
         iteration: rollouts and plan of the current iteration, or of the last one that was finished.
         num_iterations_done: iterations whose optimizer steps are all made.
-        unlogged: the numbers of iterations that no log has told yet.
+        unlogged: statistics of iterations that are not logged yet.
         last_kl: of the iteration that ended last, nats a response.
         iteration_began_at: optimizer steps that were made when the iteration began.
         best_mean_score: highest mean score of an iteration so far, reward units.
@@ -48,7 +48,7 @@ class RunState:
         return self.episodes_before + (self.num_iterations_done - self.first_iteration) * self.responses_per_iteration
 
     def begin_run(self) -> None:
-        """A new run of `train`; what adapts, and the number of iterations, stay."""
+        """Start a new run of `train`; adaptive state and the number of iterations are kept."""
         self.iteration, self.unlogged, self.last_kl = None, [], None
         self.first_iteration, self.episodes_before = self.num_iterations_done, 0
 
@@ -67,7 +67,7 @@ class RunState:
         self.last_kl = float(numbers["objective/kl"])
 
     def take_unlogged(self) -> list[dict[str, float]]:
-        """What was noted for the log, which is told now."""
+        """Return the statistics recorded for the log, and clear them."""
         unlogged, self.unlogged = self.unlogged, []
         return unlogged
 

@@ -1,4 +1,4 @@
-"""What a network says while it samples, in a batch and from its cache, beside what it says of a row alone."""
+"""Compares a network's logits during sampling, in a batch and with its cache, with those of a row alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def try_sampling(
     pad_token_id, start = special_tokens(base, pad_token_id, start)
     lengths, exact = trial_lengths(base.config, longest), is_precise(base)
     queries, responses = trial_rows(model, lengths)
-    if len(lengths) == 3 and not base.config.is_encoder_decoder:  # the boundary lies behind the prompt
+    if len(lengths) == 3 and not base.config.is_encoder_decoder:  # the boundary is after the prompt
         row = torch.cat([queries[1], responses[1]])
         queries[1], responses[1] = row[:-SAMPLED], row[-SAMPLED:]
     responses = [response[:SAMPLED] for response in responses]

@@ -48,12 +48,12 @@ class Saving(NoTelemetry, _BaseTrainer):
         To be called on every process; one of them writes.
 
         Raises:
-            ValueError: where no process holds the whole policy (FSDP2, ZeRO-3); if the process that writes failed.
+            ValueError: if the policy is sharded (FSDP2, ZeRO-3); if the process that writes failed.
         """
         if shards_weights(self.accelerator):
             raise ValueError(
-                "merge_and_save: no process holds the whole policy; save_pretrained gathers it, and "
-                "models.merge_and_save (trl-apa merge) merges what it wrote"
+                "merge_and_save: the policy is sharded, so no process has all of it; call save_pretrained, then "
+                "models.merge_and_save (trl-apa merge) on the saved folder"
             )
 
         def write() -> None:
@@ -79,7 +79,7 @@ class Saving(NoTelemetry, _BaseTrainer):
         self.processing_class.save_pretrained(output_dir)
 
     def _push_if_best(self, scores_B: Tensor) -> None:
-        """The hub's copy is the policy with the best mean score yet, if the config asks for that."""
+        """Push the policy to the hub if its mean score is the best so far and the config asks for it."""
         args = self.args
         if not args.push_to_hub_if_best_kwargs or self.num_iterations_done % args.compare_steps:
             return

@@ -207,7 +207,9 @@ class AdapterReward:
         if path is not None:
             module.add_reward_adapter(path)
         elif module.reward_adapter is None:
-            raise ValueError(f"reward_funcs={ADAPTER!r}: the policy has no reward adapter; name one, 'adapter:PATH'")
+            raise ValueError(
+                f"reward_funcs={ADAPTER!r}: the policy has no reward adapter; set its path, 'adapter:PATH'"
+            )
         if (labels := module.reward_adapter.score.out_features) != 1:
             raise ValueError(f"reward_funcs={ADAPTER!r}: the reward adapter has {labels} labels; it should have one")
         self.module, self.batch_size = module, batch_size
@@ -244,7 +246,7 @@ class AdapterReward:
         return self.module.compute_reward_score(**tokens)[:, -1]
 
 
-# What runs on the device, beside training: never in a thread, and on all processes together where weights are sharded.
+# Runs on the device, like training: never in a thread, and on all processes together if weights are sharded.
 NETWORKS = (RewardModel, AdapterReward)
 
 
@@ -277,7 +279,7 @@ class Scorer:
 
     Args:
         functions: called as `(prompts, completions, completion_ids, **columns) -> list of floats`, or of lists of
-            floats, one a token. Coroutine functions run together. Keywords beside these are the data set's columns,
+            floats, one per token. Coroutine functions run together. Other keywords are the data set's columns,
             one value a response.
         weights: one a function; 1 each by default.
         skip_unscored: leave out a response to which a function gives None or NaN, instead of raising.
@@ -373,7 +375,7 @@ class Scorer:
 
 
 def _different(names: list[str]) -> list[str]:
-    """Functions of one name (lambdas, say) get a number each after the first."""
+    """Functions with the same name (such as lambdas) get a number each after the first."""
     return [
         name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)
     ]
@@ -431,7 +433,7 @@ def reward_functions(
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies where `model` was loaded from, if there is one."""
+    """The tokenizer saved in the folder or repository of `model`, if there is one."""
     name = model.config._name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name) if name else None

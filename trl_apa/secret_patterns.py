@@ -1,4 +1,4 @@
-"""What a key, a token or a password looks like: by the name that it has, and in a text."""
+"""Patterns of keys, tokens and passwords: by name, and in texts."""
 
 import base64
 import binascii
@@ -35,7 +35,7 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what has this name should be read by nobody else, unless it is a number, True, False or None."""
+    """Whether a value with this name is secret, unless it is a number, True, False or None."""
     words = _words(name)
     return is_surely_secret_name(name) or (any(map(OPEN_WORD.fullmatch, words)) and HARMLESS_WORDS.isdisjoint(words))
 
@@ -83,7 +83,7 @@ VALUE = re.compile(
     r"|(?P<escape>\\+)(?P<inner>[\"'])(?P<escaped>(?:(?!(?P=escape)(?P=inner)).)+)"
     r"|(?P<word>[^\s\"'`\\,;&]+)"
 )
-# A value on lines of its own below its name: they are indented or a list.
+# A value on separate lines below its name: they are indented or a list.
 LINE = r"(?:[ \t]+|[ \t]*-[ \t]+)\S.*"
 BLOCK = re.compile(rf"(?:[>|][+-]?[0-9]?)?[ \t]*\n{LINE}(?:\n{LINE})*")
 # What opens a value that is hidden if `name` is a secret's.
@@ -155,7 +155,7 @@ BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
 def mask_text(text: str, found: set[str] | None = None) -> str:
-    """A text without what looks like a key, a token or a password.
+    """A text without anything that looks like a key, a token or a password.
 
     That is: values of names that `is_secret_name` knows, `name=value`, `"name": "value"` and `--name value`; the user
     of an address, and its query where that is signed; `Authorization` and `Cookie` headers, bearer and basic
@@ -253,7 +253,7 @@ BLANKS = re.compile(r"[*•…·#]+|\.{2,}|[xX]{3,}")
 SHORTEST_END, SHORTEST_PART = 4, 8
 # Beside it the end of a key is a part of another word.
 WORD_END = re.compile(r"\w")
-# Stands for what is hidden until all is found, since `HIDDEN` has letters that a secret may have too.
+# Replaces secrets until all are found, since `HIDDEN` has letters that a secret may have too.
 PLACE = "\0"
 
 

@@ -42,7 +42,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first signal only leaves a note; afterwards the handlers are what they were.
+        """Inside, the first signal is only recorded; afterwards the old handlers are restored.
 
         Signals reach the main thread alone: elsewhere nothing is changed. A signal that came after the last optimizer
         step, when there is nothing to save any more, is passed on.
@@ -51,7 +51,7 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # A shell lets what it starts in the background ignore Ctrl-C; so it should stay.
+        # Background jobs of a shell ignore Ctrl-C; keep that.
         heard = [number for number in NAMES if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._note) for number in heard}
         try:
@@ -69,7 +69,7 @@ class StopOnSignal(TrainerCallback):
                 raise KeyboardInterrupt
             return
         self.noted, self._noted_at = signal.Signals(number), time.monotonic()
-        again = "; a second Ctrl-C ends it at once, without one" if number == signal.SIGINT else ""
+        again = "; a second Ctrl-C ends it at once, without a checkpoint" if number == signal.SIGINT else ""
         with suppress(RuntimeError):  # the signal may have come in the middle of another line
             logger.warning("%s: the run ends with a checkpoint after this optimizer step%s", NAMES[self.noted], again)
 

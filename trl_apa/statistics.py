@@ -166,7 +166,7 @@ def rollout_statistics(
 
 
 def rollout_arrays(rollouts: Rollouts, logprobs_BR: Tensor, query_lengths_B: Tensor) -> dict[str, Any]:
-    """What lies behind the means of `rollout_statistics`, as NumPy arrays that share no memory with the rollouts.
+    """The values behind the means of `rollout_statistics`, as NumPy arrays that share no memory with the rollouts.
 
     Args:
         rollouts, logprobs_BR, query_lengths_B: as for `rollout_statistics`.

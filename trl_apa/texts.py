@@ -114,7 +114,7 @@ def scored_ids(
         answer: as it follows the prompt.
         ended: whether the answer has an end.
         tokenizer: the reward model's.
-        needs_frame: keep what the tokenizer puts behind every text ([SEP], say) where the answer has no end, too: for
+        needs_frame: keep what the tokenizer appends to every text (such as [SEP]) even if the answer has no end: for
             networks that do not read their score at the last token.
     """
     if _is_chat(prompt):
@@ -133,7 +133,7 @@ def _chat_ids(messages: list[dict[str, Any]], ended: bool, tokenizer: PreTrained
         return list(tokenizer.apply_chat_template(messages, **options))
     try:
         return list(tokenizer.apply_chat_template(messages, continue_final_message=True, **options))
-    except ValueError:  # the template writes something else than the message, without its thoughts, say
+    except ValueError:  # the template changes the message, for example drops its thoughts
         header = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         return list(tokenizer(header + messages[-1]["content"], add_special_tokens=False)["input_ids"])
 

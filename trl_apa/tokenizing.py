@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TextIds(NamedTuple):
-    """Token ids of a text and what a tokenizer puts around it.
+    """Token ids of a text and of the special tokens that a tokenizer adds around it.
 
     Args:
         before: what belongs before the text, BOS say; empty where the text begins with it already.
         own: of the text alone.
         after: what the tokenizer puts behind a text, EOS say.
-        left_out: what it would have put before the text, which begins with it already.
+        left_out: the prefix that it would have added, but that the text has already.
     """
 
     before: list[int]
@@ -46,16 +46,16 @@ def prompt_ids(
     if left_out:
         warn_once(
             tokenizer,
-            "prompts begin with BOS, or as the chat template renders them: what the tokenizer puts before a text, "
-            f"{tokenizer.decode(left_out)!r}, is left out there, as it is of chat messages",
+            "prompts begin with BOS, or are rendered by the chat template: the tokenizer's prefix "
+            f"{tokenizer.decode(left_out)!r} is not added again",
         )
     if for_encoder:
         return [*before, *own, *after]
     if after:
         warn_once(
             tokenizer,
-            f"the tokenizer puts {tokenizer.decode(after)!r} behind a text: it is left out of prompts, so that the "
-            "policy does not answer after its end (EOS)",
+            f"the tokenizer appends {tokenizer.decode(after)!r} to a text: it is removed from prompts, so that the "
+            "policy does not answer after EOS",
         )
     return [*before, *own]
 
@@ -101,8 +101,8 @@ class _Rendering:
     """What texts look like that a chat template has rendered.
 
     Args:
-        openings: what it writes before the first message.
-        header: what it writes where the assistant is to answer.
+        openings: the text that it writes before the first message.
+        header: the text that it writes before the assistant's answer.
         tokens: tokens of their own, special ones say, that it writes.
     """
 

@@ -1,4 +1,4 @@
-"""Training goes on without a report that fails, and without a tracker that does: one warning says which and why."""
+"""Training continues if a report or a tracker fails; one warning says which and why."""
 
 import logging
 import warnings
@@ -15,7 +15,7 @@ from trl_apa.redaction import without_secrets_in_error
 
 logger = logging.getLogger(__name__)
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
-# Also asked of a tracker that failed before: what closes its run.
+# Also called for a tracker that failed before: these close its run.
 LAST_EVENT = "on_train_end"
 # What reports on the terminal.
 DISPLAYS = (PrinterCallback, ProgressCallback)
@@ -91,7 +91,7 @@ def _failed_reports(owner: Any) -> set[str]:
 
 
 def _tell(owner: Any, what: str, error: Exception) -> None:
-    text = f"{what}, and the run goes on without it: {type(error).__name__}: "
+    text = f"{what}, and the run continues without it: {type(error).__name__}: "
     text += without_secrets_in_error(str(error))
     if _failed_reports(owner):
         logger.warning(text)

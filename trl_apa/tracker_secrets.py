@@ -1,4 +1,4 @@
-"""Trackers are told a run's options without keys and tokens, and are opened with those that they need."""
+"""Trackers get a run's options without keys and tokens, and are opened with the keys that they need."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +32,7 @@ def hide_secrets_from(callbacks: Iterable[TrainerCallback]) -> None:
 
 
 def options_to_open(options: Mapping[str, Any], *holders: Any) -> dict[str, Any]:
-    """What opens a tracker's run: real keys where they are used to log in, and none in what is shown there.
+    """The arguments that open a tracker's run: real keys to log in, and none in values that the tracker shows.
 
     Args:
         options: arguments of `wandb.init` and the like.

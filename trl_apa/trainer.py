@@ -1,4 +1,4 @@
-"""`APATrainer`: orchestration of generate -> score -> step. Every stage it calls is a file of its own."""
+"""`APATrainer`: orchestration of generate -> score -> step. Every stage it calls has a separate file."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +118,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
             The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
             reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
-            "adapter" is a second adapter with a head on the frozen base of a PEFT policy: a network of its own that
+            "adapter" is a second adapter with a head on the frozen base of a PEFT policy: a separate network that
             takes hardly any memory; "adapter:PATH" starts it from a reward model's or a saved value model's adapter.
             "head" is classic's critic instead: the wrapper's head (or the checkpoint's, or a new one) on the policy's
             own hidden states.
@@ -142,7 +142,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         ValueError: naming the argument that is of the wrong type or does not fit another.
     """
 
-    # The loss is divided by the tokens of the whole optimizer step, so the Trainer must not divide it again.
+    # The loss is divided by the tokens of the complete optimizer step, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -233,7 +233,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         Not packed where a wrapper's forward has to be called, or each new set of lengths would be compiled anew.
         """
         if (is_sharded(self.accelerator) or self.args.torch_compile) and self.args.padding_free:
-            raise ValueError("padding_free=True does not go with FSDP, DeepSpeed or torch_compile; leave it out")
+            raise ValueError("padding_free=True does not work with FSDP, DeepSpeed or torch_compile; leave it out")
         networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
         if is_sharded(self.accelerator):
             return ShardedLayouts(networks)
@@ -374,7 +374,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer does, with groups of their own for the value model if it has its own rate."""
+        """As the Trainer does, with separate groups for the value model if it has its own rate."""
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
         rate = self.args.value_learning_rate
@@ -422,7 +422,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     ) -> Any:
         """Sample responses from the policy.
 
-        The model's own generation config is not consulted: what is not given here comes from `args` (`temperature`,
+        The model's own generation config is ignored: options not given here come from `args` (`temperature`,
         `top_p`, `top_k`, `max_completion_length`), so that the update knows the distribution that was sampled. With
         `args.use_vllm` vLLM samples, with `sampler=` that engine, all queries at once, and every process has to call
         this.
@@ -559,7 +559,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
                 self._update()
             stats = self._finish_iteration(timer)
         except BaseException as error:
-            # What a caller who catches this (out of memory, say) goes on with: no gradient and no score of this batch.
+            # A caller may catch this (out of memory, for example) and continue: leave no gradient or score behind.
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
             if isinstance(error, RuntimeError):
@@ -687,7 +687,7 @@ def _check_places(model: Any, training_data_collator: Any) -> None:
             "give these arguments by keyword"
         )
     if training_data_collator is not None:
-        text = "training_data_collator has no effect: the update lays its micro-batches out itself"
+        text = "training_data_collator has no effect: the trainer pads or packs micro-batches itself"
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
@@ -699,4 +699,6 @@ def _check_objects(args: APAConfig, optimizer: Any, dataset: Any, data_collator:
     check_has("data_collator", data_collator, "__call__")
     check_has("lr_scheduler", lr_scheduler, "step")
     if args.value_learning_rate is not None and lr_scheduler is not None:
-        raise ValueError("value_learning_rate adds a group that lr_scheduler does not know; give one or the other")
+        raise ValueError(
+            "value_learning_rate adds a parameter group that lr_scheduler does not have; pass only one of them"
+        )

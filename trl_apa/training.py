@@ -46,19 +46,19 @@ class EndOfIteration(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kl = self.trainer._close_iteration()
         if args.max_kl is not None and kl is not None and kl > args.max_kl:
-            logger.warning("training stops: KL to pi_init is %.2f nats a response, above max_kl=%s", kl, args.max_kl)
+            logger.warning("training stops: KL to pi_init is %.2f nats per response, above max_kl=%s", kl, args.max_kl)
             self._stop(args, control)
         if args.total_episodes is not None and self.trainer.run_state.episodes_done >= args.total_episodes:
             self._stop(args, control)  # before max_steps where early stopping left epochs out
 
     def _stop(self, args: Any, control: Any) -> None:
-        """With a checkpoint, as at the last of `max_steps`: a run that has ended is told by it when it is resumed."""
+        """Save a checkpoint, as at the last of `max_steps`: resuming then recognises the run as finished."""
         control.should_training_stop = True
         control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
 
 
 class EmptyRows(IterableDataset):
-    """Empty rows without end: what is learned from comes out of the rollouts, not out of the data loader."""
+    """A placeholder data set of endless empty rows: training uses rollouts, not the data loader's rows."""
 
     def __iter__(self) -> Iterator[int]:
         while True:
@@ -68,7 +68,7 @@ class EmptyRows(IterableDataset):
 class TrainingLoop(ResumableRuns):
     """The part of `APATrainer` that the Hugging Face Trainer calls.
 
-    Its loop counts micro-batches and takes the optimizer steps; `training_step` asks here for the next rollouts when
+    Its loop counts micro-batches and takes the optimizer steps; `training_step` gets the next rollouts here when
     those before are used up.
     """
 
@@ -86,7 +86,7 @@ class TrainingLoop(ResumableRuns):
 
     @callback_handler.setter
     def callback_handler(self, handler: CallbackHandler) -> None:
-        """Set by the Trainer, which at once tells all callbacks that it is made."""
+        """Set by the Trainer, which then notifies all callbacks."""
         hide_secrets_from(handler.callbacks)
         isolate_failures(handler.callbacks)
         self._callback_handler = handler
@@ -135,7 +135,7 @@ class TrainingLoop(ResumableRuns):
         """
         self._refuse_while_training("train")
         if self.train_dataset is None:
-            raise ValueError("train() needs train_dataset, the prompts to ask")
+            raise ValueError("train() needs train_dataset, the prompts")
         if self.scorer is None:
             raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
         args = self.args
@@ -148,7 +148,7 @@ class TrainingLoop(ResumableRuns):
         )
         if args.fp16 and args.reads("ratio_threshold"):
             raise ValueError(
-                f"fp16 with loss_type={args.loss_type!r}: train() cannot leave out a mini-batch then; use bf16, or "
+                f"fp16 with loss_type={args.loss_type!r}: train() cannot skip a mini-batch with fp16; use bf16, or "
                 "step"
             )
         self.run_state.begin_run()
@@ -167,14 +167,14 @@ class TrainingLoop(ResumableRuns):
                 result = super().train(checkpoint, **kwargs)
         finally:
             self._clear_gradient_norms()
-            # The end of training closes the trackers' runs; schedule and optimizer are made ready anew for `step`.
+            # The end of training closes the trackers' runs; schedule and optimizer are prepared again for `step`.
             self.is_in_train = self._reporters_started = self._prepared = False
         self._restore_resumed_state()  # of a finished run, whose loop was not entered
         self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """As the Trainer does; but an engine that cuts up weights is made once, and the next run goes on with it."""
+        """As the Trainer does; but an engine that shards weights is made once, and the next run reuses it."""
         if not self._engine_is_made:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             for name in ("run_with_policy", "compute_reward_score"):
@@ -229,7 +229,7 @@ class TrainingLoop(ResumableRuns):
         passes = self._source.iterations_per_pass
         micro_batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
         rows = EmptyRows() if passes is None else range(passes * micro_batches)
-        # With a generator of its own the loader leaves the global one alone, with which tokens are sampled.
+        # With a separate generator the loader does not advance the global one, which samples tokens.
         return DataLoader(rows, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -256,7 +256,7 @@ class TrainingLoop(ResumableRuns):
     def _log_completions(self, texts: Texts, scores: Scores) -> None:
         """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables.
 
-        What cannot be written is a warning, the first time, and the run goes on.
+        A failed write is a warning, the first time, and the run continues.
         """
         prompts, completions = texts
         columns = scores.by_function_BF.T.tolist()
@@ -291,7 +291,7 @@ class TrainingLoop(ResumableRuns):
             raise ValueError("eval_dataset has no rows")
         rows = rows[: self.args.per_device_eval_batch_size] if sampling else rows
         count = self.accelerator.num_processes
-        # As many on every process; those at the end may be asked twice.
+        # The same number on every process; the last rows may be used twice.
         rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
 
         self._start_reporters()
@@ -400,7 +400,7 @@ class TrainingLoop(ResumableRuns):
         scores = self._scores(self._texts(rows, queries, responses), rows, queries, responses)
         if not scores.kept_B.all():
             left_out = torch.nonzero(~scores.kept_B).flatten().tolist()
-            raise ValueError(f"rows {left_out} were not scored, and step cannot leave a response out")
+            raise ValueError(f"rows {left_out} were not scored, and step cannot skip a response")
         return list(scores.total_B)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -414,7 +414,7 @@ class TrainingLoop(ResumableRuns):
     ) -> dict[str, float]:
         """Reward, KL and wins over pi_init on held-out prompts, see `evaluation.held_out_metrics`.
 
-        Samples as training does, from random numbers of its own: it leaves training's as they were.
+        Samples as training does, with separate random numbers: training's are unchanged.
 
         Raises:
             ValueError: without prompts or reward functions.
@@ -468,10 +468,12 @@ class TrainingLoop(ResumableRuns):
     def _why_finished(self, step: int) -> str | None:
         args, state = self.args, self._resumed_state
         if args.total_episodes is not None and self.run_state.episodes_in(state) >= args.total_episodes:
-            return f"it has made its total_episodes={args.total_episodes}; more of them continue it"
+            return f"it has reached total_episodes={args.total_episodes}; set more to continue"
         kl = state.get("last_kl")
         if args.max_kl is not None and kl is not None and state["iteration"] is None and kl > args.max_kl:
-            return f"its KL, {kl:.2f} nats a response, is above max_kl={args.max_kl}; a larger one continues it"
+            return (
+                f"its KL, {kl:.2f} nats per response, is above max_kl={args.max_kl}; set a larger max_kl to continue"
+            )
         return super()._why_finished(step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -495,6 +497,6 @@ class TrainingLoop(ResumableRuns):
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What the data set holds beside the prompts, one value a row."""
+    """The data set's other columns, one value per row."""
     names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
     return {name: [row[name] for row in rows] for name in names}

@@ -22,7 +22,7 @@ def once(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -
     """What `work` gives, once for a network and rows that cross the same boundaries of its config.
 
     Args:
-        kind: what is tried out.
+        kind: what is tried.
         network: any network, with or without PEFT adapters.
         longest: tokens of the longest row.
         work: the trial.
@@ -67,8 +67,8 @@ def _made(base: Any, work: Callable[[], Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # Frames, those of what it was raised from too, hold what the network computed, and the network.
+        # Frames, also those of its causes, keep the network and its results alive.
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
     finally:
-        torch.clear_autocast_cache()  # older torch would go on with the copies of weights made without gradient
+        torch.clear_autocast_cache()  # older torch would keep using the copies of weights made without gradient

@@ -1,4 +1,4 @@
-"""What a network says of rows in each layout, beside what its own plain forward says of each row alone.
+"""Compares a network's results in each layout with its own plain forward pass of each row alone.
 
 "Alone" is the right value: one row a call, its tokens and nothing else. Networks are left as they were.
 """
@@ -63,7 +63,7 @@ class LayoutTrial:
 
     Args:
         lengths: tokens of each row.
-        repeated: one row alone, a second time: what is random.
+        repeated: one row alone, a second time; shows randomness.
         together: rows of equal length in one batch, without padding: what rounding makes of another size of batch.
         padded: all rows in one padded batch.
         has_padded_gradient: whether the gradient of that batch is a number, or nothing is to be learned.
@@ -151,9 +151,10 @@ def trial_lengths(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
 
 
 def trial_rows(network: nn.Module, lengths: Iterable[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Queries and responses of so many tokens together, of ids that mean nothing special, on the network's device.
+    """Queries and responses with these total lengths, of ordinary token ids, on the network's device.
 
-    The first query has one token, so that it is padded beside the others. A stack for each reads as many tokens.
+    The first query has one token, so it is padded in a batch with the others. The encoder and the decoder of an
+    encoder-decoder each get that many tokens.
     """
     base = inner_model(network)
     known, generator = torch.tensor(ordinary_tokens(base)), torch.Generator().manual_seed(seed)
@@ -183,7 +184,7 @@ def alone(network: nn.Module, query: Tensor, response: Tensor, start: int | None
     Args:
         network: a language model or a trunk, with or without adapters.
         query, response: 1-D token ids.
-        start: of an encoder-decoder, what its decoder reads before a response.
+        start: for an encoder-decoder, the decoder's input before a response.
     """
     base, width = inner_model(network), len(response)
     if start is None:
@@ -279,13 +280,13 @@ def try_layouts(
     pad_token_id: int | None = None,
     start: int | None = None,
 ) -> LayoutTrial:
-    """Compare what a network says of a short row and of a long one in each layout with what it says of each alone.
+    """Compare a network's results for a short and a long row in each layout with those for each row alone.
 
     Args:
-        network: a language model or a trunk, with or without PEFT adapters; tried out in the mode that it is in.
+        network: a language model or a trunk, with or without PEFT adapters; tried in its present mode.
         longest: tokens of the rows that it will read: those of the trial cross the same boundaries of its config.
         pad_token_id: what batches are filled with; by default with an ordinary token.
-        start: of an encoder-decoder, what its decoder reads before a response; by default as the config says.
+        start: for an encoder-decoder, the decoder's input before a response; by default as the config says.
 
     Raises:
         Exception: what the network raises when it reads a row alone, or a padded batch.
@@ -378,10 +379,10 @@ def _packed(
 
 @torch.no_grad()
 def try_reading(read: Callable[[list[Tensor]], Tensor], network: nn.Module, longest: int = LONG) -> Difference:
-    """Compare what is read of a short row and of a long one in a padded batch with what is read of each alone.
+    """Compare the results of `read` for a short and a long row in a padded batch with those for each row alone.
 
     Args:
-        read: 1-D token ids of several rows to what a network says of each, `(B, K)`.
+        read: 1-D token ids of several rows to a network's results, `(B, K)`.
         network: whose config says how long the rows have to be.
         longest: see `try_layouts`.
     """
@@ -402,7 +403,7 @@ def allowed_difference(network: nn.Module, rounding: Difference | None = None) -
 
     Args:
         network: what computes.
-        rounding: what is known to be rounding, of which up to four times as much counts.
+        rounding: a difference known to be rounding; up to four times as much is allowed.
     """
     usual, most = HALF
     if is_precise(network):
@@ -422,7 +423,7 @@ def has_experts(config: PreTrainedConfig) -> bool:
 
 
 def special_tokens(network: nn.Module, pad_token_id: int | None, start: int | None) -> tuple[int, int | None]:
-    """What batches are filled with and, for an encoder-decoder, what its decoder reads first."""
+    """The pad token and, for an encoder-decoder, the decoder's first token."""
     pad_token_id = ordinary_tokens(network)[-1] if pad_token_id is None else pad_token_id
     if network.config.is_encoder_decoder and start is None:
         start = first_id(network.config, *START_TOKENS) or 0

@@ -1,4 +1,4 @@
-"""Options that scripts for `PPOConfig` of TRL 0.12 to 1.12 set: what they mean here, or why they mean nothing."""
+"""Options of TRL 0.12 to 1.12's `PPOConfig`: their meaning here, or why they have no effect."""
 
 import warnings
 from dataclasses import dataclass, fields
@@ -40,7 +40,7 @@ class TRL012Options:
         num_mini_batches (`int`, *optional*):
             Optimizer steps an epoch: `batch_size` is `num_mini_batches` times `backward_batch_size`.
         total_episodes (`int`, *optional*):
-            Rollouts that `train()` makes, over all processes and iterations; the last iteration is made whole.
+            Rollouts that `train()` makes, over all processes and iterations; the last iteration is completed.
             Defaults to `num_train_epochs` times the rows of the data set.
         local_rollout_forward_batch_size (`int`, *optional*):
             Rollouts of one forward pass without gradient: sampling in `train()`, where the default is all at once, and
@@ -85,7 +85,7 @@ class TRL012Options:
     local_mini_batch_size: int | None = option(None, "Without effect.")
 
     def _is_trl_0_12(self) -> bool:
-        """Whether an option is set that only those scripts set; to be asked before names are filled in."""
+        """Whether an option is set that only those scripts set; call it before aliases are filled in."""
         names = {f.name for f in fields(TRL012Options)} - SHARED
         return any(getattr(self, name) is not None for name in names)
 
@@ -96,7 +96,9 @@ class TRL012Options:
                 f"stop_token={self.stop_token!r}: it should be 'eos' or None; use stop_token_id for others"
             )
         if self.stop_token is not None and self.stop_token_id is not None:
-            raise ValueError(f"stop_token and stop_token_id={self.stop_token_id} name two tokens: set one of them")
+            raise ValueError(
+                f"stop_token and stop_token_id={self.stop_token_id} both set the end token: set one of them"
+            )
         if self.kl_estimator is not None:
             if self.kl_estimator not in KL_ESTIMATORS:
                 raise ValueError(f"kl_estimator={self.kl_estimator!r}: it should be one of {', '.join(KL_ESTIMATORS)}")
@@ -126,7 +128,7 @@ class TRL012Options:
             warnings.warn(
                 f"num_mini_batches={mini_batches} makes batch_size {mini_batch * mini_batches} = {size} * "
                 f"{self.gradient_accumulation_steps} * {mini_batches}, as in TRL 0.12 to 0.16; from 0.17 on it was "
-                f"{mini_batch}, of which num_mini_batches were cut. Set batch_size to say which",
+                f"{mini_batch}, split into num_mini_batches. Set batch_size to choose",
                 UserWarning,
                 stacklevel=5,
             )
@@ -136,7 +138,7 @@ class TRL012Options:
         given = self.__dict__.pop("_given_world_size", None)
         if given not in (None, self.world_size):
             warnings.warn(
-                f"world_size={given} has no effect: the launcher decides it, and it is {self.world_size}",
+                f"world_size={given} has no effect: the launcher sets it to {self.world_size}",
                 UserWarning,
                 stacklevel=4,
             )

@@ -18,9 +18,9 @@ class Update(_BaseTrainer):
     """The part of `APATrainer` that learns: `step` and the Trainer's own loop both go through `training_step`."""
 
     def _update(self) -> None:
-        """Work off the plan; under `train()` the Trainer's own loop does it."""
+        """Process the plan; under `train()` the Trainer's own loop does so."""
         iteration = self.run_state.iteration
-        self.model_wrapped.zero_grad()  # what an interrupted train() has left
+        self.model_wrapped.zero_grad()  # gradients left by an interrupted train()
         while not iteration.finished:
             for number in range(1, iteration.micro_batches_per_step + 1):
                 last = number == iteration.micro_batches_per_step
@@ -113,7 +113,7 @@ class Update(_BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _policy_terms(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy's loss and its statistics; what a row's first visit shows is kept."""
+        """The policy's loss and its statistics; keeps the values of a row's first visit."""
         mask, num_tokens, record = batch["response_mask"], batch["num_tokens"], self.run_state.iteration.record
         if record.observing:
             record.observe(batch["rows"], outputs)

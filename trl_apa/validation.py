@@ -24,7 +24,7 @@ TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def one_of(name: str, value: Any, alias: str, alias_value: Any) -> Any:
     """The argument that was given under either of two names; ValueError if both were and differ."""
     if value is not None and alias_value is not None and value is not alias_value:
-        raise ValueError(f"{name} and {alias} name one argument: give one of them")
+        raise ValueError(f"{name} and {alias} are the same argument: pass one of them")
     return alias_value if value is None else value
 
 
@@ -59,7 +59,7 @@ def check_precision(module: nn.Module) -> None:
 
 
 def check_fp16(args: Any, accelerator: Accelerator) -> None:
-    """Raise ValueError where `fp16` is set and accelerate would compute in float32 without a word: on a CPU."""
+    """Raise ValueError if `fp16` is set and accelerate would silently compute in float32: on a CPU."""
     if args.fp16 and accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError("fp16=True: on a CPU accelerate would compute in float32; leave it out, or set bf16=True")
 
@@ -67,11 +67,11 @@ def check_fp16(args: Any, accelerator: Accelerator) -> None:
 def check_networks_are_apart(
     module: PolicyAndValue, ref_model: nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Raise ValueError if a network would be frozen, moved or left out because of what it shares with another."""
+    """Raise ValueError if a network would be frozen, trained or skipped because it shares weights with another."""
     policy, value_model = module.policy, module.value_model
     trained = {id(p) for p in module.trainable_parameters()["policy"]}
     if ref_model is not None and trained & {id(p) for p in ref_model.parameters()}:
-        raise ValueError("ref_model shares trainable parameters with model; give a copy, or none at all")
+        raise ValueError("ref_model shares trainable parameters with model; pass a copy, or leave it out")
     if {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:
         raise ValueError("value_model shares parameters with model; it should be a network of its own")
     if optimizer is not None:
@@ -95,7 +95,7 @@ def check_step_inputs(
     """Refuse what would train on nonsense or fail halfway; `tokenizer` names the tokens that are refused.
 
     Raises:
-        ValueError: naming the argument, its element, what it was and what it should be.
+        ValueError: names the argument, its element, the value and what it should be.
     """
     named = {"queries": queries, "responses": responses, "scores": scores}
     if response_masks is not None:

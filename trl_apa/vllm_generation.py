@@ -39,7 +39,7 @@ def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
     if policy.config.is_encoder_decoder:
         raise ValueError("use_vllm=True, but model is an encoder-decoder, which vLLM does not sample from")
     if any(type(module).__name__ == "Linear8bitLt" for module in policy.modules()):
-        raise ValueError("use_vllm=True, but model is 8-bit, which vLLM cannot be given; load it in 4-bit or bfloat16")
+        raise ValueError("use_vllm=True, but model is 8-bit, which vLLM cannot load; use 4-bit or bfloat16")
     if is_peft_model(policy) and getattr(policy.active_peft_config, "trainable_token_indices", None):
         raise ValueError("use_vllm=True, but the adapter has trainable_token_indices, which cannot be sent to vLLM")
     if is_peft_model(policy) and (kind := policy.active_peft_config.peft_type.value) != "LORA":
@@ -49,8 +49,8 @@ def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
             )
     if is_peft_model(policy) and (adapts_tied_weights(policy) or parts_tied_weights(policy)):
         raise ValueError(
-            "use_vllm=True, but the adapter lies on the embeddings or the vocabulary head, which are one weight in "
-            "the base and in vLLM; leave them out of target_modules and modules_to_save"
+            "use_vllm=True, but the adapter changes the embeddings or the vocabulary head, which are tied in the "
+            "base and in vLLM; remove them from target_modules and modules_to_save"
         )
     if mode == "colocate" and not policy.name_or_path:
         raise ValueError("vllm_mode='colocate' loads the model by its folder or hub name, and model has none")
@@ -128,7 +128,7 @@ def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrain
         enable_sleep_mode=args.vllm_enable_sleep_mode,
         model_impl=args.vllm_model_impl,
         logprobs=None,
-        # Whoever loaded a model with code of its own has allowed that code.
+        # A user who loaded a model with custom code has allowed that code.
         trust_remote_code=type(base).__module__.startswith("transformers_modules"),
     )
 
@@ -186,12 +186,12 @@ class VLLMSampler:
         Args:
             queries: 1-D tensors of token ids, at least one token each.
             generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id`.
-            step: optimizer steps made so far; with the weights' own counters it tells whether the policy has moved.
+            step: optimizer steps made so far; with the weights' own counters it shows whether the policy has changed.
             stop_strings: texts that end a response; the tokens that spell them belong to it.
             max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
             length_sampler: if given, draws `max_new_tokens`, once for all queries.
             remove_padding: cut each response; otherwise all are as long as the longest.
-            model_inputs: what vLLM would have to be given beside these; there should be none.
+            model_inputs: inputs that vLLM does not support; there should be none.
 
         Returns:
             1-D int64 tensors on the queries' devices.
@@ -258,7 +258,9 @@ class VLLMSampler:
     ) -> list[int]:
         """Most tokens of each response."""
         if len(set(counts)) > 1:
-            raise ValueError(f"with a vLLM server every process asks as many queries; they ask {counts}")
+            raise ValueError(
+                f"with a vLLM server every process must pass the same number of queries; they pass {counts}"
+            )
         lengths = [len(query) for query in queries]
         limits = response_limits(lengths, generation_config, max_length, length_sampler)
         check_positions(queries, limits, self.policy, "query + max_new_tokens")
@@ -295,7 +297,7 @@ class VLLMSampler:
         return completions
 
     def _ask_server_noting_failure(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
-        """One process asks for all; if that fails, the others must not wait for an answer."""
+        """One process sends the request for all; if that fails, the others must not wait for an answer."""
         try:
             return self._ask_server(prompts, **options)
         except Exception as error:

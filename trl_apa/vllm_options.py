@@ -17,7 +17,7 @@ class VLLMOptions:
     Parameters:
         use_vllm (`bool`, *optional*, defaults to `False`):
             Sample the policy's responses with vLLM, in `train`, `evaluate` and `generate`. Those of pi_init, which
-            only evaluation asks for, come from transformers' `generate`.
+            only evaluation needs, come from transformers' `generate`.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
             `"colocate"`: in each training process, on its device. `"server"`: one server for all of them.
         vllm_model_impl (`str`, *optional*, defaults to `"vllm"`):
@@ -57,7 +57,7 @@ class VLLMOptions:
         """
         Raises:
             ValueError: naming an option that is out of range, or that needs `use_vllm` to mean anything.
-            ImportError: if vLLM is asked for and not installed.
+            ImportError: if vLLM is requested but not installed.
         """
         if self.vllm_mode not in MODES:
             raise ValueError(f"vllm_mode={self.vllm_mode!r}: it should be one of {', '.join(MODES)}")

@@ -46,7 +46,7 @@ def _compared(name: str, together: Tensor, apart: Tensor, subject: Subject) -> F
         allowed = PRECISE if is_precise(inner_model(subject.policy)) else ROUNDED
     relative = moved / size
     ok = relative <= allowed
-    advice = "" if ok else "the update depends on the micro-batch: report this model"
+    advice = "" if ok else "the gradient depends on the split into micro-batches: report this model"
     figures = {"relative": relative, "allowed_relative": allowed, "norm": size}
     return Finding(name, ok, f"{relative:.1e} of its norm", figures, advice)
 

@@ -1,4 +1,4 @@
-"""The memory of the networks, beside what `trl-apa memory` says of them."""
+"""Compares the memory of the networks with the prediction of `trl-apa memory`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,9 +23,9 @@ from trl_apa.trials import ordinary_tokens
 
 
 MIB = 2**20
-# How much of what is predicted may be missing, or too much; and bytes that do not matter.
+# Allowed relative errors of the prediction, and a difference in bytes that does not matter.
 CLOSE, CLOSE_PASS, SMALL = 0.05, 0.15, MIB
-OFF = "`trl-apa memory` is off for this model: report it, and leave room"
+OFF = "the predictions of `trl-apa memory` are off for this model: report it, and leave spare memory"
 # Tokens of a row on a CPU, where a pass of a large model takes long.
 LONGEST_ON_CPU = 256
 

@@ -14,7 +14,7 @@ from trl_apa.models.copying import independent_copy
 
 
 def half_precision(subject: Subject) -> Iterator[Finding]:
-    """Log-probs as they are computed, beside those in float32."""
+    """Compares log-probs as computed with those in float32."""
     policy, base = subject.policy, inner_model(subject.policy)
     low = {parameter.dtype for parameter in base.parameters()} & {torch.bfloat16, torch.float16}
     with subject.around():

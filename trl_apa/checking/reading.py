@@ -20,12 +20,12 @@ from trl_apa.trials import LayoutTrial, alone
 LARGEST_MEAN = 0.05
 # Attention that a check compares with, for each that a network may have.
 OTHER_ATTENTION = {"eager": "sdpa", "sdpa": "eager"}
-PADDED_ANYWAY = "padding changes what is learned: report this model"
-ONE_BY_ONE = "the trainer reads rows one by one instead, those of equal length together"
+PADDED_ANYWAY = "padding changes the results: report this model"
+ONE_BY_ONE = "the trainer reads rows one by one instead, or batched by equal length"
 
 
 def layouts(subject: Subject) -> Iterator[Finding]:
-    """Each network's own plain forward of two rows alone, beside the other ways of reading them."""
+    """Compares each network's own plain forward pass of two rows alone with the other ways of reading them."""
     networks = {"log-probs": subject.policy}
     if not subject.module.value_is_a_head and not subject.module.base_is_shared:
         networks["values"] = subject.module.value_model.network
@@ -40,7 +40,7 @@ def layouts(subject: Subject) -> Iterator[Finding]:
         "log-probs, as trained",
         subject.difference(subject.each_alone(), subject.as_trained()),
         subject.allowed,
-        "the update would learn from other log-probs than those of the policy: report this model",
+        "the update would use wrong log-probs: report this model",
     )
 
 
@@ -64,7 +64,7 @@ def _of_trial(what: str, trial: LayoutTrial, used: Layout) -> Iterator[Finding]:
 
 
 def sampling(subject: Subject) -> Iterator[Finding]:
-    """The logits that tokens are sampled from, beside those of the plain forward of the finished row."""
+    """Compare the logits that tokens are sampled from with those of the plain forward pass of the finished row."""
     with subject.around():
         trial = sampling_trial(subject.policy, subject.longest)
     if isinstance(trial, Exception):
@@ -74,7 +74,7 @@ def sampling(subject: Subject) -> Iterator[Finding]:
         "log-probs, sampled with cache",
         trial.cached,
         trial.allowed,
-        "the trainer samples without a cache, which is slower; what vLLM does is its own",
+        "the trainer samples without a cache, which is slower; vLLM is not affected",
         ok=True,
     )
     yield compared("prompts in a batch", trial.batched, trial.allowed, "prompts are answered one by one", ok=True)
@@ -154,7 +154,7 @@ def modes(subject: Subject) -> Iterator[Finding]:
         "train mode against eval mode",
         subject.difference(in_eval_mode, in_train_mode),
         subject.allowed,
-        "something in train mode is random or computes otherwise: report this model",
+        "train mode is random or gives other results: report this model",
     )
 
 
@@ -171,12 +171,12 @@ def reference(subject: Subject) -> Iterator[Finding]:
         "policy against pi_init, before training",
         difference,
         subject.allowed,
-        "the run does not start at KL 0: is ref_model another model than the policy, or in another precision?",
+        "the run does not start at KL 0: check whether ref_model is another model, or has another precision",
     )
 
 
 def attention(subject: Subject) -> Iterator[Finding]:
-    """The policy's attention beside another implementation of it: flash attention beside SDPA, SDPA beside eager."""
+    """Compare the policy's attention with another implementation: flash attention with SDPA, SDPA with eager."""
     base = inner_model(subject.policy)
     own = _own_attention(base)
     other = OTHER_ATTENTION.get(own, "sdpa")
@@ -200,7 +200,7 @@ def _own_attention(base: nn.Module) -> str:
 
 
 def vllm(subject: Subject) -> Iterator[Finding]:
-    """vLLM's log-probs of the tokens that it samples, beside the policy's of the same tokens."""
+    """Compare vLLM's log-probs of its sampled tokens with the policy's log-probs of the same tokens."""
     name = "log-probs, vLLM"
     if subject.vllm is None:
         yield skipped(name, "not used: use_vllm is off")
@@ -215,6 +215,10 @@ def vllm(subject: Subject) -> Iterator[Finding]:
     nats = torch.cat(differences)
     most, mean = float(nats.max()), float(nats.mean())
     ok = mean <= LARGEST_MEAN
-    advice = "" if ok else "vLLM samples from another distribution than is learned: are both in one precision?"
+    advice = (
+        ""
+        if ok
+        else "vLLM samples from another distribution than the policy's: check that both have the same precision"
+    )
     measured = f"max {most:.1e}, mean {mean:.1e} nats a token"
     yield Finding(name, ok, measured, {"max_nats": most, "mean_nats": mean}, advice)

@@ -83,7 +83,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         findings = [asdict(finding) for finding in self.findings]
-        for finding in findings:  # JSON has no word for what is not a number
+        for finding in findings:  # JSON has no NaN
             finding["figures"] = {name: _finite(value) for name, value in finding["figures"].items()}
         return {"model": self.model, "machine": self.machine, "ok": self.ok, "findings": findings}
 

@@ -62,9 +62,7 @@ def check_trainer(
         ValueError: where weights are sharded over processes, or if a prompt cannot be read.
     """
     if is_sharded(trainer.accelerator):
-        raise ValueError(
-            "check() reads the networks by themselves; with FSDP or DeepSpeed run `trl-apa check` instead"
-        )
+        raise ValueError("check() needs unsharded networks; with FSDP or DeepSpeed run `trl-apa check` instead")
     with _random_numbers_kept(trainer.accelerator.device), _modes_kept(trainer):
         subject = _subject(trainer, PROMPTS if prompts is None else prompts)
         findings: list[Finding] = []

@@ -1,4 +1,4 @@
-"""Whether a policy that was written, or merged, computes what it did in memory."""
+"""Checks that a saved or merged policy gives the same results as in memory."""
 
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from trl_apa.models.policy_and_value import load_policy_and_value
 from trl_apa.trials import Difference, difference
 
 
-LOST = "a checkpoint of this model cannot be resumed, or used: report this model"
+LOST = "a checkpoint of this model cannot be resumed or loaded: report this model"
 
 
 def reloaded(subject: Subject) -> Iterator[Finding]:
@@ -45,7 +45,7 @@ def _loaded_anew(subject: Subject, folder: str, expected: list[Any]) -> Finding:
 
 
 def merged(subject: Subject) -> Iterator[Finding]:
-    """An adapter that has moved, merged into its base, beside the two apart."""
+    """Compare a changed adapter merged into its base with the unmerged model."""
     name, policy = "adapter merged into its base", subject.policy
     if not is_peft_model(policy):
         yield skipped(name, "no adapter")
@@ -62,7 +62,7 @@ def merged(subject: Subject) -> Iterator[Finding]:
         difference = subject.difference(expected, subject.each_alone(network))
     finding = compared(name, difference, subject.allowed, "use the adapter on its base, unmerged")
     if quantised:
-        text = f"{finding.measured}: it is merged into the base before that was quantised"
+        text = f"{finding.measured}: the adapter is merged into the unquantized base"
         yield Finding(name, None, text, finding.figures)
         return
     yield finding

@@ -1,4 +1,4 @@
-"""Whether tokenizer and networks fit each other, and what a chat template makes of a message."""
+"""Checks that tokenizer and networks fit together, and how a chat template renders a message."""
 
 import itertools
 from collections.abc import Iterator
@@ -25,7 +25,8 @@ def tokens(subject: Subject) -> Iterator[Finding]:
     if known is not None and len(tokenizer) > known:
         beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= known)
         advice.append(
-            f"the embedding has no row for {', '.join(map(repr, beyond[:5]))}: refused where they occur, pads apart"
+            f"the embedding has no row for {', '.join(map(repr, beyond[:5]))}: an error if they occur, except as "
+            "padding"
         )
     if subject.tokenizer.pad_token_id is None:
         advice.append("the tokenizer has no pad: EOS is used")
@@ -41,18 +42,22 @@ def tokens(subject: Subject) -> Iterator[Finding]:
 
 
 def positions(subject: Subject) -> Iterator[Finding]:
-    """Positions of the model beside what prompt and response take, and lengths after which it computes otherwise."""
+    """Compare the model's positions with prompt and response, and find lengths that change its computation."""
     config, args = inner_model(subject.policy).config, subject.args
     limit, needed = max_positions(subject.policy), subject.longest
     measured = f"{'no limit' if limit is None else limit}; a prompt and its response take up to {needed} tokens"
     if args.max_prompt_length is None:
-        measured += ", as far as is known: max_prompt_length is not set"
+        measured += " (max_prompt_length is not set)"
     crossed = [number for number in boundaries(config) if number < needed]
     advice = []
     if crossed:
-        advice.append(f"rows cross lengths that its config names: {', '.join(map(str, crossed))}; the trials did too")
+        advice.append(
+            f"rows cross length limits in the config: {', '.join(map(str, crossed))}; the trials covered them"
+        )
     if (rope := rope_limit(config)) is not None and needed > rope:
-        advice.append(f"RoPE depends on the longest row of a batch beyond {rope} tokens: longer rows go one by one")
+        advice.append(
+            f"RoPE depends on the longest row of a batch beyond {rope} tokens: longer rows are processed one by one"
+        )
     ok = limit is None or needed <= limit
     if not ok:
         advice.append("lower max_prompt_length or max_completion_length")
@@ -65,7 +70,7 @@ def text_prompt(subject: Subject) -> Iterator[Finding]:
     before, own, after, _ = text_ids(QUESTION, subject.tokenizer)
     shown = subject.tokenizer.decode([*before, *own])
     advice = (
-        f"{subject.tokenizer.decode(after)!r}, which the tokenizer puts behind a text, is left out" if after else ""
+        f"{subject.tokenizer.decode(after)!r} is appended by the tokenizer and removed from prompts" if after else ""
     )
     figures: dict[str, Any] = {"before": before, "after": after}
     yield Finding("text prompts", True, f"read as {shown!r}", figures, advice)

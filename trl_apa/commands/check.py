@@ -38,7 +38,7 @@ class CheckArguments:
     device: str | None = option(None, "By default a GPU, if there is one.", choices=["cpu", "cuda"])
     dtype: str | None = option(
         None,
-        "Of weights that are not quantised; bfloat16 with quantization and float32 without by default.",
+        "Type of unquantized weights; bfloat16 with quantization and float32 without by default.",
         choices=["float32", "bfloat16", "float16"],
     )
     bf16: bool = option(False, "Compute in bfloat16 (autocast).")
@@ -152,7 +152,7 @@ def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report
 def _lines(path: str) -> list[str]:
     lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"prompts={path!r} has no text: it should have one prompt a line")
+        raise ValueError(f"prompts={path!r} has no text: it should have one prompt per line")
     return lines
 
 

@@ -40,7 +40,7 @@ STANDARD_OUTPUT = (None, "-", "/dev/stdout")
 
 @dataclass
 class GenerateArguments:
-    """What is asked, and where the answers go."""
+    """Prompts and output of the command."""
 
     prompt: list[str] | None = option(None, "Prompts, in place of those of a data set.")
     output: str | None = option(
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model")
     if (arguments.prompt is None) == (data.dataset_name is None):
-        raise ValueError("set either prompt or dataset_name: the prompts to ask")
+        raise ValueError("set either prompt or dataset_name")
     prompts = Dataset.from_dict({"prompt": arguments.prompt}) if arguments.prompt else load_prompts(data)
     rows = [row for row in prompts for _ in range(config.num_generations)]
     file, done = None, 0
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         about = _what_rows_depend_on(values, rows, config)
         file = RowFile(arguments.output, about, [prompt_of(row) for row in rows], arguments.overwrite)
         if done := file.count():
-            print(f"{arguments.output}: {done} of {len(rows)} responses are there", file=sys.stderr, flush=True)
+            print(f"{arguments.output}: {done} of {len(rows)} responses are done already", file=sys.stderr, flush=True)
     if done == len(rows):
         return 0
     name, trust = model.model_name_or_path, arguments.trust_remote_code

@@ -112,13 +112,13 @@ def _status(command: str, rank: int, exit_code: int) -> int:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Configurations of accelerate by name: this package's, and those of TRL's whose names it does not use."""
+    """Names and paths of accelerate configurations: this package's, and TRL's others."""
     folders = [Path(str(files(package))) / "accelerate_configs" for package in ("trl", "trl_apa")]
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def config_file(name: str) -> Path:
-    """Where a configuration of accelerate lies.
+    """The path of a configuration of accelerate.
 
     Raises:
         ValueError: naming those that are shipped, if it is none of them and no file.

@@ -36,7 +36,7 @@ class MemoryArguments:
     quantization: str | None = option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
     dtype: str | None = option(
         None,
-        "Of weights that are not quantised; bfloat16 with quantization and float32 without by default.",
+        "Type of unquantized weights; bfloat16 with quantization and float32 without by default.",
         choices=["float32", "bfloat16", "float16"],
     )
     bf16: bool = option(True, "Compute in bfloat16 (autocast), as the trainer does where it can.")
@@ -71,7 +71,7 @@ class MemoryArguments:
             ValueError: if a model cannot be found, or an option does not go with another.
         """
         if self.model is None:
-            raise ValueError("model is not set: name a folder, a hub name or a shape")
+            raise ValueError("model is not set: pass a folder, a hub name or a list of sizes")
         dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
         targets = self.lora_target_modules or ["all-linear"]
         alone = {"all-linear": "all-linear", "default": None}
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = CommandParser(
         "memory",
-        "Predict the peak memory of each GPU, by part, from the config alone: no weights, no GPU.",
+        "Predict the peak memory of each GPU, by component, from the config alone: no weights, no GPU.",
         Part(MemoryArguments, lambda name: "training"),
     )
     (arguments,) = parser.build(parser.parse(argv))

@@ -1,4 +1,4 @@
-"""Models, tokenizers and reward functions by name, as the commands' options say."""
+"""Loads models, tokenizers and reward functions from the commands' options."""
 
 import hashlib
 import logging
@@ -26,7 +26,7 @@ from trl_apa.models.critic import ADAPTER_PREFIX
 
 @contextmanager
 def loading(what: str, path: str) -> Iterator[None]:
-    """Inside, whatever a `from_pretrained` raises is a ValueError that names what it was to load."""
+    """Inside, any exception of `from_pretrained` becomes a ValueError that names what could not be loaded."""
     try:
         yield
     except Exception as error:
@@ -76,7 +76,7 @@ def load_policy(path: str, arguments: ModelConfig, trust_remote_code: bool, is_t
 
 
 def load_tokenizer(path: str, arguments: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+    """The tokenizer saved with a model.
 
     Raises:
         ValueError: if it cannot be loaded.

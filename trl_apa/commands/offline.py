@@ -40,7 +40,7 @@ def make_parser() -> CommandParser:
     """The options of the command."""
     return CommandParser(
         "offline",
-        "Learn from fixed responses with APA, AWR or ILQL. Of preferences, both responses get their rewards first.",
+        "Train on fixed responses with APA, AWR or ILQL. Both responses of a preference pair are scored first.",
         Part(DataArguments, lambda name: "data"),
         reward_part(),
         model_part(),

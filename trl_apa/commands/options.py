@@ -161,7 +161,9 @@ def read_yaml(path: str) -> dict[Any, Any]:
         # Values that look like dates or numbers and are none, and keys that are lists, are no error of YAML's own.
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content or {}, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; it should hold options, one `name: value` a line")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}; it should hold options, one `name: value` per line"
+        )
     return content or {}
 
 
@@ -172,9 +174,7 @@ class _LoaderThatSeesDoubles(yaml.SafeLoader):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} stands there twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -1,4 +1,4 @@
-"""Where a command is to write, and what it is to go on from: looked at before anything is loaded."""
+"""Checks a command's outputs and the checkpoint to resume before anything is loaded."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ def check_output_folder(name: str, path: str | Path) -> None:
         path: its value.
 
     Raises:
-        ValueError: if it is a file or lies below one, or if nothing can be written there.
+        ValueError: if it is a file or is below one, or if it is not writable.
     """
     _check_folder(f"{name}={str(path)!r}", Path(path).absolute())
 

@@ -1,4 +1,4 @@
-"""`trl-apa paper FIG`: the curves or win rates of one of the paper's figures, at full size or in small, drawn."""
+"""`trl-apa paper FIG`: run and plot the curves or win rates of a figure of the paper, at full or mini scale."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ def make_parser() -> OneLineParser:
     """The options of the command."""
     parser = OneLineParser(
         prog="trl-apa paper",
-        description="Run what one of the paper's figures shows, but for what is done already, and draw it.",
+        description="Run the curves of a figure of the paper, except finished ones, and plot them.",
         epilog="With --scale full, what stands after `--` goes to the command of every curve; for fig1 to `generate` "
         "or `winrate`, or both, as they have the option.",
         allow_abbrev=False,
@@ -87,12 +87,12 @@ def refuse_what_has_no_effect(options: argparse.Namespace, of_the_curves: Sequen
         ValueError: naming the option.
     """
     if options.scale == "mini" and of_the_curves:
-        raise ValueError(f"{of_the_curves[0]!r} stands after --, which goes to the commands of --scale full")
+        raise ValueError(f"{of_the_curves[0]!r} comes after --, but only --scale full passes options to its commands")
     if options.runs is not None and (options.scale == "mini" or not compares):
-        raise ValueError("--runs is of fig1 with --scale full")
+        raise ValueError("--runs needs fig1 with --scale full")
     sizes = [field.name for field in dataclasses.fields(MiniSizes) if getattr(options, field.name) is not None]
     if options.scale == "full" and sizes:
-        raise ValueError(f"--{sizes[0]} is of --scale mini")
+        raise ValueError(f"--{sizes[0]} needs --scale mini")
 
 
 def draw(title: str, jobs: Sequence[Job], path: Path) -> None:
@@ -126,12 +126,12 @@ def run_win_rates(options: argparse.Namespace, more: Sequence[str], folder: Path
         jobs = full_jobs(trained, seeds, Path(options.runs or f"runs/paper/{trained.name}-full"))
         if unfinished := [str(job.folder) for job in jobs if not job.is_done]:
             first = f"trl-apa paper {trained.name} --scale full"
-            raise ValueError(f"no run has come to its end in {', '.join(unfinished)}: `{first}` comes first")
+            raise ValueError(f"no run has finished in {', '.join(unfinished)}: `{first}` comes first")
         policies = _policies(comparison.start, Path(common_start(job.curve.options() for job in jobs)), jobs)
         try:
             found = compare_at_full_size(comparison, policies, more, folder)
         except subprocess.CalledProcessError as error:
-            print(f"trl-apa ended with status {error.returncode}; run this again to go on", file=sys.stderr)
+            print(f"trl-apa ended with status {error.returncode}; run this again to continue", file=sys.stderr)
             return error.returncode
     path = folder / f"{comparison.name}.png"
     title = comparison.title if options.scale == "full" else f"{', '.join(comparison.labels)} in small"

@@ -11,7 +11,7 @@ DEBUG = "TRL_APA_DEBUG"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line, without the usage, which can be a page long.
+    """Reports an invalid argument in one line, without the usage, which can be a page long.
 
     `--debug`, which `trl_apa.cli` reads and takes away, stands in its `--help` alone.
     """

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(prog="trl-apa plot", description="Reward, KL, and reward against KL, as PNG.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or its trainer_state.json")
     parser.add_argument(
-        "--output_dir", "--output-dir", help="where the pictures are written (default: the first run's folder)"
+        "--output_dir", "--output-dir", help="where the plots are written (default: the first run's folder)"
     )
     options = parser.parse_args(argv)
     if find_spec("matplotlib") is None:
@@ -69,7 +69,7 @@ def state_file(path: str | Path) -> Path:
         return path / "trainer_state.json"
     found = list(path.glob("checkpoint-*/trainer_state.json"))
     if not found:
-        raise FileNotFoundError(f"{path} is no trainer_state.json, and holds none")
+        raise FileNotFoundError(f"{path} is not a trainer_state.json, and contains none")
     return max(found, key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0))
 
 

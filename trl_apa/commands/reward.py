@@ -23,7 +23,7 @@ def make_parser() -> CommandParser:
     """The options of the command."""
     return supervised_parser(
         "reward",
-        "A reward model from preference pairs, with TRL's RewardTrainer.",
+        "Train a reward model on preference pairs with TRL's RewardTrainer.",
         RewardOptions,
         "reward model",
     )

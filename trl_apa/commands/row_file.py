@@ -16,7 +16,7 @@ except ImportError:  # no POSIX system: two processes that write one file are no
     fcntl = None  # type: ignore[assignment]
 
 Write = Callable[[dict[str, Any]], None]
-ANEW = "set --overwrite to begin anew, or name another file"
+ANEW = "set --overwrite to start again, or name another file"
 
 
 class RowFile:
@@ -29,7 +29,7 @@ class RowFile:
         path: the file. A device or a pipe is written to and nothing more.
         about: what the rows depend on, as JSON types: option to value.
         prompts: the `prompt` of every row that there will be.
-        overwrite: begin anew, whatever is there.
+        overwrite: start again, whatever the file holds.
     """
 
     def __init__(self, path: str | Path, about: dict[str, Any], prompts: Sequence[Any], overwrite: bool = False):
@@ -42,7 +42,7 @@ class RowFile:
         """How many rows are there.
 
         Raises:
-            ValueError: if the file holds something else than rows of this command.
+            ValueError: if the file has anything but rows of this command.
             OSError: if it cannot be read.
         """
         if self.path.is_dir():
@@ -76,7 +76,7 @@ class RowFile:
         if first:
             file.truncate(sum(self._lengths()))
         else:
-            # In this order: no row of another command ever stands beside this command's record.
+            # In this order: this command's record never accompanies another command's rows.
             file.truncate(0)
             replace_text(self.record, json.dumps(self.about, indent=1) + "\n")
 
@@ -97,7 +97,8 @@ class RowFile:
             changed = [name for name in {**before, **self.about} if before.get(name) != self.about.get(name)]
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} is there, but no record of the command that wrote it ({self.record.name}): {ANEW}"
+                f"{self.path} exists, but the record of the command that wrote it ({self.record.name}) does not: "
+                f"{ANEW}"
             ) from error
         if changed:
             values = (f"{name} was {before.get(name)!r} and is {self.about.get(name)!r}" for name in changed)
@@ -111,7 +112,7 @@ class RowFile:
                 if not line.endswith(b"\n"):
                     break
                 if number >= len(self.prompts) or not _is_row(line, self.prompts[number]):
-                    raise ValueError(f"{self.path}, line {number + 1} is not what this command writes there: {ANEW}")
+                    raise ValueError(f"{self.path}, line {number + 1} was not written by this command: {ANEW}")
                 lengths.append(len(line))
         return lengths
 
@@ -131,6 +132,6 @@ def _is_row(line: bytes, prompt: Any) -> bool:
 
 
 def digest(values: Sequence[Any]) -> str:
-    """How many values there are, and a digest of them, by which others are told from them."""
+    """The number of values and a digest of them, for comparison."""
     text = json.dumps(list(values), ensure_ascii=False)
     return f"{len(values)}, sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}"

@@ -54,7 +54,7 @@ class DataArguments:
         if self.dataset_test_split is not None and "eval_share" in given:
             given.append("dataset_test_split")
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both say what is held out: set one of them")
+            raise ValueError(f"{' and '.join(given)} both set the held-out rows: set one of them")
         if self.eval_dataset_data_dir is not None and self.eval_dataset_name is None:
             raise ValueError(
                 f"eval_dataset_data_dir={self.eval_dataset_data_dir!r} is read only with eval_dataset_name"
@@ -115,7 +115,7 @@ def load_prompts(arguments: DataArguments) -> Dataset:
 
 
 def _read(arguments: DataArguments, source: str, split: str, data_dir: str | None = None) -> Iterator[Row]:
-    """One row after the other, so that of millions only those that are asked for are read."""
+    """Yield rows one by one, so that only the requested rows of a large data set are read."""
     data_dir = data_dir or arguments.dataset_data_dir
     for row in iter_rows(source, name=arguments.dataset_config, data_dir=data_dir, split=split):
         yield from [row] if arguments.dataset_layout is None else rows_in_layout(row, arguments.dataset_layout)

@@ -24,7 +24,7 @@ def make_parser() -> CommandParser:
     """The options of the command."""
     return supervised_parser(
         "sft",
-        "Supervised fine-tuning with TRL's SFTTrainer. Of preferences, the preferred responses are learned.",
+        "Supervised fine-tuning with TRL's SFTTrainer. On preferences it trains on the preferred responses.",
         SFTOptions,
         "SFT",
     )

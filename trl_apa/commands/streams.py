@@ -19,7 +19,7 @@ def streams_that_may_be_lost(program: str) -> Iterator[None]:
 
     def tell(error: Exception) -> None:
         if sys.stderr is not None:
-            print(f"{program}: stdout is lost ({error}); going on without it", file=sys.stderr)
+            print(f"{program}: stdout is lost ({error}); continuing without it", file=sys.stderr)
 
     if sys.stderr is not None:
         sys.stderr = _MayBeLost(sys.stderr, lambda error: None)  # type: ignore[assignment]
@@ -91,7 +91,7 @@ def nobody_reads(stream: TextIO | None) -> bool:
 
 
 def discard(stream: TextIO) -> None:
-    """Send what the stream still holds, and what is written to it, nowhere: it would fail when the process ends."""
+    """Discard the stream's buffer and later writes: they would fail when the process ends."""
     # A stream without a file descriptor, or that is closed, holds nothing.
     with suppress(OSError, ValueError):
         descriptor = stream.fileno()

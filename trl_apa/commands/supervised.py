@@ -37,7 +37,7 @@ def check_options(model: ModelConfig, config: TrainingArguments) -> None:
 
 
 def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
-    """Train, evaluate if rows are held out, save, upload if asked; returns the exit status.
+    """Train, evaluate if rows are held out, save, upload if requested; returns the exit status.
 
     Raises:
         ValueError: if the trainer has left out every row.

@@ -43,7 +43,7 @@ class RewardArguments:
             ValueError: if one cannot be imported, or if there is neither a function nor a model.
         """
         if not self.reward_funcs and not self.reward_model_name_or_path:
-            raise ValueError("nothing gives a reward: set reward_model_name_or_path, reward_funcs, or both")
+            raise ValueError("no rewards: set reward_model_name_or_path, reward_funcs, or both")
         return [import_reward_function(name) for name in self.reward_funcs or ()]
 
 

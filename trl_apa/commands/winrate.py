@@ -77,7 +77,7 @@ def make_parser() -> OneLineParser:
     )
     local = parser.add_argument_group("--judge local")
     local.add_argument(
-        "--tie_margin", type=float, default=0.0, help="scores so close are a tie (default: %(default)s)"
+        "--tie_margin", type=float, default=0.0, help="scores within this margin are a tie (default: %(default)s)"
     )
     local.add_argument("--batch_size", type=int, default=8, help="of a forward pass (default: %(default)s)")
     local.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def open_cache(options: argparse.Namespace) -> VerdictCache:
-    """The verdicts so far. Whether new ones and the result can be written is found out before anybody is asked.
+    """The verdicts so far. Checks that verdicts and result can be written before any question is sent.
 
     Raises:
         ValueError: if the output is a folder.
@@ -159,7 +159,7 @@ def read_answers(path: str) -> list[Answer]:
 
 
 def read_references(options: argparse.Namespace, prompts: Collection[str]) -> dict[str, str] | None:
-    """The first answer that people chose to each prompt; None if no references are asked for.
+    """The first answer that people chose to each prompt; None without references.
 
     Args:
         options: where they are.
@@ -219,7 +219,7 @@ def make_pairs(
         raise ValueError("A and B have no prompt in common: generate both from the same data")
     left_out = len(ours) + len(theirs) - 2 * len(pairs)
     if left_out:
-        print(f"{left_out} answers are left out: the other model has none to their prompts")
+        print(f"{left_out} answers are dropped: the other model did not answer their prompts")
     without = sum(pair.reference is None for pair in pairs)
     if references is not None and without:
         print(f"{without} of {len(pairs)} prompts have no reference answer")

@@ -106,7 +106,7 @@ def _from_messages(
 ) -> tuple[str, str, str]:
     context = columns["prompt"] or []
     if isinstance(context, str):
-        # A text prompt beside whole conversations repeats their first message.
+        # A text prompt in a row with complete conversations repeats their first message.
         alone = len(columns["chosen"]) == 1
         context = [{"role": "user", "content": context}] if alone else []
     if not isinstance(context, list):

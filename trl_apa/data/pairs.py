@@ -9,7 +9,7 @@ from trl_apa.data.sources import BadRow, Row, iter_rows, parse_rows, report
 
 
 class Preference(NamedTuple):
-    """A prompt and two responses to it, as text: `prompt + chosen` is the whole text.
+    """A prompt and two responses to it, as text: `prompt + chosen` is the complete text.
 
     Args:
         prompt: everything before the response; in the HH layout it ends with the `Assistant:` marker.
@@ -25,7 +25,7 @@ class Preference(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A prompt and a response to learn from, as text: `prompt + completion` is the whole text.
+    """A prompt and a response for training, as text: `prompt + completion` is the complete text.
 
     Args:
         prompt: everything before the response.

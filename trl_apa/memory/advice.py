@@ -27,7 +27,7 @@ class Change:
 
 
 def changes(setup: Setup, peak: int) -> list[Change]:
-    """The changes that make `setup` smaller, each made alone and predicted anew, the largest saving first.
+    """The changes that make `setup` smaller, each predicted alone, the largest saving first.
 
     Args:
         setup: the run.

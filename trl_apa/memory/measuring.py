@@ -1,4 +1,4 @@
-"""How much memory some work needs: on a GPU by torch's counters, on a CPU by what its allocator hands out."""
+"""Measures peak memory: on a GPU with torch's counters, on a CPU from its allocator's records."""
 
 import os
 import sys

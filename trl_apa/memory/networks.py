@@ -51,7 +51,7 @@ def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
 
 
 class _NothingIsPadded(TorchFunctionMode):
-    """What transformers asks of a mask without contents before it makes one: it is all ones."""
+    """Tells transformers that a mask without data is all ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return True if func is torch._C.TensorBase.__bool__ else func(*args, **(kwargs or {}))
@@ -82,7 +82,7 @@ def _value_model(setup: Setup, policy: nn.Module) -> nn.Module:
 
 
 def quantised(model: nn.Module, quantization: str) -> nn.Module:
-    """`model` with bitsandbytes' layers in place of its linear ones, but for the vocabulary head.
+    """`model` with bitsandbytes' layers in place of its linear ones, except the vocabulary head.
 
     Raises:
         ValueError: if bitsandbytes is not installed.
@@ -116,7 +116,7 @@ def _pack_weight(layer: nn.Module, quantization: str) -> None:
 
 
 def classifier_bytes(config: PretrainedConfig, setup: Setup) -> int:
-    """Weights of a reward model of its own, in the precision of the policy's base.
+    """Weights of a separate reward model, in the precision of the policy's base.
 
     Raises:
         ValueError: if the family has no classifiers.
@@ -137,7 +137,7 @@ def weight_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
 
     Args:
         model: any network.
-        beside: another one, whose parameters do not count where `model` shares them.
+        beside: another model; parameters that `model` shares with it are not counted.
     """
     known = set() if beside is None else {id(parameter) for parameter in beside.parameters()}
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known}

@@ -116,7 +116,7 @@ def _autocast(setup: Setup) -> Iterator[None]:
 
 
 def _counted(module: PolicyAndValue) -> LiveBytes:
-    """A counter that starts when the weights are there already; they are no part of what it counts."""
+    """A counter that starts after the weights exist; it does not count them."""
     vocabulary = module.config.get_text_config().vocab_size
     live = LiveBytes(lambda tensor: LOGITS if tensor.dim() > 1 and tensor.shape[-1] == vocabulary else None)
     live.count("weights", (*module.parameters(), *module.buffers(), *scales_of(module)))

@@ -57,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
                 self._note(tensor, label)
 
     def restart(self) -> None:
-        """Forget the peak: the next one starts from what is alive now."""
+        """Reset the peak to the memory in use now."""
         self._peak_total, self.peak = self._total, dict(self.live)
 
     def _note(self, tensor: Tensor, label: str | None) -> None:
@@ -134,7 +134,7 @@ def _without_contents(tensor: Tensor) -> Tensor:
 
 
 def _give_scales(layer: nn.Module) -> None:
-    """What bitsandbytes keeps beside a quantised weight."""
+    """The extra tensors that bitsandbytes keeps with a quantized weight."""
     if find_spec("bitsandbytes") is None:
         return
     import bitsandbytes as bnb

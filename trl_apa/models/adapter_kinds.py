@@ -8,13 +8,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
-# Kinds of adapters that train, or seem to, and what is wrong with them here.
+# Kinds of adapters that are not supported, and why.
 UNSUPPORTED = {
     "ADALORA": "chooses its ranks in calls between the optimizer steps, which this trainer does not make",
-    "ADAPTION_PROMPT": "is no adapter of layers, and cannot be merged",
-    "POLY": "waits for the id of a task with every row",
-    "PVERA": "draws its weights anew in every pass, which would be noise in the ratio of two policies",
-    "XLORA": "mixes adapters with a pass of its own before each",
+    "ADAPTION_PROMPT": "does not adapt layers, and cannot be merged",
+    "POLY": "needs a task id with every row",
+    "PVERA": "draws random weights in every pass, which would add noise to the log-ratio",
+    "XLORA": "needs an extra pass to mix its adapters",
 }
 
 
@@ -31,7 +31,9 @@ def refuse_unsupported(config: PeftConfig) -> None:
     if kind in UNSUPPORTED:
         raise ValueError(f"{kind} adapters are not supported: {kind} {UNSUPPORTED[kind]}; use LoRA or another")
     if getattr(config, "layer_replication", None):
-        raise ValueError("layer_replication: layers share their weights then, into which no adapter can be merged")
+        raise ValueError(
+            "layer_replication is not supported: replicated layers share weights, so adapters cannot be merged"
+        )
 
 
 def check_adapters(policy: PeftModel) -> None:
@@ -49,13 +51,13 @@ def _check_memory_is_their_own(policy: PeftModel) -> None:
         other = found.setdefault(parameter.data_ptr(), name)
         if other != name:
             raise ValueError(
-                f"the trainable weights {other} and {name} lie in the same memory, so that every update would move "
-                "them twice; leave out ensure_weight_tying, or the vocabulary head of target_modules"
+                f"the trainable weights {other} and {name} share memory, so every update would change them twice; "
+                "leave out ensure_weight_tying, or remove the vocabulary head from target_modules"
             )
 
 
 def _check_can_be_merged(policy: PeftModel) -> None:
-    """One layer of each kind is tried. A quantised base is loaded anew before it is merged."""
+    """One layer of each kind is tried. A quantized base is reloaded before it is merged."""
     tried, what = set(), policy.active_peft_config.peft_type.value
     for name, layer in policy.named_modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -64,8 +66,8 @@ def _check_can_be_merged(policy: PeftModel) -> None:
         has_bias = getattr(base, "bias", None) is not None
         if any(getattr(layer, "lora_bias", {}).values()) and not has_bias:
             raise ValueError(
-                f"the {what} adapter on {name} cannot be merged into its base: with lora_bias=True it has a bias, and "
-                "the base has no bias that it could be added to; leave lora_bias out"
+                f"the {what} adapter on {name} cannot be merged into its base: lora_bias=True adds a bias, and the "
+                "base layer has none; leave lora_bias out"
             )
         if getattr(policy, "is_quantized", False):
             continue
@@ -83,7 +85,7 @@ def _check_can_be_merged(policy: PeftModel) -> None:
 def with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
     """`model` with new adapters.
 
-    "all-linear" leaves out what is a linear layer by name only: routers of a mixture of experts that choose the
+    "all-linear" skips modules that are linear layers only by class: routers of a mixture of experts that choose the
     experts themselves (Llama 4).
     """
     if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
@@ -99,7 +101,7 @@ def with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 @torch.no_grad()
 def _is_linear(module: nn.Linear) -> bool:
-    """Whether a layer of a class of its own gives what a linear layer gives."""
+    """Whether a layer of a custom class gives the same results as a linear layer."""
     if not type(module).__module__.startswith("transformers.models.") or hasattr(module.weight, "ds_id"):
         return True
     states = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
@@ -111,7 +113,7 @@ def _is_linear(module: nn.Linear) -> bool:
 
 
 def merged_layer(layer: BaseTunerLayer) -> BaseTunerLayer:
-    """A copy of a layer, of those that lie in it too, with the active adapters put into the base."""
+    """A copy of a layer and its sublayers, with the active adapters merged into the base."""
     merged = copy.deepcopy(layer)
     for part in merged.modules():
         if isinstance(part, BaseTunerLayer):

@@ -22,7 +22,7 @@ def only_adapter(policy: PeftModel, adapter_name: str | None) -> Iterator[None]:
     """Inside, `adapter_name` is the active adapter, or with None none is; afterwards all is as it was.
 
     What is trainable stays so inside, although peft's own switches freeze every adapter but the one that they end on:
-    DeepSpeed drops the gradient of what is frozen when a backward pass ends, of an earlier pass, too.
+    DeepSpeed drops gradients of frozen parameters when a backward pass ends, also those of an earlier pass.
     """
     layers = _plain_layers(policy)
     switch = _by_peft(policy, adapter_name) if layers is None else _by_flags(policy, layers, adapter_name)
@@ -165,7 +165,7 @@ def parts_tied_weights(policy: PeftModel) -> bool:
 
 
 def adapts_tied_weights(policy: PeftModel) -> bool:
-    """Whether an adapter lies on the embeddings or the vocabulary head of a base in which both are one weight."""
+    """Whether an adapter changes the embeddings or the vocabulary head of a base in which they are tied."""
     base = policy.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     weights = [end.get_base_layer().weight if isinstance(end, BaseTunerLayer) else end.weight for end in ends]

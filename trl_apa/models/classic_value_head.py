@@ -76,7 +76,7 @@ class PolicyValueHead(nn.Module):
         self.head.load_state_dict(read_value_head(str(path)))
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the head beside the policy in `path`, under the names that the classic wrappers give it.
+        """Write the head next to the policy in `path`, under the names of the classic wrappers.
 
         Args:
             path: a folder, made if it is not there.

@@ -13,7 +13,7 @@ from trl_apa.network_parts import text_trunk
 def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:
     """A deep copy of `model` that does not run on the original's weights.
 
-    A model that another trainer has had in its hands may carry a `forward` of its own, a function that remembers the
+    A model that another trainer has patched may have a `forward` that is a function bound to the
     original (TRL's fused LM head, accelerate's autocast): `deepcopy` keeps such a function as it is, and the copy
     would silently follow the original's training. It gets its class's forward back, and accelerate's device hook, if
     it had one, around that. The copy of a model that ZeRO-3 has sharded is sharded, too; for a moment every process
@@ -41,7 +41,7 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
 def copy_of_trunk(language_model: nn.Module) -> nn.Module:
     """A deep copy of what turns tokens into hidden states, without vocabulary head and towers for images and sound.
 
-    T5's language model holds its two stacks itself, without a trunk of its own to copy.
+    T5's language model has its two stacks as attributes, without a trunk to copy.
     """
     part = text_trunk(language_model)
     if part is not language_model:

@@ -49,7 +49,7 @@ def load_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenize
 
 
 def adapter_config_file(path: str | os.PathLike, **hub: Any) -> str | None:
-    """Where the config of an adapter lies; None if the folder, hub name or GGUF file is none of an adapter.
+    """The path of an adapter's config; None if the folder, hub name or GGUF file is not an adapter.
 
     Args:
         path: folder, hub name or GGUF file.
@@ -130,7 +130,7 @@ def save_dense_base(network: nn.Module, folder: str | os.PathLike, state_dict: M
     if any(tensor.is_meta or not tensor.numel() for tensor in weights.values()) or not weights:
         warnings.warn(
             f"the adapters name {adapters[0].base_model_name_or_path} as their base, which peft cannot load by "
-            "itself, and its weights are not gathered here to be saved beside them",
+            "itself, and the base's weights are sharded, so they cannot be saved with the adapters",
             UserWarning,
             stacklevel=2,
         )
@@ -152,7 +152,7 @@ def _is_gguf(name: str | None) -> bool:
 
 
 def _only_gguf(name: str) -> list[Path]:
-    """The GGUF files in a folder that holds no checkpoint besides."""
+    """The GGUF files in a folder without another checkpoint."""
     folder = Path(name)
     if not folder.is_dir() or any((folder / other).exists() for other in ("config.json", "adapter_config.json")):
         return []

@@ -1,4 +1,4 @@
-"""Policy, value model and reward model by name: quantised, with new adapters, each process on its own device."""
+"""Loads policy, value model and reward model: quantized, with new adapters, each process on its own device."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ Quantization = str | BitsAndBytesConfig | None
 def load_policy(
     name: str, quantization: Quantization = None, lora: int | LoraConfig | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
-    """A policy for `APATrainer`: a language model, whole or in 8 or 4 bits, with new LoRA adapters or those it has.
+    """A policy for `APATrainer`: a language model, optionally in 8 or 4 bits, with new or existing LoRA adapters.
 
     A quantised base keeps its own precision outside the quantised layers; adapters are float32.
 
@@ -50,7 +50,7 @@ def load_policy(
 def load_value_model(
     name: str, quantization: Quantization = None, lora: int | LoraConfig | None = None, **kwargs: Any
 ) -> ValueModel:
-    """A standalone value model for `APATrainer(value_model=...)`, on weights of its own.
+    """A standalone value model for `APATrainer(value_model=...)`, with its own weights.
 
     Args:
         name: folder or hub name of a saved value model, a reward model or a language model, which need not be of the
@@ -88,7 +88,7 @@ def load_reward_model(name: str, quantization: Quantization = None, **kwargs: An
     if find_adapter_config_file(name) is not None:
         model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
         model = model if quantization is not None else model.merge_and_unload()
-        # Its tokenizer lies with the adapter.
+        # Its tokenizer is saved with the adapter.
         model.config._name_or_path = name
         return settle_quantization(model)
     model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)

@@ -1,4 +1,4 @@
-"""Language models from folders and the hub: whole ones, and adapters on the base that they name."""
+"""Loads language models from folders and the hub: full models, and adapters on the base that they name."""
 
 import os
 from typing import Any

@@ -27,15 +27,15 @@ def merge_and_save(
     """Write the policy as a checkpoint that `AutoModelForCausalLM` (or `AutoModelForSeq2SeqLM`) loads without peft.
 
     Only the active adapter is merged: others on the base (value, reward, reference) stay out. A base that is quantised
-    is loaded anew, whole, so that nothing is lost to its rounding; any other is copied as it is in memory.
+    is reloaded unquantized, so that nothing is lost to its rounding; any other is copied from memory.
 
     Args:
         source: a policy with adapters, or the folder or hub name of a saved one. One without adapters is written as it
             is.
         path: a folder, made if it is not there.
-        tokenizer: written beside the model; by default the one that lies with `source`, if that is a name.
+        tokenizer: written with the model; by default the one saved with `source`, if that is a path or hub name.
         kwargs: passed on to `from_pretrained` of a base that is loaded (`dtype`, `device_map`, ...), which without
-            `dtype` is float32. With any of them the base is loaded anew in any case.
+            `dtype` is float32. With any of them the base is always reloaded.
 
     Raises:
         ValueError: if a base is to be loaded anew and its adapter does not say where it came from; for `kwargs` where
@@ -62,7 +62,7 @@ def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
     if not kwargs and not getattr(policy, "is_quantized", False):
         return _apart(independent_copy(policy)).merge_and_unload(adapter_names=[active])
     if not policy.peft_config[active].base_model_name_or_path:
-        raise ValueError("the base of the policy has to be loaded anew, but its adapter does not say from where")
+        raise ValueError("the policy's base has to be reloaded, but its adapter does not say from where")
     with tempfile.TemporaryDirectory() as folder:
         save_network(policy, folder, policy.state_dict())
         return _merged(folder, kwargs)

@@ -89,7 +89,7 @@ def _in_eval_mode(layer: nn.Module, forward: Callable[..., Any], *args: Any, **k
 
 
 def _forget_longer_rows(rope: Any, _: Any) -> None:
-    """Put back the frequencies of short rows, from which those of a longer one are made anew in its forward pass.
+    """Restore the frequencies of short rows; the forward pass of a longer row recomputes its own.
 
     transformers keeps those of the longest row until one comes that is short again.
     """

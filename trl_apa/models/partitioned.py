@@ -18,7 +18,7 @@ def whole_shape(parameter: nn.Parameter) -> Size:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], modify: bool = False) -> Iterator[None]:
-    """Inside, every process has these parameters whole; nothing happens to those that are not sharded.
+    """Inside, every process has these parameters complete; parameters that are not sharded are unchanged.
 
     Args:
         parameters: the same on all processes, which enter together.
@@ -43,7 +43,7 @@ def partition(module: nn.Module) -> None:
 
 
 def use_one_precision(module: nn.Module) -> None:
-    """Give what is trained the precision of what ZeRO-3 has sharded of it while it was loaded: it takes no mixture."""
+    """Give trained weights the precision of those that ZeRO-3 sharded while loading: it does not allow a mixture."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for dtype in {parameter.dtype for parameter in trained if is_partitioned(parameter)}:
         for parameter in trained:

@@ -127,7 +127,7 @@ class PolicyAndValue(nn.Module):
 
     @property
     def value_is_a_head(self) -> bool:
-        """Whether the value model has no trunk of its own."""
+        """Whether the value model has no separate trunk."""
         return isinstance(self.value_model, PolicyValueHead)
 
     @property
@@ -256,7 +256,7 @@ class PolicyAndValue(nn.Module):
     gradient_checkpointing_disable = activation_checkpointing_disable
 
     def networks(self) -> Iterator[nn.Module]:
-        """The transformers: the policy, and the value model if it has one of its own."""
+        """The transformers: the policy, and the value model if it has a separate one."""
         yield self.policy
         if isinstance(self.value_model, ValueModel):
             yield self.value_model.network

@@ -75,7 +75,7 @@ def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str =
     if is_peft_model(network) or network.config.is_encoder_decoder:
         kind = "adapters" if is_peft_model(network) else "two stacks of layers"
         raise ValueError(
-            f"num_unfrozen_layers={num_unfrozen_layers} is for decoders trained whole; {argument} has {kind}"
+            f"num_unfrozen_layers={num_unfrozen_layers} needs a decoder without adapters; {argument} has {kind}"
         )
     num_layers = _num_layers(network)
     if num_unfrozen_layers > num_layers:
@@ -110,7 +110,7 @@ def _lowest_layers(model: nn.Module, num_layers: int, pattern: str | None) -> li
 
 
 class _LowestLayerReached(Exception):
-    """Ends a forward pass that has seen what it was to see."""
+    """Stops a forward pass early."""
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def choose_reference(
 def check_adapter_exists(argument: str, name: str, policy: nn.Module) -> None:
     """Raise ValueError, naming the argument, unless the policy is a PEFT model with an adapter of that name."""
     if not is_peft_model(policy):
-        raise ValueError(f"{argument}={name!r}, but model is no PEFT model with adapters to choose from")
+        raise ValueError(f"{argument}={name!r}, but model is not a PEFT model with adapters")
     if name not in policy.peft_config:
         raise ValueError(
             f"{argument}={name!r}, but the adapters of model are {', '.join(map(repr, policy.peft_config))}"
@@ -206,7 +206,7 @@ def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module 
 
     A LoRA policy whose adapter changes nothing yet is its own base with the adapter switched off. One that starts from
     a trained (SFT) adapter keeps a frozen copy of that adapter: switching it off would anchor APA to the base below,
-    another model. Where more than the adapter is trained (a bias, a norm), nothing less than a whole copy will do.
+    another model. If more than the adapter is trained (a bias, a norm), a full copy is needed.
 
     Args:
         policy: the policy before training.

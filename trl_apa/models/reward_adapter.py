@@ -14,7 +14,7 @@ from trl_apa.network_parts import trunk_of
 
 
 DEFAULT_NAME = "reward_adapter"
-# Heads that peft saves whole with a SEQ_CLS adapter; a language model has neither.
+# Heads that peft saves in full with a SEQ_CLS adapter; a language model has neither.
 CLASSIFIER_HEADS = ("score", "classifier")
 SCORE_KEY = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(weight|bias)$")
 
@@ -25,7 +25,7 @@ def load_reward_adapter(
     """Put a reward model's adapter on `policy`, frozen and not active.
 
     Args:
-        policy (`PeftModel`): a decoder language model with an adapter of its own, which stays as it is.
+        policy (`PeftModel`): a decoder language model with its own adapter, which is not changed.
         path (`str`): folder or hub name of an adapter that was trained on the same base with `task_type="SEQ_CLS"`.
         adapter_name (`str`, *optional*, defaults to `"reward_adapter"`): what to call it on the policy.
         argument (`str`, *optional*): how messages name it; by default `reward_adapter=` and the path.

@@ -148,7 +148,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         Args:
             input_ids (`Tensor` `(B, T)`), past_key_values, attention_mask (`Tensor` `(B, T)`), kwargs: the language
                 model's inputs.
-            return_past_key_values (`bool`, *optional*, defaults to `False`): append the cache to what is returned.
+            return_past_key_values (`bool`, *optional*, defaults to `False`): append the cache to the result.
 
         Returns:
             float32 logits `(B, T, V)`; the language model's loss, nats per token, or None without `labels`; values
@@ -243,7 +243,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """The language model (or its active adapter) as plain transformers (or peft) loads it; the head beside it.
+        """The language model (or its active adapter) as plain transformers (or peft) loads it, and the head.
 
         Args:
             save_directory: a folder, made if it is not there.
@@ -267,7 +267,7 @@ def without_value_head(model: Any) -> Any:
 
 
 def value_head_of(model: Any, language_model: nn.Module) -> SummaryHead | None:
-    """The classic head that came with `model`: a wrapper's, or one that lies in the checkpoint of that name.
+    """The classic head of `model`: a wrapper's, or one saved in the checkpoint of that name.
 
     Args:
         model: what the caller gave as policy.
@@ -345,7 +345,7 @@ def _loading_options(
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
     if torch_dtype is not None:
         if kwargs.get("dtype") not in (None, torch_dtype):
-            raise ValueError("torch_dtype and dtype name one argument: give one of them")
+            raise ValueError("torch_dtype and dtype are the same argument: pass one of them")
         options["dtype"] = torch_dtype
     if device_map is None and (options | kwargs).get("quantization_config") is not None:
         device_map = {"": process_device()}

@@ -1,4 +1,4 @@
-"""The standalone value model: a transformer trunk of its own with a scalar head at every position."""
+"""The standalone value model: a separate transformer trunk with a scalar head at every position."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """V(s): a network of its own, not a head on the policy (section 3 of the paper), fitted to the returns.
+    """V(s): a separate network, not a head on the policy (section 3 of the paper), fitted to the returns.
 
     Args:
         network: a transformer that returns hidden states, or a language model with PEFT adapters, whose trunk is used.
@@ -197,7 +197,7 @@ def trunk_values(trunk: nn.Module, head: ValueHead, tokens: Mapping[str, Any], r
         tokens: those of `rollouts.pad_tokens` or `rollouts.pack_tokens`.
         response_width: tokens.
     """
-    # T5's language model has no trunk of its own.
+    # T5's language model has no separate trunk.
     options = {} if trunk.get_output_embeddings() is None else {"output_hidden_states": True}
     values_M = at_least_float32(head(response_states(trunk, tokens, **options)))
     return response_rows(values_M, tokens, response_width)
@@ -313,7 +313,7 @@ def trainable(trunk: nn.Module) -> nn.Module:
 
 
 def _copy_with_adapter(policy: nn.Module) -> nn.Module:
-    """A deep copy of a PEFT policy with its active adapter alone; what lies outside the trunk is frozen."""
+    """A deep copy of a PEFT policy with only its active adapter; everything outside the trunk is frozen."""
     network = independent_copy(policy)
     for adapter in [name for name in network.peft_config if name != network.active_adapter]:
         network.delete_adapter(adapter)

@@ -38,7 +38,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         gae_lambda (`float`, *optional*, defaults to `0.95`):
             Of generalised advantage estimation.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
-            Give the advantages of the whole data set mean 0 and variance 1.
+            Give the advantages of the complete data set mean 0 and variance 1.
         value_epochs (`int`, *optional*, defaults to `3`):
             APA and AWR: passes over the data in which the value model is fitted to the returns before the policy is
             trained.
@@ -46,7 +46,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             Learning rate of these passes. Defaults to `learning_rate`.
         freeze_value (`bool`, *optional*, defaults to `True`):
             APA and AWR: leave the value model as it is after them. Otherwise it goes on learning beside the policy,
-            with the weight `vf_coef`, and the advantages are estimated anew before every epoch.
+            with the weight `vf_coef`, and the advantages are estimated again before every epoch.
         vf_coef (`float`, *optional*, defaults to `1.0`):
             With `freeze_value=False`, the weight of the value loss.
         learn_state_normaliser (`bool`, *optional*, defaults to `False`):
@@ -133,11 +133,9 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         if self.kl_coef is None:
             self.kl_coef = self._default_kl_coef.get(self.loss_type)
         elif self.loss_type == "ilql":
-            raise ValueError(f"kl_coef={self.kl_coef}: ILQL has none; ilql_beta says how far it moves the policy")
+            raise ValueError(f"kl_coef={self.kl_coef}: ILQL has none; ilql_beta sets how far it moves the policy")
         if self.learn_state_normaliser and self.loss_type != "apa":
-            raise ValueError(
-                f"learn_state_normaliser=True with loss_type={self.loss_type!r}: only APA leaves out log Z"
-            )
+            raise ValueError(f"learn_state_normaliser=True with loss_type={self.loss_type!r}: only APA omits log Z")
         self._check_ranges()
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()

@@ -44,7 +44,7 @@ def advantage_shifted(policy: nn.Module, q_model: QValueModel, beta: float) -> I
 
 
 class _Shifted:
-    """A forward whose logits are moved; it keeps a cache of the values' trunk beside the policy's."""
+    """A forward pass with shifted logits; it keeps a cache of the values' trunk in addition to the policy's."""
 
     def __init__(self, forward: Callable[..., Any], q_model: QValueModel, beta: float):
         self.forward, self.q_model, self.beta = forward, q_model, beta

@@ -1,4 +1,4 @@
-"""What the losses of fixed data are divided by: the counted tokens of the whole optimizer step, on all processes."""
+"""The denominator of offline losses: the counted tokens of the complete optimizer step, on all processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +9,9 @@ from trl_apa._trl import _BaseTrainer
 
 
 class CountsTokens(_BaseTrainer):
-    """A trainer whose micro-batches have a `response_mask`, and whose loss is divided by what it counts."""
+    """A trainer whose micro-batches have a `response_mask`, and whose loss is divided by the counted tokens."""
 
-    # The loss is divided by the tokens of the whole optimizer step, so the Trainer must not divide it again.
+    # The loss is divided by the tokens of the complete optimizer step, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:

@@ -1,5 +1,5 @@
 """
-What offline learning needs beside `trl_apa.losses`: implicit language Q-learning, and APA's state normaliser.
+Losses of offline training: implicit language Q-learning, and APA's state normaliser.
 
 As there, losses and statistics are sums over the counted tokens divided by `num_tokens`.
 """

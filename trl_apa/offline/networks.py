@@ -1,4 +1,4 @@
-"""The networks of offline learning: ILQL's values beside the policy, and APA's state normaliser."""
+"""The networks of offline training: ILQL's values, and APA's state normaliser."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,7 +86,7 @@ class QValueModel(ValueModel):
             target.lerp_(current.to(target.dtype), rate)
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As of `ValueModel`, and the Q heads beside it."""
+        """As of `ValueModel`, and the Q heads."""
         state = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(path, state)
         heads = {name: tensor for name, tensor in state.items() if name.partition(".")[0] in ("q", "target_q")}
@@ -114,7 +114,7 @@ class OfflineNetworks(PolicyAndValue):
 
     Args:
         policy: a language model.
-        value_model: a network of its own, `QValueModel` for ILQL.
+        value_model: a separate network, `QValueModel` for ILQL.
         normaliser: h(s), a network like a value model whose head starts at zero; None without one.
     """
 
@@ -150,7 +150,7 @@ class OfflineNetworks(PolicyAndValue):
         base_folder: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        """As of `PolicyAndValue`, and the normaliser in a folder of its own."""
+        """As of `PolicyAndValue`, and the normaliser in a separate folder."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(path, state_dict, base_folder, **kwargs)
         if self.normaliser is not None and kwargs.get("is_main_process", True):

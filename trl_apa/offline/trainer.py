@@ -44,7 +44,7 @@ from trl_apa.validation import check_fp16, check_type
 
 
 class BetweenSteps(TrainerCallback):
-    """What happens beside the gradient: ILQL's targets follow, advantages follow a value model that still learns."""
+    """Updates after each step: ILQL's target heads, and advantages if the value model is still trained."""
 
     def __init__(self, trainer: "OfflineAPATrainer"):
         self.trainer = trainer
@@ -168,7 +168,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _fill_in_returns(self) -> None:
-        """Rewards of tokens, and Monte Carlo returns: of fixed data the whole of each response is known."""
+        """Token rewards and Monte Carlo returns: with fixed data each response is known completely."""
         rollouts, mask_BR = self.rollouts, self.rollouts.response_mask_BR
         rollouts.rewards_BR = token_rewards(rollouts.scores_B, mask_BR)
         blank_BR = torch.zeros_like(rollouts.rewards_BR)

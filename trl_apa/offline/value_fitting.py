@@ -42,10 +42,10 @@ def fit_value_model(
     """Fit V to `rollouts.returns_BR` in `args.value_epochs` passes, in place; nothing is saved.
 
     Args:
-        value_model: a network of its own.
+        value_model: a separate network.
         rollouts: with returns.
         micro_batch: rows to tokens, mask and returns.
-        args: the options of the whole run, of which those about batches, precision and optimizer count.
+        args: the options of the run; those about batches, precision and optimizer are used.
     """
     own = copy.copy(args)
     own.num_train_epochs, own.max_steps = args.value_epochs, -1

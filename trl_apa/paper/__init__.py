@@ -1,1 +1,1 @@
-"""The paper's figures: which curves they have, how a curve is run in small, and how a figure is drawn."""
+"""The paper's figures: their curves, mini-scale runs and plots."""

@@ -40,7 +40,7 @@ def bands(runs: Sequence[Sequence[Row]]) -> dict[str, Band]:
 
 
 def draw_figure(title: str, panels: Panels, path: Path) -> None:
-    """Write `panels` as JSON, and beside it the picture; what cannot be written is a warning.
+    """Write `panels` as JSON, and the plot next to it; a failed write is a warning.
 
     A row of pictures a panel: reward and KL against steps, and where the gold reward is known, that against steps and
     against KL.

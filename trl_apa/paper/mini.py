@@ -1,4 +1,4 @@
-"""A curve in small: the options of its file about the algorithm, on the task of the demo, on the CPU."""
+"""A curve at mini scale: the algorithm options of its file, on the demo's task, on the CPU."""
 
 import json
 import random
@@ -103,7 +103,7 @@ class MiniTask:
 
 
 def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
-    """The options of a curve that count in small.
+    """The options of a curve that apply at mini scale.
 
     Raises:
         ValueError: if there is no `loss_type` among them.
@@ -123,7 +123,7 @@ def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSiz
 
 
 def task_folder(folder: Path, sizes: MiniSizes) -> Path:
-    """Where the fine-tuned model and the reward model are, beside the runs in `folder`."""
+    """The paths of the fine-tuned model and the reward model, next to the runs in `folder`."""
     return folder / f"task-{_digest(_task_of(sizes))}"
 
 
@@ -204,7 +204,7 @@ def config_of(
 
 
 def _online(task: MiniTask, config: APAConfig, log: Log) -> None:
-    """Generate, score, step; `log` gets what is measured on held-out prompts."""
+    """Generate, score, step; `log` gets the measurements on held-out prompts."""
     sizes, made = task.sizes, task.made
     policy = task.policy()
     trainer = APATrainer(config, policy, tokenizer=made.tokenizer)
@@ -233,7 +233,7 @@ class _Measuring(TrainerCallback):
 
 
 def _offline(task: MiniTask, config: OfflineConfig, log: Log) -> None:
-    """Learn from the fixed data; `log` gets what is measured on held-out prompts."""
+    """Train on the fixed data; `log` gets the measurements on held-out prompts."""
     sizes, made = task.sizes, task.made
     trainer = OfflineAPATrainer(config, task.policy(), processing_class=made.tokenizer, train_dataset=task.fixed_rows)
 

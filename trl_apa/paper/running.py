@@ -1,4 +1,4 @@
-"""The runs of a figure: which there are, and running those that are not done, at full size or in small."""
+"""The runs of a figure: lists them and runs those that are not finished, at full or mini scale."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ class Job(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has come to its end: its log then lies in the folder itself."""
+        """Whether the run is finished: its log is then in the folder itself."""
         return (self.folder / "trainer_state.json").is_file()
 
 
@@ -30,7 +30,7 @@ def full_jobs(figure: Figure, seeds: Sequence[int], folder: Path) -> list[Job]:
     """Every curve with every seed.
 
     Raises:
-        ValueError: if the figure is about the task in small.
+        ValueError: if the figure only exists at mini scale.
     """
     if figure.only_mini:
         raise ValueError(f"{figure.name} is about the task in small; run it with --scale mini")
@@ -43,7 +43,7 @@ def full_jobs(figure: Figure, seeds: Sequence[int], folder: Path) -> list[Job]:
 
 
 def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int:
-    """Each curve in a process of its own, which gives its memory back; a run that was cut goes on where it stopped.
+    """Each curve runs in a separate process, which frees its memory; an interrupted run is resumed.
 
     Returns:
         The exit status of the first process that failed, after which none is started; 0 if none did.
@@ -59,7 +59,7 @@ def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int
             command += ["--resume_from_checkpoint", "true"]
         print(f"{job.panel}, {job.label}, seed {job.seed}: {' '.join(without_secrets(command[1:]))}", flush=True)
         if status := subprocess.run(command, check=False).returncode:
-            print(f"{job.folder} ended with status {status}; run this again to go on", file=sys.stderr)
+            print(f"{job.folder} ended with status {status}; run this again to continue", file=sys.stderr)
             return status
     return 0
 
@@ -67,7 +67,7 @@ def run_full(figure: Figure, jobs: Sequence[Job], options: Sequence[str]) -> int
 def mini_jobs(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSizes) -> list[Job]:
     """Every curve with every seed, each in the folder of a run that several figures may share.
 
-    Panels that differ in models or data alone are the same in small, and the first stands for all.
+    Panels that differ only in models or data are the same at mini scale; the first is used for all.
     """
     from trl_apa.paper.mini import algorithm_options, run_name
 

@@ -1,4 +1,4 @@
-"""How small the curves in small are. Imports nothing heavy, so that `--help` answers at once."""
+"""Sizes of the mini-scale runs. Imports nothing heavy, so that `--help` is fast."""
 
 from dataclasses import dataclass
 

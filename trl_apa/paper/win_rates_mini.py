@@ -1,4 +1,4 @@
-"""Win rates in small: answers to the demo's held-out questions, judged by their true quality."""
+"""Win rates at mini scale: answers to the demo's held-out questions, judged by their true quality."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -19,7 +19,7 @@ class _BoundedHTTP(DefaultAsyncHttpxClient):
         self.seconds = seconds
 
     async def send(self, request: Any, **kwargs: Any) -> Any:
-        """Redirects and the whole body included, which is read here unless it is streamed."""
+        """Includes redirects and the complete body, which is read here unless it is streamed."""
         try:
             async with asyncio.timeout(self.seconds):
                 return await super().send(request, **kwargs)
@@ -34,7 +34,7 @@ class _BoundedHTTP(DefaultAsyncHttpxClient):
 
 
 def bounded_client(api_key: str, base_url: str, max_retries: int, timeout: float) -> AsyncOpenAI:
-    """A client whose requests take `timeout` seconds at most, each of its retries anew."""
+    """A client whose requests and retries take at most `timeout` seconds each."""
     return AsyncOpenAI(
         api_key=api_key,
         base_url=base_url,

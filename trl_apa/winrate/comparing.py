@@ -16,7 +16,7 @@ class Pair(NamedTuple):
 
     Args:
         prompt: text or chat messages.
-        ours, theirs: the answers of the model whose win rate is asked for, and of the other.
+        ours, theirs: the answers of the model whose win rate is computed, and of the other.
         reference: an answer that people chose, for the judge to measure by; None if there is none.
         ours_ended, theirs_ended: whether the answers came to their end; False if they met a limit.
     """
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a judge is asked: two answers in the order in which it reads them."""
+    """A judge's question: two answers in the order in which it reads them."""
 
     prompt: Any
     first: str
@@ -46,9 +46,9 @@ class Judge(Protocol):
     Attributes:
         identity: everything that its verdicts depend on, as JSON types and without secrets; verdicts of another
             identity are not taken from a cache.
-        sees_order: whether a verdict could depend on which answer comes first; both orders are asked then.
+        sees_order: whether a verdict may have position bias; both orders are then judged.
         batch_size (*optional*): questions that it judges together. A batch that was interrupted is asked again as it
-            was, because the last bits of a score can depend on what is beside it.
+            was, because the last bits of a score can depend on the rest of the batch.
     """
 
     identity: dict[str, Any]
@@ -64,7 +64,7 @@ class Judgement(NamedTuple):
     Args:
         pair: the pair.
         verdicts: of our answer's place: with ours first, then with theirs first; None where the judge gave none.
-            A judge that sees no order is asked once.
+            A judge without position bias is asked once.
     """
 
     pair: Pair
@@ -83,7 +83,7 @@ def _worth(order: int, verdict: str) -> float:
 
 
 def compare(pairs: Sequence[Pair], judge: Judge, cache: VerdictCache | None = None) -> list[Judgement]:
-    """Ask the judge about every pair, in both orders; questions that are the same are asked once.
+    """Ask the judge about every pair, in both orders; identical questions are asked once.
 
     Args:
         pairs: what is compared.

@@ -82,7 +82,7 @@ class OpenAIJudge:
         _check_options(base_url, request or {}, max_retries, timeout, workers)
         self._key = _read_key(api_key_env)
         if not self._key and base_url is None:
-            raise ValueError(f"the environment variable {api_key_env} is not set: it should hold the key")
+            raise ValueError(f"the environment variable {api_key_env} is not set: it should contain the key")
         self.model, self.workers = model, workers
         self.base_url, self.max_retries, self.timeout = base_url, max_retries, timeout
         fields = {"temperature": 0, **(request or {})}
@@ -214,7 +214,7 @@ def _description(error: Exception) -> str:
 
 
 def _asked(response: Any) -> str:
-    """The address that answered, and the one that was asked if it is another."""
+    """The URL that answered, and the requested one if it differs."""
     first = response.history[0].url if response.history else response.url
     return f"{response.url}" + (f", to which {first} redirects," if first != response.url else "")
 
@@ -225,6 +225,6 @@ def _body(response: Any) -> str:
 
 
 def _excerpt(text: str) -> str:
-    """The beginning, in one line, without what a terminal would obey."""
+    """The beginning, in one line, without control characters."""
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line if len(line) <= EXCERPT else f"{line[:EXCERPT]}..."

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 @contextmanager
 def loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop that runs beside the caller's thread, which may have one of its own, as in a notebook.
+    """An event loop in another thread than the caller's, which may have its own, as in a notebook.
 
     What still runs in it at the end is cancelled.
     """
@@ -45,7 +45,7 @@ def as_they_come(
 
     Args:
         loop: of `loop_in_a_thread`.
-        work: what is done for an item.
+        work: called for each item.
         items: all of them.
         workers: how many are worked on at a time.
 

@@ -1,4 +1,4 @@
-"""What a judge that reads is asked, as text."""
+"""Prompts for a language-model judge."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ IN_ONE_LETTER = (
 
 
 def judging_text(question: Question, ending: str) -> str:
-    """The whole request to the judge; `ending` says in which form it is to reply."""
+    """The complete request to the judge; `ending` sets the form of the reply."""
     parts = [TASK + (WITH_REFERENCE if question.reference is not None else "")]
     parts.append(_section("request", prompt_text(question.prompt)))
     if question.reference is not None:

@@ -11,7 +11,7 @@ from trl_apa.winrate.prompting import VERDICTS
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "")
 # Some models escape the brackets, as Markdown, or write spaces or small letters in them.
 VERDICT = r"\\?\[\\?\[\s*([ABC])\s*\\?\]\\?\]"
-# With nothing beside it but punctuation, which Markdown uses too.
+# With only punctuation around it, which Markdown uses too.
 VERDICT_LINE = rf"^[^\w\n]*_*{VERDICT}_*[^\w\n]*$"
 
 
@@ -38,7 +38,7 @@ def read_completion(body: bytes) -> Reading:
     text have none.
 
     Raises:
-        NotACompletion: if `body` is something else.
+        NotACompletion: if `body` is not a chat completion.
     """
     choice = _first_choice(body)
     message = choice["message"]
