@@ -2,6 +2,8 @@
 
 import tempfile
 import warnings
+from typing import Any
+from unittest.mock import patch
 
 from parity.case import Case, Outcome, play
 from trl_apa import (
@@ -12,14 +14,15 @@ from trl_apa import (
 )
 
 
-class PrescribedOrder(PPOTrainer):
-    """Visits rows in the order that the case prescribes, as classic is made to."""
+def prescribed_order(case: Case) -> Any:
+    """Inside, rows are visited in the order that the case prescribes, as classic is made to."""
 
-    orders: list[list[list[int]]]
-
-    def _mini_batches(self, num_rows: int, epoch: int) -> list[list[int]]:
-        order, size = self.orders[self.num_iterations_done][epoch], self.args.backward_batch_size
+    def mini_batches(num_rows: int, size: int, stream: tuple[int, ...]) -> list[list[int]]:
+        *_, iteration, epoch = stream
+        order = case.rollouts[iteration].orders[epoch]
         return [order[start : start + size] for start in range(0, num_rows, size)]
+
+    return patch("trl_apa.preparation.mini_batches", mini_batches)
 
 
 def play_case(case: Case) -> Outcome:
@@ -33,7 +36,7 @@ def play_case(case: Case) -> Outcome:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PPOConfig(**case.options, output_dir=folder, use_cpu=True, report_to="none")
-        trainer = PrescribedOrder(
+        trainer = PPOTrainer(
             config,
             wrapper,
             reference,
@@ -42,5 +45,5 @@ def play_case(case: Case) -> Outcome:
             lr_scheduler=scheduler,
             value_model="head",
         )
-        trainer.orders = [rollouts.orders for rollouts in case.rollouts]
-        return play(case, trainer, wrapper.pretrained_model, wrapper.v_head)
+        with prescribed_order(case):
+            return play(case, trainer, wrapper.pretrained_model, wrapper.v_head)

@@ -17,7 +17,7 @@ from trl_apa.demo.report import Report
 from trl_apa.demo.smollm2.measuring import METRICS, distinct, measure_responses, token_sums
 from trl_apa.demo.smollm2.options import RealDemoOptions, parse_options
 from trl_apa.demo.smollm2.pipeline import fluency, run_real_demo
-from trl_apa.demo.smollm2.task import NUM_HELD_OUT, make_prompts
+from trl_apa.demo.smollm2.task import NUM_HELD_OUT, REWARDS, make_prompts
 
 
 def trained_policy():
@@ -119,7 +119,7 @@ def test_a_run_on_a_tiny_file_twice(monkeypatch, tmp_path):
     path = write_gguf(tmp_path)
     monkeypatch.setattr("trl_apa.demo.smollm2.model.gguf_file", lambda: path)
     scores = lambda prompts, responses: [text.count("e") / 8 for text in responses]  # noqa: E731
-    monkeypatch.setattr("trl_apa.demo.smollm2.pipeline.sentiment_reward", lambda: scores)
+    monkeypatch.setitem(REWARDS, "sentiment", lambda: scores)
     written = []
     for name in ("one", "two"):
         console = Console(file=io.StringIO(), width=100)
