@@ -11,6 +11,7 @@ from tests.fake_vllm import Server, install
 from tests.test_generation import letter_tokenizer
 from tests.test_training import PROMPTS, few_nines, parameters, trainer_for
 from tests.test_update import assert_same
+from tests.test_value_head import away_from_identity
 from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_tokenizer
 from trl_apa import APATrainer
 from trl_apa.generation import cut_responses, row_criteria
@@ -207,6 +208,28 @@ def test_the_merged_weights_are_those_of_one_plain_network_and_the_policy_stays_
         torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-4, atol=1e-4)
         assert all(tensor.equal(merged[name]) for name, tensor in merged_parameters(policy))
         assert policy(tokens).logits.equal(expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["lora", "dora", "pissa"]
+)
+def test_autocast_rounds_no_merged_weight(options):
+    """An engine may ask for the weights where the policy computes in bfloat16."""
+    policy = away_from_identity(get_peft_model(tiny_model(), lora_config(**options)))
+    expected = dict(merged_parameters(policy))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = dict(merged_parameters(policy))
+    assert all(merged[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_weights_are_sent_to_vllm_as_they_are_in_a_run_in_bfloat16(tmp_path, folder, vllm):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = trainer_for(tmp_path, model, use_vllm=True, bf16=True, peft_config=lora_config())
+    away_from_identity(trainer.model.policy)
+    expected = dict(as_in_checkpoints(model, merged_parameters(trainer.model.policy)))
+    trainer.generate([torch.tensor([3, 4])])
+    network = dict(trainer.vllm.engine.llm.network.named_parameters())
+    assert all(network[name].equal(tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mixtral", "gemma3", "hrm_text"])

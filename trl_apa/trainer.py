@@ -476,14 +476,18 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             self._prepare_for_updates()
         of_engine = None
         if self.sampler is not None:
-            # vLLM has weights of its own; another engine may call the policy.
-            ready = nullcontext() if self.vllm is not None else self._module_for_generation()
-            with ready, self.accelerator.autocast():
-                of_engine = shaped(self.sampler.responses(queries, step=self.state.global_step, **options))
+            of_engine = shaped(self._responses_of_engine(queries, **options))
             if not generate_ref_response:
                 return of_engine
         with self._module_for_generation() as module, self.accelerator.autocast():
             return module.run_with_policy(sample_all)
+
+    def _responses_of_engine(self, queries: list[Tensor], **options: Any) -> list[Tensor]:
+        """Responses of vLLM, which has weights of its own, or of an engine that may call the policy."""
+        if self.vllm is not None:
+            return self.vllm.responses(queries, step=self.state.global_step, **options)
+        with self._module_for_generation(), self.accelerator.autocast():
+            return self.sampler.responses(queries, step=self.state.global_step, **options)
 
     def _generation_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         args = self.args

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from itertools import groupby
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield _plain_name(name), _dense(parameter)
             continue
         if merged[0] != owner:
-            merged = (owner, _merged_copy(layers[owner]))
+            with torch.autocast(parameter.device.type, enabled=False):  # which would round the product of the adapters
+                merged = (owner, _merged_copy(layers[owner]))
         yield _plain_name(name), merged[1].get_parameter(name.removeprefix(f"{owner}.")).detach()
 
 
