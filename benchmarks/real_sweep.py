@@ -9,7 +9,6 @@ Each run is a file of its own; a sweep that was stopped goes on with the runs th
 import argparse
 import copy
 import json
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -105,11 +104,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 @cache
 def _loaded(trains: str) -> tuple[Any, Any]:
-    import torch
-
     from trl_apa.demo.smollm2.model import load_base, load_smollm2_tokenizer
 
-    return load_smollm2_tokenizer(), load_base(torch.float32 if trains == "all" else None)
+    return load_smollm2_tokenizer(), load_base(trains)
 
 
 def run(name: str, options: RealDemoOptions, folder: Path) -> str:
@@ -119,18 +116,15 @@ def run(name: str, options: RealDemoOptions, folder: Path) -> str:
     from trl_apa.demo.pipeline import quiet_libraries, torch_threads
     from trl_apa.demo.report import Report
     from trl_apa.demo.smollm2.measuring import METRICS
-    from trl_apa.demo.smollm2.model import load_smollm2
-    from trl_apa.demo.smollm2.pipeline import Ingredients, align, measure
-    from trl_apa.demo.smollm2.task import REWARDS, make_prompts
+    from trl_apa.demo.smollm2.pipeline import align, assemble, measure
+    from trl_apa.files import replace_text
 
     report = Report(Console(quiet=True), METRICS)
     options = replace(options, output_dir=folder / "trained" / name)
     began = time.process_time()
     with quiet_libraries(), torch_threads(options.num_threads):
         tokenizer, loaded = _loaded(options.trains)
-        base = copy.deepcopy(loaded)
-        policy, frozen = (base, loaded) if options.trains == "all" else (load_smollm2(options.seed, base), None)
-        made = Ingredients(make_prompts(options.seed), tokenizer, policy, REWARDS[options.reward](), frozen)
+        made = assemble(options, tokenizer, copy.deepcopy(loaded))
         history = align(options, made, report) if options.iterations else []
         held_out = measure("held-out sentences", options, made, report)
     row = {
@@ -140,9 +134,7 @@ def run(name: str, options: RealDemoOptions, folder: Path) -> str:
         "sentences": [prompt + text for prompt, text in zip(held_out.prompts, held_out.responses, strict=True)][:16],
         "cpu_seconds": round(time.process_time() - began, 1),
     }
-    part = folder / f"{name}.part"
-    part.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / f"{name}.json")
+    replace_text(folder / f"{name}.json", json.dumps(row, indent=1) + "\n")
     numbers = ", ".join(f"{key} {value:.3g}" for key, value in held_out.metrics.items())
     return f"{name}: {numbers}; {row['cpu_seconds']:.0f} CPU s"
 

@@ -198,22 +198,18 @@ def test_the_changelog_knows_this_version():
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
 
 
+def byte_model_config(tokenizer, **sizes):
+    return GPTNeoXConfig(vocab_size=len(tokenizer), num_hidden_layers=2, bos_token_id=0, eos_token_id=0, **sizes)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """A small language model of bytes, an adapter on it and a reward model, as a user would have them on disk."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 128}
+    config = byte_model_config(tokenizer, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     model.half().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -239,16 +235,8 @@ def test_the_readme_script_learns(tmp_path, monkeypatch, capsys):
     """
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 1024, "max_position_embeddings": 64}
+    config = byte_model_config(tokenizer, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (script,) = fenced(ROOT / "README.md", "python")

@@ -4,12 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests._cli import run
+from tests.test_docs import ROOT, fenced
 from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.smollm2 import missing_packages
 
@@ -18,13 +18,8 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(missing_packages() is not None, reason=f"the real model {missing_packages()}"),
 ]
-ROOT = Path(__file__).parents[1]
 # Scripts of the READMEs that cannot run here: (README, number of the block from 0) -> what is missing.
 CANNOT_RUN: dict[tuple[str, int], str] = {}
-
-
-def python_blocks(readme):
-    return re.findall(r"^```python\n(.*?)^```$", readme.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 READMES = [ROOT / "README.md"]
@@ -40,7 +35,7 @@ README_SCRIPTS = [
         else [],
     )
     for readme in READMES
-    for number in range(len(python_blocks(readme)))
+    for number in range(len(fenced(readme, "python")))
 ]
 SYSTEM = {"role": "system", "content": "You are brief."}
 
@@ -137,7 +132,7 @@ def test_every_readme_script_runs_and_its_scores_rise(readme, number, dense_fold
     Before training the scores of 32 responses have a standard deviation of 1.0 capital letters. The difference between
     two steps and one then has a standard error of 0.22, and the margin is more than four of them.
     """
-    script = python_blocks(ROOT / readme)[number]
+    script = fenced(ROOT / readme, "python")[number]
     named = re.sub(r'^(model_name = )"[^"]+"$', lambda line: f"{line[1]}{str(dense_folder)!r}", script, flags=re.M)
     assert named != script, "the script names no model"
     printed = run_script(named, tmp_path)

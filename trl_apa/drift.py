@@ -28,8 +28,7 @@ def drift_message(stats: Mapping[str, float], coefficient: str) -> str | None:
     return (
         f"the policy is {kl:.0f} nats per response from the initial model, {per_token:.1f} per token{residual}: "
         "beyond this, higher rewards often come with broken or repetitive text. Read some responses; raise "
-        f"{coefficient}, lower "
-        "learning_rate, or stop earlier (see objective/kl in docs/statistics.md)"
+        f"{coefficient}, lower learning_rate, or stop earlier (see objective/kl in docs/statistics.md)"
     )
 
 

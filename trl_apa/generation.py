@@ -270,6 +270,40 @@ def row_criteria(
     return criteria
 
 
+def responses_of_completions(
+    queries: Sequence[Tensor],
+    completions: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    generation_config: GenerationConfig,
+    stop_strings: list[str] | str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    remove_padding: bool = True,
+) -> list[Tensor]:
+    """What an inference engine has answered, in the form in which `generate_responses` gives its responses.
+
+    Args:
+        queries: 1-D token ids.
+        completions: token ids, at least one each; they may go on behind their end.
+        limits: most tokens of each response.
+        generation_config: `eos_token_id` and `pad_token_id` of it are read.
+        stop_strings: texts that end a response.
+        tokenizer: decodes for `stop_strings`.
+        remove_padding: cut each response; otherwise all are as long as the longest.
+
+    Returns:
+        1-D int64 tensors on the queries' devices.
+
+    Raises:
+        ValueError: if a completion is empty.
+    """
+    pad_token_id = generation_config.pad_token_id
+    criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
+    responses = cut_responses(queries, completions, criteria, limits, pad_token_id)
+    if not remove_padding:
+        responses = list(pad_sequence(responses, batch_first=True, padding_value=pad_token_id))
+    return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
+
+
 def cut_responses(
     queries: Sequence[Tensor],
     completions: Sequence[Sequence[int]],

@@ -55,7 +55,6 @@ from trl_apa.run_identity import (
     differences,
     say,
 )
-from trl_apa.signals import StopOnSignal
 
 
 logger = logging.getLogger(__name__)
@@ -153,7 +152,6 @@ class ResumableRuns(_BaseTrainer):
     _overridden: dict[str, tuple[Any, Any]]
     _finished: str | None = None
     _last_saved_step: int | None = None
-    _stop_on_signal: StopOnSignal | None
 
     # ---- the run ----
 
@@ -518,7 +516,7 @@ class ResumableRuns(_BaseTrainer):
     def _save_what_was_learned(self) -> None:
         """Save a checkpoint before an error is raised between two optimizer steps, unless this step has one."""
         step = self.state.global_step
-        if not self.is_in_train or step == 0 or self._stop_on_signal.at_once:
+        if not self.is_in_train or step == 0 or self.processes.stop_on_signal.at_once:
             return
         if step == self._last_saved_step:
             logger.warning(
@@ -538,7 +536,7 @@ class ResumableRuns(_BaseTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, which with `save_total_limit=1` would delete other runs' checkpoints, and the last."""
-        asked = self.args.save_strategy != SaveStrategy.NO or self._stop_on_signal.received
+        asked = self.args.save_strategy != SaveStrategy.NO or self.processes.stop_on_signal.received
         if asked and self._finished is None and self.state.global_step not in (0, self._last_saved_step):
             # A callback ended the run between two checkpoints; or save_strategy="best" took back what was asked for.
             self._save_checkpoint(self.model, trial=None)

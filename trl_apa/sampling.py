@@ -5,10 +5,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from trl_apa.generation import cut_responses, response_limits, row_criteria
+from trl_apa.generation import response_limits, responses_of_completions
 from trl_apa.processes import Processes
 from trl_apa.validation import check_positions
 
@@ -107,11 +106,8 @@ class EngineSampler:
                 completions = self.sampler.sample(self.policy, prompts, request)
             if len(completions) != len(prompts):
                 raise ValueError(f"sampler gave {len(completions)} responses to {len(prompts)} prompts")
-            criteria = row_criteria(generation_config.eos_token_id, stop_strings, self.tokenizer)
-            return cut_responses(queries, completions, criteria, limits, generation_config.pad_token_id)
+            return responses_of_completions(
+                queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
+            )
 
-        responses = self.processes.together(sample)
-        if not remove_padding:
-            pad_token_id = generation_config.pad_token_id
-            responses = list(pad_sequence(responses, batch_first=True, padding_value=pad_token_id))
-        return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
+        return self.processes.together(sample)

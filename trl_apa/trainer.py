@@ -280,11 +280,11 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
         self._clear_gradient_norms()
-        self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
+        self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
-        self.add_callback(self._stop_on_signal)
+        self.add_callback(self.processes.stop_on_signal)
 
     def _make_sampler(self, given: Sampler | None) -> VLLMSampler | EngineSampler | None:
         """What answers prompts, if it is not the policy's own `generate`."""

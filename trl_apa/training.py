@@ -163,14 +163,14 @@ class TrainingLoop(ResumableRuns):
                 None,
             )
         try:
-            with self._stop_on_signal.listening():
+            with self.processes.stop_on_signal.listening():
                 result = super().train(checkpoint, **kwargs)
         finally:
             self._clear_gradient_norms()
             # The end of training closes the trackers' runs; schedule and optimizer are prepared again for `step`.
             self.is_in_train = self._reporters_started = self._prepared = False
         self._restore_resumed_state()  # of a finished run, whose loop was not entered
-        self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
+        self.processes.stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

@@ -9,11 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model, vllm_generation_class
-from trl_apa.generation import cut_responses, response_limits, row_criteria
+from trl_apa.generation import response_limits, responses_of_completions
 from trl_apa.models import merged_parameters
 from trl_apa.models.adapters import adapts_tied_weights, parts_tied_weights
 from trl_apa.models.dense import as_in_checkpoints
@@ -211,12 +210,9 @@ class VLLMSampler:
         vars(self.engine).update(sampling, max_completion_length=max(limits))
         prompts = [query.tolist() for query in queries]
         completions = self._sample(prompts)
-        pad = generation_config.pad_token_id
-        criteria = row_criteria(generation_config.eos_token_id, stop_strings, self.tokenizer)
-        responses = cut_responses(queries, completions, criteria, limits, pad)
-        if not remove_padding:
-            responses = list(pad_sequence(responses, batch_first=True, padding_value=pad))
-        return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
+        return responses_of_completions(
+            queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
+        )
 
     def samples_and_logprobs(
         self, queries: Sequence[Tensor], max_new_tokens: int, step: int

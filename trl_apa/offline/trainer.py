@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from trl_apa._trl import is_peft_model
 from trl_apa.advantages import gae
 from trl_apa.assembly import assemble
+from trl_apa.engines import is_sharded
 from trl_apa.generation import end_token_ids
 from trl_apa.layouts import Layouts
 from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
@@ -136,7 +137,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             )
         hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if not is_sharded(self.accelerator):
             with self.accelerator.autocast():
                 check_answers_text(networks.policy)
         self._fill_in_returns()
@@ -161,9 +162,9 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
-        self._stop_on_signal = self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
+        self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(BetweenSteps(self))
-        self.add_callback(self._stop_on_signal)
+        self.add_callback(self.processes.stop_on_signal)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -222,11 +223,11 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._resumed_estimates = (self._resumed_state or {}).get("estimates", {})
         hide_secrets_from(self.callback_handler.callbacks)  # also from those that were added
         try:
-            with self._stop_on_signal.listening():
+            with self.processes.stop_on_signal.listening():
                 result = super().train(checkpoint, **kwargs)
         finally:
             self.is_in_train = False
-        self._stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
+        self.processes.stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
         return result
 
     def _fingerprint_of_data(self) -> str | None:

@@ -37,10 +37,9 @@ def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(gguf_file(), padding_side="left")
 
 
-def load_base(dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model itself, by default in the precision in which this machine is fastest."""
-    if dtype is None:
-        dtype = torch.bfloat16 if computes_in_bfloat16() else torch.float32
+def load_base(trains: str = "adapters") -> PreTrainedModel:
+    """The model itself: in float32 if all of it is trained, else in the precision in which this machine is fastest."""
+    dtype = torch.bfloat16 if trains == "adapters" and computes_in_bfloat16() else torch.float32
     base = load_policy(str(gguf_file()), dtype=dtype)
     base.get_output_embeddings().register_forward_pre_hook(_contiguous)
     return base

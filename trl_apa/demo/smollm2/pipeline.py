@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn, tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
@@ -84,17 +83,26 @@ def prepare(options: RealDemoOptions, report: Report) -> Ingredients:
     with report.training("loading SmolLM2-135M-Instruct", 3) as tick:
         tokenizer = load_smollm2_tokenizer()
         tick(1, None)
-        frozen = load_base(torch.float32) if options.trains == "all" else None
-        policy = load_smollm2(options.seed) if frozen is None else copy.deepcopy(frozen)
+        base = load_base(options.trains)
         tick(2, None)
-        prompts, reward = make_prompts(options.seed), REWARDS[options.reward]()
+        made = assemble(options, tokenizer, base)
         tick(3, None)
+    policy, prompts = made.policy, made.prompts
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     report.say(
         f"model: {policy.num_parameters() - trained:,} frozen parameters in {policy.dtype}, {trained:,} in adapters\n"
         f"prompts: {len(prompts.train)} beginnings of sentences about films, {len(prompts.held_out)} more held out"
     )
-    return Ingredients(prompts, tokenizer, policy, reward, frozen)
+    return made
+
+
+def assemble(options: RealDemoOptions, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> Ingredients:
+    """What is trained, on `base` or a copy of it, with prompts and reward."""
+    if options.trains == "all":
+        policy, frozen = copy.deepcopy(base), base
+    else:
+        policy, frozen = load_smollm2(options.seed, base), None
+    return Ingredients(make_prompts(options.seed), tokenizer, policy, REWARDS[options.reward](), frozen)
 
 
 def align(options: RealDemoOptions, made: Ingredients, report: Report) -> list[dict[str, float]]:
