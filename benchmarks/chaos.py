@@ -30,7 +30,7 @@ from transformers import PrinterCallback
 from benchmarks.soak import share_of_fives
 from tests.tiny import tiny_model, tiny_tokenizer
 from trl_apa import APAConfig, APATrainer
-from trl_apa.checkpoints import checkpoints_in, newest_checkpoint, problem_with, run_of
+from trl_apa.trainer.checkpoints import checkpoints_in, newest_checkpoint, problem_with, run_of
 
 
 STEPS = 24

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.workload import Workload
-from trl_apa.packing import PER_SEQUENCE
+from trl_apa.models.packing import PER_SEQUENCE
 
 
 KL_COEF = 0.1

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from benchmarks.serving import MIB, peak_memory
-from trl_apa import fused_head, logprobs
+from trl_apa.models import fused_head, logprobs
 
 
 VOCABULARY, HIDDEN = 128_000, 256

@@ -22,7 +22,7 @@ def prescribed_order(case: Case) -> Any:
         order = case.rollouts[iteration].orders[epoch]
         return [order[start : start + size] for start in range(0, num_rows, size)]
 
-    return patch("trl_apa.preparation.mini_batches", mini_batches)
+    return patch("trl_apa.trainer.preparation.mini_batches", mini_batches)
 
 
 def play_case(case: Case) -> Outcome:

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 WORLD_SIZE = 2
 # Imported once for all processes that a process of pytest starts, and not by each of them.
-multiprocessing.set_forkserver_preload(["trl_apa.trainer", "transformers.models.llama.modeling_llama", "peft"])
+multiprocessing.set_forkserver_preload(["trl_apa.trainer.apa", "transformers.models.llama.modeling_llama", "peft"])
 
 
 def run_in_two_processes(function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:

@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from trl_apa.generation import neutral_generation_config
+from trl_apa.rollout.generation import neutral_generation_config
 
 
 class SamplingParams(SimpleNamespace):
@@ -161,7 +161,7 @@ def install(monkeypatch, server=None):
         return min_version is None  # older than every version that TRL asks after
 
     monkeypatch.setattr(import_module("trl.import_utils"), "is_vllm_available", available)
-    monkeypatch.setattr("trl_apa.vllm_options.is_vllm_available", available)
+    monkeypatch.setattr("trl_apa.config.vllm.is_vllm_available", available)
     for name in [name for name in sys.modules if name.startswith("trl.generation.vllm")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

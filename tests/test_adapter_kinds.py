@@ -24,7 +24,7 @@ from tests.tiny import (
 )
 from trl_apa import APATrainer
 from trl_apa.models import merged_parameters
-from trl_apa.vllm_generation import check_vllm_can_hold
+from trl_apa.rollout.vllm_generation import check_vllm_can_hold
 
 
 def tied():

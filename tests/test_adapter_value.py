@@ -21,7 +21,7 @@ from trl_apa import APATrainer
 from trl_apa.models import ValueModel
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.value_adapter import VALUE_ADAPTER
-from trl_apa.rollouts import pad_tokens
+from trl_apa.rollout.batch import pad_tokens
 
 
 @pytest.fixture

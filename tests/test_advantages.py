@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_apa.advantages import gae
-from trl_apa.rewards import token_rewards
+from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.rewards import token_rewards
 
 
 def ragged(seed, rows=4, columns=7):

@@ -12,7 +12,7 @@ from tests.test_training import trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step, row_advantages, row_logprobs, row_values
 from tests.tiny import tiny_config, tiny_rollouts, tiny_trainer
 from trl_apa.algorithms import ALGORITHMS, Algorithm, PolicyTokens
-from trl_apa.ppo import PPOConfig
+from trl_apa.classic.ppo import PPOConfig
 
 
 PPO_UNDER_ANOTHER_NAME = dataclasses.replace(ALGORITHMS["ppo"])

@@ -11,7 +11,7 @@ from benchmarks import chaos, soak, vocabulary
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.speed import tokens_of
 from benchmarks.workload import SPREADS, Workload
-from trl_apa import fused_head, logprobs
+from trl_apa.models import fused_head, logprobs
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,7 +28,7 @@ from trl_apa.checking.reading import LARGEST_MEAN
 from trl_apa.cli import main
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.copying import independent_copy
-from trl_apa.rollouts import Layout
+from trl_apa.rollout.batch import Layout
 
 
 PROMPTS = ["w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_apa.checkpoints import (
+from trl_apa.trainer.checkpoints import (
     MANIFEST,
     IncompleteCheckpoint,
     checkpoints_in,
@@ -21,7 +21,7 @@ from trl_apa.checkpoints import (
     staging_folder,
     write_manifest,
 )
-from trl_apa.run_identity import Run
+from trl_apa.trainer.run_identity import Run
 
 
 FILES = (

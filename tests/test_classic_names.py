@@ -11,8 +11,9 @@ from torch.nn.functional import log_softmax
 
 from tests.test_value_head import away_from_identity, tiny_t5
 from tests.tiny import EOS, FAMILIES, lora_config, tiny_model
-from trl_apa import classic, core
-from trl_apa.classic import LengthSampler, create_reference_model, respond_to_batch, set_seed
+from trl_apa.classic import core
+from trl_apa.classic import names as classic
+from trl_apa.classic.names import LengthSampler, create_reference_model, respond_to_batch, set_seed
 from trl_apa.models.value_head import AutoModelForCausalLMWithValueHead
 
 

@@ -20,8 +20,8 @@ from trl_apa import APATrainer, AutoModelForCausalLMWithValueHead
 from trl_apa.memory import Setup, predict
 from trl_apa.models import ValueModel, create_reference_model, freeze_all_but, load_language_model
 from trl_apa.models.adapter_kinds import with_adapters
-from trl_apa.network_checks import check_answers_text
-from trl_apa.network_parts import (
+from trl_apa.models.network_checks import check_answers_text
+from trl_apa.models.network_parts import (
     is_composite,
     max_positions,
     num_token_ids,
@@ -31,7 +31,7 @@ from trl_apa.network_parts import (
     use_cache_kept,
 )
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
-from trl_apa.rollouts import pad_tokens
+from trl_apa.rollout.batch import pad_tokens
 
 
 NAMES = tuple(MODELS)

@@ -10,8 +10,8 @@ from transformers import HfArgumentParser
 
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
+from trl_apa.config.checks import LIMITS
 from trl_apa.offline import OfflineConfig
-from trl_apa.option_checks import LIMITS
 
 
 def config(**kwargs):

@@ -23,7 +23,7 @@ from tests.tiny import (
     tiny_trainer,
 )
 from trl_apa import APAConfig, APATrainer, AutoModelForCausalLMWithValueHead, PPOConfig
-from trl_apa.generation import pad_queries
+from trl_apa.rollout.generation import pad_queries
 
 
 FACTS = json.loads((Path(__file__).parent / "data" / "classic_options.json").read_text())
@@ -208,7 +208,7 @@ def test_the_prompts_are_padded_to_a_multiple(tmp_path, monkeypatch):
         widths.append(inputs["input_ids"].shape[1])
         return inputs
 
-    monkeypatch.setattr("trl_apa.generation.pad_queries", noted)
+    monkeypatch.setattr("trl_apa.rollout.generation.pad_queries", noted)
     queries = [torch.tensor([2, 3, 4]), torch.tensor([5])]
     options = {"return_prompt": False, "do_sample": False, "max_new_tokens": 6}
     plain = trainer.generate(queries, **options)

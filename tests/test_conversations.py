@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from tests.tiny import byte_tokenizer
-from trl_apa.prompts import query_of
+from trl_apa.rollout.prompts import query_of
 
 
 CHATML = (

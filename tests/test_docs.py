@@ -26,7 +26,7 @@ import trl_apa
 from tests.fake_vllm import install
 from tests.tiny import byte_tokenizer, lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.cli import COMMANDS
-from trl_apa.reporting import reward_statistics
+from trl_apa.trainer.reporting import reward_statistics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,10 +45,13 @@ PAGES = sorted(
     for path in ROOT.glob(f"{folder}/*.md")
 )
 OURS = [page for page in PAGES if page.parent.name != "hh"]
-# `trainer` is what scripts call their trainer.
-MODULES = {path.stem for path in (ROOT / "trl_apa").glob("*.py") if path.stem not in ("__init__", "trainer")} | {
-    "models"
-}
+STAGES = ("trainer", "rollout", "algorithms", "models", "distributed", "config", "redaction", "classic", "evaluation")
+MODULES = {
+    path.stem: f"trl_apa.{path.parent.name}.{path.stem}"
+    for stage in STAGES
+    for path in ROOT.glob(f"trl_apa/{stage}/*.py")
+} | {"models": "trl_apa.models", "redaction": "trl_apa.redaction", "algorithms": "trl_apa.algorithms"}
+del MODULES["__init__"], MODULES["apa"]
 LOSS_TYPES = ("apa", "awr", "ppo")
 MODEL_NAME = "EleutherAI/pythia-160m"
 README_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -130,7 +133,7 @@ def resolves(dotted):
     if first in trl_apa.__all__:
         owner = getattr(trl_apa, first)
     elif first in MODULES:
-        owner = import_module(f"trl_apa.{first}")
+        owner = import_module(MODULES[first])
     else:
         return None
     for name in rest:
@@ -162,6 +165,9 @@ def test_the_design_lists_every_file_of_the_package():
     package = ROOT / "trl_apa"
     files = {f"trl_apa/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
     files |= {f"trl_apa/{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    for folder in set(STAGES) - {"models"}:
+        files |= {f"trl_apa/{folder}/{path.name}" for path in (package / folder).glob("*.py")}
+    files -= {f"trl_apa/{folder}/__init__.py" for folder in STAGES}
     assert files - listed == set()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_rollouts, tiny_trainer
-from trl_apa.drift import DriftWatch, drift_message
+from trl_apa.trainer.drift import DriftWatch, drift_message
 
 
 def statistics(kl, per_token, unexplained=None):

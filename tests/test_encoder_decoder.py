@@ -10,8 +10,8 @@ from transformers import AutoModelForSeq2SeqLM
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import ENCODER_DECODERS, EOS, START, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa import AutoModelForSeq2SeqLMWithValueHead, ValueModel
-from trl_apa.logprobs import response_logprobs
-from trl_apa.rollouts import Rollouts, pad_tokens, response_mask, without_start_tokens
+from trl_apa.models.logprobs import response_logprobs
+from trl_apa.rollout.batch import Rollouts, pad_tokens, response_mask, without_start_tokens
 
 
 QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8])]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
-from trl_apa.evaluation import distinct_ngrams
+from trl_apa.evaluation.held_out import distinct_ngrams
 
 
 PROMPTS = ["w2 w3 w4", "w5", "w6 w7", "w8 w9 w10"]

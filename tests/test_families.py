@@ -15,7 +15,7 @@ import transformers
 from tests.all_families import families, small_model, why_left_out
 from tests.tiny import lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.checking import learning, reading, run, saving
-from trl_apa.rollouts import Layout
+from trl_apa.rollout.batch import Layout
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

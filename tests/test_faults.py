@@ -25,9 +25,9 @@ from tests.test_training import few_nines, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa.redaction import without_secrets
-from trl_apa.resuming import is_complete, last_complete_checkpoint
-from trl_apa.scoring import RewardModel, Scorer
-from trl_apa.signals import StopOnSignal
+from trl_apa.rollout.scoring import RewardModel, Scorer
+from trl_apa.trainer.resuming import is_complete, last_complete_checkpoint
+from trl_apa.trainer.signals import StopOnSignal
 
 
 ROOT = Path(__file__).parent.parent

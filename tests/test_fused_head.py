@@ -13,9 +13,9 @@ from torch.nn.utils import parametrizations
 
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import lora_config, tiny_model, tiny_rollouts
-from trl_apa import fused_head, logprobs
-from trl_apa.fused_head import can_fuse
-from trl_apa.logprobs import head_logprobs
+from trl_apa.models import fused_head, logprobs
+from trl_apa.models.fused_head import can_fuse
+from trl_apa.models.logprobs import head_logprobs
 
 
 TOKENS, HIDDEN, WORDS = 7, 8, 50

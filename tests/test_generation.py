@@ -31,7 +31,7 @@ from tests.tiny import (
     tiny_trainer,
 )
 from trl_apa import APATrainer
-from trl_apa.generation import ResponseLengths, end_token_ids, generation_options, row_criteria
+from trl_apa.rollout.generation import ResponseLengths, end_token_ids, generation_options, row_criteria
 
 
 def ends_with_eos_only(response):

@@ -27,9 +27,9 @@ from tests.tiny import (
     tiny_rollouts,
     tiny_tokenizer,
 )
-from trl_apa import APAConfig, APATrainer, fused_head, logprobs
+from trl_apa import APAConfig, APATrainer
 from trl_apa.checking import memory, run
-from trl_apa.models import load_policy
+from trl_apa.models import fused_head, load_policy, logprobs
 
 
 ON_GPU = torch.cuda.is_available()

@@ -8,8 +8,8 @@ import torch
 from tests.test_training import parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import tiny_model, tiny_rollouts, tiny_trainer
-from trl_apa import gradient_guard
-from trl_apa.gradient_guard import skips_on_device
+from trl_apa.trainer import gradient_guard
+from trl_apa.trainer.gradient_guard import skips_on_device
 
 
 # A step of it that is left out is left out on the device; the host waits before each step of the others.

@@ -11,7 +11,7 @@ from tests.test_update import assert_same, row_advantages, row_logprobs
 from tests.tiny import FAMILIES, lora_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import AutoModelForCausalLMWithValueHead
 from trl_apa.models import ValueModel
-from trl_apa.rollouts import pad_tokens
+from trl_apa.rollout.batch import pad_tokens
 
 
 def wrapped(family="llama", seed=3, **kwargs):

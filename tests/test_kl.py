@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_apa.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full, kl_k1, kl_k2, kl_k3
+from trl_apa.algorithms.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full, kl_k1, kl_k2, kl_k3
 
 
 def random_log_softmax(seed, *shape):

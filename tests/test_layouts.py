@@ -14,13 +14,13 @@ from tests.families import BART, DECODER, T5, alone_logprobs, family_model, wron
 from tests.test_offline import trainer_of
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import SHARED, VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
-from trl_apa import layouts
-from trl_apa.layouts import Layouts, layout_trial, readable_batches, sampling_trial, why_not_packed
-from trl_apa.logprobs import trunk_and_head
-from trl_apa.rollouts import Layout
-from trl_apa.sampling_trial import try_sampling
-from trl_apa.scoring import RewardModel
-from trl_apa.trials import boundaries, difference, rope_limit, trial_lengths, try_layouts
+from trl_apa.models import layouts
+from trl_apa.models.layouts import Layouts, layout_trial, readable_batches, sampling_trial, why_not_packed
+from trl_apa.models.logprobs import trunk_and_head
+from trl_apa.models.trials import boundaries, difference, rope_limit, trial_lengths, try_layouts
+from trl_apa.rollout.batch import Layout
+from trl_apa.rollout.sampling_trial import try_sampling
+from trl_apa.rollout.scoring import RewardModel
 from trl_apa.winrate.local import LanguageModelJudge
 
 

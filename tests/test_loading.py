@@ -17,7 +17,7 @@ from trl_apa.models import (
     load_value_model,
     merge_and_save,
 )
-from trl_apa.vllm_generation import check_vllm_can_hold
+from trl_apa.rollout.vllm_generation import check_vllm_can_hold
 
 
 @pytest.fixture

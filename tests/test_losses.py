@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_apa.losses import apa_loss, awr_loss, log_normalizer, ppo_loss, value_loss
+from trl_apa.algorithms.losses import apa_loss, awr_loss, log_normalizer, ppo_loss, value_loss
 
 
 KL_COEF = 0.5

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests._two_processes import run_in_two_processes
-from trl_apa.masking import keep_counted, masked_mean, masked_moments, masked_sum, masked_var, masked_whiten
+from trl_apa.algorithms.masking import keep_counted, masked_mean, masked_moments, masked_sum, masked_var, masked_whiten
 
 
 GARBAGE = [math.nan, math.inf, -math.inf, 1e300]

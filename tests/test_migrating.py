@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.test_docs import documented_statistics, fenced, resolves
 from tests.tiny import byte_tokenizer
 from trl_apa import APAConfig, APATrainer, PPOConfig
-from trl_apa.config import WITHOUT_EFFECT
+from trl_apa.config.apa import WITHOUT_EFFECT
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,7 @@ from trl_apa.models import (
     resolve_value_model,
 )
 from trl_apa.models.quantization import use_one_kernel
-from trl_apa.rollouts import pad_tokens
+from trl_apa.rollout.batch import pad_tokens
 
 
 def batch():

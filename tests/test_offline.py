@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tests._two_processes import run_in_two_processes
 from tests.test_two_processes import announce_rank
 from tests.tiny import EOS, VOCABULARY, lora_config, tiny_model, tiny_tokenizer
-from trl_apa.advantages import gae
+from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.masking import masked_whiten
 from trl_apa.data import Preference
-from trl_apa.logprobs import response_logits, response_logprobs
-from trl_apa.masking import masked_whiten
 from trl_apa.models import reference_policy
+from trl_apa.models.logprobs import response_logits, response_logprobs
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, QValueModel, advantage_shifted, label_pairs
-from trl_apa.rollouts import pad_tokens
+from trl_apa.rollout.batch import pad_tokens
 
 
 PROMPT = [5, 6, 7]

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from tests import test_theorem1
 from tests.test_theorem1 import KL_COEF, VOCABULARY, Tree, log_normalizers, optimal_policy, response_probabilities
-from trl_apa.losses import apa_loss
+from trl_apa.algorithms.losses import apa_loss
+from trl_apa.algorithms.rewards import token_rewards
 from trl_apa.offline.losses import expectile_loss, ilql_loss, state_normaliser_loss
-from trl_apa.rewards import token_rewards
 
 
 tree = test_theorem1.tree  # the fixture

@@ -14,12 +14,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.test_training import trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
-from trl_apa import logprobs
-from trl_apa.layouts import Layouts, why_not_packed
-from trl_apa.logprobs import head_logprobs, network_inputs, response_logprobs, trunk_and_head
-from trl_apa.packing import PER_SEQUENCE, attend_per_sequence
-from trl_apa.rollouts import Layout, Rollouts, pack_tokens, pad_tokens, response_mask
-from trl_apa.trials import LONG
+from trl_apa.models import logprobs
+from trl_apa.models.layouts import Layouts, why_not_packed
+from trl_apa.models.logprobs import head_logprobs, network_inputs, response_logprobs, trunk_and_head
+from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence
+from trl_apa.models.trials import LONG
+from trl_apa.rollout.batch import Layout, Rollouts, pack_tokens, pad_tokens, response_mask
 
 
 OTHER_FAMILIES = {

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 
-PURE = ("masking", "kl", "advantages", "rewards", "losses", "values", "rollouts")
+MATHEMATICS = ("masking", "kl", "advantages", "rewards", "losses")
+PURE = (*(f"algorithms.{name}" for name in MATHEMATICS), "values", "rollout.batch")
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets", "tokenizers"}
 
 PROBE = """

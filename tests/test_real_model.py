@@ -100,7 +100,7 @@ def test_chat_messages_through_train(policy, tokenizer, tmp_path):
 
 def test_the_template_and_the_end_of_turn_are_the_models_own(policy, tokenizer):
     from trl_apa.demo.networks import sample
-    from trl_apa.prompts import query_of
+    from trl_apa.rollout.prompts import query_of
 
     query = query_of({"prompt": [SYSTEM, user("Say hi.")]}, tokenizer)
     assert tokenizer.decode(query) == (

@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
 from trl_apa import cli
 from trl_apa.commands import launching, train
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
-from trl_apa.secret_patterns import HIDDEN
+from trl_apa.redaction.patterns import HIDDEN
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.openai import JudgeError, OpenAIJudge
 

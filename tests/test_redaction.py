@@ -34,7 +34,7 @@ from trl_apa.commands.reward import RewardOptions
 from trl_apa.commands.sft import SFTOptions
 from trl_apa.offline import OfflineConfig
 from trl_apa.redaction import without_secrets
-from trl_apa.secret_patterns import HIDDEN, is_secret_name, mask_text
+from trl_apa.redaction.patterns import HIDDEN, is_secret_name, mask_text
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect")

@@ -34,7 +34,7 @@ from tests.test_training import logged, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
-from trl_apa.reporting import (
+from trl_apa.trainer.reporting import (
     TENSORBOARD_ROWS,
     Table,
     _is_installed,
@@ -43,7 +43,7 @@ from trl_apa.reporting import (
     reward_statistics,
     split_statistics,
 )
-from trl_apa.tracker_failures import is_disabled
+from trl_apa.trainer.tracker_failures import is_disabled
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,10 +80,10 @@ def test_a_tracker_that_is_not_installed_is_an_import_error_that_names_it(monkey
 
 
 def test_comet_without_an_api_key_is_not_taken_for_missing(monkeypatch):
-    monkeypatch.setattr("trl_apa.reporting.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_apa.trainer.reporting.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="'comet_ml', which is not installed"):
         config(report_to="comet_ml")
-    monkeypatch.setattr("trl_apa.reporting.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr("trl_apa.trainer.reporting.find_spec", lambda name: ModuleSpec(name, None))
     assert config(report_to="comet_ml").report_to == ["comet_ml"]
 
 

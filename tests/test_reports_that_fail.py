@@ -39,7 +39,7 @@ from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.paper.drawing import draw_figure
 from trl_apa.paper.drawing_win_rates import draw_win_rates
 from trl_apa.paper.win_rates import WinRates
-from trl_apa.reporting import Table, gather_table, save_table, show_table, split_statistics
+from trl_apa.trainer.reporting import Table, gather_table, save_table, show_table, split_statistics
 
 
 # Two iterations of one optimizer step.
@@ -149,7 +149,7 @@ def a_console_that_fails(folder):
         raise RuntimeError("no terminal of that size")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("trl_apa.reporting.print_prompt_completions_sample", fail)
+        monkeypatch.setattr("trl_apa.trainer.reporting.print_prompt_completions_sample", fail)
         yield
 
 
@@ -157,7 +157,7 @@ def a_console_that_fails(folder):
 def columns_that_arrow_refuses(folder):
     with pytest.MonkeyPatch.context() as monkeypatch:
         columns = SimpleNamespace(from_dict=lambda columns: Dataset.from_dict({"mixed": [1, "a"], **columns}))
-        monkeypatch.setattr("trl_apa.reporting.Dataset", columns)
+        monkeypatch.setattr("trl_apa.trainer.reporting.Dataset", columns)
         yield
 
 

@@ -19,8 +19,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from tests.test_training import PROMPTS, StopAt, few_nines, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.tiny import tiny_model, tiny_rollouts
-from trl_apa.checkpoints import MANIFEST, read_manifest
-from trl_apa.resuming import is_complete, last_complete_checkpoint
+from trl_apa.trainer.checkpoints import MANIFEST, read_manifest
+from trl_apa.trainer.resuming import is_complete, last_complete_checkpoint
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}

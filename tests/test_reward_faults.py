@@ -18,8 +18,8 @@ from datasets import Dataset
 
 from tests.test_training import PROMPTS, few_nines, parameters, trainer_for
 from tests.test_update import assert_same
-from trl_apa.resuming import last_complete_checkpoint
-from trl_apa.scoring import Scorer
+from trl_apa.rollout.scoring import Scorer
+from trl_apa.trainer.resuming import last_complete_checkpoint
 from trl_apa.values import shown
 
 

@@ -7,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests._two_processes import run_in_two_processes
-from trl_apa.kl import kl_estimate
-from trl_apa.rewards import RunningMoments, kl_penalized_rewards, shape_scores, shaped_token_rewards, token_rewards
+from trl_apa.algorithms.kl import kl_estimate
+from trl_apa.algorithms.rewards import (
+    RunningMoments,
+    kl_penalized_rewards,
+    shape_scores,
+    shaped_token_rewards,
+    token_rewards,
+)
 
 
 finite_scores = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8)

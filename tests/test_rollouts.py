@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, lora_config, tiny_model, tiny_trainer
-from trl_apa.logprobs import forward_parameters, response_logprobs, response_rows
-from trl_apa.rollouts import Rollouts, pack_tokens, pad_tokens, response_mask
+from trl_apa.models.logprobs import forward_parameters, response_logprobs, response_rows
+from trl_apa.rollout.batch import Rollouts, pack_tokens, pad_tokens, response_mask
 
 
 QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8])]

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from tests.tiny import tiny_model
-from trl_apa.run_identity import (
+from trl_apa.trainer.run_identity import (
     ROWS_A_BATCH,
     data_fingerprint,
     differences,

@@ -10,7 +10,7 @@ from tests.test_training import trainer_for
 from tests.test_update import assert_same
 from tests.tiny import EOS, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa.models import merged_parameters
-from trl_apa.sampling import Sampler
+from trl_apa.rollout.sampling import Sampler
 
 
 class Greedy:

@@ -13,9 +13,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from tests.test_value_head import away_from_identity
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APAConfig, APATrainer, PPOConfig
-from trl_apa.generation import end_token_ids
+from trl_apa.config.trl_0_12 import WITHOUT_EFFECT, TRL012Options
 from trl_apa.models import choose_reference, reference_policy, select_adapter
-from trl_apa.trl_0_12 import WITHOUT_EFFECT, TRL012Options
+from trl_apa.rollout.generation import end_token_ids
 
 
 FACTS = json.loads((Path(__file__).parent / "data" / "second_generation_options.json").read_text())

@@ -11,9 +11,10 @@ from tests.test_offline import trainer_of
 from tests.test_training import StopAt, few_nines, logged, parameters, trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import START, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
-from trl_apa import APATrainer, evaluation
-from trl_apa.logprobs import policy_outputs
-from trl_apa.rollouts import Layout, lay_out, longest_row
+from trl_apa import APATrainer
+from trl_apa.evaluation import held_out as evaluation
+from trl_apa.models.logprobs import policy_outputs
+from trl_apa.rollout.batch import Layout, lay_out, longest_row
 
 
 SEPARATE, ONE_BY_ONE, PADDED = Layout.SEPARATE, Layout.ONE_BY_ONE, Layout.PADDED

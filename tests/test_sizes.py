@@ -11,7 +11,7 @@ from tests.tiny import CONFIGS, EOS, VOCABULARY, tiny_config, tiny_model, tiny_r
 from trl_apa import APATrainer
 from trl_apa.models import ValueModel
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
-from trl_apa.scoring import RewardModel
+from trl_apa.rollout.scoring import RewardModel
 
 
 def longer_tokenizer(pad="[PAD]", others=()):

@@ -14,9 +14,9 @@ from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_
 from trl_apa import APATrainer
 from trl_apa.commands import generate, winrate
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, label_rows
-from trl_apa.prompts import query_of
-from trl_apa.scoring import AdapterReward, RewardModel
-from trl_apa.texts import answer_text, prompts_and_completions, sampled_ids, scored_ids
+from trl_apa.rollout.prompts import query_of
+from trl_apa.rollout.scoring import AdapterReward, RewardModel
+from trl_apa.rollout.texts import answer_text, prompts_and_completions, sampled_ids, scored_ids
 from trl_apa.winrate import Pair, RewardModelJudge, VerdictCache, compare
 from trl_apa.winrate.comparing import Question
 

@@ -25,10 +25,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_apa.advantages import gae
-from trl_apa.kl import kl_full
-from trl_apa.losses import apa_loss
-from trl_apa.rewards import token_rewards
+from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.kl import kl_full
+from trl_apa.algorithms.losses import apa_loss
+from trl_apa.algorithms.rewards import token_rewards
 
 
 VOCABULARY = 3

@@ -13,8 +13,8 @@ from tests.tiny import tiny_config
 from trl_apa import APATrainer
 from trl_apa.commands import generate
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, held_out
-from trl_apa.prompts import query_of
-from trl_apa.tokenizing import prompt_ids, warn_again
+from trl_apa.rollout.prompts import query_of
+from trl_apa.rollout.tokenizing import prompt_ids, warn_again
 from trl_apa.winrate import LanguageModelJudge
 from trl_apa.winrate.comparing import Question
 
@@ -159,7 +159,7 @@ def test_training_evaluation_the_commands_and_offline_learning_ask_in_one_way(tm
     ids = query_of({"prompt": messages}, tokenizer).tolist() if form == "rendered" else [tokenizer.bos_token_id, *own]
     rows = [{"prompt": text}] * 4
 
-    asked = remember(monkeypatch, import_module("trl_apa.trainer"))
+    asked = remember(monkeypatch, import_module("trl_apa.trainer.apa"))
     config = tiny_config(tmp_path, max_steps=1, max_completion_length=2, save_strategy="no", disable_tqdm=True)
     trainer = APATrainer(config, model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows, reward_funcs=ones)
     with warnings.catch_warnings(record=True) as said:

@@ -18,8 +18,8 @@ from tests.tiny import tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa.commands.sft import SFTOptions
 from trl_apa.commands.supervised import finish
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
-from trl_apa.secret_patterns import HIDDEN
-from trl_apa.tracker_secrets import options_to_open
+from trl_apa.redaction.patterns import HIDDEN
+from trl_apa.redaction.trackers import options_to_open
 from trl_apa.trl_trainers import QuietSFTTrainer
 
 

@@ -10,8 +10,8 @@ from transformers import get_constant_schedule_with_warmup
 
 from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
-from trl_apa.kl import AdaptiveKLController, FixedKLController
-from trl_apa.preparation import rewards_of_tokens
+from trl_apa.algorithms.kl import AdaptiveKLController, FixedKLController
+from trl_apa.trainer.preparation import rewards_of_tokens
 
 
 EXPECTED = {

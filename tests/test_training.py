@@ -15,7 +15,7 @@ from tests.test_update import assert_same
 from tests.test_value_head import away_from_identity
 from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_tokenizer, word_tokenizer
 from trl_apa import APATrainer
-from trl_apa.prompts import PromptSource, prompt_of, query_of
+from trl_apa.rollout.prompts import PromptSource, prompt_of, query_of
 
 
 PROMPTS = [f"w{2 + i % 9} w{3 + i % 7}" for i in range(16)]

@@ -8,11 +8,11 @@ import torch
 from peft import get_peft_model
 
 from tests.tiny import lora_config, tiny_model, tiny_trainer
-from trl_apa import layouts, network_identity, trial_memory
-from trl_apa.layouts import Layouts, layout_trial, sampling_trial
+from trl_apa.models import layouts, network_identity, trial_memory
+from trl_apa.models.layouts import Layouts, layout_trial, sampling_trial
 from trl_apa.models.modes import make_repeatable
-from trl_apa.network_identity import identity_of
-from trl_apa.trials import LONG, try_layouts
+from trl_apa.models.network_identity import identity_of
+from trl_apa.models.trials import LONG, try_layouts
 
 
 @pytest.fixture

@@ -30,9 +30,9 @@ from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
-from trl_apa.checkpoints import MANIFEST
 from trl_apa.models.value_adapter import VALUE_ADAPTER
-from trl_apa.resuming import is_complete, last_complete_checkpoint
+from trl_apa.trainer.checkpoints import MANIFEST
+from trl_apa.trainer.resuming import is_complete, last_complete_checkpoint
 
 
 OPTIONS = {"ppo_epochs": 2, "gamma": 0.9, "scale_rewards": True, "score_clip": 1.5}

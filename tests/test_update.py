@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import ENCODER_DECODERS, FAMILIES, START, tiny_model, tiny_rollouts, tiny_trainer
-from trl_apa.masking import masked_mean
-from trl_apa.preparation import rewards_of_tokens
+from trl_apa.algorithms.masking import masked_mean
+from trl_apa.trainer.preparation import rewards_of_tokens
 
 
 def row_outputs(model, query, response):

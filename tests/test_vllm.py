@@ -14,10 +14,10 @@ from tests.test_update import assert_same
 from tests.test_value_head import away_from_identity
 from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_tokenizer
 from trl_apa import APATrainer
-from trl_apa.generation import cut_responses, row_criteria
 from trl_apa.models import merged_parameters
 from trl_apa.models.dense import as_in_checkpoints
-from trl_apa.vllm_generation import check_vllm_can_hold, vllm_sampling
+from trl_apa.rollout.generation import cut_responses, row_criteria
+from trl_apa.rollout.vllm_generation import check_vllm_can_hold, vllm_sampling
 
 
 @pytest.fixture(scope="module")

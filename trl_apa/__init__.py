@@ -4,12 +4,13 @@ Public names load on first use (PEP 562), so `import trl_apa` costs next to noth
 TRL is imported before one of them is needed.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from .module_paths import install, lazy_names
 
 
 if TYPE_CHECKING:
-    from .classic import (
+    from .classic.names import (
         AdaptiveKLController,
         FixedKLController,
         LengthSampler,
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
         respond_to_batch,
         set_seed,
     )
-    from .config import APAConfig
+    from .classic.ppo import PPOConfig, PPOTrainer
+    from .config.apa import APAConfig
     from .models import (
         AutoModelForCausalLMWithValueHead,
         AutoModelForSeq2SeqLMWithValueHead,
@@ -25,28 +27,27 @@ if TYPE_CHECKING:
         ValueModel,
     )
     from .offline import OfflineAPATrainer, OfflineConfig
-    from .ppo import PPOConfig, PPOTrainer
-    from .trainer import APATrainer
+    from .trainer.apa import APATrainer
 
     __version__: str
 
 _MODULE_OF = {
-    "APAConfig": "config",
-    "APATrainer": "trainer",
-    "AdaptiveKLController": "classic",
+    "APAConfig": "config.apa",
+    "APATrainer": "trainer.apa",
+    "AdaptiveKLController": "classic.names",
     "AutoModelForCausalLMWithValueHead": "models",
     "AutoModelForSeq2SeqLMWithValueHead": "models",
-    "FixedKLController": "classic",
-    "LengthSampler": "classic",
+    "FixedKLController": "classic.names",
+    "LengthSampler": "classic.names",
     "OfflineAPATrainer": "offline",
     "OfflineConfig": "offline",
-    "PPOConfig": "ppo",
-    "PPOTrainer": "ppo",
+    "PPOConfig": "classic.ppo",
+    "PPOTrainer": "classic.ppo",
     "PolicyAndValue": "models",
     "ValueModel": "models",
-    "create_reference_model": "classic",
-    "respond_to_batch": "classic",
-    "set_seed": "classic",
+    "create_reference_model": "classic.names",
+    "respond_to_batch": "classic.names",
+    "set_seed": "classic.names",
 }
 
 __all__ = [
@@ -70,18 +71,16 @@ __all__ = [
 ]
 
 
+_lazy = lazy_names(__name__, {name: f".{module}" for name, module in _MODULE_OF.items()})
+install()
+
+
 def __getattr__(name: str) -> object:
-    value: object
     if name == "__version__":
         from importlib.metadata import version
 
-        value = version("trl-apa")
-    elif name in _MODULE_OF:
-        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        return version("trl-apa")
+    return _lazy(name)
 
 
 def __dir__() -> list[str]:

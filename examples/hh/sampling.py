@@ -9,7 +9,7 @@ from texts import encode_prompt
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from trl_apa.data import STOP_STRINGS
-from trl_apa.generation import end_token_ids, generate_responses
+from trl_apa.rollout.generation import end_token_ids, generate_responses
 
 
 # Pure sampling from the model, as in the paper: no truncation of the distribution, temperature 1.

@@ -17,8 +17,8 @@ from texts import response_text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa.data import HUMAN_TURN
-from trl_apa.logprobs import response_logprobs
-from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.models.logprobs import response_logprobs
+from trl_apa.rollout.batch import pad_tokens, response_mask
 
 
 @dataclass

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_apa.algorithms.losses import apa_loss, value_loss
 from trl_apa.checking.report import Finding, skipped
 from trl_apa.checking.subject import Subject, part
-from trl_apa.logprobs import inner_model
-from trl_apa.losses import apa_loss, value_loss
-from trl_apa.rollouts import lay_out, longest_row, response_mask
-from trl_apa.trials import is_precise
+from trl_apa.models.logprobs import inner_model
+from trl_apa.models.trials import is_precise
+from trl_apa.rollout.batch import lay_out, longest_row, response_mask
 
 
 # Relative difference of gradients that rounding makes, in float32 and below.

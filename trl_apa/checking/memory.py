@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from trl_apa._trl import is_peft_model
 from trl_apa.checking.report import Finding, skipped
 from trl_apa.checking.subject import Subject
-from trl_apa.logprobs import inner_model
 from trl_apa.memory import Setup, predict
 from trl_apa.memory.measuring import peak_of
 from trl_apa.memory.prediction import forward_and_backward
 from trl_apa.memory.pretending import scales_of
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.adapters import trains_its_adapter_only
-from trl_apa.network_parts import text_trunk
-from trl_apa.rollouts import lay_out
-from trl_apa.trials import ordinary_tokens
+from trl_apa.models.logprobs import inner_model
+from trl_apa.models.network_parts import text_trunk
+from trl_apa.models.trials import ordinary_tokens
+from trl_apa.rollout.batch import lay_out
 
 
 MIB = 2**20

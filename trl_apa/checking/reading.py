@@ -8,12 +8,12 @@ from transformers import GenerationConfig
 
 from trl_apa.checking.report import Finding, compared, skipped
 from trl_apa.checking.subject import Subject
-from trl_apa.generation import generate_responses
-from trl_apa.layouts import layout_trial, sampling_trial
-from trl_apa.logprobs import inner_model
-from trl_apa.packing import attending_with
-from trl_apa.rollouts import Layout
-from trl_apa.trials import LayoutTrial, alone
+from trl_apa.models.layouts import layout_trial, sampling_trial
+from trl_apa.models.logprobs import inner_model
+from trl_apa.models.packing import attending_with
+from trl_apa.models.trials import LayoutTrial, alone
+from trl_apa.rollout.batch import Layout
+from trl_apa.rollout.generation import generate_responses
 
 
 # Nats a token on average that half precision, or an engine's other kernels, may change.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trl_apa.trials import Difference
+from trl_apa.models.trials import Difference
 
 
 VERDICTS = {True: "ok", False: "WRONG", None: "-"}

@@ -10,11 +10,11 @@ from torch import nn
 from trl_apa.checking import learning, memory, precision, reading, saving, sizes
 from trl_apa.checking.report import Finding, Report
 from trl_apa.checking.subject import Subject
-from trl_apa.engines import is_sharded
-from trl_apa.logprobs import inner_model
+from trl_apa.distributed.sharded import is_sharded
 from trl_apa.models import reference_policy
-from trl_apa.network_parts import max_positions
-from trl_apa.prompts import as_rows, query_of
+from trl_apa.models.logprobs import inner_model
+from trl_apa.models.network_parts import max_positions
+from trl_apa.rollout.prompts import as_rows, query_of
 
 
 PROMPTS = (

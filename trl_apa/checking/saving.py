@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from trl_apa._trl import is_peft_model
 from trl_apa.checking.report import Finding, compared, skipped
 from trl_apa.checking.subject import Subject, moved, restore
-from trl_apa.logprobs import inner_model
 from trl_apa.models import load_language_model, merge_and_save
+from trl_apa.models.logprobs import inner_model
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.policy_and_value import load_policy_and_value
-from trl_apa.trials import Difference, difference
+from trl_apa.models.trials import Difference, difference
 
 
 LOST = "a checkpoint of this model cannot be resumed or loaded: report this model"

@@ -6,10 +6,10 @@ from typing import Any
 
 from trl_apa.checking.report import Finding, skipped
 from trl_apa.checking.subject import Subject
-from trl_apa.logprobs import head_width, inner_model
-from trl_apa.network_parts import max_positions, num_token_ids
-from trl_apa.tokenizing import text_ids
-from trl_apa.trials import boundaries, rope_limit
+from trl_apa.models.logprobs import head_width, inner_model
+from trl_apa.models.network_parts import max_positions, num_token_ids
+from trl_apa.models.trials import boundaries, rope_limit
+from trl_apa.rollout.tokenizing import text_ids
 
 
 QUESTION = "What is it?"

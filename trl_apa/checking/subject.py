@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
-from trl_apa.layouts import layout_trial
-from trl_apa.logprobs import inner_model
 from trl_apa.models import PolicyAndValue
-from trl_apa.rollouts import Layout, lay_out, longest_row, response_mask
-from trl_apa.trials import Difference, LayoutTrial, allowed_difference, alone, difference, in_layout, is_precise
-from trl_apa.vllm_generation import VLLMSampler
+from trl_apa.models.layouts import layout_trial
+from trl_apa.models.logprobs import inner_model
+from trl_apa.models.trials import Difference, LayoutTrial, allowed_difference, alone, difference, in_layout, is_precise
+from trl_apa.rollout.batch import Layout, lay_out, longest_row, response_mask
+from trl_apa.rollout.vllm_generation import VLLMSampler
 
 
 @dataclass

@@ -15,10 +15,10 @@ from trl import ModelConfig
 from trl_apa.checking import Finding, Report
 from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.config import APAConfig
+from trl_apa.config.apa import APAConfig
+from trl_apa.config.fields import option
 from trl_apa.models.gguf import adapter_config_file, load_config
-from trl_apa.option_fields import option
-from trl_apa.trainer import APATrainer
+from trl_apa.trainer.apa import APATrainer
 
 
 NEW_LORA = "lora"

@@ -15,9 +15,9 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
 from trl_apa.commands.train import reward_part
-from trl_apa.evaluation import held_out_metrics
-from trl_apa.option_fields import option
-from trl_apa.trainer import APATrainer
+from trl_apa.config.fields import option
+from trl_apa.evaluation.held_out import held_out_metrics
+from trl_apa.trainer.apa import APATrainer
 
 
 MODEL_NAMES = {"dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"}

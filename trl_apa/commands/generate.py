@@ -22,16 +22,16 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.row_file import RowFile, Write, digest
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
-from trl_apa.config import APAConfig
+from trl_apa.config.apa import APAConfig
+from trl_apa.config.fields import option
 from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
-from trl_apa.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.models.modes import make_repeatable
-from trl_apa.network_parts import num_token_ids
-from trl_apa.option_fields import option
-from trl_apa.prompts import prompt_of, query_of
+from trl_apa.models.network_parts import num_token_ids
 from trl_apa.redaction import without_secrets
-from trl_apa.texts import answer_text, is_ended
-from trl_apa.validation import check_positions, check_tokens
+from trl_apa.rollout.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
+from trl_apa.rollout.prompts import prompt_of, query_of
+from trl_apa.rollout.texts import answer_text, is_ended
+from trl_apa.trainer.validation import check_positions, check_tokens
 
 
 BATCH_SIZE = 8

@@ -7,9 +7,9 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from trl_apa.commands.options import Part
-from trl_apa.config import ALIASES, NOT_READ_BACK, WITHOUT_EFFECT, APAConfig
-from trl_apa.trl_0_12 import TRL012Options
-from trl_apa.vllm_options import VLLMOptions
+from trl_apa.config.apa import ALIASES, NOT_READ_BACK, WITHOUT_EFFECT, APAConfig
+from trl_apa.config.trl_0_12 import TRL012Options
+from trl_apa.config.vllm import VLLMOptions
 
 
 # The first pattern that a name begins with decides.

@@ -15,7 +15,7 @@ from typing import Any
 
 from trl_apa.commands.options import Part, did_you_mean, read_yaml
 from trl_apa.commands.parsing import DEBUG
-from trl_apa.option_fields import option
+from trl_apa.config.fields import option
 
 
 # Set for the processes that are started here, for which the option has had its effect.

@@ -12,7 +12,7 @@ from trl import ModelConfig
 from trl_apa.commands.models import loading
 from trl_apa.models.gguf import adapter_config_file, load_config
 from trl_apa.offline.data import completion_ids
-from trl_apa.prompts import query_of
+from trl_apa.rollout.prompts import query_of
 
 
 # Tokens that a tokenizer may add to a text. Otherwise a token stands for a byte at least.

@@ -10,13 +10,13 @@ import torch
 from transformers import PretrainedConfig
 
 from trl_apa.commands.options import CommandParser, Part
+from trl_apa.config.fields import option
 from trl_apa.memory import Prediction, Setup, predict
 from trl_apa.memory.advice import Change, changes
 from trl_apa.memory.optimizers import STATES
 from trl_apa.memory.prediction import OVERHEAD, PARTS
 from trl_apa.memory.setup import ATTENTIONS, NETWORKS, REFERENCES, SHARDINGS
 from trl_apa.memory.shapes import config_of
-from trl_apa.option_fields import option
 
 
 GIB = 2**30

@@ -16,7 +16,7 @@ from trl_apa.paper.logs import Row, read_rows
 from trl_apa.paper.running import Job, full_jobs, mini_jobs, run_full, run_in_small
 from trl_apa.paper.sizes import MiniSizes
 from trl_apa.paper.tables import tables
-from trl_apa.tracker_failures import warn_if_report_fails
+from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 def make_parser() -> OneLineParser:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from trl_apa.tracker_failures import isolate_failures
+from trl_apa.trainer.tracker_failures import isolate_failures
 
 
 # Name on the line, statistic, format.

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from trl_apa.config.fields import option
 from trl_apa.data import BadRow, Preference, preference_rows, sft_rows, split_by_prompt
 from trl_apa.data.hh import parse_row, split_dialogue
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import Row, iter_rows
-from trl_apa.option_fields import option
 
 
 Fields = dict[str, Any]

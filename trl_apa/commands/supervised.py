@@ -11,7 +11,7 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.commands.rows import DataArguments
-from trl_apa.tracker_secrets import hide_secrets_from
+from trl_apa.redaction.trackers import hide_secrets_from
 
 
 def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:

@@ -15,11 +15,11 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import APA_COLUMNS, print_lines
 from trl_apa.commands.rows import DataArguments, load_rows, prompts_by
-from trl_apa.config import APAConfig
+from trl_apa.config.apa import APAConfig
+from trl_apa.config.fields import option
 from trl_apa.models.critic import ADAPTER_PREFIX
-from trl_apa.option_fields import option
-from trl_apa.prompts import PromptSource
-from trl_apa.trainer import APATrainer
+from trl_apa.rollout.prompts import PromptSource
+from trl_apa.trainer.apa import APATrainer
 
 
 @dataclass

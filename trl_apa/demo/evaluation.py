@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trl_apa.kl import kl_full
-from trl_apa.masking import keep_counted, masked_mean
-from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.algorithms.kl import kl_full
+from trl_apa.algorithms.masking import keep_counted, masked_mean
+from trl_apa.rollout.batch import pad_tokens, response_mask
 
 from .networks import decode, encode, sample
 from .reward import RewardModel, gold_rewards

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from trl_apa.generation import generate_responses
+from trl_apa.rollout.generation import generate_responses
 
 from .corpus import vocabulary
 

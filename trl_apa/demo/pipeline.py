@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_apa import APAConfig, APATrainer
-from trl_apa.tracker_failures import warn_if_report_fails
+from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 from .corpus import Corpus, build_corpus
 from .curves import plot_curves

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from trl_apa.layouts import Layouts
 from trl_apa.memory.networks import build_networks, classifier_bytes, weight_bytes
 from trl_apa.memory.optimizers import state_bytes, step_bytes
 from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales_of
 from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
-from trl_apa.rollouts import Layout, lay_out
+from trl_apa.models.layouts import Layouts
+from trl_apa.rollout.batch import Layout, lay_out
 
 
 LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"

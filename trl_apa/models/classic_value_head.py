@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 
-from trl_apa.masking import at_least_float32
+from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models.gguf import SUFFIX
 
 

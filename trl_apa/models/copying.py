@@ -6,8 +6,8 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from trl_apa.models.network_parts import text_trunk
 from trl_apa.models.partitioned import gathered, is_partitioned, partition
-from trl_apa.network_parts import text_trunk
 
 
 def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:

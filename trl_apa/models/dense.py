@@ -12,8 +12,8 @@ from transformers.core_model_loading import WeightTransform, revert_weight_conve
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import merged_layer
+from trl_apa.models.network_parts import inner_model
 from trl_apa.models.quantization import use_one_kernel
-from trl_apa.network_parts import inner_model
 
 
 def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:

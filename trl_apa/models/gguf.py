@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.network_parts import without_unknown_pad
+from trl_apa.models.network_parts import without_unknown_pad
 
 
 SUFFIX = ".gguf"

@@ -14,8 +14,8 @@ from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.gguf import load_tokenizer
 from trl_apa.models.loading import load_language_model
+from trl_apa.models.network_parts import without_unknown_pad
 from trl_apa.models.value_model import save_network
-from trl_apa.network_parts import without_unknown_pad
 
 
 def merge_and_save(

@@ -10,19 +10,19 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import renamed_method
 from trl_apa.models.classic_value_head import PolicyValueHead
 from trl_apa.models.gguf import save_dense_base
+from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.modes import make_repeatable
+from trl_apa.models.network_parts import parameters_beyond_text
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
 from trl_apa.models.value_adapter import VALUE_ADAPTER, AdapterValueModel
 from trl_apa.models.value_model import ValueModel, load_network, save_network, state_of
-from trl_apa.network_parts import parameters_beyond_text
 
 
 VALUE_MODEL_FOLDER = "value_model"

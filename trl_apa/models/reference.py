@@ -21,9 +21,9 @@ from trl_apa.models.adapters import (
 )
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.modes import make_repeatable
+from trl_apa.models.network_parts import inner_model, text_trunk
 from trl_apa.models.partitioned import gathered
 from trl_apa.models.quantization import settle_quantization
-from trl_apa.network_parts import inner_model, text_trunk
 
 
 # Not a name that a caller would give to an adapter of his own.

@@ -8,9 +8,9 @@ from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import forward_parameters
 from trl_apa.models.adapters import adapter_parameters, add_adapter, held_repeatable, only_adapter
-from trl_apa.network_parts import trunk_of
+from trl_apa.models.logprobs import forward_parameters
+from trl_apa.models.network_parts import trunk_of
 
 
 DEFAULT_NAME = "reward_adapter"

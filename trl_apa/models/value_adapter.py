@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import refuse_prompt_learning
 from trl_apa.models.adapters import adapter_parameters, add_adapter, config_like, only_adapter, trains_its_adapter_only
+from trl_apa.models.network_parts import text_trunk
 from trl_apa.models.reward_adapter import load_adapter_weights, score_layer
 from trl_apa.models.value_model import (
     ValueHead,
@@ -19,7 +20,6 @@ from trl_apa.models.value_model import (
     save_value_model,
     trunk_values,
 )
-from trl_apa.network_parts import text_trunk
 
 
 # Not a name that a caller would give to an adapter of his own.

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndByt
 from transformers.utils import PushToHubMixin
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import last_hidden_states
 from trl_apa.models.adapter_kinds import refuse_prompt_learning, with_adapters
 from trl_apa.models.checkpointing import renamed_method
 from trl_apa.models.classic_value_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.loading import load_language_model, process_device
+from trl_apa.models.logprobs import last_hidden_states
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
 from trl_apa.models.value_model import save_network

@@ -14,15 +14,15 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.logprobs import response_rows, response_states
-from trl_apa.masking import at_least_float32
+from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.gguf import dense_options, gguf_source, load_config
 from trl_apa.models.loading import class_that_knows, load_language_model
+from trl_apa.models.logprobs import response_rows, response_states
 from trl_apa.models.modes import make_repeatable
+from trl_apa.models.network_parts import inner_model, text_trunk, without_unknown_pad
 from trl_apa.models.partitioned import gathered, whole_shape
 from trl_apa.models.quantization import settle_quantization
-from trl_apa.network_parts import inner_model, text_trunk, without_unknown_pad
 
 
 HEAD_WEIGHTS = "value_head.safetensors"

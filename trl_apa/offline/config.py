@@ -6,8 +6,8 @@ from typing import ClassVar
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
-from trl_apa.option_checks import check_finite_options, check_optimizer_options, check_reward_weights
-from trl_apa.option_fields import option
+from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
+from trl_apa.config.fields import option
 from trl_apa.redaction import RedactedOptions
 
 

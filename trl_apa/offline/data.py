@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa.data.pairs import Demonstration, Preference
 from trl_apa.data.sources import BadRow, report
-from trl_apa.network_parts import num_token_ids
+from trl_apa.models.network_parts import num_token_ids
 from trl_apa.offline.config import OfflineConfig
-from trl_apa.prompts import as_rows, prompt_of, query_of
-from trl_apa.reward_values import as_float
-from trl_apa.rollouts import Rollouts, response_mask
-from trl_apa.scoring import ADAPTER, Scorer, reward_functions
-from trl_apa.texts import Texts, as_completion, prompts_and_completions
-from trl_apa.validation import LARGEST_SCORE, check_positions, check_tokens
+from trl_apa.rollout.batch import Rollouts, response_mask
+from trl_apa.rollout.prompts import as_rows, prompt_of, query_of
+from trl_apa.rollout.reward_values import as_float
+from trl_apa.rollout.scoring import ADAPTER, Scorer, reward_functions
+from trl_apa.rollout.texts import Texts, as_completion, prompts_and_completions
+from trl_apa.trainer.validation import LARGEST_SCORE, check_positions, check_tokens
 from trl_apa.values import shown
 
 

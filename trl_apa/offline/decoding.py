@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trl_apa.logprobs import forward_parameters, forward_replaced, last_hidden_states
-from trl_apa.masking import at_least_float32
-from trl_apa.network_parts import inner_model
+from trl_apa.algorithms.masking import at_least_float32
+from trl_apa.models.logprobs import forward_parameters, forward_replaced, last_hidden_states
+from trl_apa.models.network_parts import inner_model
 from trl_apa.offline.networks import QValueModel
 
 

@@ -6,16 +6,16 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
-from trl_apa.evaluation import distinct_ngrams, random_numbers_of_its_own
-from trl_apa.generation import generate_responses, generation_options
-from trl_apa.logprobs import response_logprobs
-from trl_apa.masking import keep_counted
+from trl_apa.algorithms.masking import keep_counted
+from trl_apa.evaluation.held_out import distinct_ngrams, random_numbers_of_its_own
 from trl_apa.models import reference_policy
-from trl_apa.network_parts import num_token_ids
-from trl_apa.prompts import PROMPT_COLUMNS, query_of
-from trl_apa.rollouts import lay_out, longest_row, response_mask
-from trl_apa.texts import prompts_and_completions
-from trl_apa.validation import check_tokens
+from trl_apa.models.logprobs import response_logprobs
+from trl_apa.models.network_parts import num_token_ids
+from trl_apa.rollout.batch import lay_out, longest_row, response_mask
+from trl_apa.rollout.generation import generate_responses, generation_options
+from trl_apa.rollout.prompts import PROMPT_COLUMNS, query_of
+from trl_apa.rollout.texts import prompts_and_completions
+from trl_apa.trainer.validation import check_tokens
 
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from trl_apa.advantages import gae
-from trl_apa.losses import Stats
-from trl_apa.masking import check_response_tensors, keep_counted, masked_mean
+from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.losses import Stats
+from trl_apa.algorithms.masking import check_response_tensors, keep_counted, masked_mean
 
 
 def expectile_loss(values_BR: Tensor, targets_BR: Tensor, expectile: float) -> Tensor:

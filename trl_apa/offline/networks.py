@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trl_apa.logprobs import TOKEN_FIELDS, response_rows, response_states
-from trl_apa.masking import at_least_float32
+from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models import PolicyAndValue, ValueHead, ValueModel, load_policy_and_value
 from trl_apa.models.gguf import save_dense_base
+from trl_apa.models.logprobs import TOKEN_FIELDS, response_rows, response_states
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_model import state_of
 

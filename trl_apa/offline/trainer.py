@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_apa._trl import is_peft_model
-from trl_apa.advantages import gae
-from trl_apa.assembly import assemble
-from trl_apa.engines import is_sharded
-from trl_apa.generation import end_token_ids
-from trl_apa.layouts import Layouts
-from trl_apa.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
-from trl_apa.losses import apa_loss, awr_loss, value_loss
-from trl_apa.masking import masked_mean, masked_whiten
+from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.losses import apa_loss, awr_loss, value_loss
+from trl_apa.algorithms.masking import masked_mean, masked_whiten
+from trl_apa.algorithms.rewards import token_rewards
+from trl_apa.distributed.sharded import is_sharded
 from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference_policy
-from trl_apa.network_checks import check_answers_text
-from trl_apa.network_parts import pad_token_id_of, padding_id, use_cache_kept
+from trl_apa.models.layouts import Layouts
+from trl_apa.models.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
+from trl_apa.models.network_checks import check_answers_text
+from trl_apa.models.network_parts import pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
@@ -31,17 +30,18 @@ from trl_apa.offline.held_out import held_out_reward
 from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, QValueModel
 from trl_apa.offline.value_fitting import fit_value_model
-from trl_apa.optimization import check_optimizer_is_finite
-from trl_apa.prompts import as_rows
-from trl_apa.resuming import ResumableRuns
-from trl_apa.rewards import token_rewards
-from trl_apa.run_identity import data_fingerprint, initial_policy_fingerprint
-from trl_apa.saving import Saving
-from trl_apa.scoring import RewardModel, Scorer, reward_functions
-from trl_apa.signals import StopOnSignal
-from trl_apa.tracker_failures import isolate_failures
-from trl_apa.tracker_secrets import hide_secrets_from
-from trl_apa.validation import check_fp16, check_type
+from trl_apa.redaction.trackers import hide_secrets_from
+from trl_apa.rollout.generation import end_token_ids
+from trl_apa.rollout.prompts import as_rows
+from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.trainer.assembly import assemble
+from trl_apa.trainer.optimization import check_optimizer_is_finite
+from trl_apa.trainer.resuming import ResumableRuns
+from trl_apa.trainer.run_identity import data_fingerprint, initial_policy_fingerprint
+from trl_apa.trainer.saving import Saving
+from trl_apa.trainer.signals import StopOnSignal
+from trl_apa.trainer.tracker_failures import isolate_failures
+from trl_apa.trainer.validation import check_fp16, check_type
 
 
 class BetweenSteps(TrainerCallback):

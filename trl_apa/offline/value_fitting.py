@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
-from trl_apa.losses import value_loss
+from trl_apa.algorithms.losses import value_loss
 from trl_apa.models import ValueModel
 from trl_apa.models.checkpointing import renamed_method
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.denominators import CountsTokens
-from trl_apa.rollouts import Rollouts
+from trl_apa.rollout.batch import Rollouts
 from trl_apa.telemetry import NoTelemetry
 
 

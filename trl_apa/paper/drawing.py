@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_apa.paper.logs import QUANTITIES, Row, quantities_of
-from trl_apa.tracker_failures import warn_if_report_fails
+from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 Panels = Mapping[str, Mapping[str, Sequence[Sequence[Row]]]]

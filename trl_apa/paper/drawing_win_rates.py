@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trl_apa.paper.tables import markdown_table
 from trl_apa.paper.win_rates import WinRates
-from trl_apa.tracker_failures import warn_if_report_fails
+from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 PARTS = {"wins": "C0", "ties": "0.8", "losses": "C1"}

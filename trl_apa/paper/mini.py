@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from trl_apa.config import APAConfig
+from trl_apa.config.apa import APAConfig
 from trl_apa.demo.networks import decode, encode, sample
 from trl_apa.demo.options import DemoOptions
 from trl_apa.demo.pipeline import Ingredients, measure, prepare, quiet_libraries, torch_threads
@@ -22,7 +22,7 @@ from trl_apa.models import independent_copy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.paper.figures import Curve
 from trl_apa.paper.sizes import UNREAD, MiniSizes
-from trl_apa.trainer import APATrainer
+from trl_apa.trainer.apa import APATrainer
 
 
 # What a curve's file says of these counts in small too; models, data, sizes and rates are the task's own.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trl_apa.option_fields import option
+from trl_apa.config.fields import option
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_apa.layouts import Layouts
-from trl_apa.logprobs import response_logprobs
-from trl_apa.masking import keep_counted
+from trl_apa.algorithms.masking import keep_counted
+from trl_apa.models.layouts import Layouts
+from trl_apa.models.logprobs import response_logprobs
 from trl_apa.models.modes import make_repeatable
-from trl_apa.rollouts import lay_out, longest_row, response_mask
-from trl_apa.scoring import RewardModel
-from trl_apa.tokenizing import prompt_ids
-from trl_apa.validation import check_positions
+from trl_apa.rollout.batch import lay_out, longest_row, response_mask
+from trl_apa.rollout.scoring import RewardModel
+from trl_apa.rollout.tokenizing import prompt_ids
+from trl_apa.trainer.validation import check_positions
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.prompting import IN_ONE_LETTER, VERDICTS, judging_text
 from trl_apa.winrate.verdicts import FIRST, SECOND, TIE

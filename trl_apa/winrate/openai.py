@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from trl_apa.redaction import without_secrets, without_secrets_in_error
-from trl_apa.secret_patterns import HIDDEN
+from trl_apa.redaction.patterns import HIDDEN
 from trl_apa.winrate.comparing import Question
 from trl_apa.winrate.parallel import as_they_come, loop_in_a_thread
 from trl_apa.winrate.prompting import IN_WORDS, judging_text

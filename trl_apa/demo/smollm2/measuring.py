@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trl_apa.kl import kl_full
-from trl_apa.masking import keep_counted
+from trl_apa.algorithms.kl import kl_full
+from trl_apa.algorithms.masking import keep_counted
 from trl_apa.models.reference import reference_policy
-from trl_apa.rollouts import pad_tokens, response_mask
+from trl_apa.rollout.batch import pad_tokens, response_mask
 
 
 # Name in the metrics, heading in the live table, meaning in the final one, format.

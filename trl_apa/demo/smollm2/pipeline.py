@@ -14,7 +14,7 @@ from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
 from trl_apa.demo.pipeline import quiet_libraries, save_metrics, torch_threads
 from trl_apa.demo.report import Report
-from trl_apa.tracker_failures import warn_if_report_fails
+from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 from .curves import plot_real_curves
 from .measuring import measure_responses

@@ -1,0 +1,34 @@
+"""PPO as classic scripts knew it: the same trainer with classic's defaults, one option away from APA."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl_apa.config.apa import APAConfig
+from trl_apa.trainer.apa import APATrainer
+
+
+@dataclass
+class PPOConfig(APAConfig):
+    """
+    [`APAConfig`] with the defaults of TRL's classic `PPOConfig`: PPO loss, initial KL coefficient 0.2, value loss
+    weight 0.1 with clipping at 0.2, four epochs over 128 rollouts in one mini-batch, no gradient clipping, seed 0.
+    `loss_type="apa"` keeps the rest and changes the algorithm.
+    """
+
+    _default_kl_coef: ClassVar[dict[str, float]] = {"ppo": 0.2}
+    _default_batch_size: ClassVar[int] = 128
+    _largest_mini_batch: ClassVar[int] = 128
+
+    loss_type: str = "ppo"
+    vf_coef: float = 0.1
+    cliprange_value: float | None = 0.2
+    num_epochs_per_batch: int = 4
+    max_grad_norm: float | None = 0.0
+    seed: int = 0
+
+
+class PPOTrainer(APATrainer):
+    """[`APATrainer`] under the name that classic scripts import; [`PPOConfig`] makes it PPO."""
+
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo", "rlhf"]
+    _name = "PPO"

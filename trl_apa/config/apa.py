@@ -1,0 +1,518 @@
+"""Options of `APATrainer`: defaults, the names classic scripts use for them, and their validation."""
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_apa._trl import _BaseConfig
+from trl_apa.algorithms import SELECTIVE_OPTIONS, Algorithm, algorithm_of
+from trl_apa.classic.core import flatten_dict
+from trl_apa.config import trl_0_12
+from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
+from trl_apa.config.fields import option, switch
+from trl_apa.config.vllm import VLLMOptions
+from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
+from trl_apa.trainer.reporting import check_trackers
+
+
+Json = dict | str | None
+# Options that should be greater than 0 where they are set.
+POSITIVE = (
+    "batch_size",
+    "cliprange",
+    "cliprange_value",
+    "compare_steps",
+    "generation_batch_size",
+    "gradient_accumulation_steps",
+    "horizon",
+    "local_rollout_forward_batch_size",
+    "max_completion_length",
+    "max_kl",
+    "max_prompt_length",
+    "num_completions_to_print",
+    "num_epochs_per_batch",
+    "num_generations",
+    "num_mini_batches",
+    "num_unfrozen_layers",
+    "per_device_train_batch_size",
+    "ratio_threshold",
+    "reward_timeout",
+    "score_clip",
+    "steps",
+    "target",
+    "target_kl",
+    "temperature",
+    "total_episodes",
+    "value_learning_rate",
+    "value_max_grad_norm",
+)
+# The name a classic script uses -> ours.
+ALIASES = {
+    "lam": "gae_lambda",
+    "ppo_epochs": "num_epochs_per_batch",
+    "mini_batch_size": "per_device_train_batch_size",
+    "log_with": "report_to",
+    "use_score_scaling": "scale_rewards",
+    "use_score_norm": "center_rewards",
+    "optimize_cuda_cache": "optimize_device_cache",
+    **trl_0_12.ALIASES,
+}
+# Those of them that are not given a value for scripts to read.
+NOT_READ_BACK = ("log_with", "local_batch_size")
+# What a checkpoint's run must agree in with the run that resumes it.
+DEFINES_RUN = (
+    *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value"),
+    *("adap_kl_ctrl", "target", "horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
+    *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
+    *("reward_weights", "num_unfrozen_layers", "seed"),
+    *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_epochs_per_batch"),
+    *("num_generations", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length"),
+    *("stop_strings", "stop_token", "stop_token_id", "chat_template_kwargs"),
+)
+# Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
+WITHOUT_EFFECT = {
+    "accelerator_kwargs": "the Trainer creates the accelerator; set accelerator_config",
+    "project_kwargs": "set output_dir, or log_dir of TensorBoard in tracker_kwargs",
+    "dataset_num_proc": "the trainer does not tokenize",
+    **trl_0_12.WITHOUT_EFFECT,
+}
+
+
+@dataclass
+class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfig):
+    """
+    Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
+    PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
+    those of vLLM in [`VLLMOptions`](trl_apa/config/vllm.py).
+
+    Parameters:
+        loss_type (`str`, *optional*, defaults to `"apa"`):
+            Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
+            KL penalty in the reward; or `"module:name"` of an algorithm of your own (`docs/extending.md`). Nothing
+            else changes with it.
+        kl_coef (`float`, *optional*):
+            lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
+            `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`, in reward
+            units per nat: small scores want a smaller one (`docs/rewards.md`).
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount a token.
+        gae_lambda (`float`, *optional*, defaults to `0.95`):
+            The other lambda: that of generalised advantage estimation. Classic: `lam`.
+        vf_coef (`float`, *optional*, defaults to `1.0`):
+            eta, the weight of the value loss.
+        whiten_advantages (`bool`, *optional*, defaults to `True`):
+            Give the advantages of the complete iteration, over all processes, mean 0 and variance 1.
+        whiten_rewards (`bool`, *optional*, defaults to `False`):
+            Divide token rewards by their standard deviation, keeping their mean.
+        scale_rewards (`bool`, *optional*, defaults to `False`):
+            Divide scores by their running standard deviation, as the authors did. Classic: `use_score_scaling`.
+        center_rewards (`bool`, *optional*, defaults to `False`):
+            With `scale_rewards`, subtract the running mean first. Classic: `use_score_norm`.
+        score_clip (`float`, *optional*):
+            Clip scores to `[-score_clip, score_clip]` after scaling; of a response with rewards for each token, their
+            total.
+        missing_eos_penalty (`float`, *optional*):
+            Subtracted from the score of a response that did not end with EOS. Applied before scaling.
+        batch_size (`int`, *optional*):
+            Rollouts of one process in one iteration: what one `step` takes. Defaults to `64`, or to one mini-batch if
+            that is larger; in a script for TRL 0.12 to 1.12 to what its other sizes imply.
+        per_device_train_batch_size (`int`, *optional*):
+            Rollouts a forward pass of the update. Defaults to the largest divisor of
+            `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
+        num_epochs_per_batch (`int`, *optional*, defaults to `2`):
+            Passes over the rollouts of an iteration. Classic: `ppo_epochs`.
+        cliprange (`float`, *optional*):
+            PPO only: clip range of the ratio. Defaults to `0.2`.
+        cliprange_value (`float`, *optional*):
+            If set, values are clipped to within it of their old selves in the value loss, as PPO2 does.
+        init_kl_coef (`float`, *optional*):
+            PPO only, classic's name for `kl_coef` there.
+        adap_kl_ctrl (`bool`, *optional*):
+            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`; in a script for TRL
+            0.12 to 1.12, which had no controller, to `False`.
+        target (`float`, *optional*):
+            PPO only: KL in nats per sequence that the controller aims at. Defaults to `6.0`.
+        horizon (`float`, *optional*):
+            PPO only: responses over which the controller reacts. Defaults to `10000`.
+        kl_penalty (`str`, *optional*):
+            PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
+            `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
+        max_prompt_length (`int`, *optional*):
+            In `train`, only the last tokens of a longer prompt are kept; of chat messages the last complete turns, and
+            the system message. Defaults to all.
+        num_generations (`int`, *optional*, defaults to `1`):
+            In `train`, responses to each prompt; an iteration asks `batch_size / num_generations` prompts a process.
+        generation_batch_size (`int`, *optional*):
+            In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
+        stop_strings (`list[str]`, *optional*):
+            In `train` and `evaluate`, texts that end a response; they belong to it.
+        log_completions (`bool`, *optional*, defaults to `False`), num_completions_to_print (`int`, *optional*,
+            defaults to `4`): In `train`, prompts, completions and rewards of each iteration go to `completions/` in
+            `output_dir` as parquet, to trackers that have tables, and some rows to the terminal (this needs rich).
+        skip_unscored (`bool`, *optional*, defaults to `False`):
+            In `train`, a response to which a reward function gives None or NaN is left out of the update. Otherwise it
+            is an error.
+        reward_timeout (`float`, *optional*):
+            Seconds that the reward functions may take for the responses of an iteration, reward models not counted. No
+            limit by default.
+        max_kl (`float`, *optional*):
+            `train` stops after an iteration whose KL to pi_init was above it, nats a response.
+        reward_weights (`list[float]`, *optional*):
+            Of the trainer's reward functions, whose weighted sum is the score. Defaults to 1 each.
+        chat_template_kwargs (`dict`, *optional*):
+            More arguments of the tokenizer's chat template, for prompts that are chat messages.
+        max_completion_length (`int`, *optional*, defaults to `128`):
+            `max_new_tokens` of `generate` unless the call says otherwise.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of sampling, and of the log-probs in the update.
+        top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
+            Of sampling. The losses assume the full distribution: leave both off unless you know why not.
+        padding_free (`bool`, *optional*):
+            Run the networks on the tokens of a micro-batch in one row, without padding. By default wherever they are
+            seen to compute the same from it; `True` raises elsewhere, `False` never does.
+        value_learning_rate (`float`, *optional*):
+            Learning rate of the value model. Defaults to `learning_rate`.
+        value_max_grad_norm (`float`, *optional*):
+            Clip the value model's gradient by itself, at this norm; `max_grad_norm` then clips the policy's alone. By
+            default `max_grad_norm` clips the gradient of both together, so that the larger one scales the other down.
+        num_unfrozen_layers (`int`, *optional*):
+            Train only so many of the highest layers of the policy and of its separate value model; the paper's HH
+            experiments trained two. The reference shares what is frozen of the policy. Defaults to all layers.
+        early_stopping (`bool`, *optional*, defaults to `False`):
+            After an epoch over the rollouts whose last mini-batch has moved by more than `1.5 * target_kl` from the
+            policy that sampled them, leave out the epochs that remain.
+        target_kl (`float`, *optional*, defaults to `1.0`):
+            Size of the mean of log pi_old - log pi over the tokens of that mini-batch, nats.
+        ratio_threshold (`float`, *optional*):
+            PPO only: a mini-batch whose mean ratio exceeds it is skipped, with a warning. Defaults to `10.0`.
+        push_to_hub_if_best_kwargs (`dict`, *optional*), compare_steps (`int`, *optional*, defaults to `1`):
+            Every `compare_steps` calls of `step`: if the mean of the scores is the highest yet, the policy that earned
+            them is uploaded by `push_to_hub` with these arguments, of which `repo_id` is one, before it is updated.
+        optimize_device_cache (`bool`, *optional*, defaults to `False`):
+            Empty the device's cache after every backward pass: `torch_empty_cache_steps=1`.
+        steps (`int`, *optional*, defaults to `20000`):
+            Total rollouts per process in the classic loop: `ceil(steps / batch_size)` calls of `step` are what a
+            decaying `lr_scheduler_type` stretches over.
+        resume_anyway (`list[str]`, *optional*):
+            `train(resume_from_checkpoint=...)` refuses a checkpoint of a run with another loss, other data, rewards,
+            batch sizes, ... (`docs/resuming.md` lists them), except for the options that are named here.
+        tracker_project_name (`str`, *optional*):
+            Project in W&B, Trackio and Comet. Defaults to the tracker's own setting; classic's default was "trl".
+        tracker_kwargs (`dict` or JSON, *optional*):
+            For each tracker what its run is opened with, over what the Trainer's reporter gives:
+            `{"wandb": {"entity": "team"}}`. They go to `wandb.init`, `trackio.init`, `comet_ml.start` (with
+            `experiment_config` as a dict) or TensorBoard's `SummaryWriter`; other trackers take none.
+        learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
+            `"constant"`), gradient_checkpointing (`bool`, *optional*, off by default):
+            Other defaults than `TrainingArguments`. `logging_nan_inf_filter`, which waits for the device at each loss,
+            is on by default with fp16 only: elsewhere a gradient that is not finite ends the run. `bf16` is on by
+            default where a GPU supports it and off elsewhere.
+
+    Raises:
+        ValueError: naming the option, when one is out of range or not finite (inf is taken where it says that there
+            is no limit), when an option and its alias disagree, or when `batch_size` does not divide into
+            mini-batches, or not into `num_mini_batches`.
+        ImportError: if a tracker in `report_to` (classic: `log_with`) is not installed.
+    """
+
+    defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
+    aliases: ClassVar[dict[str, str]] = ALIASES
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+    # Instead of the algorithm's own default.
+    _default_kl_coef: ClassVar[dict[str, float]] = {}
+    _default_batch_size: ClassVar[int] = 64
+    _largest_mini_batch: ClassVar[int] = 8
+
+    loss_type: str = option("apa", "Policy loss: 'apa', 'awr', 'ppo', or module:name of an Algorithm.")
+    kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
+    gamma: float = option(1.0, "Discount a token.")
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
+    vf_coef: float = option(1.0, "Weight of the value loss.")
+    whiten_advantages: bool = option(True, "Give the iteration's advantages mean 0 and variance 1.")
+    whiten_rewards: bool = option(False, "Divide token rewards by their standard deviation.")
+    scale_rewards: bool = option(False, "Divide scores by their running standard deviation.")
+    center_rewards: bool = option(False, "With scale_rewards, subtract the running mean first.")
+    score_clip: float | None = option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
+    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without EOS.")
+    batch_size: int | None = option(None, "Rollouts of one process in one iteration.")
+    per_device_train_batch_size: int | None = option(None, "Rollouts a forward pass of the update.")
+    num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
+    cliprange: float | None = option(None, "PPO only: clip range of the ratio.")
+    cliprange_value: float | None = option(None, "Clip range of the values in the value loss; none by default.")
+    init_kl_coef: float | None = option(None, "PPO only: classic's name of kl_coef.")
+    adap_kl_ctrl: bool | None = switch("PPO only: adapt the KL coefficient.")
+    target: float | None = option(None, "PPO only: KL that the controller aims at, nats per sequence.")
+    horizon: float | None = option(None, "PPO only: responses over which the controller reacts.")
+    kl_penalty: str | None = option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    max_prompt_length: int | None = option(None, "train(): keep the last tokens of a prompt; all by default.")
+    num_generations: int = option(1, "train(): responses to each prompt of an iteration.")
+    generation_batch_size: int | None = option(None, "train(): prompts a call of generate; all by default.")
+    stop_strings: list[str] | None = option(None, "train(): texts that end a response.")
+    log_completions: bool = option(False, "train(): show, save and track the completions of each iteration.")
+    num_completions_to_print: int = option(4, "With log_completions: rows on the terminal, chosen at random.")
+    skip_unscored: bool = option(False, "train(): leave out responses that a reward function gives None or NaN.")
+    reward_timeout: float | None = option(None, "Seconds that reward functions in Python may take for one iteration.")
+    max_kl: float | None = option(None, "train(): stop when an iteration's KL is above it, nats a response.")
+    reward_weights: list[float] | None = option(None, "Weights of the reward functions; 1 each by default.")
+    chat_template_kwargs: Json = option(None, "JSON; more arguments of the chat template.")
+    max_completion_length: int = option(128, "max_new_tokens of generate unless the call says otherwise.")
+    temperature: float = option(1.0, "Of sampling and of the log-probs in the update.")
+    top_p: float = option(1.0, "Of sampling.")
+    top_k: int = option(0, "Of sampling; 0 is off.")
+    padding_free: bool | None = switch("No padding in the update; by default wherever that is exact.")
+    value_learning_rate: float | None = option(None, "Learning rate of the value model.")
+    value_max_grad_norm: float | None = option(None, "Clip of the value model's gradient, apart from the policy's.")
+    num_unfrozen_layers: int | None = option(None, "Train only the highest layers of each network; all by default.")
+    steps: int = option(20000, "Rollouts a process will see in the classic loop.")
+    early_stopping: bool = option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
+    target_kl: float = option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
+    ratio_threshold: float | None = option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
+    optimize_device_cache: bool = option(False, "Empty the device's cache after every backward pass.")
+
+    resume_anyway: list[str] | None = option(
+        None, "Options in which a resumed checkpoint may differ although they define its run."
+    )
+    tracker_project_name: str | None = option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
+    tracker_kwargs: Json = option(None, "JSON: for each tracker what opens its run.")
+
+    learning_rate: float = option(1.41e-5, "Initial learning rate.")
+    lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
+    logging_nan_inf_filter: bool | None = switch("Keep NaN out of the logged loss; by default with fp16 alone.")
+    gradient_checkpointing: bool | None = switch("Trade compute for memory; off by default.")
+
+    lam: float | None = option(None, "Classic's name of gae_lambda.")
+    ppo_epochs: int | None = option(None, "Classic's name of num_epochs_per_batch.")
+    mini_batch_size: int | None = option(None, "Classic's name of per_device_train_batch_size.")
+    log_with: str | None = option(None, "Classic's name of report_to.")
+    use_score_scaling: bool | None = switch("Classic's name of scale_rewards.")
+    use_score_norm: bool | None = switch("Classic's name of center_rewards.")
+    forward_batch_size: int | None = option(None, "Classic's old name of mini_batch_size.")
+    optimize_cuda_cache: bool | None = switch("Classic's old name of optimize_device_cache.")
+
+    exp_name: str | None = option(None, "Name of the run for trackers; classic's name of run_name.")
+    task_name: str | None = option(None, "Kept for the record.")
+    model_name: str | None = option(None, "Kept for the record; scripts load the model by it.")
+    query_dataset: str | None = option(None, "Kept for the record.")
+    reward_model: str | None = option(None, "Kept for the record; scripts load the reward model by it.")
+    compare_steps: int = option(1, "With push_to_hub_if_best_kwargs: every how many calls of step to look.")
+    push_to_hub_if_best_kwargs: Json = option(
+        None, "JSON; arguments of push_to_hub, called before a step with the best scores yet."
+    )
+    accelerator_kwargs: Json = option(None, "JSON; without effect.")
+    project_kwargs: Json = option(None, "JSON; without effect.")
+    dataset_num_proc: int | None = option(None, "Without effect.")
+    is_encoder_decoder: bool | None = option(None, "Read it; the trainer sets it.")
+    is_peft_model: bool | None = option(None, "Read it; the trainer sets it.")
+    backward_batch_size: int | None = option(None, "Read it: mini_batch_size times gradient_accumulation_steps.")
+    global_batch_size: int | None = option(None, "Read it; the trainer sets it.")
+    global_backward_batch_size: int | None = option(None, "Read it; the trainer sets it.")
+
+    def __post_init__(self):
+        with errors_without_secrets(vars(self), quoted=False):
+            check_finite_options(self)
+            self._translate_classic_only()
+            algorithm_of(self.loss_type)
+            self._translate_trl_0_12()
+            self._translate_aliases()
+            self._fill_by_loss_type()
+            self._check_ranges()
+            self._check_hub_options()
+            self._check_vllm()
+            self._fill_batch_sizes()
+            self._fill_aliases()
+            if self.optimize_device_cache and self.torch_empty_cache_steps is None:
+                self.torch_empty_cache_steps = 1
+            if self.logging_nan_inf_filter is None:
+                self.logging_nan_inf_filter = bool(self.fp16)
+            if self.bf16 is None:
+                self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+            super().__post_init__()
+            self._check_world_size()
+            self._check_horizon()
+            self._check_trackers()
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What `loss_type` names."""
+        return algorithm_of(self.loss_type)
+
+    def reads(self, option: str) -> bool:
+        """Whether the algorithm reads an option that only some algorithms read."""
+        return option in self.algorithm.options
+
+    @property
+    def total_ppo_epochs(self) -> int:
+        """Calls of `step` that `steps` rollouts a process make."""
+        return math.ceil(self.steps / self.batch_size)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps over the rollouts of one iteration."""
+        return self.num_epochs_per_batch * self.batch_size // self.backward_batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option and `total_ppo_epochs`, without dicts in it: `tracker_kwargs/wandb/entity`, say.
+
+        Trackers get this: keys and tokens are left out of it.
+        """
+        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
+
+    def _translate_classic_only(self) -> None:
+        """What only classic configs have: renamed with a warning, read, or without effect and told so."""
+        if self.forward_batch_size is not None:
+            warnings.warn("forward_batch_size is an old name: use mini_batch_size", FutureWarning, stacklevel=4)
+            self.mini_batch_size = self.forward_batch_size
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0
+        if self.report_to is None:
+            self.report_to = "none"
+        if self.exp_name is not None and self.run_name is None:
+            self.run_name = self.exp_name
+        for name, reason in WITHOUT_EFFECT.items():
+            self._parse_json(name)
+            value = getattr(self, name)
+            if value:
+                text = f"{name}={without_secrets(value, vars(self))!r} has no effect: {reason}"
+                warnings.warn(text, UserWarning, stacklevel=4)
+
+    def _parse_json(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            try:
+                setattr(self, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} is not JSON: {error}") from error
+
+    def _check_trackers(self) -> None:
+        self._parse_json("tracker_kwargs")
+        self.tracker_kwargs = self.tracker_kwargs or {}
+        project_name = without_secrets(self.tracker_project_name, vars(self))
+        check_trackers(self.report_to, self.tracker_kwargs, project_name)
+        if self.tracker_project_name is not None:
+            self.project = self.tracker_project_name  # what Trackio's reporter goes by
+
+    def _translate_aliases(self) -> None:
+        for alias, name in ALIASES.items():
+            value, current = getattr(self, alias), getattr(self, name)
+            default = type(self).__dataclass_fields__[name].default
+            if value is None:
+                continue
+            if current not in (default, value, [value]):
+                if value == default:
+                    continue
+                raise ValueError(
+                    f"{alias}={value!r} and {name}={current!r} are the same option: set one of them, the other to None"
+                )
+            setattr(self, name, value)
+
+    def _fill_aliases(self) -> None:
+        """Classic scripts read their own names back (`config.mini_batch_size`)."""
+        for alias, name in ALIASES.items():
+            if alias not in NOT_READ_BACK:
+                setattr(self, alias, getattr(self, name))
+
+    def _fill_by_loss_type(self) -> None:
+        for name in SELECTIVE_OPTIONS:
+            if not self.reads(name):
+                self._warn_without_effect(name)
+            elif getattr(self, name) is None:
+                setattr(self, name, self.algorithm.options[name])
+        if not self.algorithm.kl_in_reward:
+            self._warn_without_effect("init_kl_coef")
+            self._warn_without_effect("kl_estimator")
+        elif self.init_kl_coef is not None:
+            if self.kl_coef not in (None, self.init_kl_coef):
+                raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
+            self.kl_coef = self.init_kl_coef
+        if self.kl_coef is None:
+            self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
+
+    def _warn_without_effect(self, name: str) -> None:
+        if getattr(self, name) is not None:
+            warnings.warn(
+                f"{name}={getattr(self, name)!r} has no effect with loss_type={self.loss_type!r}: only 'ppo' reads it",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _check_ranges(self) -> None:
+        positive = POSITIVE if self.algorithm.kl_in_reward else [*POSITIVE, "kl_coef"]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: it should be greater than 0")
+        check_optimizer_options(self)
+        if self.value_max_grad_norm is not None and not self.max_grad_norm:
+            raise ValueError(
+                f"value_max_grad_norm={self.value_max_grad_norm} needs max_grad_norm for the policy: set that to inf "
+                "to leave the policy unclipped"
+            )
+        check_reward_weights(self.reward_weights)
+        for name in ("kl_coef", "vf_coef", "top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")
+        for name in ("gamma", "gae_lambda", "top_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
+        if not isinstance(self.scale_rewards, bool):
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r}: it should be True or False, not one of GRPO's values"
+            )
+        if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
+            raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
+
+    def _check_hub_options(self) -> None:
+        self._parse_json("push_to_hub_if_best_kwargs")
+        given = self.push_to_hub_if_best_kwargs
+        if given and not isinstance(given, dict):
+            raise ValueError(f"push_to_hub_if_best_kwargs is a {type(given).__name__}: it should be a dict")
+        if given and "repo_id" not in given:
+            names = ", ".join(without_secrets(list(map(str, given))))
+            raise ValueError(f"push_to_hub_if_best_kwargs has {names}: it should have a repo_id")
+
+    def _check_horizon(self) -> None:
+        """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
+        responses = self.batch_size * self.world_size
+        if self.reads("horizon") and self.adap_kl_ctrl and responses >= 5 * self.horizon:
+            raise ValueError(
+                f"horizon={self.horizon}: it should be more than a fifth of the {responses} responses of one step"
+            )
+
+    def _fill_batch_sizes(self) -> None:
+        if self.batch_size is None:
+            mini_batch = (self.per_device_train_batch_size or 1) * self.gradient_accumulation_steps
+            self.batch_size = self._rollouts_by_mini_batches() or max(self._default_batch_size, mini_batch)
+        per_micro_step, remainder = divmod(
+            self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
+        )
+        if self.per_device_train_batch_size is None and remainder == 0:
+            divisors = [size for size in range(1, self._largest_mini_batch + 1) if per_micro_step % size == 0]
+            self.per_device_train_batch_size = divisors[-1] if self.num_mini_batches is None else per_micro_step
+        if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} should be a multiple of mini_batch_size * gradient_accumulation_steps "
+                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}"
+            )
+        if self.num_mini_batches not in (None, self.batch_size // self.backward_batch_size):
+            raise ValueError(
+                f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
+                f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
+                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: remove one of them"
+            )
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: batch_size={self.batch_size} should be a multiple of it"
+            )
+
+
+def _backward_batch_size(config: APAConfig) -> int:
+    """Rollouts of one process in one optimizer step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+# A property, so that it follows the options that it is computed from; what is given for the field is not kept.
+APAConfig.backward_batch_size = property(_backward_batch_size, lambda config, given: None)

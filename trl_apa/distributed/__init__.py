@@ -1,0 +1,1 @@
+"""Several processes, and engines that shard weights."""

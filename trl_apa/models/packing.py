@@ -1,0 +1,121 @@
+"""A micro-batch without padding: all sequences in one row, each of which attends to itself alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from trl_apa.models.logprobs import UNREAD_MASK, forward_parameters, is_sharded
+from trl_apa.models.network_parts import inner_model
+
+
+# What the attention of a network is called in its config once it can be packed; padded batches see plain SDPA.
+PER_SEQUENCE = "sdpa_per_sequence"
+# Layers whose attention sees all tokens before one, as long as there are no more than the window or chunk has.
+OF_A_WINDOW = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
+
+def attend_per_sequence(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sequence_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, sequence by sequence where a row is packed: cost grows with the sum of squares.
+
+    Args:
+        module, query, key, value, attention_mask, dropout, scaling, kwargs: as transformers passes them.
+        sequence_lengths: tokens of each sequence in the one row; None for a batch as any other.
+
+    Raises:
+        ValueError: if the network has put something into the mask, which a packed row does not read.
+    """
+    if sequence_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is not None and attention_mask.shape != UNREAD_MASK:
+        raise ValueError("its attention uses the mask for more than padding")
+    sequences = zip(*(states.split(sequence_lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, *states, None, dropout, scaling, **kwargs)[0] for states in sequences]
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
+AttentionMaskInterface.register(PER_SEQUENCE, sdpa_mask)
+
+
+@contextmanager
+def attending_with(network: Any, implementation: str) -> Iterator[None]:
+    """Inside, a network has another implementation of attention; afterwards its own."""
+    own = network.config._attn_implementation
+    of_parts = {name: getattr(network.config, name)._attn_implementation for name in _parts(network.config)}
+    if own != implementation:
+        network.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        if own != implementation:
+            network.set_attn_implementation({"": own, **of_parts})
+
+
+def _parts(config: Any) -> list[str]:
+    """The configs of a composite config, by name."""
+    return [name for name in config.sub_configs if isinstance(getattr(config, name, None), PreTrainedConfig)]
+
+
+def for_packed_rows(network: Any) -> str:
+    """The implementation of attention with which a network can read packed rows: its own unless that is SDPA."""
+    own = network.config._attn_implementation
+    return PER_SEQUENCE if own == "sdpa" else own
+
+
+def let_pack(network: Any) -> None:
+    """Give a network whose attention is SDPA the one that can read packed rows; it reads all others as before."""
+    if (implementation := for_packed_rows(network)) != network.config._attn_implementation:
+        network.set_attn_implementation(implementation)
+
+
+def why_unsuitable(network: nn.Module, longest: int) -> str | None:
+    """What in a network's kind keeps it from computing the same from a packed row; None if there is nothing.
+
+    Args:
+        network: a language model or a trunk, with or without PEFT adapters.
+        longest: tokens of the longest sequence.
+    """
+    base = inner_model(network)
+    config = base.config
+    if is_sharded(base):
+        return "has sharded weights, so it cannot be tried"
+    if config.is_encoder_decoder:
+        return "has an encoder, which reads a padded batch"
+    if not base._supports_attention_backend or "position_ids" not in forward_parameters(base):
+        return "does not let the trainer set its attention and positions"
+    if config.get_text_config() is not config:
+        return "is made of several models"
+    implementation = config._attn_implementation
+    if not _sees_all(config, longest, implementation):
+        return "has layers that do not attend to the full sequence"
+    if implementation not in ("sdpa", PER_SEQUENCE) and not implementation.startswith("flash_attention"):
+        # Flex attention could be, but sampling and packed rows are more kinds of shapes than dynamo compiles it for.
+        return f"uses {implementation} attention; only SDPA and flash attention support packed sequences"
+    return None
+
+
+def _sees_all(config: Any, longest: int, implementation: str) -> bool:
+    """Whether every layer attends to a full sequence of at most `longest` tokens, or gets its window."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "sliding_window", None):
+        kinds = {"sliding_attention"}
+    if implementation.startswith("flash_attention"):
+        kinds -= {"sliding_attention"}
+    windows = [getattr(config, OF_A_WINDOW.get(kind, ""), None) or 0 for kind in kinds - {"full_attention"}]
+    return all(longest <= window for window in windows)

@@ -1,0 +1,360 @@
+"""Prompts to responses with transformers' `generate`, one response a prompt, each cut where it ended."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
+
+from trl_apa.models.layouts import cache_is_exact, sampling_batches
+from trl_apa.models.network_parts import padding_id
+from trl_apa.rollout.batch import pad_queries
+from trl_apa.rollout.generation_defaults import neutral_generation_config
+from trl_apa.trainer.validation import check_positions
+
+
+class ResponseLengths(StoppingCriteria):
+    """Stops each row on EOS or a stop string and remembers after how many tokens it did.
+
+    The criteria see generated tokens alone: what begins in the prompt is no stop string. `generate` fills the rest of
+    a finished row with the pad token. Where pad equals EOS, or a stop string ended the row, the tokens alone do not
+    tell where the response ended; this does.
+
+    Args:
+        prompt_width: tokens before the first generated one, in every row.
+        criteria: what ends a row.
+        limits_B: most tokens of each row's response, int64; none by default.
+    """
+
+    def __init__(self, prompt_width: int, criteria: list[StoppingCriteria], limits_B: Tensor | None = None):
+        self.prompt_width = prompt_width
+        self.criteria = criteria
+        self.limits_B = limits_B
+        self.lengths_B: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        generated_BR = input_ids[:, self.prompt_width :]
+        generated = generated_BR.shape[1]
+        done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for criterion in self.criteria:
+            done_B |= criterion(generated_BR, scores, **kwargs).to(done_B.device)
+        if self.limits_B is not None:
+            done_B |= self.limits_B <= generated
+        if self.lengths_B is None:
+            self.lengths_B = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+        self.lengths_B = torch.where(done_B & (self.lengths_B == 0), generated, self.lengths_B)
+        return self.lengths_B > 0
+
+    def cut(self, tokens_BT: Tensor) -> list[Tensor]:
+        """The generated tokens of each row up to the one that ended it; the complete row if none did."""
+        generated_BR = tokens_BT[:, self.prompt_width :]
+        lengths = [0] * len(generated_BR) if self.lengths_B is None else self.lengths_B.tolist()
+        return [row[: length or len(row)] for row, length in zip(generated_BR, lengths, strict=True)]
+
+    def padded(self, tokens_BT: Tensor, pad_token_id: int) -> Tensor:
+        """The generated tokens of all rows, with the pad after the token that ended a row."""
+        generated_BR = tokens_BT[:, self.prompt_width :]
+        if self.lengths_B is None:
+            return generated_BR
+        lengths_B1 = self.lengths_B[:, None]
+        number_R = torch.arange(generated_BR.shape[1], device=generated_BR.device)
+        return generated_BR.masked_fill((lengths_B1 > 0) & (number_R >= lengths_B1), pad_token_id)
+
+
+class DecodedTextCriteria(StoppingCriteria):
+    """Ends a row whose text holds a stop string: slower than transformers' own, for any tokenizer that decodes.
+
+    Args:
+        tokenizer: decodes the row.
+        stop_strings: texts that end it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str] | str):
+        self.tokenizer = tokenizer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        # Behind another token, since some tokenizers lose the space before the first of a text.
+        before = self.tokenizer.batch_decode(input_ids[:, :1])
+        texts = self.tokenizer.batch_decode(torch.cat([input_ids[:, :1], input_ids], dim=1))
+        generated = [text[len(first) :] for first, text in zip(before, texts, strict=True)]
+        done = [any(stop in text for stop in self.stop_strings) for text in generated]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def generate_responses(
+    model: nn.Module,
+    queries: Sequence[Tensor],
+    generation_config: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_strings: list[str] | str | None = None,
+    max_length: int | None = None,
+    batch_size: int = 4,
+    length_sampler: Callable[[], int] | None = None,
+    remove_padding: bool = True,
+    pad_to_multiple_of: int | None = None,
+    model_inputs: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """Sample one response to each query.
+
+    Queries are batched by length, so that short ones do not wait behind the padding of long ones, and padded inside
+    (on the left; on the right for an encoder), unless the model then answers otherwise than it does alone: those of
+    equal length are batched then. Where it answers otherwise with a cache, none is used. The answers come back in the
+    callers' order. The model's own generation config (a top_k of 50, say) has no influence: what `generation_config`
+    leaves unset is off.
+
+    Args:
+        model: a language model in eval mode.
+        queries: 1-D tensors of token ids, at least one token each.
+        generation_config: sampling options, `max_new_tokens`, `pad_token_id` (which may be beyond the embedding),
+            `eos_token_id` (one or several), and for an encoder-decoder `decoder_start_token_id`.
+        tokenizer: decodes for `stop_strings`.
+        stop_strings: texts that end a response when it holds them; the tokens that spell them belong to it.
+        max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
+        batch_size: queries a call of `generate`.
+        length_sampler: if given, draws `max_new_tokens` for each batch.
+        remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
+        pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
+        model_inputs: passed on to `generate` (such as a logits processor).
+
+    Returns:
+        1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
+
+    Raises:
+        ValueError: if a response could grow beyond the model's positions.
+    """
+    responses: list[Tensor] = [queries[0]] * len(queries)
+    device = next(model.parameters()).device
+    two_stacks = model.config.is_encoder_decoder
+    # Finished rows stay in the batch, padded.
+    pad_token_id, sampling = generation_config.pad_token_id, copy.copy(generation_config)
+    sampling.pad_token_id = padding_id(pad_token_id, [model])
+    if length_sampler is None and max_length is None:
+        check_positions(queries, [generation_config.max_new_tokens] * len(queries), model, "query + max_new_tokens")
+
+    def limits_of(rows: Sequence[int]) -> list[int]:
+        before = [1 if two_stacks else len(queries[row]) for row in rows]
+        limits = response_limits(before, generation_config, max_length, length_sampler)
+        check_positions([queries[row] for row in rows], limits, model, "batch")
+        return limits
+
+    pads = bool(pad_to_multiple_of)
+    for rows, limits_B, padded, cached in _exact_batches(model, queries, batch_size, pads, limits_of):
+        batch = [queries[row] for row in rows]
+        side = "right" if two_stacks else "left"
+        inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of if padded else None, side)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        sampling.max_new_tokens = max(limits_B)
+        sampling.use_cache = generation_config.use_cache is not False and cached
+        criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
+        width = 1 if two_stacks else inputs["input_ids"].shape[1]
+        lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device))
+        with torch.no_grad(), neutral_generation_config(model):
+            tokens_BT = model.generate(
+                **inputs,
+                generation_config=sampling,
+                stopping_criteria=StoppingCriteriaList([lengths]),
+                **(model_inputs or {}),
+            )
+        cut = lengths.cut(tokens_BT) if remove_padding else lengths.padded(tokens_BT, pad_token_id)
+        for row, response in zip(rows, cut, strict=True):
+            responses[row] = response.to(queries[row].device)
+    return responses
+
+
+def _exact_batches(
+    model: nn.Module,
+    queries: Sequence[Tensor],
+    batch_size: int,
+    pads: bool,
+    limits_of: Callable[[Sequence[int]], list[int]],
+) -> Iterator[tuple[list[int], list[int], bool, bool]]:
+    """Rows in order of length, most tokens of the response to each, whether they may be padded, and a cache be used.
+
+    Args:
+        model, queries, batch_size: see `generate_responses`.
+        pads: whether batches of equally long prompts are padded, too.
+        limits_of: called once for each `batch_size` rows.
+    """
+    by_length = sorted(range(len(queries)), key=lambda row: len(queries[row]))
+    for start in range(0, len(queries), batch_size):
+        rows = by_length[start : start + batch_size]
+        limits, lengths = limits_of(rows), [len(queries[row]) for row in rows]
+        total = max if model.config.is_encoder_decoder else sum
+        longest = max(total(pair) for pair in zip(lengths, limits, strict=True))
+        batches, padded = sampling_batches(model, lengths, longest, pads)
+        cached = cache_is_exact(model, longest)
+        for batch in batches:
+            yield [rows[i] for i in batch], [limits[i] for i in batch], padded, cached
+
+
+def response_limits(
+    prompt_lengths: Sequence[int],
+    generation_config: GenerationConfig,
+    max_length: int | None,
+    length_sampler: Callable[[], int] | None,
+) -> list[int]:
+    """Most tokens that each response of a batch may have, after what the decoder reads before it."""
+    if length_sampler is not None:
+        return [length_sampler()] * len(prompt_lengths)
+    if max_length is None:
+        return [generation_config.max_new_tokens] * len(prompt_lengths)
+    limits = [max_length - length for length in prompt_lengths]
+    if min(limits) < 1:
+        raise ValueError(
+            f"max_length={max_length} leaves no token for the response to a query of {max(prompt_lengths)}"
+        )
+    return limits
+
+
+def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The caller's options of `generate`, over `defaults`, as arguments of `generate_responses`.
+
+    Args:
+        defaults: `temperature`, `top_p`, `top_k` (read when sampling), `max_new_tokens`, `pad_token_id`,
+            `eos_token_id`.
+        kwargs: the caller's; None leaves the default, and a `generation_config` among them counts for what it sets.
+
+    Returns:
+        `generation_config`, `stop_strings`, `max_length`, and what is left as `model_inputs`. Warns if the caller
+        samples at another temperature than the default, at which the update takes its log-probs.
+
+    Raises:
+        ValueError: for an option under which a query has not one response.
+    """
+    options = {"do_sample": True, "use_cache": True, **defaults}
+    if (given := kwargs.get("generation_config")) is not None:
+        kwargs = {**given.to_diff_dict(), **kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "generation_config"}
+    for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        if kwargs.get(name, only) != only:
+            raise ValueError(f"{name}={kwargs[name]}: generate returns one sampled (or greedy) response per query")
+    if not kwargs.get("do_sample", True):
+        for name in ("temperature", "top_p", "top_k"):
+            options.pop(name)
+    elif kwargs.get("temperature", defaults["temperature"]) != defaults["temperature"]:
+        warnings.warn(
+            f"generate samples at temperature={kwargs['temperature']}, but the update takes log-probs at "
+            f"config.temperature={defaults['temperature']}; set the option in the config instead",
+            UserWarning,
+            stacklevel=4,
+        )
+    max_new_tokens_given = "max_new_tokens" in kwargs
+    max_length, stop_strings = kwargs.pop("max_length", None), kwargs.pop("stop_strings", None)
+    generation_config = GenerationConfig(**options)
+    return {
+        "model_inputs": generation_config.update(**kwargs),
+        "generation_config": generation_config,
+        "stop_strings": stop_strings,
+        "max_length": None if max_new_tokens_given else max_length,
+    }
+
+
+def row_criteria(
+    eos_token_id: int | list[int] | None, stop_strings: list[str] | str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[StoppingCriteria]:
+    """What ends a response before its length limit."""
+    criteria: list[StoppingCriteria] = []
+    if eos_token_id is not None:
+        criteria.append(EosTokenCriteria(eos_token_id=eos_token_id))
+    if stop_strings:
+        try:
+            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+        except ValueError:  # it wants a tokenizer that can spell any text
+            criteria.append(DecodedTextCriteria(tokenizer, stop_strings))
+    return criteria
+
+
+def responses_of_completions(
+    queries: Sequence[Tensor],
+    completions: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    generation_config: GenerationConfig,
+    stop_strings: list[str] | str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    remove_padding: bool = True,
+) -> list[Tensor]:
+    """What an inference engine has answered, in the form in which `generate_responses` gives its responses.
+
+    Args:
+        queries: 1-D token ids.
+        completions: token ids, at least one each; they may go on behind their end.
+        limits: most tokens of each response.
+        generation_config: `eos_token_id` and `pad_token_id` of it are read.
+        stop_strings: texts that end a response.
+        tokenizer: decodes for `stop_strings`.
+        remove_padding: cut each response; otherwise all are as long as the longest.
+
+    Returns:
+        1-D int64 tensors on the queries' devices.
+
+    Raises:
+        ValueError: if a completion is empty.
+    """
+    pad_token_id = generation_config.pad_token_id
+    criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
+    responses = cut_responses(queries, completions, criteria, limits, pad_token_id)
+    if not remove_padding:
+        responses = list(pad_sequence(responses, batch_first=True, padding_value=pad_token_id))
+    return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
+
+
+def cut_responses(
+    queries: Sequence[Tensor],
+    completions: Sequence[Sequence[int]],
+    criteria: list[StoppingCriteria],
+    limits: Sequence[int],
+    pad_token_id: int,
+) -> list[Tensor]:
+    """Each completion up to the token at which transformers' `generate` would have stopped, on the CPU.
+
+    Args:
+        queries: what was asked, 1-D token ids.
+        completions: token ids, at least one each; they may go on behind their end.
+        criteria: what ends a row.
+        limits: most tokens of each response.
+        pad_token_id: fills up; it does not matter which.
+
+    Raises:
+        ValueError: if a completion is empty.
+    """
+    lengths = [min(len(ids), limit) for ids, limit in zip(completions, limits, strict=True)]
+    if min(lengths) == 0:
+        raise ValueError(f"the engine gave no token for row {lengths.index(0)}")
+    prompts_BP = pad_queries([query.cpu() for query in queries], pad_token_id)["input_ids"]
+    rows = [torch.tensor(list(ids)) for ids in completions]
+    tokens_BT = torch.cat([prompts_BP, pad_sequence(rows, batch_first=True, padding_value=pad_token_id)], dim=1)
+    found = ResponseLengths(prompts_BP.shape[1], criteria, torch.tensor(lengths))
+    for width in range(prompts_BP.shape[1] + 1, tokens_BT.shape[1] + 1):
+        if found(tokens_BT[:, :width], None).all():
+            break
+    return found.cut(tokens_BT)
+
+
+def decoder_start_token_id(model: nn.Module) -> int | None:
+    """What the decoder of an encoder-decoder reads before a response; None for a decoder alone.
+
+    Raises:
+        ValueError: if an encoder-decoder's config does not say.
+    """
+    if not model.config.is_encoder_decoder:
+        return None
+    for config in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(config, name, None)) is not None:
+                return token
+    raise ValueError("model has no decoder_start_token_id in its config, the first decoder token of every response")
+
+
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_token_id: int | None = None) -> list[int]:
+    """Ids that end a response: `stop_token_id` if given, else the tokenizer's EOS and the generation config's."""
+    if stop_token_id is not None:
+        return [stop_token_id]
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [tokenizer.eos_token_id, *configured] if token is not None})

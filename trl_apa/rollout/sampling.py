@@ -1,0 +1,113 @@
+"""The seam for inference engines: a `Sampler` of the user's answers prompts, everything else stays the trainer's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from trl_apa.distributed.processes import Processes
+from trl_apa.rollout.generation import response_limits, responses_of_completions
+from trl_apa.trainer.validation import check_positions
+
+
+class SamplingRequest(NamedTuple):
+    """How to sample.
+
+    Args:
+        generation_config: transformers' options: `do_sample`, `temperature`, `top_p`, `top_k`, `eos_token_id`, ...
+        limits: most tokens of each response.
+        stop_strings: texts that end a response, or None.
+        model_inputs: what else the caller gave to `generate` (a logits processor, say).
+        step: optimizer steps made so far.
+    """
+
+    generation_config: GenerationConfig
+    limits: list[int]
+    stop_strings: list[str] | str | None
+    model_inputs: dict[str, Any]
+    step: int
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """An inference engine, given to the trainer as `sampler=`."""
+
+    def sample(self, policy: nn.Module, prompts: list[list[int]], request: SamplingRequest) -> Sequence[Sequence[int]]:
+        """One response to each prompt, sampled from the policy as it is.
+
+        Args:
+            policy: the network that is trained, in eval mode; an engine with weights of its own takes them from here
+                when `request.step` has changed. With adapters it is a PEFT model: `models.merged_parameters` gives
+                the weights with the active adapter merged.
+            prompts: token ids.
+            request: how to sample.
+
+        Returns:
+            Token ids, at least one for each prompt. They may go on behind the end of a response: the trainer cuts
+            them at the first end token, stop string or limit.
+        """
+
+
+class EngineSampler:
+    """Responses of a [`Sampler`], cut and checked as those of the model's own `generate`.
+
+    Args:
+        sampler: the user's engine.
+        policy: the network that is trained.
+        tokenizer: the policy's.
+        processes: of the run; if the engine fails on one, all raise.
+
+    Raises:
+        ValueError: if `sampler` has no method `sample`, or the policy is an encoder-decoder.
+    """
+
+    def __init__(self, sampler: Sampler, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, processes: Processes):
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"sampler is a {type(sampler).__name__}; it should have a method sample")
+        if policy.config.is_encoder_decoder:
+            raise ValueError("sampler: model is an encoder-decoder, which samples with its own generate alone")
+        self.sampler, self.policy, self.tokenizer, self.processes = sampler, policy, tokenizer, processes
+
+    def responses(
+        self,
+        queries: Sequence[Tensor],
+        generation_config: GenerationConfig,
+        step: int,
+        stop_strings: list[str] | str | None = None,
+        max_length: int | None = None,
+        length_sampler: Callable[[], int] | None = None,
+        remove_padding: bool = True,
+        model_inputs: dict[str, Any] | None = None,
+    ) -> list[Tensor]:
+        """One response to each query, cut where `generation.generate_responses` would cut it.
+
+        Args:
+            queries: 1-D tensors of token ids.
+            generation_config, step, stop_strings, model_inputs: see [`SamplingRequest`].
+            max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
+            length_sampler: if given, draws `max_new_tokens`, once for all queries.
+            remove_padding: cut each response; otherwise all are as long as the longest.
+
+        Returns:
+            1-D int64 tensors on the queries' devices.
+
+        Raises:
+            ValueError: if the engine gives another number of responses than prompts, or an empty one.
+        """
+
+        def sample() -> list[Tensor]:
+            limits = response_limits([len(q) for q in queries], generation_config, max_length, length_sampler)
+            check_positions(queries, limits, self.policy, "query + max_new_tokens")
+            request = SamplingRequest(generation_config, limits, stop_strings, model_inputs or {}, step)
+            prompts = [query.tolist() for query in queries]
+            with torch.no_grad():
+                completions = self.sampler.sample(self.policy, prompts, request)
+            if len(completions) != len(prompts):
+                raise ValueError(f"sampler gave {len(completions)} responses to {len(prompts)} prompts")
+            return responses_of_completions(
+                queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
+            )
+
+        return self.processes.together(sample)

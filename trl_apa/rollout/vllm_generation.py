@@ -1,0 +1,349 @@
+"""Prompts to responses with vLLM, through TRL's own class: the policy's weights over, token ids back."""
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from trl_apa._trl import is_peft_model, vllm_generation_class
+from trl_apa.models import merged_parameters
+from trl_apa.models.adapters import adapts_tied_weights, parts_tied_weights
+from trl_apa.models.dense import as_in_checkpoints
+from trl_apa.models.network_parts import inner_model
+from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
+from trl_apa.rollout.generation import response_limits, responses_of_completions
+from trl_apa.rollout.vllm_reload import reload_weights
+from trl_apa.trainer.validation import check_positions
+
+
+# Options of transformers' GenerationConfig that need no translation, or change nothing of what is sampled.
+NEUTRAL = {"do_sample", "use_cache", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "min_length"}
+NEUTRAL |= {"decoder_start_token_id", "num_beams", "num_return_sequences", "return_dict_in_generate"}
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens"}
+
+
+def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
+    """Refuse a policy that vLLM cannot sample from.
+
+    Raises:
+        ValueError: for an encoder-decoder; an 8-bit base; adapters whose weights are not simply added to the base's;
+            and, where vLLM loads the model itself, one that has no folder or hub name.
+    """
+    if policy.config.is_encoder_decoder:
+        raise ValueError("use_vllm=True, but model is an encoder-decoder, which vLLM does not sample from")
+    if any(type(module).__name__ == "Linear8bitLt" for module in policy.modules()):
+        raise ValueError("use_vllm=True, but model is 8-bit, which vLLM cannot load; use 4-bit or bfloat16")
+    if is_peft_model(policy) and getattr(policy.active_peft_config, "trainable_token_indices", None):
+        raise ValueError("use_vllm=True, but the adapter has trainable_token_indices, which cannot be sent to vLLM")
+    if is_peft_model(policy) and (kind := policy.active_peft_config.peft_type.value) != "LORA":
+        if any(type(parameter).__name__ == "Params4bit" for parameter in policy.parameters()):
+            raise ValueError(
+                f"use_vllm=True, but model is 4-bit under {kind} adapters, which cannot be merged; use LoRA"
+            )
+    if is_peft_model(policy) and (adapts_tied_weights(policy) or parts_tied_weights(policy)):
+        raise ValueError(
+            "use_vllm=True, but the adapter changes the embeddings or the vocabulary head, which are tied in the "
+            "base and in vLLM; remove them from target_modules and modules_to_save"
+        )
+    if mode == "colocate" and not policy.name_or_path:
+        raise ValueError("vllm_mode='colocate' loads the model by its folder or hub name, and model has none")
+
+
+def check_vllm_can_follow(accelerator: Accelerator, policy: nn.Module) -> None:
+    """Refuse sharded weights that cannot be gathered for vLLM.
+
+    Raises:
+        ValueError: under FSDP 1; under FSDP and ZeRO-3 for a policy with adapters.
+    """
+    state, adapted = accelerator.state, is_peft_model(policy)
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None and (adapted or fsdp.fsdp_version != 2):
+        raise ValueError("use_vllm=True under FSDP needs fsdp_version 2 and a policy without adapters")
+    if deepspeed is not None and deepspeed.zero_stage == 3 and adapted:
+        raise ValueError("use_vllm=True under ZeRO-3 needs a policy without adapters")
+
+
+def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
+    """TRL's `VLLMGeneration` over a policy that may have adapters and 4-bit layers: vLLM holds it merged and dense.
+
+    Args:
+        policy: a language model.
+        accelerator: knows the processes.
+        tokenizer: the policy's.
+        args: the options of `VLLMOptions` and the batch sizes.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+        ConnectionError: if the server does not answer.
+    """
+
+    class PolicyOnVLLM(vllm_generation_class()):
+        def _init_vllm(self) -> None:
+            # vLLM would otherwise make 4-bit layers too, whose scales are not sent with the weights.
+            given, self.model = self.model, SimpleNamespace(name_or_path=policy.name_or_path, named_modules=tuple)
+            try:
+                super()._init_vllm()
+            finally:
+                self.model = given
+
+        def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+            named = merged_parameters(policy) if is_peft_model(policy) else super()._iter_named_params()
+            yield from as_in_checkpoints(policy, named)
+
+        def sync_weights(self) -> None:
+            # In one process TRL's own would load over what vLLM has laid out for its kernels.
+            if self.mode == "server":
+                super().sync_weights()
+                return
+            if self.enable_sleep_mode:
+                clear_device_cache()
+                self.llm.wake_up(tags=["weights"])
+                self._llm_weights_sleeping = False
+            reload_weights(self.llm, self._iter_named_params(), on_cpu=self.accelerator.device.type == "cpu")
+            self.llm.reset_prefix_cache()
+
+    size = (args.generation_batch_size or args.batch_size) * args.vllm_tensor_parallel_size
+    base = inner_model(policy)
+    return PolicyOnVLLM(
+        policy,
+        accelerator,
+        tokenizer,
+        mode=args.vllm_mode,
+        server_base_url=args.vllm_server_base_url,
+        server_host=args.vllm_server_host,
+        server_port=args.vllm_server_port,
+        server_timeout=args.vllm_server_timeout,
+        group_port=args.vllm_group_port,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.vllm_max_model_length,
+        max_num_seqs=size,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        model_impl=args.vllm_model_impl,
+        logprobs=None,
+        # A user who loaded a model with custom code has allowed that code.
+        trust_remote_code=type(base).__module__.startswith("transformers_modules"),
+    )
+
+
+class VLLMSampler:
+    """Samples from the policy with vLLM, whose copy is brought up to date when the policy has moved.
+
+    Args:
+        policy: the network that is trained, out of its distributed wrapper.
+        accelerator: knows the processes.
+        tokenizer: the policy's.
+        args: options, see `VLLMOptions`.
+        on_all_processes: does work and raises on all processes if it fails in one; what talks to the others meanwhile
+            must have talked to all before it fails.
+
+    Raises:
+        ValueError: for a policy that vLLM cannot hold, or a way of sharding it that has not been made to work.
+        ImportError: if vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        args: Any,
+        on_all_processes: Callable[[Callable[[], Any]], Any],
+    ):
+        check_vllm_can_hold(policy, args.vllm_mode)
+        check_vllm_can_follow(accelerator, policy)
+        self.policy, self.accelerator, self.tokenizer, self.args = policy, accelerator, tokenizer, args
+        self.on_all_processes = on_all_processes
+        with errors_without_secrets(vars(args)):
+            self.engine = vllm_engine(policy, accelerator, tokenizer, args)
+        self._failure: Exception | None = None
+        if (client := getattr(self.engine, "vllm_client", None)) is not None:
+            self._ask_server, client.generate = client.generate, self._ask_server_noting_failure
+        self._synced_at: tuple[int, int] | None = None
+
+    def responses(
+        self,
+        queries: Sequence[Tensor],
+        generation_config: GenerationConfig,
+        step: int,
+        stop_strings: list[str] | str | None = None,
+        max_length: int | None = None,
+        length_sampler: Callable[[], int] | None = None,
+        remove_padding: bool = True,
+        model_inputs: dict[str, Any] | None = None,
+    ) -> list[Tensor]:
+        """Sample one response to each query, cut where `generation.generate_responses` would cut it.
+
+        Every process calls this; with a server each with as many queries.
+
+        Args:
+            queries: 1-D tensors of token ids, at least one token each.
+            generation_config: sampling options, `max_new_tokens`, `pad_token_id`, `eos_token_id`.
+            step: optimizer steps made so far; with the weights' own counters it shows whether the policy has changed.
+            stop_strings: texts that end a response; the tokens that spell them belong to it.
+            max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
+            length_sampler: if given, draws `max_new_tokens`, once for all queries.
+            remove_padding: cut each response; otherwise all are as long as the longest.
+            model_inputs: inputs that vLLM does not support; there should be none.
+
+        Returns:
+            1-D int64 tensors on the queries' devices.
+
+        Raises:
+            ValueError: for an option that vLLM cannot honour, or a query that is too long.
+        """
+        counts = gather_object([len(queries)]) if self.args.vllm_mode == "server" else [len(queries)]
+        vocabulary = self.policy.config.get_text_config().vocab_size
+        limits, sampling = self.on_all_processes(
+            lambda: (
+                self._limits(queries, counts, generation_config, max_length, length_sampler),
+                vllm_sampling(generation_config, stop_strings, model_inputs or {}, vocabulary),
+            )
+        )
+        self._bring_up_to_date(step)
+        vars(self.engine).update(sampling, max_completion_length=max(limits))
+        prompts = [query.tolist() for query in queries]
+        completions = self._sample(prompts)
+        return responses_of_completions(
+            queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
+        )
+
+    def samples_and_logprobs(
+        self, queries: Sequence[Tensor], max_new_tokens: int, step: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """One answer to each query at temperature 1, and vLLM's own log-probs of its tokens.
+
+        Args:
+            queries: 1-D tensors of token ids.
+            max_new_tokens: of each answer, tokens.
+            step: see `responses`.
+
+        Returns:
+            For each query token ids, int64, and log-probs, nats, float32, both 1-D and on the CPU.
+
+        Raises:
+            ValueError: if vLLM gives no log-probs.
+        """
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens)
+        sampling = vllm_sampling(config, None, {}, self.policy.config.get_text_config().vocab_size)
+        self._bring_up_to_date(step)
+        logprobs_before = self.engine.logprobs
+        vars(self.engine).update(sampling, max_completion_length=max_new_tokens, logprobs=0)
+        try:
+            _, completions, logprobs, _ = self.engine.generate([query.tolist() for query in queries], None, 1)
+        finally:
+            self.engine.logprobs = logprobs_before
+        if logprobs is None:
+            raise ValueError("vLLM gave no log-probs")
+        rows = zip(completions, logprobs, strict=True)
+        return [(torch.tensor(ids), torch.tensor([token[0] for token in of_row])) for ids, of_row in rows]
+
+    def _limits(
+        self,
+        queries: Sequence[Tensor],
+        counts: list[int],
+        generation_config: GenerationConfig,
+        max_length: int | None,
+        length_sampler: Callable[[], int] | None,
+    ) -> list[int]:
+        """Most tokens of each response."""
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"with a vLLM server every process must pass the same number of queries; they pass {counts}"
+            )
+        lengths = [len(query) for query in queries]
+        limits = response_limits(lengths, generation_config, max_length, length_sampler)
+        check_positions(queries, limits, self.policy, "query + max_new_tokens")
+        most = self.args.vllm_max_model_length
+        if most is not None and max(map(sum, zip(lengths, limits, strict=True))) > most:
+            raise ValueError(
+                f"vllm_max_model_length={most}: a query of {max(lengths)} tokens and its response of up to "
+                f"{max(limits)} need more"
+            )
+        return limits
+
+    def _bring_up_to_date(self, step: int) -> None:
+        # In-place changes raise a tensor's version; weights that an engine swaps in change with the optimizer step.
+        now = (step, sum(parameter._version for parameter in self.policy.parameters()))
+        if now != self._synced_at:
+            with torch.no_grad():
+                self.on_all_processes(self._send_weights)
+            self._synced_at = now
+
+    def _send_weights(self) -> None:
+        with errors_without_secrets(vars(self.args)):
+            self.engine.sync_weights()
+
+    def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
+        self._failure = None
+
+        def ask() -> list[list[int]]:
+            return self.engine.generate(prompts, None, 1)[1]
+
+        # With a server, or one vLLM over several processes, the asking itself is done together.
+        together = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
+        completions = ask() if together else self.on_all_processes(ask)
+        self.on_all_processes(self._raise_failure)
+        return completions
+
+    def _ask_server_noting_failure(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
+        """One process sends the request for all; if that fails, the others must not wait for an answer."""
+        try:
+            return self._ask_server(prompts, **options)
+        except Exception as error:
+            self._failure = error
+            return {"prompt_ids": prompts, "completion_ids": [[]] * len(prompts), "logprobs": None}
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            said = without_secrets_in_error(str(self._failure), vars(self.args))
+            raise RuntimeError(f"the vLLM server failed: {type(self._failure).__name__}: {said}")
+
+
+def vllm_sampling(
+    generation_config: GenerationConfig,
+    stop_strings: list[str] | str | None,
+    model_inputs: dict[str, Any],
+    vocabulary: int,
+) -> dict[str, Any]:
+    """transformers' sampling options as attributes of TRL's `VLLMGeneration`.
+
+    Args:
+        generation_config, stop_strings, model_inputs: see `VLLMSampler.responses`.
+        vocabulary: ids that the model knows. An end that is none of them (scripts set one to never end) is left out.
+
+    Raises:
+        ValueError: naming what vLLM cannot honour.
+    """
+    given = {name: value for name, value in generation_config.to_diff_dict().items() if value is not None}
+    foreign = sorted({*(given.keys() - NEUTRAL - SAMPLING - {"transformers_version"}), *model_inputs})
+    if (given.get("min_length") or 0) > 0:
+        foreign.append("min_length")
+    if foreign:
+        raise ValueError(f"use_vllm=True, but vLLM cannot honour {', '.join(foreign)} of generate")
+    ends = generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    sampled = generation_config.do_sample
+    return {
+        "temperature": given.get("temperature", 1.0) if sampled else 0.0,
+        "top_p": given.get("top_p", 1.0) if sampled else 1.0,
+        "top_k": int(given.get("top_k", 0)) if sampled else 0,
+        "min_p": given.get("min_p", 0.0) if sampled else 0.0,
+        "repetition_penalty": given.get("repetition_penalty", 1.0),
+        "generation_kwargs": {
+            # The ends are ours, not those that vLLM finds in the model's folder.
+            "ignore_eos": True,
+            "stop_token_ids": [token for token in ends if token < vocabulary],
+            "stop": stop,
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "min_tokens": given.get("min_new_tokens", 0),
+        },
+    }

@@ -1,0 +1,108 @@
+"""Rollouts to what their update needs: passes of the networks over them, and the stages of `preparation`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.algorithms.kl import kl_estimate, kl_full
+from trl_apa.distributed.sharded import is_sharded
+from trl_apa.models import reference_policy
+from trl_apa.models.layouts import try_sampling_up_to
+from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
+from trl_apa.models.trials import LONG
+from trl_apa.rollout.batch import Layout, Rollouts
+from trl_apa.trainer.preparation import advantages_and_returns, plan_iteration, rewards_of_tokens
+from trl_apa.trainer.statistics import StageTimer
+
+
+class Experience(_BaseTrainer):
+    """The part of `APATrainer` between the scores of an iteration and its first optimizer step."""
+
+    def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
+        """From rollouts to what the update needs, a stage a line."""
+        with timer("forward_pass"):
+            self._evaluate_rollouts(rollouts)
+        with timer("compute_rewards"):
+            rollouts.rewards_BR = rewards_of_tokens(rollouts, ended_B, self.args, self.run_state)
+        with timer("compute_advantages"):
+            distributed = self.accelerator.num_processes > 1
+            rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rollouts, self.args, distributed)
+        stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
+        packed = self._layouts(rollouts.longest()) is Layout.PACKED
+        plan = plan_iteration(rollouts, ended_B, self.args, stream, packed, self.processes.sum)
+        self.run_state.begin_iteration(plan, self.state.global_step)
+
+    @torch.no_grad()
+    def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
+        """Fill in log pi_init and V; log pi_old where it is read; the KL where the reward is charged for it."""
+        blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
+        rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
+        algorithm = self.args.algorithm
+        needs_old = algorithm.needs_old_logprobs or algorithm.kl_in_reward or self.args.early_stopping
+        full_kl = algorithm.kl_in_reward and self.args.kl_penalty == "full"
+        if needs_old:
+            rollouts.old_logprobs_BR = blank_BR.clone()
+        if algorithm.kl_in_reward:
+            rollouts.kl_penalty_BR = blank_BR.clone()
+        # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
+        self.model_wrapped.train()
+        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
+        order = rollouts.by_length(range(len(rollouts)))
+        for start in range(0, len(rollouts), size):
+            rows = order[start : start + size]
+            layout = self._layouts(rollouts.longest(rows), packable=not full_kl)
+            batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
+            index, width = batch["rows"], batch["response_mask"].shape[1]
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
+            rollouts.values_BR[index, :width] = outputs["values"].float()
+            ref_outputs = self._reference_outputs(batch, with_logits=full_kl)
+            rollouts.ref_logprobs_BR[index, :width] = ref_outputs["logprobs"].float()
+            if needs_old:
+                rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
+            if full_kl:
+                kl = kl_full(outputs["logits"].log_softmax(-1), ref_outputs["logits"].log_softmax(-1))
+                rollouts.kl_penalty_BR[index, :width] = kl.float()
+        if algorithm.kl_in_reward and not full_kl:
+            rollouts.kl_penalty_BR = kl_estimate(
+                rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
+            )
+
+    @torch.no_grad()
+    def _reference_outputs(self, batch: dict[str, Tensor], with_logits: bool = False) -> dict[str, Tensor]:
+        """`logprobs` under pi_init, and `logits` if asked for, as `PolicyAndValue.forward` gives them."""
+        policy, width = self.accelerator.unwrap_model(self.model).policy, batch["response_mask"].shape[1]
+        with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
+            if reference is policy:
+                return self._module_to_call(**self._model_inputs(batch), with_value=False, with_logits=with_logits)
+            reading = (reference, self._tokens(batch), width, self.args.temperature)
+            outputs = policy_outputs(*reading, with_logits=with_logits, own_forward=is_sharded(self.accelerator))
+        return {"logprobs": outputs.logprobs_BR, "logits": outputs.logits_BRV}
+
+    @property
+    def _module_to_call(self) -> nn.Module:
+        """For a pass without gradient: what has the weights, and waits for other processes only if it must."""
+        return self.model_wrapped if is_sharded(self.accelerator) else self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _packed(self) -> bool:
+        """Whether short rows go without padding."""
+        return self._layouts(LONG) is Layout.PACKED
+
+    def _try_rows_of_the_run(self) -> None:
+        """Make trials with the weights that a run begins with, so that it is the same one when it is resumed."""
+        if is_sharded(self.accelerator):
+            return
+        longest = (self.args.max_prompt_length or LONG) + self.args.max_completion_length
+        self._layouts.try_up_to(longest)
+        if self.sampler is None:
+            with self._module_for_generation() as module, self.accelerator.autocast():
+                try_sampling_up_to(module.policy, longest)
+
+    def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in TOKEN_FIELDS if name in batch}
+
+    def _model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        width = batch["response_mask"].shape[1]
+        return {**self._tokens(batch), "response_width": width, "temperature": self.args.temperature}

@@ -1,0 +1,150 @@
+"""One iteration of Algorithm 1, from its rollouts to its last optimizer step: its plan and its progress."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_apa.rollout.batch import Layout, Rollouts
+from trl_apa.trainer.statistics import UpdateRecord
+
+
+@dataclass
+class Iteration:
+    """The rollouts of one iteration, the optimizer steps planned over them, and how many micro-batches are done.
+
+    It can be saved and restored at any point: see `state_dict`.
+
+    Args:
+        rollouts: with log pi_init, values, advantages and returns filled in.
+        ended_B: bool, whether a response ended with EOS.
+        plan: the rows of each optimizer step, an epoch after the other.
+        num_tokens: counted tokens of each optimizer step on all processes, float32 `(len(plan),)`.
+        steps_per_epoch: optimizer steps of one pass over the rollouts.
+        micro_batch_size: rows a forward pass.
+        record: what the passes leave behind for the statistics.
+        position: micro-batches handed out so far.
+        stopped: whether what remains is left out.
+    """
+
+    rollouts: Rollouts
+    ended_B: Tensor
+    plan: list[list[int]]
+    num_tokens: Tensor
+    steps_per_epoch: int
+    micro_batch_size: int
+    record: UpdateRecord
+    position: int = 0
+    stopped: bool = False
+
+    @classmethod
+    def begin(
+        cls,
+        rollouts: Rollouts,
+        ended_B: Tensor,
+        epochs: list[list[list[int]]],
+        micro_batch_size: int,
+        reduce_sum: Callable[[Tensor], Tensor],
+    ) -> "Iteration":
+        """
+        Args:
+            epochs: for each pass over the rollouts, the rows of its optimizer steps.
+            reduce_sum: adds a tensor up over the processes.
+        """
+        plan = [rows for epoch in epochs for rows in epoch]
+        counts_B = rollouts.response_mask_BR.sum(dim=1)
+        num_tokens = reduce_sum(torch.stack([counts_B[rows].sum() for rows in plan])).clamp(min=1)
+        record = UpdateRecord.empty(rollouts.response_mask_BR)
+        return cls(rollouts, ended_B, plan, num_tokens, len(epochs[0]), micro_batch_size, record)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return -(-len(self.plan[0]) // self.micro_batch_size)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps whose micro-batches were all handed out."""
+        return self.position // self.micro_batches_per_step
+
+    @property
+    def starts_step(self) -> bool:
+        """Whether the micro-batch that was handed out last was the first of its optimizer step."""
+        return (self.position - 1) % self.micro_batches_per_step == 0
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch that was handed out last was the last of its optimizer step."""
+        return self.position % self.micro_batches_per_step == 0
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the optimizer step that was handed out last was the last of its pass over the rollouts."""
+        return self.ends_step and self.steps_done % self.steps_per_epoch == 0
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped or self.steps_done == len(self.plan)
+
+    @property
+    def epochs_done(self) -> float:
+        return self.steps_done / self.steps_per_epoch
+
+    def next_micro_batch(self, pad_token_id: int, layout_for: Callable[[int], Layout]) -> dict[str, Any]:
+        """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step.
+
+        Args:
+            pad_token_id: what to fill with.
+            layout_for: tokens of the longest row to the layout of a micro-batch.
+        """
+        step, number = divmod(self.position, self.micro_batches_per_step)
+        if number == 0:
+            self.record.observing = step < self.steps_per_epoch
+            self.record.optimizer_steps.append({})
+        start = number * self.micro_batch_size
+        rows = self.plan[step][start : start + self.micro_batch_size]
+        self.position += 1
+        layout = layout_for(self.rollouts.longest(rows))
+        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), "num_tokens": self.num_tokens[step]}
+
+    def rewind(self, position: int, num_norms: int) -> None:
+        """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.
+
+        Log-probs and entropies of rows that were first visited later stay; they are observed again.
+
+        Args:
+            num_norms: gradients whose norms were noted by then; a mini-batch that was skipped has none.
+        """
+        self.position, self.stopped = position, False
+        self.record.observing = self.steps_done <= self.steps_per_epoch
+        del self.record.optimizer_steps[self.steps_done :]
+        del self.record.grad_norms[num_norms:]
+
+    def take_back_step(self) -> None:
+        """The optimizer step whose micro-batches were all handed out last counts as not begun."""
+        self.position -= self.micro_batches_per_step
+        self.record.optimizer_steps.pop()
+        self.record.grad_norms.pop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors, numbers and containers of these."""
+        shallow = {field.name: getattr(self, field.name) for field in fields(self)}
+        return shallow | {name: vars(shallow[name]) for name in ("rollouts", "record")}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Iteration":
+        """What `state_dict` gave, with its tensors on `device`."""
+        state = _to_device(state, device)
+        rollouts, record = Rollouts(**state["rollouts"]), UpdateRecord(**state["record"])
+        return cls(**{**state, "rollouts": rollouts, "record": record})
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _to_device(element, device) for name, element in value.items()}
+    if isinstance(value, list):
+        return [_to_device(element, device) for element in value]
+    return value

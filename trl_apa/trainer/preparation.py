@@ -1,0 +1,95 @@
+"""Scores and values of an iteration to token rewards, advantages and a plan of optimizer steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.masking import masked_whiten
+from trl_apa.algorithms.rewards import kl_penalized_rewards, shaped_token_rewards
+from trl_apa.rollout.batch import Rollouts
+from trl_apa.trainer.iteration import Iteration
+from trl_apa.trainer.run_state import RunState
+
+
+def rewards_of_tokens(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state: RunState) -> Tensor:
+    """Scores, shaped, on the last counted token or on those that they were given to; for PPO minus the KL penalty.
+
+    Args:
+        rollouts: with scores, and for PPO with the KL of each token.
+        ended_B: bool, whether a response ended with EOS.
+        args: the trainer's options.
+        run_state: its running scores learn of these; its controller says what a nat costs.
+
+    Returns:
+        Reward units, `(B, R)`.
+    """
+    scores_B = rollouts.scores_B
+    if args.missing_eos_penalty is not None:
+        scores_B = scores_B - args.missing_eos_penalty * ~ended_B
+    std = mean = None
+    if args.scale_rewards:
+        run_state.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
+        std = run_state.running_scores.std
+        mean = run_state.running_scores.mean if args.center_rewards else None
+    rewards_BR = shaped_token_rewards(
+        scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
+    )
+    if args.algorithm.kl_in_reward:
+        mask_BR = rollouts.response_mask_BR
+        rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, run_state.kl_ctl.value)
+    return rewards_BR
+
+
+def advantages_and_returns(rollouts: Rollouts, args: Any, distributed: bool) -> tuple[Tensor, Tensor]:
+    """GAE over the counted tokens, whitened over all processes if the options say so.
+
+    Args:
+        rollouts: with rewards and values.
+        args: the trainer's options.
+        distributed: whether whitening is over several processes.
+
+    Returns:
+        Advantages (reward units, or whitened) and returns (reward units), `(B, R)`.
+    """
+    rewards_BR, mask_BR = rollouts.rewards_BR, rollouts.response_mask_BR
+    if args.whiten_rewards:
+        rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
+    advantages_BR, returns_BR = gae(rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
+    if args.whiten_advantages:
+        advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
+    return advantages_BR, returns_BR
+
+
+def plan_iteration(
+    rollouts: Rollouts,
+    ended_B: Tensor,
+    args: Any,
+    stream: tuple[int, ...],
+    packed: bool,
+    reduce_sum: Callable[[Tensor], Tensor],
+) -> Iteration:
+    """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches.
+
+    Args:
+        rollouts: with everything filled in.
+        ended_B: bool, whether a response ended with EOS.
+        args: the trainer's options.
+        stream: what the shuffles depend on beside the epoch: seed, process, iteration.
+        packed: whether micro-batches of these rows go without padding.
+        reduce_sum: adds a tensor up over the processes.
+    """
+    mini_batch, micro_batch = args.backward_batch_size, args.per_device_train_batch_size
+    epochs = [mini_batches(len(rollouts), mini_batch, (*stream, epoch)) for epoch in range(args.num_epochs_per_batch)]
+    if micro_batch < mini_batch and not packed:
+        # Neighbours are read together; which rows share an optimizer step stays as drawn.
+        epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
+    return Iteration.begin(rollouts, ended_B, epochs, micro_batch, reduce_sum)
+
+
+def mini_batches(num_rows: int, size: int, stream: tuple[int, ...]) -> list[list[int]]:
+    """Rows of each optimizer step of an epoch, in an order that depends on `stream` alone."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(hash(stream) % 2**63)).tolist()
+    return [order[start : start + size] for start in range(0, num_rows, size)]

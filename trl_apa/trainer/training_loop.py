@@ -1,0 +1,502 @@
+"""`train()` and `evaluate()`: how the Hugging Face Trainer's own loop drives the same iterations as `step`."""
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import SaveStrategy
+
+from trl_apa.distributed.sharded import is_sharded
+from trl_apa.evaluation.held_out import held_out_metrics
+from trl_apa.models import load_policy_and_value
+from trl_apa.redaction.trackers import hide_secrets_from
+from trl_apa.rollout.batch import without_start_tokens
+from trl_apa.rollout.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
+from trl_apa.rollout.scoring import Scores
+from trl_apa.rollout.texts import Texts, prompts_and_completions
+from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
+from trl_apa.trainer.resuming import ResumableRuns, random_state_restored_on_error
+from trl_apa.trainer.statistics import StageTimer, mean_of_numbers
+from trl_apa.trainer.tracker_failures import isolate_failures, warn_if_report_fails
+from trl_apa.trainer.validation import check_score_inputs
+
+
+logger = logging.getLogger(__name__)
+# Options that the coefficient of the KL penalty, and what adapts it, are made from.
+CONTROLLER_OPTIONS = {"loss_type", "kl_coef", "adap_kl_ctrl", "target", "horizon"}
+
+
+class EndOfIteration(TrainerCallback):
+    """Closes an iteration after its last optimizer step, before the Trainer logs and saves."""
+
+    def __init__(self, trainer: "TrainingLoop"):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kl = self.trainer._close_iteration()
+        if args.max_kl is not None and kl is not None and kl > args.max_kl:
+            logger.warning("training stops: KL to pi_init is %.2f nats per response, above max_kl=%s", kl, args.max_kl)
+            self._stop(args, control)
+        if args.total_episodes is not None and self.trainer.run_state.episodes_done >= args.total_episodes:
+            self._stop(args, control)  # before max_steps where early stopping left epochs out
+
+    def _stop(self, args: Any, control: Any) -> None:
+        """Save a checkpoint, as at the last of `max_steps`: resuming then recognises the run as finished."""
+        control.should_training_stop = True
+        control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
+
+
+class EmptyRows(IterableDataset):
+    """A placeholder data set of endless empty rows: training uses rollouts, not the data loader's rows."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield 0
+
+
+class TrainingLoop(ResumableRuns):
+    """The part of `APATrainer` that the Hugging Face Trainer calls.
+
+    Its loop counts micro-batches and takes the optimizer steps; `training_step` gets the next rollouts here when
+    those before are used up.
+    """
+
+    _source: PromptSource | None = None
+    _timer: StageTimer | None = None
+    _reporters_started = False
+    # Whether scheduler, engine and optimizer are ready for `step`.
+    _prepared = False
+    _engine_is_made = False
+    _kept_engine: Any = None
+
+    @property
+    def callback_handler(self) -> CallbackHandler:
+        return self._callback_handler
+
+    @callback_handler.setter
+    def callback_handler(self, handler: CallbackHandler) -> None:
+        """Set by the Trainer, which then notifies all callbacks."""
+        hide_secrets_from(handler.callbacks)
+        isolate_failures(handler.callbacks)
+        self._callback_handler = handler
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """As in [`~transformers.Trainer.add_callback`]."""
+        super().add_callback(callback)
+        hide_secrets_from(self.callback_handler.callbacks)
+        isolate_failures(self.callback_handler.callbacks)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        resume_anyway: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate, score and learn until `num_train_epochs`, `max_steps` or `total_episodes` is reached.
+
+        One optimizer step of the Trainer is one mini-batch of `step`; `max_steps`, `logging_steps`, `save_steps` and
+        `eval_steps` count those. An epoch is a pass over `train_dataset`.
+
+        On SIGTERM or Ctrl-C a checkpoint is written after the current optimizer step and the process ends. If prompts,
+        reward functions or sampling fail, a checkpoint of what was learned so far is written before the error is
+        raised.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the newest
+                complete one of the run in `args.output_dir` that began last. The run continues as if it had not
+                stopped, in the middle of an iteration too. A finished run stays as it is.
+            resume_anyway (`list[str]`, *optional*): options in which the checkpoint may differ from this trainer
+                although they make another run of it, beside those in `args.resume_anyway`. The rest of an iteration
+                that was sampled under the old ones is left out.
+            kwargs: as in [`~transformers.Trainer.train`].
+
+        Returns:
+            As in [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`; for a checkpoint that is
+                incomplete, or of another run.
+            SystemExit: after SIGTERM or Ctrl-C.
+            KeyboardInterrupt: after a second Ctrl-C.
+            FloatingPointError: if a gradient is not finite; that update was not made.
+            RuntimeError: if it is called while it runs, by a callback or a reward function.
+        """
+        self._refuse_while_training("train")
+        if self.train_dataset is None:
+            raise ValueError("train() needs train_dataset, the prompts")
+        if self.scorer is None:
+            raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
+        args = self.args
+        self._source = PromptSource(
+            self.train_dataset,
+            args.batch_size // args.num_generations,
+            args.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if args.fp16 and args.reads("ratio_threshold"):
+            raise ValueError(
+                f"fp16 with loss_type={args.loss_type!r}: train() cannot skip a mini-batch with fp16; use bf16, or "
+                "step"
+            )
+        self.run_state.begin_run()
+        checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
+        self._try_rows_of_the_run()
+        # Those whose runs take options of ours; the Trainer starts the others itself.
+        self._start_reporters(OPENERS)
+        if self._engine_is_made and self.is_deepspeed_enabled:
+            # A run begins with `Accelerator.free_memory`, which would destroy the engine.
+            self._kept_engine, self.accelerator.deepspeed_engine_wrapped = (
+                self.accelerator.deepspeed_engine_wrapped,
+                None,
+            )
+        try:
+            with self.processes.stop_on_signal.listening():
+                result = super().train(checkpoint, **kwargs)
+        finally:
+            self._clear_gradient_norms()
+            # The end of training closes the trackers' runs; schedule and optimizer are prepared again for `step`.
+            self.is_in_train = self._reporters_started = self._prepared = False
+        self._restore_resumed_state()  # of a finished run, whose loop was not entered
+        self.processes.stop_on_signal.raise_exit(self.state.global_step, self._checkpoint_place())
+        return result
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As the Trainer does; but an engine that shards weights is made once, and the next run reuses it."""
+        if not self._engine_is_made:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            for name in ("run_with_policy", "compute_reward_score"):
+                register_fsdp_forward_method(self.model, name)
+            self._engine_is_made = is_sharded(self.accelerator)
+            if is_sharded(self.accelerator):
+                module = self.accelerator.unwrap_model(self.model)
+                with self.accelerator.autocast():
+                    module.run_with_policy(lambda _: self._layouts.try_out(module.networks()))
+            return prepared
+        if self._kept_engine is not None:
+            self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None
+        self.accelerator.prepare_optimizer(self.optimizer)  # which knows it again
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_scheduler(num_training_steps=max_steps)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint, self.model_wrapped)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model_wrapped, train_dataloader
+
+    def _prepare_for_updates(self) -> None:
+        """Scheduler, distributed engine and, for sharded weights, optimizer: made when the first `step` needs them."""
+        if self._prepared:
+            return
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self._checkpointing_kwargs())
+        rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
+        self._prepare_for_training(self.args.total_ppo_epochs, None, None)
+        if self._rate_is_the_scripts:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate  # a new scheduler sets the initial one again
+        self._prepared = True
+
+    @property
+    def _rate_is_the_scripts(self) -> bool:
+        """Nobody asked for a schedule: what the script sets on `optimizer`, by one of its own say, stays."""
+        return self._created_lr_scheduler and self.args.lr_scheduler_type == "constant"
+
+    def _start_reporters(self, trackers: Collection[str] = INTEGRATION_TO_CALLBACK) -> None:
+        if not self._reporters_started:
+            callbacks = self.callback_handler.callbacks
+            start_reporters(trackers, callbacks, self.args, self.state, self.control, self.model)
+        self._reporters_started = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As many empty rows as a pass over the prompts has micro-batches."""
+        passes = self._source.iterations_per_pass
+        micro_batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
+        rows = EmptyRows() if passes is None else range(passes * micro_batches)
+        # With a separate generator the loader does not advance the global one, which samples tokens.
+        return DataLoader(rows, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rollouts in a pass over the prompts."""
+        return (self._source.iterations_per_pass or 0) * self.args.global_batch_size
+
+    def _collect_iteration(self) -> None:
+        """Prompts to rollouts with scores, advantages and a plan: what `step` gets from its caller and makes of it."""
+        self._timer = timer = StageTimer()
+        try:
+            with random_state_restored_on_error():
+                queries, responses, texts, scores = self._scored_responses(timer)
+        except BaseException:
+            self._save_what_was_learned()
+            raise
+        rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
+        rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
+        if scores.per_token is not None:
+            rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
+        self._prepare_iteration(rollouts, ended_B, timer)
+        if self.args.log_completions:
+            self._log_completions(texts, scores)
+
+    def _log_completions(self, texts: Texts, scores: Scores) -> None:
+        """Prompts, completions and rewards of all processes: on the terminal, as parquet, in trackers with tables.
+
+        A failed write is a warning, the first time, and the run continues.
+        """
+        prompts, completions = texts
+        columns = scores.by_function_BF.T.tolist()
+        by_function = {f"rewards/{name}": column for name, column in zip(self.scorer.names, columns, strict=True)}
+        batch = {"prompt": prompts, "completion": completions, **by_function}
+        table = gather_table(batch, list(batch), scores.total_B.tolist(), self.accelerator)
+        if table is None or not self.is_world_process_zero():
+            return
+        step, folder = self.state.global_step, Path(self.args.output_dir) / "completions"
+        with warn_if_report_fails(self, "printing completions"):
+            show_table(table, step, self.args.num_completions_to_print)
+        with warn_if_report_fails(self, f"writing completions to {folder}"):
+            save_table(table, folder / f"completions_{step:06d}.parquet")
+        log_media(self.callback_handler.callbacks, step, {}, table)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Answer the prompts of `eval_dataset` greedily and show prompts, completions and rewards as `train` does.
+
+        What scripts for TRL 0.12 to 1.12 end with.
+
+        Args:
+            sampling: the first `per_device_eval_batch_size` prompts only.
+
+        Raises:
+            ValueError: without `eval_dataset` or reward functions.
+        """
+        if self.eval_dataset is None or self.scorer is None:
+            raise ValueError("generate_completions() needs eval_dataset and reward_funcs or reward_model")
+        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        rows = [row for part in parts for row in as_rows(part)]
+        if not rows:
+            raise ValueError("eval_dataset has no rows")
+        rows = rows[: self.args.per_device_eval_batch_size] if sampling else rows
+        count = self.accelerator.num_processes
+        # The same number on every process; the last rows may be used twice.
+        rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
+
+        self._start_reporters()
+        queries = self.processes.together(lambda: [self._query(row) for row in rows])
+        responses = self._respond_on_all_processes(queries, do_sample=False)
+        texts, scores = self._scores_on_all_processes(rows, queries, responses)
+        self._log_completions(texts, scores)
+
+    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Texts, Scores]:
+        """Queries, responses, both as texts, and scores of the next iteration.
+
+        Raises:
+            ValueError: if not one response of all processes was scored.
+        """
+        rows, queries = self.processes.together(self._next_queries)
+        with timer("generate"):
+            responses = self._respond_on_all_processes(queries)
+        with timer("score"):
+            texts, scores = self._scores_on_all_processes(rows, queries, responses)
+        self._check_on_all_processes(queries, responses, list(scores.total_B), None)
+        if not self.processes.sum(scores.kept_B.sum().float().to(self.accelerator.device)):
+            raise ValueError("no response of this iteration was scored: every one had a None or NaN")
+        return queries, responses, texts, scores
+
+    def _next_queries(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """This process's rows of the next iteration, each `num_generations` times, and their token ids."""
+        rows = self._source.rows(self.num_iterations_done)
+        rows = [row for row in rows for _ in range(self.args.num_generations)]
+        return rows, [self._query(row) for row in rows]
+
+    def _close_iteration(self) -> float | None:
+        """After an optimizer step: the KL of the iteration, nats a response, if that was its last."""
+        self._stop_if_moved_too_far()
+        if not self.run_state.iteration.finished:
+            return None
+        stats = self._finish_iteration(self._timer)
+        self.run_state.note_for_log(mean_of_numbers([stats]))
+        return self.run_state.last_kl
+
+    def _query(self, row: dict[str, Any]) -> Tensor:
+        args = self.args
+        options = (args.max_prompt_length, args.chat_template_kwargs, self.is_encoder_decoder)
+        return query_of(row, self.processing_class, *options)
+
+    def _respond(self, queries: list[Tensor], **options: Any) -> Any:
+        """As `generate`, responses without prompt or start token."""
+        size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size or len(queries)
+        options |= {"batch_size": size, "return_prompt": False, "stop_strings": self.args.stop_strings}
+        responses = self.generate(queries, **options)
+        if not self.is_encoder_decoder:
+            return responses
+        pair = responses if isinstance(responses, tuple) else (responses,)
+        pair = tuple([response[1:] for response in part] for part in pair)
+        return pair if isinstance(responses, tuple) else pair[0]
+
+    def _respond_on_all_processes(self, queries: list[Tensor], **options: Any) -> Any:
+        """`_respond`, failing everywhere if it fails in one process; an engine sees to it by itself."""
+        if self.sampler is not None:
+            return self._respond(queries, **options)
+        return self.processes.together(lambda: self._respond(queries, **options))
+
+    def _texts(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Texts:
+        """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
+        return prompts_and_completions(rows, queries, responses, self.processing_class)
+
+    def _scores(
+        self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
+    ) -> Scores:
+        return self.scorer(*texts, queries, responses, _columns(rows))
+
+    def _scores_on_all_processes(
+        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
+    ) -> tuple[Texts, Scores]:
+        """Prompts and completions, and their scores, failing everywhere if one process fails."""
+        texts, columns = self.processes.together(lambda: (self._texts(rows, queries, responses), _columns(rows)))
+        return texts, self.scorer(*texts, queries, responses, columns, self.processes.together)
+
+    def score(
+        self, queries: list[Tensor], responses: list[Tensor], prompts: list[Any] | None = None, **columns: list[Any]
+    ) -> list[Tensor]:
+        """Scores by the trainer's own reward functions, for the classic loop.
+
+        Args:
+            queries, responses: 1-D token ids, as `step` takes them.
+            prompts: texts or chat messages that the reward functions should see; the decoded queries by default.
+            columns: what else the reward functions read, one value a response.
+
+        Returns:
+            One 0-D tensor a response, reward units.
+
+        Raises:
+            ValueError: without `reward_funcs` or `reward_model`; on input that `step` would not take; or if a function
+                gives what is not a finite number (`step` cannot leave out a response, so `skip_unscored` does not
+                count here).
+            RuntimeError, TimeoutError: if one fails, or does not answer in time.
+        """
+        if self.scorer is None:
+            raise ValueError("score() needs reward_funcs or reward_model")
+        policy = self.accelerator.unwrap_model(self.model).policy
+        check_score_inputs(queries, responses, prompts, columns, policy, self.processing_class)
+        rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
+        for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
+            rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
+        if self.is_encoder_decoder:
+            responses, _ = without_start_tokens(responses, None, self._decoder_start_token_id)
+        scores = self._scores(self._texts(rows, queries, responses), rows, queries, responses)
+        if not scores.kept_B.all():
+            left_out = torch.nonzero(~scores.kept_B).flatten().tolist()
+            raise ValueError(f"rows {left_out} were not scored, and step cannot skip a response")
+        return list(scores.total_B)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's logs, with the means of the iterations that ended since the last ones."""
+        if self.is_in_train and self.run_state.unlogged and logs.keys() & {"loss", "train_runtime"}:
+            logs = {**logs, **mean_of_numbers(self.run_state.take_unlogged())}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Reward, KL and wins over pi_init on held-out prompts, see `evaluation.held_out_metrics`.
+
+        Samples as training does, with separate random numbers: training's are unchanged.
+
+        Raises:
+            ValueError: without prompts or reward functions.
+            RuntimeError, TimeoutError: if a reward function fails; in the middle of training a checkpoint is written
+                first.
+        """
+        self._check_gradient_norms()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs eval_dataset, held-out prompts")
+        if self.scorer is None:
+            raise ValueError("evaluate() needs reward_funcs or reward_model")
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        rows = as_rows(dataset)
+        if not rows:
+            raise ValueError("eval_dataset has no rows")
+        if not self.is_in_train:
+            self._start_reporters()
+        try:
+            measured = held_out_metrics(self, rows)
+        except BaseException:
+            self._save_what_was_learned()
+            raise
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_gradient_norms()
+        super()._save_checkpoint(model, trial)
+
+    def _process_state(self) -> dict[str, Any]:
+        return self.run_state.state_dict()
+
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
+        with_controller = not self._overridden.keys() & CONTROLLER_OPTIONS
+        device, step = self.accelerator.device, self.state.global_step
+        self.run_state.load_state_dict(state, device, step, with_controller, with_iteration=not self._overridden)
+        self._timer = StageTimer()
+
+    def _numbers_to_agree(self) -> list[int]:
+        iteration = self._resumed_state["iteration"]
+        position = -1 if iteration is None else iteration["position"]
+        return [*super()._numbers_to_agree(), self._resumed_state["num_iterations_done"], position]
+
+    def _why_finished(self, step: int) -> str | None:
+        args, state = self.args, self._resumed_state
+        if args.total_episodes is not None and self.run_state.episodes_in(state) >= args.total_episodes:
+            return f"it has reached total_episodes={args.total_episodes}; set more to continue"
+        kl = state.get("last_kl")
+        if args.max_kl is not None and kl is not None and state["iteration"] is None and kl > args.max_kl:
+            return (
+                f"its KL, {kl:.2f} nats per response, is above max_kl={args.max_kl}; set a larger max_kl to continue"
+            )
+        return super()._why_finished(step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole weights of policy and value model, whatever the engine; all processes call it."""
+        if is_sharded(self.accelerator) and not self.is_in_train:
+            self._prepare_for_updates()
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # the Trainer writes none
+        super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint)
+        elif self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_policy_and_value(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The data set's other columns, one value per row."""
+    names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
+    return {name: [row[name] for row in rows] for name in names}

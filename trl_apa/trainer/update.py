@@ -1,0 +1,145 @@
+"""The optimizer steps of one iteration: micro-batches to losses, gradients and new weights."""
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_apa._trl import _BaseTrainer
+from trl_apa.algorithms import PolicyTokens
+from trl_apa.algorithms.losses import policy_shift, value_loss
+from trl_apa.algorithms.masking import masked_mean
+from trl_apa.distributed.sharded import forget_gradients
+
+
+class Update(_BaseTrainer):
+    """The part of `APATrainer` that learns: `step` and the Trainer's own loop both go through `training_step`."""
+
+    def _update(self) -> None:
+        """Process the plan; under `train()` the Trainer's own loop does so."""
+        iteration = self.run_state.iteration
+        self.model_wrapped.zero_grad()  # gradients left by an interrupted train()
+        while not iteration.finished:
+            for number in range(1, iteration.micro_batches_per_step + 1):
+                last = number == iteration.micro_batches_per_step
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                    self.training_step(self.model_wrapped, {})
+            if not iteration.record.skipped:
+                norm = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm else None
+                self._get_grad_norm(self.model_wrapped, grad_norm=norm)
+                self.optimizer.step()
+                self.state.global_step += 1
+            self.model_wrapped.zero_grad()
+            self._stop_if_moved_too_far()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
+
+        Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
+        """
+        if self.run_state.iteration is None or self.run_state.iteration.finished:
+            self._collect_iteration()
+        iteration = self.run_state.iteration
+        batch = iteration.next_micro_batch(self._pad_token_id, self._layouts)
+        module, losses = self.accelerator.unwrap_model(model), []
+        ends_step = self.accelerator.sync_gradients
+        if module.base_is_shared and iteration.starts_step:
+            forget_gradients([p for parameters in module.trainable_parameters().values() for p in parameters])
+        for number, networks in enumerate(module.passes, 1):
+            if self.is_deepspeed_enabled:  # which updates the weights in the backward pass that it takes for the last
+                is_last = number == len(module.passes)
+                self.accelerator.gradient_state._set_sync_gradients(ends_step and is_last)
+            with module.adapter_for(**networks):
+                losses.append(super().training_step(model, {**batch, **networks}, num_items_in_batch))
+        loss = sum(losses)
+        if iteration.ends_step and self._ratio_explodes():
+            model.zero_grad()
+        return loss
+
+    def _stop_if_moved_too_far(self) -> None:
+        """Leave out the epochs that remain if the last mini-batch has moved further than `early_stopping` allows."""
+        iteration = self.run_state.iteration
+        if not self.args.early_stopping or not iteration.ends_epoch or iteration.finished:
+            return
+        moved = float(self.processes.sum(iteration.record.optimizer_steps[-1]["apa/policy/policykl"]))
+        # Classic's PPO lets log-probs rise as far as they like, and so does ours, for runs that are compared with it.
+        moved = moved if self.args.algorithm.classic_statistics else abs(moved)
+        iteration.stopped = moved > 1.5 * self.args.target_kl
+
+    def _ratio_explodes(self) -> bool:
+        """Whether a mini-batch is so far off-policy that its update is left out."""
+        if not self.args.reads("ratio_threshold"):
+            return False
+        record = self.run_state.iteration.record
+        step = record.optimizer_steps[-1]
+        ratio = float(self.processes.sum(step["apa/policy/ratio"]))
+        record.skipped = skipped = ratio > self.args.ratio_threshold
+        step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
+        if skipped:
+            warnings.warn(
+                f"a mini-batch was skipped: its mean ratio {ratio:.2f} exceeds {self.args.ratio_threshold=}",
+                stacklevel=2,
+            )
+        return skipped
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Policy loss plus `vf_coef` times value loss of one micro-batch, as its share of the optimizer step's mean.
+
+        Multiplied by the number of processes, because distributed engines average gradients over them.
+        """
+        args, record = self.args, self.run_state.iteration.record
+        networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
+        with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)
+        outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
+        loss, stats = 0.0, {}
+        if networks["with_policy"]:
+            loss, stats = self._policy_terms(outputs, inputs)
+        if networks["with_value"]:
+            v_loss, v_stats = self._value_terms(outputs["values"], inputs)
+            loss, stats = loss + args.vf_coef * v_loss, stats | v_stats
+        record.add({**stats, "apa/loss/total": loss.detach()})
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _policy_terms(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's loss and its statistics; keeps the values of a row's first visit."""
+        mask, num_tokens, record = batch["response_mask"], batch["num_tokens"], self.run_state.iteration.record
+        if record.observing:
+            record.observe(batch["rows"], outputs)
+        tokens = PolicyTokens(
+            outputs["logprobs"],
+            batch["ref_logprobs"],
+            batch["advantages"],
+            mask,
+            num_tokens,
+            batch.get("old_logprobs") if self.args.algorithm.needs_old_logprobs else None,
+        )
+        loss, stats = self.args.algorithm.loss(tokens, self.args)
+        if "policykl" not in stats:
+            # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
+            first_visit = record.logprobs_BR[batch["rows"], : mask.shape[1]]
+            old_logprobs = batch.get("old_logprobs", first_visit)
+            stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
+        if self.args.algorithm.classic_statistics:
+            # As in classic the mean over all epochs; the others report that of each row's first visit.
+            stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)
+        return loss, {**{f"apa/policy/{name}": v for name, v in stats.items()}, "apa/loss/policy": loss.detach()}
+
+    def _value_terms(self, values_BR: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value model's loss and its statistics."""
+        mask, num_tokens = batch["response_mask"], batch["num_tokens"]
+        clip = self.args.cliprange_value
+        loss, stats = value_loss(values_BR, batch["returns"], mask, batch["values"], clip, num_tokens)
+        stats["vpred"] = masked_mean(values_BR.detach(), mask, num_tokens)
+        return loss, {**{f"apa/val/{name}": v for name, v in stats.items()}, "apa/loss/value": loss.detach()}
