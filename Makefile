@@ -17,7 +17,7 @@ help: ## list the targets
 
 install: .venv/.installed ## make .venv: the package, editable, and its development tools at pinned versions
 
-check: install ## check formatting, lint, and the types of the pure modules
+check: install ## check formatting, lint and types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy

@@ -101,7 +101,7 @@ def _run(argv: Sequence[str] | None) -> int:
     streams = nullcontext() if options.command in PRINT_ALONE else streams_that_may_be_lost(program)
     with streams, _told_to_children(debug):
         try:
-            status = import_module(COMMANDS[options.command][0]).main(arguments)
+            status: int = import_module(COMMANDS[options.command][0]).main(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return status

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trl_apa.algorithms.losses import apa_loss, value_loss
 from trl_apa.checking.report import Finding, skipped
 from trl_apa.checking.subject import Subject, part
-from trl_apa.models.logprobs import inner_model
+from trl_apa.models.network_parts import inner_model
 from trl_apa.models.trials import is_precise
 from trl_apa.rollout.batch import lay_out, longest_row, response_mask
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from trl_apa._trl import is_peft_model
@@ -16,8 +17,7 @@ from trl_apa.memory.prediction import forward_and_backward
 from trl_apa.memory.pretending import scales_of
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.adapters import trains_its_adapter_only
-from trl_apa.models.logprobs import inner_model
-from trl_apa.models.network_parts import text_trunk
+from trl_apa.models.network_parts import inner_model, text_trunk
 from trl_apa.models.trials import ordinary_tokens
 from trl_apa.rollout.batch import lay_out
 
@@ -101,7 +101,7 @@ def _setup(subject: Subject) -> Setup:
     module, args, policy = subject.module, subject.args, subject.policy
     base, adapted = inner_model(policy), is_peft_model(policy)
     peft_config = policy.active_peft_config if adapted else None
-    if adapted:
+    if peft_config is not None:
         _check_plain_lora(peft_config)
     with subject.around():
         device = policy.device.type
@@ -118,8 +118,8 @@ def _setup(subject: Subject) -> Setup:
         quantization=next((kind for name, kind in bits.items() if getattr(quantisation, name, False)), None),
         dtype=base.get_input_embeddings().weight.dtype,
         autocast=autocast,
-        lora_r=peft_config.r if adapted else 0,
-        lora_target_modules=_targets(peft_config) if adapted else None,
+        lora_r=0 if peft_config is None else peft_config.r,
+        lora_target_modules=None if peft_config is None else _targets(peft_config),
         value=_value(module),
         reference=reference or "auto",
         num_unfrozen_layers=args.num_unfrozen_layers,
@@ -134,11 +134,19 @@ def _setup(subject: Subject) -> Setup:
 
 
 # What the planner does not know of LoRA.
-BEYOND_PLAIN_LORA = ("modules_to_save", "rank_pattern", "use_dora", "lora_bias", "target_parameters")
-BEYOND_PLAIN_LORA += ("layers_to_transform", "trainable_token_indices", "exclude_modules")
+BEYOND_PLAIN_LORA = (
+    "modules_to_save",
+    "rank_pattern",
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "layers_to_transform",
+    "trainable_token_indices",
+    "exclude_modules",
+)
 
 
-def _check_plain_lora(peft_config: Any) -> None:
+def _check_plain_lora(peft_config: PeftConfig) -> None:
     if getattr(peft_config, "r", None) is None:
         raise ValueError("adapters that are not LoRA")
     beyond = [name for name in BEYOND_PLAIN_LORA if getattr(peft_config, name, None)]
@@ -162,7 +170,7 @@ def _value(module: PolicyAndValue) -> Any:
     return "separate" if shapes[0] == shapes[1] else network.config
 
 
-def _targets(peft_config: object) -> str | list[str]:
+def _targets(peft_config: PeftConfig) -> str | list[str]:
     targets = peft_config.target_modules
     return targets if isinstance(targets, str) else sorted(targets)
 
@@ -171,7 +179,7 @@ def _attention(implementation: str) -> str:
     return "flash" if "flash" in implementation else "eager" if implementation == "eager" else "sdpa"
 
 
-def _has_reference_adapter(policy: nn.Module) -> bool:
+def _has_reference_adapter(policy: PeftModel) -> bool:
     return not trains_its_adapter_only(policy) or len(policy.peft_config) > 1
 
 

@@ -10,7 +10,7 @@ from trl_apa.checking.reading import LARGEST_MEAN
 from trl_apa.checking.report import Finding, skipped
 from trl_apa.checking.subject import Subject
 from trl_apa.models.copying import independent_copy
-from trl_apa.models.logprobs import inner_model
+from trl_apa.models.network_parts import inner_model
 
 
 def half_precision(subject: Subject) -> Iterator[Finding]:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from trl_apa.checking.report import Finding, compared, skipped
 from trl_apa.checking.subject import Subject
 from trl_apa.models.layouts import layout_trial, sampling_trial
-from trl_apa.models.logprobs import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.packing import attending_with
 from trl_apa.models.trials import LayoutTrial, alone
 from trl_apa.rollout.batch import Layout
@@ -26,7 +26,7 @@ ONE_BY_ONE = "the trainer reads rows one by one instead, or batched by equal len
 
 def layouts(subject: Subject) -> Iterator[Finding]:
     """Compares each network's own plain forward pass of two rows alone with the other ways of reading them."""
-    networks = {"log-probs": subject.policy}
+    networks: dict[str, Network] = {"log-probs": subject.policy}
     if not subject.module.value_is_a_head and not subject.module.base_is_shared:
         networks["values"] = subject.module.value_model.network
     for what, network in networks.items():
@@ -193,8 +193,8 @@ def attention(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def _own_attention(base: nn.Module) -> str:
-    implementation = base.config._attn_implementation
+def _own_attention(base: PreTrainedModel) -> str:
+    implementation: str = base.config._attn_implementation
     # SDPA's own implementation for packed rows is SDPA for all others.
     return implementation if implementation in OTHER_ATTENTION or "flash" in implementation else "sdpa"
 

@@ -103,7 +103,7 @@ def compared(name: str, difference: Difference, allowed: float, advice: str = ""
         ok: the verdict where it does not depend on `allowed`.
     """
     close = difference.relative <= allowed
-    figures = {"relative": difference.relative, "allowed_relative": allowed}
+    figures: dict[str, float | None] = {"relative": difference.relative, "allowed_relative": allowed}
     measured = f"max {difference.relative:.1e} of the largest output"
     if difference.max_nats is not None:
         measured = f"max {difference.max_nats:.1e}, mean {difference.mean_nats:.1e} nats a token"

@@ -12,8 +12,7 @@ from trl_apa.checking.report import Finding, Report
 from trl_apa.checking.subject import Subject
 from trl_apa.distributed.sharded import is_sharded
 from trl_apa.models import reference_policy
-from trl_apa.models.logprobs import inner_model
-from trl_apa.models.network_parts import max_positions
+from trl_apa.models.network_parts import inner_model, max_positions
 from trl_apa.rollout.prompts import as_rows, query_of
 
 

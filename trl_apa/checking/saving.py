@@ -4,14 +4,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl_apa._trl import is_peft_model
 from trl_apa.checking.report import Finding, compared, skipped
 from trl_apa.checking.subject import Subject, moved, restore
 from trl_apa.models import load_language_model, merge_and_save
-from trl_apa.models.logprobs import inner_model
 from trl_apa.models.modes import make_repeatable
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.policy_and_value import load_policy_and_value
 from trl_apa.models.trials import Difference, difference
 
@@ -68,7 +68,7 @@ def merged(subject: Subject) -> Iterator[Finding]:
     yield finding
 
 
-def _base_is_missing(policy: nn.Module) -> str | None:
+def _base_is_missing(policy: Network) -> str | None:
     """Why the base of an adapter cannot be loaded; None if it can, or nothing has to be."""
     if not is_peft_model(policy):
         return None
@@ -77,7 +77,7 @@ def _base_is_missing(policy: nn.Module) -> str | None:
     return "not tried: the adapter does not say where its base is"
 
 
-def _loading_options(policy: nn.Module) -> dict[str, Any]:
+def _loading_options(policy: Network) -> dict[str, Any]:
     base = inner_model(policy)
     options: dict[str, Any] = {"dtype": policy.dtype, "attn_implementation": base.config._attn_implementation}
     if getattr(base, "is_quantized", False):
@@ -86,7 +86,7 @@ def _loading_options(policy: nn.Module) -> dict[str, Any]:
     return options
 
 
-def _like(network: nn.Module, policy: nn.Module) -> nn.Module:
+def _like(network: Network, policy: Network) -> Network:
     """On the policy's device, without randomness."""
     if not getattr(inner_model(network), "is_quantized", False):
         network = network.to(policy.device)

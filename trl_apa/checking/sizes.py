@@ -6,8 +6,8 @@ from typing import Any
 
 from trl_apa.checking.report import Finding, skipped
 from trl_apa.checking.subject import Subject
-from trl_apa.models.logprobs import head_width, inner_model
-from trl_apa.models.network_parts import max_positions, num_token_ids
+from trl_apa.models.logprobs import head_width
+from trl_apa.models.network_parts import inner_model, max_positions, num_token_ids
 from trl_apa.models.trials import boundaries, rope_limit
 from trl_apa.rollout.tokenizing import text_ids
 
@@ -19,7 +19,12 @@ def tokens(subject: Subject) -> Iterator[Finding]:
     """Ids of the tokenizer, rows of the embedding and of the vocabulary head."""
     base, tokenizer = inner_model(subject.policy), subject.tokenizer
     known, head = num_token_ids(base), head_width(base.get_output_embeddings())
-    figures = {"tokenizer": len(tokenizer), "embedding": known, "head": head, "pad": subject.pad_token_id}
+    figures: dict[str, Any] = {
+        "tokenizer": len(tokenizer),
+        "embedding": known,
+        "head": head,
+        "pad": subject.pad_token_id,
+    }
     measured = f"tokenizer {len(tokenizer)}, embedding {known}, head {head}; pad {subject.pad_token_id}"
     advice = []
     if known is not None and len(tokenizer) > known:

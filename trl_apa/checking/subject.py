@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.layouts import layout_trial
-from trl_apa.models.logprobs import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.trials import Difference, LayoutTrial, allowed_difference, alone, difference, in_layout, is_precise
 from trl_apa.rollout.batch import Layout, lay_out, longest_row, response_mask
 from trl_apa.rollout.vllm_generation import VLLMSampler
@@ -39,11 +39,11 @@ class Subject:
     """
 
     module: PolicyAndValue
-    reference: Callable[[nn.Module], AbstractContextManager[nn.Module]]
+    reference: Callable[[Network], AbstractContextManager[Network]]
     tokenizer: PreTrainedTokenizerBase
     args: Any
     layout_of: Callable[[int], Layout]
-    around: Callable[[], AbstractContextManager]
+    around: Callable[[], AbstractContextManager[Any]]
     queries: list[Tensor]
     responses: list[Tensor]
     pad_token_id: int
@@ -54,15 +54,15 @@ class Subject:
     step: int = 0
 
     @property
-    def policy(self) -> nn.Module:
+    def policy(self) -> Network:
         return self.module.policy
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and response of the run; of the rows where the options do not say."""
         rows = longest_row(self.queries, self.responses, self.decoder_start_token_id)
-        prompt = self.args.max_prompt_length or max(len(query) for query in self.queries)
-        response = self.args.max_completion_length
+        prompt: int = self.args.max_prompt_length or max(len(query) for query in self.queries)
+        response: int = self.args.max_completion_length
         if self.decoder_start_token_id is not None:
             return max(rows, prompt, 1 + response)
         return max(rows, prompt + response)
@@ -80,7 +80,7 @@ class Subject:
             together = trial.together if isinstance(trial, LayoutTrial) else None
             return allowed_difference(inner_model(self.policy), together)
 
-    def each_alone(self, network: nn.Module | None = None) -> list[Tensor]:
+    def each_alone(self, network: Network | None = None) -> list[Tensor]:
         """Logits `(tokens, V)` of each response by the plain forward of a network, by default the policy."""
         network = self.policy if network is None else network
         with self.around():
@@ -100,7 +100,8 @@ class Subject:
         mask_BR = response_mask(self.responses, device=self.queries[0].device)
         with self.around():
             outputs = self.module(**lay_out(self.layout, *rows), response_width=mask_BR.shape[1], with_policy=False)
-        return (outputs["values"].float() * mask_BR).cpu()
+        values_BR: Tensor = outputs["values"]
+        return (values_BR.float() * mask_BR).cpu()
 
     def difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Difference:
         """Between logits of the responses."""

@@ -60,7 +60,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor | None, gather: bool = T
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of each distribution over the last dimension, nats, in at least float32: `(..., V)` -> `(...)`."""
-    return _entropy_from_logits(at_least_float32(logits))
+    entropy: Tensor = _entropy_from_logits(at_least_float32(logits))
+    return entropy
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:

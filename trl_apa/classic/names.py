@@ -4,13 +4,15 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
 from trl_apa.algorithms.kl import AdaptiveKLController, FixedKLController
 from trl_apa.models.adapters import held_repeatable
+from trl_apa.models.network_parts import Network
 from trl_apa.models.reference import create_reference_model
-from trl_apa.rollout.generation import decoder_start_token_id, neutral_generation_config
+from trl_apa.rollout.generation import decoder_start_token_id
+from trl_apa.rollout.generation_defaults import neutral_generation_config
 
 
 __all__ = [
@@ -46,9 +48,7 @@ class LengthSampler:
         return random.choice(self.values)
 
 
-def respond_to_batch(
-    model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
+def respond_to_batch(model: Network, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sampled continuations of equal length, at temperature 1; an EOS among them ends nothing.
 
     Args:
@@ -72,7 +72,7 @@ def respond_to_batch(
     options["decoder_start_token_id"] = decoder_start_token_id(model)
     generation_config = GenerationConfig(max_new_tokens=txt_len, use_cache=True, **options)
     with torch.no_grad(), held_repeatable(model), neutral_generation_config(model):
-        tokens_BT = model.generate(
+        tokens_BT: Tensor = model.generate(
             input_ids=queries, attention_mask=torch.ones_like(queries), generation_config=generation_config
         )
     return tokens_BT[:, -txt_len:]

@@ -52,6 +52,16 @@ class CheckArguments:
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     json: bool = option(False, "Print JSON.")
 
+    def model_name(self) -> str:
+        """The model.
+
+        Raises:
+            ValueError: if none is named.
+        """
+        if self.model is None:
+            raise ValueError("model is not set: name a folder or a hub name")
+        return self.model
+
     def model_config(self) -> ModelConfig:
         """The same for the loader."""
         dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
@@ -62,10 +72,10 @@ class CheckArguments:
 
     def peft_config(self) -> LoraConfig | None:
         """New adapters, if they are asked for; an adapter by name brings its own."""
-        is_adapter = adapter_config_file(self.model) is not None
+        is_adapter = adapter_config_file(self.model_name()) is not None
         if is_adapter or (self.peft is None and self.quantization is None):
             return None
-        encoder_decoder = load_config(self.model, trust_remote_code=self.trust_remote_code).is_encoder_decoder
+        encoder_decoder = load_config(self.model_name(), trust_remote_code=self.trust_remote_code).is_encoder_decoder
         targets = self.lora_target_modules or ["all-linear"]
         alone = {"all-linear": "all-linear", "default": None}
         return LoraConfig(
@@ -107,8 +117,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
     (arguments,) = make_parser().build(make_parser().parse(argv))
-    if arguments.model is None:
-        raise ValueError("model is not set: name a folder or a hub name")
+    arguments.model_name()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU")
     prompts = None if arguments.prompts is None else _lines(arguments.prompts)
@@ -130,9 +139,9 @@ def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report
     Raises:
         ValueError: if the model or its tokenizer cannot be loaded.
     """
-    loading, trust = arguments.model_config(), arguments.trust_remote_code
-    tokenizer = load_tokenizer(arguments.model, loading, trust)
-    model = load_policy(arguments.model, loading, trust)
+    name, loading, trust = arguments.model_name(), arguments.model_config(), arguments.trust_remote_code
+    tokenizer = load_tokenizer(name, loading, trust)
+    model = load_policy(name, loading, trust)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no dataset")
         try:
@@ -145,7 +154,7 @@ def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report
             )
         except ValueError as error:
             finding = Finding("construction of the trainer", False, str(error))
-            return Report(arguments.model, arguments.device or "this machine", (finding,))
+            return Report(name, arguments.device or "this machine", (finding,))
         return trainer.check(prompts, tell=_tell if _watched() else None)
 
 

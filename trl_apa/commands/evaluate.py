@@ -86,8 +86,9 @@ def main(argv: Sequence[str]) -> int:
         results = {}
         for name, tokenizer in tokenizers.items():
             # Nothing is learned here; this critic has no trunk of its own.
-            options = {"reward_funcs": scorers, "value_model": "head"}
-            trainer = APATrainer(config, load(name), reference, tokenizer, prompts, **options)
+            trainer = APATrainer(
+                config, load(name), reference, tokenizer, prompts, reward_funcs=scorers, value_model="head"
+            )
             results[name] = held_out_metrics(trainer, list(prompts))
     if config.should_save:
         print(f"{len(prompts)} prompts; KL and wins against {reference_name}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
@@ -26,7 +26,7 @@ from trl_apa.config.apa import APAConfig
 from trl_apa.config.fields import option
 from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.models.modes import make_repeatable
-from trl_apa.models.network_parts import num_token_ids
+from trl_apa.models.network_parts import Network, num_token_ids
 from trl_apa.redaction import without_secrets
 from trl_apa.rollout.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.rollout.prompts import prompt_of, query_of
@@ -51,7 +51,7 @@ class GenerateArguments:
     overwrite: bool = option(False, "Begin anew, whatever the file holds.")
     trust_remote_code: bool = option(False, "Let code that comes with the model run.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = (self.output or "").lower()
         if name.endswith(tuple(TABLE_READERS)) and not name.endswith(LINE_SUFFIXES[0]):
             raise ValueError(f"output={self.output!r} will hold JSON lines: its name should end with .jsonl")
@@ -125,7 +125,7 @@ def _standard_output() -> Iterator[Write]:
 
 
 def _answers(
-    policy: nn.Module,
+    policy: Network,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
     config: APAConfig,

@@ -173,11 +173,13 @@ def _sequences(row: dict[str, Any]) -> list[list[Any]]:
 def _ids(parts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     given = [part for part in parts if part]
     if all(isinstance(part, str) for part in given):
-        return tokenizer("".join(given))["input_ids"]
+        ids: list[int] = tokenizer("".join(given))["input_ids"]
+        return ids
     if isinstance(given[0], list) and isinstance(given[0][0], int):
         return given[0]
     messages = [message for part in given if isinstance(part, list) for message in part]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     except Exception:
         return []  # the trainer, which knows what it expects, refuses it
+    return ids

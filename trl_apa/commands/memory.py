@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -100,7 +100,7 @@ class MemoryArguments:
         )
 
 
-def _network(name: str, kinds: Sequence[str]) -> str | PretrainedConfig:
+def _network(name: str, kinds: Collection[str | None]) -> str | PretrainedConfig:
     return name if name in kinds else config_of(name)
 
 

@@ -87,8 +87,20 @@ def load_tokenizer(path: str, arguments: ModelConfig, trust_remote_code: bool) -
 
 
 # What a checkpoint is made of, as patterns of names. Logs, and answers that someone keeps beside it, are not.
-CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "tokenizer*", "special_tokens_map.json")
-CHECKPOINT_FILES += ("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "*.py")
+CHECKPOINT_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+)
 
 
 def checkpoint_stamp(name: str, revision: str = "main") -> str:
@@ -123,7 +135,7 @@ def _stamp(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def import_reward_function(name: str) -> Callable:
+def import_reward_function(name: str) -> Callable[..., Any]:
     """The function that a dotted name means; modules in the working directory are found.
 
     Only names that the user wrote, in the YAML or on the command line, come here; none is read from a checkpoint.
@@ -137,7 +149,7 @@ def import_reward_function(name: str) -> Callable:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(import_module(module), attribute)
+        function: Callable[..., Any] = getattr(import_module(module), attribute)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"reward_funcs has {name!r}, which cannot be imported: {reason}") from error
@@ -147,8 +159,8 @@ def import_reward_function(name: str) -> Callable:
 
 
 def load_rewards(
-    models: Sequence[str] | None, functions: Sequence[Callable], trust_remote_code: bool
-) -> list[Callable | PreTrainedModel | str]:
+    models: Sequence[str] | None, functions: Sequence[Callable[..., Any]], trust_remote_code: bool
+) -> list[Callable[..., Any] | PreTrainedModel | str]:
     """Reward models and reward functions, in the order of `reward_weights`: models first.
 
     What is to be an adapter on the policy's base ("adapter:PATH") stays a name, for the trainer to load.
@@ -156,7 +168,7 @@ def load_rewards(
     Raises:
         ValueError: if one cannot be loaded.
     """
-    found: list[Callable | PreTrainedModel | str] = []
+    found: list[Callable[..., Any] | PreTrainedModel | str] = []
     for path in models or ():
         if path.startswith(ADAPTER_PREFIX):
             found.append(path)

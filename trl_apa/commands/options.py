@@ -16,8 +16,16 @@ from trl_apa.redaction import without_secrets, without_secrets_in_error
 
 
 # Groups of `--help` in their order; those that are not here come last.
-TITLES = ("checkpoints", "prompts", "data", "rewards", "model", "LoRA", "quantization", "the algorithm", "SFT")
-TITLES += (
+TITLES = (
+    "checkpoints",
+    "prompts",
+    "data",
+    "rewards",
+    "model",
+    "LoRA",
+    "quantization",
+    "the algorithm",
+    "SFT",
     "reward model",
     "sampling",
     "sampling with vLLM",
@@ -25,8 +33,13 @@ TITLES += (
     "optimizer and schedule",
     "precision, memory and speed",
     "logging",
+    "evaluation",
+    "saving and resuming",
+    "data loading",
+    "several devices",
+    "launching",
+    "Hugging Face hub",
 )
-TITLES += ("evaluation", "saving and resuming", "data loading", "several devices", "launching", "Hugging Face hub")
 
 
 class Part(NamedTuple):
@@ -132,7 +145,8 @@ class _Parser(TrlParser):
         try:
             for action, default in defaults.items():
                 action.default = without_secrets({action.dest: default})[action.dest]
-            return super().format_help()
+            text: str = super().format_help()
+            return text
         finally:
             for action, default in defaults.items():
                 action.default = default
@@ -176,7 +190,8 @@ class _LoaderThatSeesDoubles(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _names(part: Part) -> list[str]:
@@ -188,7 +203,8 @@ def _groups(parts: Sequence[Part]) -> list[type]:
     """One dataclass a title, because TrlParser makes one group of options a dataclass."""
     groups: dict[str, list[Any]] = {}
     for part in parts:
-        hints, fields = get_type_hints(part.dataclass), part.dataclass.__dataclass_fields__
+        hints = get_type_hints(part.dataclass)
+        fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
             old = fields[name]
             field = dataclasses.field(
@@ -204,7 +220,7 @@ def _groups(parts: Sequence[Part]) -> list[type]:
 def _converted(action: argparse.Action, value: Any) -> Any:
     # YAML reads a bare `no`, which is a value of several options of the Trainer, as False.
     text = ("true" if value else "no") if isinstance(value, bool) else str(value)
-    converted = text if action.type is None else action.type(text)
+    converted = action.type(text) if callable(action.type) else text
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
     return converted

@@ -105,8 +105,9 @@ def log_history(file: Path) -> list[dict[str, Any]]:
 
 
 def _rows(history: list[dict[str, Any]], reward: str, kl: str) -> list[tuple[float, float, float]]:
-    found = [tuple(row.get(name) for name in ("step", reward, kl)) for row in history]
-    return [row for row in found if all(isinstance(value, Real) for value in row)]
+    names = ("step", reward, kl)
+    complete = [row for row in history if all(isinstance(row.get(name), Real) for name in names)]
+    return [(row["step"], row[reward], row[kl]) for row in complete]
 
 
 def draw(figure_name: str, runs: Sequence[Run], path: Path) -> None:

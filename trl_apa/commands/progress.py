@@ -51,7 +51,8 @@ class ProgressLines(PrinterCallback):
         self.start = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        values = [f"{name} {form.format(logs[key])}" for name, key, form in self.columns if key in (logs or {})]
+        logs = logs or {}
+        values = [f"{name} {form.format(logs[key])}" for name, key, form in self.columns if key in logs]
         if values and state.is_world_process_zero:
             place = f"step {state.global_step}/{state.max_steps}"
             print("  ".join([place, *values, f"({time.monotonic() - self.start:.0f} s)"]), flush=True)

@@ -42,7 +42,7 @@ class DataArguments:
         None, "Column with the prompt. By default prompt, query, input_ids, or what comes before chosen's last turn."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dataset_layout not in (None, *LAYOUTS):
             raise ValueError(f"dataset_layout={self.dataset_layout!r}: it should be one of {', '.join(LAYOUTS)}")
         if self.eval_share is not None and not 0 < self.eval_share < 1:
@@ -123,7 +123,7 @@ def _read(arguments: DataArguments, source: str, split: str, data_dir: str | Non
 
 def _split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
     """A function of the rows alone, so that what one command holds out no other trains on."""
-    keyed = [_Keyed(_opening_text(row.fields), row) for row in rows if row.fields is not None]
+    keyed = [_Keyed(_opening_text(row.fields), row) for row in rows if row.problem is None]
     if not keyed:
         raise ValueError("dataset_name has no row")
     parts = split_by_prompt(keyed, {"held out": share, "train": 1 - share})
@@ -143,7 +143,7 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
         if limit is not None and len(good) == limit:
             break
         try:
-            if row.fields is None:
+            if row.problem is not None:
                 raise ValueError(row.problem)
             fields = convert(row)
         except ValueError as error:

@@ -22,9 +22,9 @@ def streams_that_may_be_lost(program: str) -> Iterator[None]:
             print(f"{program}: stdout is lost ({error}); continuing without it", file=sys.stderr)
 
     if sys.stderr is not None:
-        sys.stderr = _MayBeLost(sys.stderr, lambda error: None)  # type: ignore[assignment]
+        sys.stderr = _MayBeLost(sys.stderr, lambda error: None)
     if sys.stdout is not None:
-        sys.stdout = _MayBeLost(sys.stdout, tell)  # type: ignore[assignment]
+        sys.stdout = _MayBeLost(sys.stdout, tell)
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ class RewardArguments:
     )
     trust_remote_code: bool = option(False, "Let code that comes with models and tokenizers run.")
 
-    def functions(self) -> list[Callable]:
+    def functions(self) -> list[Callable[..., Any]]:
         """The functions, imported.
 
         Raises:
@@ -106,7 +106,7 @@ def _trainer(
     model: ModelConfig,
     others: OtherModelArguments,
     rewards: RewardArguments,
-    functions: list[Callable],
+    functions: list[Callable[..., Any]],
     rows: Dataset,
     held_out: Any,
 ) -> APATrainer:
@@ -133,9 +133,10 @@ def _trainer(
             peft_config=get_peft_config(model),
         )
     print_lines(trainer, APA_COLUMNS)
+    names = [] if trainer.scorer is None else trainer.scorer.names
     trainer.accelerator.print(
         f"{config.loss_type}: {len(rows)} prompts, {config.global_batch_size} rollouts an iteration, "
-        f"kl_coef {config.kl_coef}; rewards: {', '.join(trainer.scorer.names)}"
+        f"kl_coef {config.kl_coef}; rewards: {', '.join(names)}"
     )
     return trainer
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from trl_apa.commands.models import checkpoint_stamp, loading
 from trl_apa.commands.parsing import OneLineParser
@@ -98,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
             judge = make_judge(options)
         cache = open_cache(options)
         judgements = compare(pairs, judge, cache)
-        for reason, number in getattr(judge, "without_verdict", Counter()).most_common():
+        without_verdict: Counter[str] = getattr(judge, "without_verdict", None) or Counter()
+        for reason, number in without_verdict.most_common():
             print(f"{number} replies without a verdict: {reason}")
         result = win_rate(judgements, options.seed, confidence=options.confidence)
         if options.output is not None:
@@ -149,7 +151,7 @@ def read_answers(path: str) -> list[Answer]:
     """
     answers = []
     for row in iter_rows(path):
-        fields = row.fields or {}
+        fields = row.fields
         if row.problem or fields.get("prompt") is None or not isinstance(fields.get("completion"), str):
             raise ValueError(f"{path}, row {row.number}: {row.problem or 'it should have prompt and completion'}")
         answers.append(Answer(fields["prompt"], fields["completion"], fields.get("ended") is not False))
@@ -178,7 +180,7 @@ def read_references(options: argparse.Namespace, prompts: Collection[str]) -> di
     found_any = False
     for row in rows:
         try:
-            fields = demonstration(row) if row.fields is not None else {}
+            fields = demonstration(row) if row.problem is None else {}
         except ValueError:
             continue
         answer = fields.get("completion")
@@ -259,7 +261,7 @@ def make_judge(options: argparse.Namespace) -> Judge:
     return LanguageModelJudge(model.to(device), tokenizer, _fingerprint(name, model), options.batch_size)
 
 
-def _fingerprint(name: str, model: torch.nn.Module) -> str:
+def _fingerprint(name: str, model: PreTrainedModel) -> str:
     """Tells a checkpoint from one that was trained into the same folder later, whose verdicts are others."""
     return f"{name} {model.dtype} {checkpoint_stamp(name)}"
 
@@ -268,7 +270,7 @@ def _is_classifier(name: str, trust_remote_code: bool) -> bool:
     if gguf.adapter_config_file(name) is not None:
         from peft import PeftConfig
 
-        return PeftConfig.from_pretrained(name).task_type == "SEQ_CLS"
+        return bool(PeftConfig.from_pretrained(name).task_type == "SEQ_CLS")
     config = gguf.load_config(name, trust_remote_code=trust_remote_code)
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
 
@@ -306,4 +308,4 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 # What argparse calls the type in its message.
-_json_object.__name__ = "JSON object"  # type: ignore[attr-defined]
+_json_object.__name__ = "JSON object"

@@ -13,13 +13,12 @@ from trl_apa.algorithms import SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
-from trl_apa.config.fields import option, switch
+from trl_apa.config.fields import Json, option, switch
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.trainer.reporting import check_trackers
 
 
-Json = dict | str | None
 # Options that should be greater than 0 where they are set.
 POSITIVE = (
     "batch_size",
@@ -238,8 +237,8 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
     center_rewards: bool = option(False, "With scale_rewards, subtract the running mean first.")
     score_clip: float | None = option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
     missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without EOS.")
-    batch_size: int | None = option(None, "Rollouts of one process in one iteration.")
-    per_device_train_batch_size: int | None = option(None, "Rollouts a forward pass of the update.")
+    batch_size: int = option(None, "Rollouts of one process in one iteration.")
+    per_device_train_batch_size: int = option(None, "Rollouts a forward pass of the update.")
     num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
     cliprange: float | None = option(None, "PPO only: clip range of the ratio.")
     cliprange_value: float | None = option(None, "Clip range of the values in the value loss; none by default.")
@@ -307,16 +306,16 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
     dataset_num_proc: int | None = option(None, "Without effect.")
     is_encoder_decoder: bool | None = option(None, "Read it; the trainer sets it.")
     is_peft_model: bool | None = option(None, "Read it; the trainer sets it.")
-    backward_batch_size: int | None = option(None, "Read it: mini_batch_size times gradient_accumulation_steps.")
+    backward_batch_size: int = option(None, "Read it: mini_batch_size times gradient_accumulation_steps.")
     global_batch_size: int | None = option(None, "Read it; the trainer sets it.")
     global_backward_batch_size: int | None = option(None, "Read it; the trainer sets it.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         with errors_without_secrets(vars(self), quoted=False):
             check_finite_options(self)
             self._translate_classic_only()
             algorithm_of(self.loss_type)
-            self._translate_trl_0_12()
+            trl_0_12.translate(self)
             self._translate_aliases()
             self._fill_by_loss_type()
             self._check_ranges()
@@ -325,11 +324,11 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             self._fill_batch_sizes()
             self._fill_aliases()
             if self.optimize_device_cache and self.torch_empty_cache_steps is None:
-                self.torch_empty_cache_steps = 1
+                self.torch_empty_cache_steps: int | None = 1
             if self.logging_nan_inf_filter is None:
                 self.logging_nan_inf_filter = bool(self.fp16)
             if self.bf16 is None:
-                self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+                self.bf16: bool | None = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
             super().__post_init__()
             self._check_world_size()
             self._check_horizon()
@@ -367,11 +366,11 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             warnings.warn("forward_batch_size is an old name: use mini_batch_size", FutureWarning, stacklevel=4)
             self.mini_batch_size = self.forward_batch_size
         if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0
+            self.max_grad_norm: float | None = 0.0
         if self.report_to is None:
-            self.report_to = "none"
+            self.report_to: str | list[str] = "none"
         if self.exp_name is not None and self.run_name is None:
-            self.run_name = self.exp_name
+            self.run_name: str | None = self.exp_name
         for name, reason in WITHOUT_EFFECT.items():
             self._parse_json(name)
             value = getattr(self, name)
@@ -477,7 +476,8 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
     def _check_horizon(self) -> None:
         """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
         responses = self.batch_size * self.world_size
-        if self.reads("horizon") and self.adap_kl_ctrl and responses >= 5 * self.horizon:
+        adapts = self.reads("horizon") and self.adap_kl_ctrl
+        if adapts and self.horizon is not None and responses >= 5 * self.horizon:
             raise ValueError(
                 f"horizon={self.horizon}: it should be more than a fifth of the {responses} responses of one step"
             )
@@ -485,7 +485,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
     def _fill_batch_sizes(self) -> None:
         if self.batch_size is None:
             mini_batch = (self.per_device_train_batch_size or 1) * self.gradient_accumulation_steps
-            self.batch_size = self._rollouts_by_mini_batches() or max(self._default_batch_size, mini_batch)
+            self.batch_size = trl_0_12.rollouts_by_mini_batches(self) or max(self._default_batch_size, mini_batch)
         per_micro_step, remainder = divmod(
             self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
         )
@@ -511,8 +511,11 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
 
 def _backward_batch_size(config: APAConfig) -> int:
     """Rollouts of one process in one optimizer step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size: int = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return size
 
 
 # A property, so that it follows the options that it is computed from; what is given for the field is not kept.
-APAConfig.backward_batch_size = property(_backward_batch_size, lambda config, given: None)
+APAConfig.backward_batch_size = property(  # type: ignore[assignment]  # in place of the field
+    _backward_batch_size, lambda config, given: None
+)

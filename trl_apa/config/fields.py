@@ -1,7 +1,15 @@
 """Fields of dataclasses that are options: their default, and what a command line says of them."""
 
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+# An object, which a command line writes as JSON: its parser wants `str` among the types. Text is read when the options
+# are made.
+if TYPE_CHECKING:
+    Json = dict[str, Any] | None
+else:
+    Json = dict[str, Any] | str | None
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

@@ -2,11 +2,15 @@
 
 import warnings
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
 from trl_apa.config.fields import option
 
+
+if TYPE_CHECKING:
+    from trl_apa.config.apa import APAConfig
 
 # The name that such a script uses -> ours.
 ALIASES = {
@@ -78,61 +82,11 @@ class TRL012Options:
     ds3_gather_for_generation: bool = option(True, "Under ZeRO-3, gather the policy's weights before sampling.")
     sft_model_path: str | None = option(None, "Kept for the record; scripts load the model by it.")
     reward_model_path: str | None = option(None, "Kept for the record; scripts load the reward model by it.")
-    world_size: int | None = option(None, "Read it; the launcher decides it.")
+    world_size: int = option(None, "Read it; the launcher decides it.")
     num_sample_generations: int | None = option(None, "Without effect.")
     num_total_batches: int | None = option(None, "Without effect.")
     micro_batch_size: int | None = option(None, "Without effect.")
     local_mini_batch_size: int | None = option(None, "Without effect.")
-
-    def _is_trl_0_12(self) -> bool:
-        """Whether an option is set that only those scripts set; call it before aliases are filled in."""
-        names = {f.name for f in fields(TRL012Options)} - SHARED
-        return any(getattr(self, name) is not None for name in names)
-
-    def _translate_trl_0_12(self) -> None:
-        """Sampling and KL as those scripts meant them; sizes are `_rollouts_by_mini_batches`."""
-        if self.stop_token not in (None, "eos"):
-            raise ValueError(
-                f"stop_token={self.stop_token!r}: it should be 'eos' or None; use stop_token_id for others"
-            )
-        if self.stop_token is not None and self.stop_token_id is not None:
-            raise ValueError(
-                f"stop_token and stop_token_id={self.stop_token_id} both set the end token: set one of them"
-            )
-        if self.kl_estimator is not None:
-            if self.kl_estimator not in KL_ESTIMATORS:
-                raise ValueError(f"kl_estimator={self.kl_estimator!r}: it should be one of {', '.join(KL_ESTIMATORS)}")
-            penalty = KL_ESTIMATORS[self.kl_estimator]
-            if self.kl_penalty not in (None, penalty):
-                raise ValueError(f"kl_estimator={self.kl_estimator!r} and kl_penalty={self.kl_penalty!r}: set one")
-            if self.reads("kl_penalty"):
-                self.kl_penalty = penalty
-        if self.algorithm.kl_in_reward and self._is_trl_0_12():
-            # Those trainers had no controller.
-            if self.adap_kl_ctrl is None:
-                self.adap_kl_ctrl = False
-            if self.kl_coef is None and self.init_kl_coef is None:
-                self.kl_coef = KL_COEF
-
-    def _rollouts_by_mini_batches(self) -> int | None:
-        """
-        `batch_size` as those scripts imply it when they do not say it, or None:
-        `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`, as in TRL 0.12 to 0.16.
-        """
-        by_size = self.per_device_train_batch_size is not None and self.mini_batch_size is None
-        if self.num_mini_batches is None and not (by_size and self._is_trl_0_12()):
-            return None
-        size, mini_batches = self.per_device_train_batch_size or 8, self.num_mini_batches or 1
-        mini_batch = size * self.gradient_accumulation_steps
-        if mini_batches > 1:
-            warnings.warn(
-                f"num_mini_batches={mini_batches} makes batch_size {mini_batch * mini_batches} = {size} * "
-                f"{self.gradient_accumulation_steps} * {mini_batches}, as in TRL 0.12 to 0.16; from 0.17 on it was "
-                f"{mini_batch}, split into num_mini_batches. Set batch_size to choose",
-                UserWarning,
-                stacklevel=5,
-            )
-        return mini_batch * mini_batches
 
     def _check_world_size(self) -> None:
         given = self.__dict__.pop("_given_world_size", None)
@@ -144,8 +98,60 @@ class TRL012Options:
             )
 
 
+def _is_trl_0_12(options: TRL012Options) -> bool:
+    """Whether an option is set that only those scripts set; call it before aliases are filled in."""
+    names = {f.name for f in fields(TRL012Options)} - SHARED
+    return any(getattr(options, name) is not None for name in names)
+
+
+def translate(config: "APAConfig") -> None:
+    """Sampling and KL as those scripts meant them; sizes are `rollouts_by_mini_batches`."""
+    if config.stop_token not in (None, "eos"):
+        raise ValueError(f"stop_token={config.stop_token!r}: it should be 'eos' or None; use stop_token_id for others")
+    if config.stop_token is not None and config.stop_token_id is not None:
+        raise ValueError(
+            f"stop_token and stop_token_id={config.stop_token_id} both set the end token: set one of them"
+        )
+    if config.kl_estimator is not None:
+        if config.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator={config.kl_estimator!r}: it should be one of {', '.join(KL_ESTIMATORS)}")
+        penalty = KL_ESTIMATORS[config.kl_estimator]
+        if config.kl_penalty not in (None, penalty):
+            raise ValueError(f"kl_estimator={config.kl_estimator!r} and kl_penalty={config.kl_penalty!r}: set one")
+        if config.reads("kl_penalty"):
+            config.kl_penalty = penalty
+    if config.algorithm.kl_in_reward and _is_trl_0_12(config):
+        # Those trainers had no controller.
+        if config.adap_kl_ctrl is None:
+            config.adap_kl_ctrl = False
+        if config.kl_coef is None and config.init_kl_coef is None:
+            config.kl_coef = KL_COEF
+
+
+def rollouts_by_mini_batches(config: "APAConfig") -> int | None:
+    """
+    `batch_size` as those scripts imply it when they do not say it, or None:
+    `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`, as in TRL 0.12 to 0.16.
+    """
+    by_size = config.per_device_train_batch_size is not None and config.mini_batch_size is None
+    if config.num_mini_batches is None and not (by_size and _is_trl_0_12(config)):
+        return None
+    size, mini_batches = config.per_device_train_batch_size or 8, config.num_mini_batches or 1
+    mini_batch: int = size * config.gradient_accumulation_steps
+    if mini_batches > 1:
+        warnings.warn(
+            f"num_mini_batches={mini_batches} makes batch_size {mini_batch * mini_batches} = {size} * "
+            f"{config.gradient_accumulation_steps} * {mini_batches}, as in TRL 0.12 to 0.16; from 0.17 on it was "
+            f"{mini_batch}, split into num_mini_batches. Set batch_size to choose",
+            UserWarning,
+            stacklevel=5,
+        )
+    return mini_batch * mini_batches
+
+
 def _number_of_processes(args: TrainingArguments) -> int:
-    return TrainingArguments.world_size.fget(args)
+    number: int = TrainingArguments.world_size.fget(args)
+    return number
 
 
 def _note_world_size(args: TrainingArguments, given: int | None) -> None:
@@ -153,4 +159,6 @@ def _note_world_size(args: TrainingArguments, given: int | None) -> None:
 
 
 # A property of TrainingArguments, which the field above would hide.
-TRL012Options.world_size = property(_number_of_processes, _note_world_size)
+TRL012Options.world_size = property(  # type: ignore[assignment]  # in place of the field
+    _number_of_processes, _note_world_size
+)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trl_apa.data.pairs import Preference, Preferences, checked_pair, read_pairs
 from trl_apa.data.sources import Row, text_of
@@ -16,6 +16,15 @@ HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 STOP_STRINGS = (HUMAN_TURN, ASSISTANT_TURN)
 
+
+class HasPrompt(Protocol):
+    """A row of any kind, with the text before its responses."""
+
+    @property
+    def prompt(self) -> str: ...
+
+
+P = TypeVar("P", bound=HasPrompt)
 _TURNS = {"user": HUMAN_TURN, "assistant": ASSISTANT_TURN, "system": "\n\nSystem:"}
 
 
@@ -62,7 +71,7 @@ def parse_row(row: Row, chat_tokenizer: "PreTrainedTokenizerBase | None" = None)
     Raises:
         ValueError: the row is none; the message is the reason.
     """
-    if row.fields is None:
+    if row.problem is not None:
         raise ValueError(row.problem)
     columns = {column: row.fields.get(column) for column in ("prompt", "chosen", "rejected")}
     for column in ("chosen", "rejected"):
@@ -117,7 +126,8 @@ def _from_messages(
         raise ValueError("the prompts of chosen and rejected differ")
     prompt = _render(chosen[:-1], chat_tokenizer)
     # The HH layout has a space after the marker; a chat template puts its own separator at the end of the prompt.
-    space = "" if _has_template(chat_tokenizer) else " "
+    has_template = chat_tokenizer is not None and chat_tokenizer.chat_template is not None
+    space = "" if has_template else " "
     responses = [messages[-1]["content"] for messages in (chosen, rejected)]
     first, second = (space + response if response.strip() else "" for response in responses)
     return prompt, first, second
@@ -137,7 +147,7 @@ def _messages(column: str, messages: list[Any]) -> list[dict[str, str]]:
 
 
 def _render(messages: list[dict[str, str]], chat_tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    if not _has_template(chat_tokenizer):
+    if chat_tokenizer is None or chat_tokenizer.chat_template is None:
         turns = [f"{_TURNS[message['role']]} {message['content']}" for message in messages]
         return "".join(turns) + ASSISTANT_TURN
     from jinja2 import TemplateError
@@ -148,19 +158,13 @@ def _render(messages: list[dict[str, str]], chat_tokenizer: "PreTrainedTokenizer
         raise ValueError(f"the chat template refuses the prompt: {error}") from error
 
 
-def _has_template(tokenizer: "PreTrainedTokenizerBase | None") -> bool:
-    return tokenizer is not None and tokenizer.chat_template is not None
-
-
 def opening(prompt: str) -> str:
     """What a dialogue begins with: its text before the first assistant turn, the whole prompt in other layouts."""
     return prompt.split(ASSISTANT_TURN, 1)[0]
 
 
-def split_by_prompt(
-    pairs: Sequence[Preference], shares: Mapping[str, float], seed: int = 0
-) -> dict[str, list[Preference]]:
-    """Divide pairs at random so that no dialogue is in two parts.
+def split_by_prompt(pairs: Sequence[P], shares: Mapping[str, float], seed: int = 0) -> dict[str, list[P]]:
+    """Divide pairs, or other rows with a prompt, at random so that no dialogue is in two parts.
 
     HH has several rows that grew out of one dialogue; all rows with the same [`opening`] stay together, so the parts
     hold about, not exactly, their shares.
@@ -175,12 +179,12 @@ def split_by_prompt(
     """
     if not shares or any(share <= 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"shares={dict(shares)}: expected positive numbers that add up to 1")
-    groups: dict[str, list[Preference]] = {}
+    groups: dict[str, list[P]] = {}
     for pair in pairs:
         groups.setdefault(opening(pair.prompt), []).append(pair)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    parts: dict[str, list[Preference]] = {name: [] for name in shares}
+    parts: dict[str, list[P]] = {name: [] for name in shares}
     names = list(shares)
     for group in order:
         # A part that has its share is closed; the last one takes what is left.

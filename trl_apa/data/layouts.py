@@ -30,12 +30,12 @@ LAYOUTS: dict[str, Callable[[Row], list[Row]]] = {"stack_exchange": stack_exchan
 
 def rows_in_layout(row: Row, layout: str) -> list[Row]:
     """The rows that a row of `layout` (a key of `LAYOUTS`) stands for; a bad one keeps its number and says why."""
-    if row.fields is None:
+    if row.problem is not None:
         return [row]
     try:
         return LAYOUTS[layout](row)
     except ValueError as error:
-        return [Row(row.number, None, str(error))]
+        return [Row(row.number, {}, str(error))]
 
 
 def _as_row(row: Row, found: Preference | Demonstration, *replaced: str) -> Row:

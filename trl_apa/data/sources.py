@@ -31,12 +31,12 @@ class Row(NamedTuple):
 
     Args:
         number: its place in the source, from 1; the line number in a file of JSON lines.
-        fields: its columns, or None if it could not be read.
+        fields: its columns; empty if it could not be read.
         problem: why it could not be read, or None.
     """
 
     number: int
-    fields: dict[str, Any] | None
+    fields: dict[str, Any]
     problem: str | None = None
 
 
@@ -144,7 +144,7 @@ def _decoded(number: int, line: bytes) -> Row:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Row(number, None, f"not JSON: {error}")
+        return Row(number, {}, f"not JSON: {error}")
     return _checked(number, value)
 
 
@@ -168,7 +168,7 @@ def _json_list(path: Path) -> Iterator[Row]:
 def _checked(number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(number, value)
-    return Row(number, None, f"a {type(value).__name__}, expected an object with columns")
+    return Row(number, {}, f"a {type(value).__name__}, expected an object with columns")
 
 
 def _table_rows(path: str, **options: Any) -> Iterator[Row]:
@@ -212,7 +212,7 @@ def parse_rows(
     bad_rows: list[BadRow] = []
     for row in islice(rows, limit):
         try:
-            if row.fields is None:
+            if row.problem is not None:
                 raise ValueError(row.problem)
             found.extend(parse(row))
         except ValueError as error:
@@ -228,7 +228,7 @@ def text_column(row: Row, column: str) -> str:
     Raises:
         ValueError: if there is no such column, or no text in it.
     """
-    value = None if row.fields is None else row.fields.get(column)
+    value = row.fields.get(column)
     if value is None:
         raise ValueError(f"has no {column!r} column")
     return text_of(column, value)

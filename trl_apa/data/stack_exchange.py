@@ -97,7 +97,7 @@ def _pairs_of_answers(prompt: str, row: Row, max_pairs: int) -> list[Preference]
     if not isinstance(answers, list):
         raise ValueError(f"answers is a {type(answers).__name__}, expected a list")
     scored = [_scored_answer(number, answer) for number, answer in enumerate(answers, start=1)]
-    pairs = []
+    pairs: list[Preference] = []
     for (first, first_score), (second, second_score) in combinations(scored, 2):
         if first_score != second_score and len(pairs) < max_pairs:
             better, worse = (first, second) if first_score > second_score else (second, first)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -10,7 +11,9 @@ from matplotlib.figure import Figure
 PROXY_COLOUR, GOLD_COLOUR, OTHER_COLOUR = "#1f77b4", "#d99a00", "#555555"
 
 
-def plot_curves(path: Path, title: str, training: Sequence[dict[str, float]], evaluations: Sequence[dict]) -> None:
+def plot_curves(
+    path: Path, title: str, training: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]
+) -> None:
     """Save the figure as PNG.
 
     Args:
@@ -50,7 +53,7 @@ def plot_curves(path: Path, title: str, training: Sequence[dict[str, float]], ev
     figure.savefig(path)
 
 
-def label_axes(axes, title: str, x: str, y: str) -> None:
+def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Title, names of the axes and a light grid."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)

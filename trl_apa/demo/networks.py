@@ -70,7 +70,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Ten
 
 def decode(tokenizer: PreTrainedTokenizerFast, responses: Sequence[Tensor]) -> list[str]:
     """The words of each response, without special tokens."""
-    return tokenizer.batch_decode([response.tolist() for response in responses], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode([response.tolist() for response in responses], skip_special_tokens=True)
+    return texts
 
 
 @contextmanager

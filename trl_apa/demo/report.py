@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .supervised import Tick
@@ -110,8 +110,8 @@ class Report:
         table = Table(title="Held-out sentences", title_justify="left", show_lines=True)
         for heading in ("before", "after"):
             table.add_column(heading, ratio=1)
-        for prompt, *told in rows:
-            pairs = zip(told[::2], told[1::2], strict=True)
+        for prompt, before, reward_before, after, reward_after in rows:
+            pairs = ((before, reward_before), (after, reward_after))
             table.add_row(*(f"{escape(prompt)}[bold]{escape(text)}[/bold] ({reward:+.2f})" for text, reward in pairs))
         self.console.print(table)
 
@@ -129,7 +129,7 @@ class Report:
 class IterationTable:
     """The latest iterations as a table that redraws itself, or as a line every few iterations."""
 
-    def __init__(self, report: Report, progress: Progress, task, total: int):
+    def __init__(self, report: Report, progress: Progress, task: TaskID, total: int):
         self.report = report
         self.progress = progress
         self.task = task

@@ -1,7 +1,7 @@
 """What the processes of a run do together: sums, and work that fails on all of them if it fails on one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,9 @@ from trl_apa.trainer.signals import StopOnSignal
 from trl_apa.values import described_error
 
 
+T = TypeVar("T")
+
+
 class Processes:
     """All processes of a run.
 
@@ -19,17 +22,17 @@ class Processes:
         accelerator: of the trainer.
     """
 
-    # A second Ctrl-C does not wait for other processes.
-    stop_on_signal: StopOnSignal | None = None
-
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
+        # A second Ctrl-C does not wait for other processes.
+        self.stop_on_signal = StopOnSignal(self.sum)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over all processes, the same on each."""
-        return self.accelerator.reduce(tensor, reduction="sum")
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
 
-    def together(self, work: Callable[[], Any]) -> Any:
+    def together(self, work: Callable[[], T]) -> T:
         """Do `work`; if it fails in one process, with `SystemExit` too, all raise: none is left waiting.
 
         Work that talks to other processes has to have talked to all of them before it fails.
@@ -37,11 +40,12 @@ class Processes:
         Raises:
             ValueError: if it failed only in other processes, with their messages.
         """
-        error, result = None, None
+        error: BaseException | None = None
+        results: list[T] = []
         try:
-            result = work()
+            results.append(work())
         except BaseException as failed:
-            if self.stop_on_signal is not None and self.stop_on_signal.at_once:
+            if self.stop_on_signal.at_once:
                 raise
             error = failed
         failures = self.sum(torch.tensor(float(error is not None), device=self.accelerator.device))
@@ -53,4 +57,4 @@ class Processes:
             raise error
         if failures:
             raise ValueError(f"{int(failures)} other process(es) failed at the same point: {'; '.join(messages)}")
-        return result
+        return results[0]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from trl_apa._trl import add_hooks, prepare_deepspeed, remove_hooks
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.network_parts import Network
 from trl_apa.models.partitioned import gathered, is_partitioned
 
 
@@ -94,7 +95,7 @@ def keep_outputs_precise(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def prepare_frozen(model: nn.Module, policy: nn.Module, accelerator: Accelerator) -> nn.Module:
+def prepare_frozen(model: Network, policy: Network, accelerator: Accelerator) -> Network:
     """A network that is not trained, on the device and sharded where the policy will be.
 
     Args:
@@ -112,7 +113,7 @@ def prepare_frozen(model: nn.Module, policy: nn.Module, accelerator: Accelerator
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def serve_sharded_weights(model: nn.Module, accelerator: Accelerator) -> None:
+def serve_sharded_weights(model: Network, accelerator: Accelerator) -> None:
     """Let a frozen network compute that ZeRO-3 has sharded while it was loaded; nothing happens to any other."""
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         prepare_deepspeed(model, accelerator)
@@ -128,7 +129,8 @@ def policy_gathered(wrapped: nn.Module) -> Iterator[None]:
     if not any(is_partitioned(parameter) for parameter in wrapped.parameters()):
         yield
         return
-    with gathered(wrapped.module.policy.parameters()):
+    engine: Any = wrapped  # DeepSpeed's
+    with gathered(engine.module.policy.parameters()):
         remove_hooks(wrapped)  # which would gather layer by layer
         try:
             yield
@@ -142,11 +144,11 @@ def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
     It replaces them in the first backward pass of an update, and in later ones adds to what it has. So it would to the
     old gradient of what the first pass does not reach, the value adapter.
     """
-    for parameter in parameters:
-        if is_partitioned(parameter):
-            from deepspeed.utils import safe_set_local_grad
+    sharded: list[Any] = [parameter for parameter in parameters if is_partitioned(parameter)]
+    for parameter in sharded:
+        from deepspeed.utils import safe_set_local_grad
 
-            safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
+        safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
 def full_tensor(tensor: Any) -> Any:
@@ -157,4 +159,5 @@ def full_tensor(tensor: Any) -> Any:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Norm of the gradients of all parameters together, sharded or not, 0-D."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return full_tensor(nn.utils.get_total_norm(gradients))
+    norm: Tensor = full_tensor(nn.utils.get_total_norm(gradients))
+    return norm

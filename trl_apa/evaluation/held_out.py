@@ -117,7 +117,7 @@ def _measure(
         "entropy_sum": entropy_sum_B.cpu(),
         "response_length": torch.tensor([float(len(response)) for response in responses]),
         "eos_share": torch.tensor([float(int(response[-1]) in end) for response in responses]),
-        **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(trainer.scorer.names)},
+        **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(scores.names)},
     }
     return columns, trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trl_apa.memory.prediction import predict
 from trl_apa.memory.setup import Setup
@@ -50,7 +51,7 @@ def _candidates(setup: Setup) -> Iterator[tuple[str, Setup]]:
             continue  # it does not go with the rest of the setup
 
 
-def _options(setup: Setup) -> Iterator[tuple[str, dict]]:
+def _options(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
     rows, sampled = setup.micro_batch_size, setup.generation_batch_size
     if not setup.gradient_checkpointing:
         yield "gradient checkpointing", {"gradient_checkpointing": True}
@@ -75,7 +76,7 @@ def _options(setup: Setup) -> Iterator[tuple[str, dict]]:
         yield "LoRA of rank 16 in place of full fine-tuning", lora
 
 
-def _on_one_base(setup: Setup) -> Iterator[tuple[str, dict]]:
+def _on_one_base(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
     if setup.value not in ("adapter", "head"):
         yield "value model: an adapter on the policy's base", {"value": "adapter"}
     if setup.reward not in (None, "adapter"):

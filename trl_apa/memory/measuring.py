@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,7 +32,8 @@ def peak_of(work: Callable[[], object], device: torch.device | None = None) -> i
     finally:
         with _silent():
             profiled.stop()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    profiler: Any = profiled.profiler  # torch's own annotations lack the records of memory
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

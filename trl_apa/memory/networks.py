@@ -1,7 +1,7 @@
 """The networks of a `Setup`, built on the "meta" device by the functions that build the real ones."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -26,7 +27,13 @@ from trl_apa.models import (
     freeze_all_but,
     resolve_value_model,
 )
+from trl_apa.models.critic import Critic
 from trl_apa.models.loading import language_model_class
+from trl_apa.models.network_parts import Network
+
+
+if TYPE_CHECKING:
+    import bitsandbytes as bnb
 
 
 def build_networks(setup: Setup) -> tuple[PolicyAndValue, nn.Module | None]:
@@ -65,7 +72,7 @@ def _lora_config(setup: Setup) -> LoraConfig | None:
     return LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM")
 
 
-def language_model(config: PretrainedConfig, setup: Setup) -> nn.Module:
+def language_model(config: PretrainedConfig, setup: Setup) -> PreTrainedModel:
     """The policy without adapters, quantised if the setup says so."""
     attention = {"flash": "sdpa"}.get(setup.attention, setup.attention)
     model_class = language_model_class(config)
@@ -74,14 +81,14 @@ def language_model(config: PretrainedConfig, setup: Setup) -> nn.Module:
     return model if setup.quantization is None else quantised(model, setup.quantization)
 
 
-def _value_model(setup: Setup, policy: nn.Module) -> nn.Module:
+def _value_model(setup: Setup, policy: Network) -> Critic:
     if isinstance(setup.value, PretrainedConfig):
         # As from a name: in float32, and all of it trained.
         return ValueModel.on_trunk(AutoModel.from_config(setup.value, dtype=torch.float32))
     return resolve_value_model(setup.value, policy)
 
 
-def quantised(model: nn.Module, quantization: str) -> nn.Module:
+def quantised(model: PreTrainedModel, quantization: str) -> PreTrainedModel:
     """`model` with bitsandbytes' layers in place of its linear ones, except the vocabulary head.
 
     Raises:
@@ -103,7 +110,7 @@ def quantised(model: nn.Module, quantization: str) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _pack_weight(layer: nn.Module, quantization: str) -> None:
+def _pack_weight(layer: "bnb.nn.Linear8bitLt | bnb.nn.Linear4bit", quantization: str) -> None:
     """The shape and type that the weight has once it is quantised."""
     rows, columns = layer.out_features, layer.in_features
     if quantization == "8bit":
@@ -142,5 +149,5 @@ def weight_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
     known = set() if beside is None else {id(parameter) for parameter in beside.parameters()}
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known}
     # peft's wrapper of such a layer has the name of its class, but not this entry.
-    scales = sum(vars(layer).get("scale_bytes", 0) for layer in model.modules())
+    scales: int = sum(vars(layer).get("scale_bytes", 0) for layer in model.modules())
     return scales + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

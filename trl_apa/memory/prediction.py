@@ -24,8 +24,18 @@ LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhea
 PASSING = (GRADIENTS, ACTIVATIONS, LOGITS, CACHE)
 ADAPTERS = "adapters and heads"
 # The parts in the order in which they are shown.
-PARTS = ("weights: policy", "weights: value", "weights: reference", "weights: reward", ADAPTERS, "float32 weights")
-PARTS += ("optimizer", *PASSING, "engine's buffers", OVERHEAD)
+PARTS = (
+    "weights: policy",
+    "weights: value",
+    "weights: reference",
+    "weights: reward",
+    ADAPTERS,
+    "float32 weights",
+    "optimizer",
+    *PASSING,
+    "engine's buffers",
+    OVERHEAD,
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ def forward_and_backward(
 
     Args:
         module: policy and value model.
-        tokens: what `rollouts.lay_out` gives.
+        tokens: what `batch.lay_out` gives.
         width: tokens of the longest response.
         networks: one of `module.passes`.
     """

@@ -34,9 +34,9 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, label_of: Callable[[Tensor], str | None] = lambda tensor: None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations
         self._label_of = label_of
-        self._entries: dict[int, tuple[str, int, weakref.ref]] = {}
+        self._entries: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
         self._total = self._peak_total = 0
@@ -121,7 +121,8 @@ class _Trust(TorchFunctionMode):
 def _give_weights(module: nn.Module) -> None:
     given: dict[int, Tensor] = {}
     for child in module.modules():
-        for store in (child._parameters, child._buffers):
+        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+        for store in stores:
             for name, tensor in store.items():
                 if tensor is not None:
                     store[name] = given.setdefault(id(tensor), _without_contents(tensor))

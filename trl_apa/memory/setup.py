@@ -1,6 +1,6 @@
 """What a prediction of memory is about: the networks, how they are trained, and how many rows of which length."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,10 @@ SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
 REFERENCES = ("auto", "base", "adapter", "copy")
 ATTENTIONS = ("eager", "sdpa", "flash")
 # Of networks that are not given as a config.
-NETWORKS = {"value": ("separate", "adapter", "head"), "reward": (None, "adapter", "separate")}
+NETWORKS: dict[str, tuple[str | None, ...]] = {
+    "value": ("separate", "adapter", "head"),
+    "reward": (None, "adapter", "separate"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,13 @@ class Setup:
         self._check_sharding()
 
     def _check_choices(self) -> None:
-        choices = {"reference": REFERENCES, "sharding": SHARDINGS, "optimizer": STATES, "attention": ATTENTIONS}
-        choices |= {"quantization": (None, "8bit", "4bit")}
+        choices: dict[str, Collection[str | None]] = {
+            "reference": REFERENCES,
+            "sharding": SHARDINGS,
+            "optimizer": STATES,
+            "attention": ATTENTIONS,
+            "quantization": (None, "8bit", "4bit"),
+        }
         named = [name for name in NETWORKS if not isinstance(getattr(self, name), PretrainedConfig)]
         choices |= {name: NETWORKS[name] for name in named}
         for name, known in choices.items():

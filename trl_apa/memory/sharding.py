@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trl_apa.memory.setup import Setup
+from trl_apa.models import PolicyAndValue
 
 
 # Elements that DeepSpeed reduces, or gathers, at once.
@@ -31,7 +32,7 @@ class Counts:
     outside: int
 
 
-def count_elements(module: nn.Module) -> Counts:
+def count_elements(module: PolicyAndValue) -> Counts:
     """`Counts` of policy and value model."""
     layers = [child for stack in module.modules() if isinstance(stack, nn.ModuleList) for child in stack]
     largest = max((_numel(layer) for layer in layers), default=0)

@@ -64,7 +64,7 @@ def _plain_layers(policy: PeftModel) -> list[BaseTunerLayer] | None:
     known = adapters.keys() == policy.peft_config.keys()
     if not known or any(config is not adapters[name] for name, config in policy.peft_config.items()):
         layers = [module for module in policy.modules() if isinstance(module, PEFT_LAYERS)]
-        if not all(_is_plain(type(layer)) for layer in layers):
+        if not all(_is_plain(type(layer)) for layer in layers):  # type: ignore[arg-type]  # a class is hashable
             layers = None
         _LAYERS[policy] = dict(policy.peft_config), layers
     if layers is not None and any(layer.merged for layer in layers):

@@ -8,4 +8,5 @@ from torch import nn
 
 def renamed_method(network: nn.Module, new_name: str, old_name: str) -> Callable[..., Any]:
     """The method under its new name, or under the one that it had before."""
-    return getattr(network, new_name, None) or getattr(network, old_name)
+    method: Callable[..., Any] = getattr(network, new_name, None) or getattr(network, old_name)
+    return method

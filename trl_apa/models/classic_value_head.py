@@ -1,6 +1,7 @@
 """Classic's critic: a linear head on the policy's own last hidden states, and where checkpoints keep it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class SummaryHead(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Values `(B, T, 1)`, reward units, in the precision of the head."""
         with torch.autocast(hidden_BTH.device.type, enabled=False):
-            return self.summary(self.dropout(hidden_BTH).to(self.summary.weight))
+            values_BT1: Tensor = self.summary(self.dropout(hidden_BTH).to(self.summary.weight))
+            return values_BT1
 
 
 class PolicyValueHead(nn.Module):
@@ -86,7 +88,7 @@ class PolicyValueHead(nn.Module):
         save_value_head(path, {name.replace("head.", HEAD_PREFIX, 1): tensor for name, tensor in state.items()})
 
 
-def save_value_head(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+def save_value_head(path: str | os.PathLike[str], state_dict: dict[str, Tensor]) -> None:
     """Write those weights of `state_dict` that are under `v_head.`; `read_value_head` reads them back."""
     Path(path).mkdir(parents=True, exist_ok=True)
     head_state = {name: t.cpu().contiguous() for name, t in state_dict.items() if name.startswith(HEAD_PREFIX)}
@@ -102,7 +104,8 @@ def read_value_head(path: str, **hub: Any) -> dict[str, Tensor]:
     """
 
     def find(name: str) -> str | None:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+        file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+        return file
 
     if path.endswith(SUFFIX):
         return {}

@@ -4,13 +4,13 @@ import copy
 
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
-from trl_apa.models.network_parts import text_trunk
+from trl_apa.models.network_parts import M, text_trunk
 from trl_apa.models.partitioned import gathered, is_partitioned, partition
 
 
-def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None) -> nn.Module:
+def independent_copy(model: M, shared: list[nn.Parameter] | None = None) -> M:
     """A deep copy of `model` that does not run on the original's weights.
 
     A model that another trainer has patched may have a `forward` that is a function bound to the
@@ -38,7 +38,7 @@ def independent_copy(model: nn.Module, shared: list[nn.Parameter] | None = None)
     return duplicate
 
 
-def copy_of_trunk(language_model: nn.Module) -> nn.Module:
+def copy_of_trunk(language_model: PreTrainedModel) -> PreTrainedModel:
     """A deep copy of what turns tokens into hidden states, without vocabulary head and towers for images and sound.
 
     T5's language model has its two stacks as attributes, without a trunk to copy.

@@ -1,13 +1,14 @@
 """Which value model the trainer's `value_model` argument means."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from trl_apa.models.classic_value_head import PolicyValueHead, SummaryHead
 from trl_apa.models.copying import independent_copy
+from trl_apa.models.network_parts import Network
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_adapter import AdapterValueModel
 from trl_apa.models.value_model import ValueModel, output_width, trainable
@@ -15,11 +16,11 @@ from trl_apa.models.value_model import ValueModel, output_width, trainable
 
 # Before the folder or hub name of an adapter that is to lie on the policy's own base.
 ADAPTER_PREFIX = "adapter:"
+# A separate network, an adapter on the policy's base, or a head that reads the policy's hidden states.
+Critic: TypeAlias = ValueModel | AdapterValueModel | PolicyValueHead
 
 
-def resolve_value_model(
-    value_model: Any, policy: nn.Module, classic_value_head: SummaryHead | None = None
-) -> ValueModel | AdapterValueModel | PolicyValueHead:
+def resolve_value_model(value_model: Any, policy: Network, classic_value_head: SummaryHead | None = None) -> Critic:
     """What the trainer's `value_model` argument means.
 
     Args:

@@ -12,11 +12,11 @@ from transformers.core_model_loading import WeightTransform, revert_weight_conve
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import merged_layer
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.quantization import use_one_kernel
 
 
-def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(policy: Network) -> Iterator[tuple[str, Tensor]]:
     """Names and weights that a plain checkpoint of the merged policy would have.
 
     Nothing in `policy` changes. Merging an adapter in place and taking it out again would move its base, and pi_init
@@ -29,7 +29,7 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted = is_peft_model(policy)
     use_one_kernel(policy)
     layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
-    merged: tuple[str, nn.Module | None] = ("", None)
+    merged_name, merged = "", nn.Module()
     for name, parameter in policy.named_parameters():
         if adapted and (policy.prefix in name or not _is_in_use(name, policy.active_adapters)):
             continue
@@ -37,13 +37,13 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if owner is None:
             yield _plain_name(name), _dense(parameter)
             continue
-        if merged[0] != owner:
+        if merged_name != owner:
             with torch.autocast(parameter.device.type, enabled=False):  # which would round the product of the adapters
-                merged = (owner, _merged_copy(layers[owner]))
-        yield _plain_name(name), merged[1].get_parameter(name.removeprefix(f"{owner}.")).detach()
+                merged_name, merged = owner, _merged_copy(layers[owner])
+        yield _plain_name(name), merged.get_parameter(name.removeprefix(f"{owner}.")).detach()
 
 
-def as_in_checkpoints(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def as_in_checkpoints(model: Network, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names that the family's checkpoints have for them, from which vLLM loads.
 
     transformers has other names for some of them in memory (GPT-NeoX's head, Mixtral's routers), one tensor for the
@@ -101,7 +101,8 @@ def _plain_name(name: str) -> str:
 def _dense(parameter: nn.Parameter) -> Tensor:
     """The weights in the precision that the layer computes in."""
     if type(parameter).__name__ == "Params4bit":
-        return dequantize_bnb_weight(parameter)
+        weight: Tensor = dequantize_bnb_weight(parameter)
+        return weight
     return parameter.detach()
 
 
@@ -109,7 +110,8 @@ def _merged_copy(layer: BaseTunerLayer) -> nn.Module:
     """The layer with the active adapters' changes in its dense `base_layer`."""
     base = layer.get_base_layer()
     if type(getattr(base, "weight", None)).__name__ != "Params4bit":
-        return merged_layer(layer)
+        merged: nn.Module = merged_layer(layer)
+        return merged
     weight, bias = dequantize_bnb_weight(base.weight), base.bias
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant:
@@ -118,8 +120,8 @@ def _merged_copy(layer: BaseTunerLayer) -> nn.Module:
             weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
             if layer.lora_bias[adapter]:
                 bias = bias + (layer.lora_B[adapter].bias * layer.scaling[adapter]).to(bias.dtype)
-    around = nn.Module()
-    around.base_layer = nn.Module()
-    around.base_layer.weight = nn.Parameter(weight, requires_grad=False)
-    around.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    dense, around = nn.Module(), nn.Module()
+    dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    dense.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    around.base_layer = dense
     return around

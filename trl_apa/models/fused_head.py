@@ -17,7 +17,7 @@ def can_fuse(head: nn.Module, hidden_MH: Tensor) -> bool:
 
 def runs_kernel(device: torch.device) -> bool:
     """Whether Triton launches on `device`: the current one alone. TRL's counterpart in torch is slow on a CPU."""
-    return _use_triton(device) and device.index == torch.get_device_module(device).current_device()
+    return bool(_use_triton(device) and device.index == torch.get_device_module(device).current_device())
 
 
 def _is_plain(head: nn.Module) -> bool:

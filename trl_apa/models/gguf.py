@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
-from trl_apa.models.network_parts import without_unknown_pad
+from trl_apa.models.network_parts import M, Network, without_unknown_pad
 
 
 SUFFIX = ".gguf"
 
 
-def gguf_source(path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+def gguf_source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` wants for a name that may be a GGUF file's: a folder or repository, and `gguf_file`.
 
     Args:
@@ -36,19 +36,19 @@ def gguf_source(path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     return folder or os.curdir, {"gguf_file": file}
 
 
-def load_config(path: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
+def load_config(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained` of a folder, a hub name or a GGUF file."""
     folder, options = gguf_source(path)
     return AutoConfig.from_pretrained(folder, **{**options, **kwargs})
 
 
-def load_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
     """`AutoTokenizer.from_pretrained` of a folder, a hub name or a GGUF file."""
     folder, options = gguf_source(path)
     return AutoTokenizer.from_pretrained(folder, **{**options, **kwargs})
 
 
-def adapter_config_file(path: str | os.PathLike, **hub: Any) -> str | None:
+def adapter_config_file(path: str | os.PathLike[str], **hub: Any) -> str | None:
     """The path of an adapter's config; None if the folder, hub name or GGUF file is not an adapter.
 
     Args:
@@ -73,7 +73,7 @@ def dense_options(kwargs: dict[str, Any], config: PreTrainedConfig) -> dict[str,
     return {"config": config, **unpacked, **kwargs}
 
 
-def without_gguf_marks(model: nn.Module) -> nn.Module:
+def without_gguf_marks(model: M) -> M:
     """Take the marks of a quantised model off one that transformers has unpacked from a GGUF file.
 
     transformers leaves them on most families, and then refuses to train and to save what is dense. The model's name
@@ -87,8 +87,9 @@ def without_gguf_marks(model: nn.Module) -> nn.Module:
         `model` itself.
     """
     for network in model.modules():
-        marked = isinstance(network, PreTrainedModel) and getattr(network, "quantization_method", None) == "gguf"
-        if not marked or not all(parameter.is_floating_point() for parameter in network.parameters()):
+        if not isinstance(network, PreTrainedModel) or getattr(network, "quantization_method", None) != "gguf":
+            continue
+        if not all(parameter.is_floating_point() for parameter in network.parameters()):
             continue
         name_after_file(network, network.hf_quantizer.quantization_config.gguf_file, model)
         network.hf_quantizer.remove_quantization_config(network)
@@ -109,7 +110,7 @@ def name_after_file(network: PreTrainedModel, file: str | None, model: nn.Module
             config.base_model_name_or_path = network.name_or_path
 
 
-def save_dense_base(network: nn.Module, folder: str | os.PathLike, state_dict: Mapping[str, Tensor]) -> None:
+def save_dense_base(network: Network, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
     """Write the base of adapters on a GGUF file as a plain checkpoint, once, and name it as their base.
 
     peft loads a base by its name alone, which does not work for a GGUF file. The checkpoint is `base-HASH` in
@@ -174,5 +175,5 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_64()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()

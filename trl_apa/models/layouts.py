@@ -5,13 +5,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl_apa.models.logprobs import is_sharded, trunk_and_head
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.packing import let_pack, why_unsuitable
 from trl_apa.models.trial_memory import once
 from trl_apa.models.trials import (
@@ -28,6 +28,7 @@ from trl_apa.rollout.batch import Layout
 from trl_apa.rollout.sampling_trial import SamplingTrial, try_sampling
 
 
+T = TypeVar("T")
 # Each holds for the networks of which those before it do not.
 WITHOUT_PACKING = (Layout.PADDED, Layout.SEPARATE, Layout.ONE_BY_ONE)
 LONGEST_COUNTS = "has RoPE frequencies that depend on the longest row of a batch"
@@ -51,9 +52,9 @@ class Layouts:
 
     def __init__(
         self,
-        networks: Iterable[nn.Module],
+        networks: Iterable[Network],
         padding_free: bool | None = None,
-        around: Callable[[], AbstractContextManager] = nullcontext,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.networks, self.padding_free, self.around = list(networks), padding_free, around
         self._kinds = _different(self.networks)
@@ -105,11 +106,11 @@ class ShardedLayouts:
         networks: language models or trunks.
     """
 
-    def __init__(self, networks: Iterable[nn.Module]):
+    def __init__(self, networks: Iterable[Network]):
         self._kinds = _different(networks)
         self._is_exact_padded = True
 
-    def try_out(self, networks: Iterable[nn.Module]) -> None:
+    def try_out(self, networks: Iterable[Network]) -> None:
         """Called by all processes together, where they may call these networks."""
         layouts = [unpacked_layout(network) for network in _different(networks)]
         self._is_exact_padded = all(layout is Layout.PADDED for layout in layouts)
@@ -131,7 +132,7 @@ def _lengths_up_to(longest: int, limits: Sequence[int]) -> list[int]:
     return [*(limit for limit in limits if limit < longest), longest]
 
 
-def _longest_anywhere(longest: int, network: nn.Module) -> int:
+def _longest_anywhere(longest: int, network: Network) -> int:
     """The largest of what the processes give."""
     if not torch.distributed.is_initialized():
         return longest
@@ -140,9 +141,9 @@ def _longest_anywhere(longest: int, network: nn.Module) -> int:
     return int(largest)
 
 
-def _different(networks: Iterable[nn.Module]) -> list[nn.Module]:
+def _different(networks: Iterable[Network]) -> list[Network]:
     """Without those that compute what one before them does with other weights: pi_init as a copy of the policy."""
-    kept: dict[tuple, nn.Module] = {}
+    kept: dict[tuple[Any, ...], Network] = {}
     for network in networks:
         base = inner_model(network)
         kind = (type(base), base.dtype, base.config._attn_implementation, repr(base.config.to_dict()))
@@ -150,7 +151,7 @@ def _different(networks: Iterable[nn.Module]) -> list[nn.Module]:
     return list(kept.values())
 
 
-def why_not_packed(network: nn.Module, longest: int = LONG) -> str | None:
+def why_not_packed(network: Network, longest: int = LONG) -> str | None:
     """Why packed sequences of at most `longest` tokens would differ from the sequences alone; None if they do not."""
     if (reason := why_unsuitable(network, longest)) is not None:
         return reason
@@ -164,7 +165,7 @@ def why_not_packed(network: nn.Module, longest: int = LONG) -> str | None:
     return None if trial.is_exact_packed else "computes something else from a packed row"
 
 
-def unpacked_layout(network: nn.Module, longest: int = LONG) -> Layout:
+def unpacked_layout(network: Network, longest: int = LONG) -> Layout:
     """The first layout, except packed, in which rows of at most `longest` tokens give the same as alone.
 
     If that is not the padded one a warning says so, once for each kind of model.
@@ -180,7 +181,7 @@ def unpacked_layout(network: nn.Module, longest: int = LONG) -> Layout:
     return _say(network, why, Layout.SEPARATE if trial.is_exact_together else Layout.ONE_BY_ONE)
 
 
-def check_repeatable(network: nn.Module) -> None:
+def check_repeatable(network: Network) -> None:
     """Raise ValueError if a network gives different results for the same tokens."""
     trial = layout_trial(network, LONG)
     if isinstance(trial, LayoutTrial) and not trial.is_repeatable:
@@ -191,30 +192,30 @@ def check_repeatable(network: nn.Module) -> None:
         )
 
 
-def layout_trial(network: nn.Module, longest: int) -> LayoutTrial | Exception:
+def layout_trial(network: Network, longest: int) -> LayoutTrial | Exception:
     """`trials.try_layouts`, once for a network and rows that cross the same boundaries of its config."""
     return _tried("layouts", network, longest, lambda: try_layouts(network, longest))
 
 
-def sampling_trial(model: nn.Module, longest: int) -> SamplingTrial | Exception:
+def sampling_trial(model: Network, longest: int) -> SamplingTrial | Exception:
     """`try_sampling`, once for a model and rows that cross the same boundaries of its config."""
     return _tried("sampling", model, longest, lambda: try_sampling(model, longest))
 
 
-def _tried(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -> Any:
-    trial = once(kind, network, longest, work)
+def _tried(kind: str, network: Network, longest: int, work: Callable[[], T]) -> T | Exception:
+    trial: T | Exception = once(kind, network, longest, work)
     if isinstance(trial, Exception):
         _say(network, f"could not be tried out ({trial})", Layout.PADDED)
     return trial
 
 
-def _crosses_rope(network: nn.Module, longest: int) -> bool:
+def _crosses_rope(network: Network, longest: int) -> bool:
     limit = rope_limit(inner_model(network).config)
     return limit is not None and longest > limit
 
 
 def sampling_batches(
-    model: nn.Module, lengths: Sequence[int], longest: int, pads: bool = False
+    model: Network, lengths: Sequence[int], longest: int, pads: bool = False
 ) -> tuple[list[list[int]], bool]:
     """Rows of a batch of prompts in the batches in which each is answered as it is alone, and whether to pad these.
 
@@ -235,14 +236,14 @@ def sampling_batches(
     return [list(group) for _, group in groupby(rows, key=lengths.__getitem__)], False
 
 
-def try_sampling_up_to(model: nn.Module, longest: int) -> None:
+def try_sampling_up_to(model: Network, longest: int) -> None:
     """Make now what trials of sampling rows of up to so many tokens need; see `Layouts.try_up_to`."""
     for length in _lengths_up_to(longest, boundaries(inner_model(model).config)):
         if not _crosses_rope(model, length):
             sampling_trial(model, length)
 
 
-def _sampling_layout(model: nn.Module, longest: int) -> Layout:
+def _sampling_layout(model: Network, longest: int) -> Layout:
     if sharded := is_sharded(model):
         longest = _longest_anywhere(longest, model)
     if _crosses_rope(model, longest):
@@ -257,7 +258,7 @@ def _sampling_layout(model: nn.Module, longest: int) -> Layout:
     return _say(model, why, Layout.SEPARATE)
 
 
-def cache_is_exact(model: nn.Module, longest: int) -> bool:
+def cache_is_exact(model: Network, longest: int) -> bool:
     """Whether tokens that are sampled with a cache come from what the forward pass of the finished row says.
 
     If not, a warning says so, once for each kind of model; responses are to be sampled without a cache then.
@@ -278,7 +279,7 @@ def cache_is_exact(model: nn.Module, longest: int) -> bool:
 
 
 def readable_batches(
-    read: Callable[[list[Tensor]], Tensor], network: nn.Module, sequences: Sequence[Tensor]
+    read: Callable[[list[Tensor]], Tensor], network: Network, sequences: Sequence[Tensor]
 ) -> list[list[int]]:
     """Split sequences into batches in which `read` gives the same results as for each sequence alone.
 
@@ -302,7 +303,7 @@ def readable_batches(
     return [list(group) for _, group in groupby(by_length, key=lengths.__getitem__)]
 
 
-def _reads_padded(read: Callable[[list[Tensor]], Tensor], network: nn.Module, longest: int) -> bool:
+def _reads_padded(read: Callable[[list[Tensor]], Tensor], network: Network, longest: int) -> bool:
     if _crosses_rope(network, longest):
         _say(network, LONGEST_COUNTS, Layout.SEPARATE)
         return False
@@ -322,7 +323,7 @@ CONSEQUENCES = {
 _SAID: set[tuple[str, str]] = set()
 
 
-def _say(network: nn.Module, why: str, layout: Layout) -> Layout:
+def _say(network: Network, why: str, layout: Layout) -> Layout:
     """One line for each kind of model and layout, however many networks there are; hands `layout` back."""
     base = inner_model(network)
     _warn_once((base.config.model_type, layout.value), f"{type(base).__name__} {why}: {CONSEQUENCES[layout]}")

@@ -1,6 +1,6 @@
 """Loads policy, value model and reward model: quantized, with new adapters, each process on its own device."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType
@@ -15,7 +15,7 @@ from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_model import ValueHead, ValueModel, output_width
 
 
-Quantization = str | BitsAndBytesConfig | None
+Quantization: TypeAlias = str | BitsAndBytesConfig | None
 
 
 def load_policy(

@@ -17,7 +17,7 @@ from trl_apa._trl import entropy_from_logits, selective_log_softmax, selective_l
 from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models.fused_head import can_fuse, fused_logprobs, runs_kernel
 from trl_apa.models.network_identity import identity_of
-from trl_apa.models.network_parts import inner_model, num_token_ids, trunk_of
+from trl_apa.models.network_parts import Head, Network, inner_model, num_token_ids, trunk_of
 from trl_apa.rollout.batch import send
 
 
@@ -56,7 +56,7 @@ class PolicyOutputs(NamedTuple):
 
 
 def response_logprobs(
-    model: nn.Module,
+    model: Network,
     tokens: Mapping[str, Any],
     response_width: int,
     temperature: float = 1.0,
@@ -67,7 +67,7 @@ def response_logprobs(
 
 
 def policy_outputs(
-    model: nn.Module,
+    model: Network,
     tokens: Mapping[str, Any],
     response_width: int,
     temperature: float = 1.0,
@@ -85,7 +85,7 @@ def policy_outputs(
 
     Args:
         model: a language model, with or without PEFT adapters.
-        tokens: what `rollouts.lay_out` gives, in a layout that the model can read.
+        tokens: what `batch.lay_out` gives, in a layout that the model can read.
         response_width: `R`, tokens.
         temperature: logits are divided by it.
         with_entropy, with_hidden, with_logits: what else to return; logits not of a packed layout.
@@ -112,13 +112,13 @@ def policy_outputs(
     logprobs_M, entropy_M = head_logprobs(head, hidden_MH, targets_M, temperature, with_entropy)
     return PolicyOutputs(
         response_rows(logprobs_M, tokens, response_width),
-        response_rows(entropy_M, tokens, response_width) if with_entropy else None,
+        None if entropy_M is None else response_rows(entropy_M, tokens, response_width),
         response_rows(hidden_MH, tokens, response_width) if with_hidden else None,
     )
 
 
 def _separate_outputs(
-    model: nn.Module,
+    model: Network,
     tokens: Mapping[str, Any],
     response_width: int,
     temperature: float,
@@ -143,8 +143,11 @@ def _separate_outputs(
     targets_M = response_tokens(tokens)
     logprobs_M, entropy_M = token_logprobs(logits_MV, targets_M.to(logits_MV.device), with_entropy)
     hidden_MH = predicting([last_hidden_states(output) for output in outputs]) if with_hidden else None
-    named = (logprobs_M, entropy_M, hidden_MH, logits_MV if with_logits else None)
-    return PolicyOutputs(*(None if part is None else response_rows(part, tokens, response_width) for part in named))
+    others = (entropy_M, hidden_MH, logits_MV if with_logits else None)
+    return PolicyOutputs(
+        response_rows(logprobs_M, tokens, response_width),
+        *(None if part is None else response_rows(part, tokens, response_width) for part in others),
+    )
 
 
 def _among_the_last(row_groups: tuple[tuple[int, int, int], ...], kept: int, device: torch.device) -> Tensor:
@@ -168,7 +171,8 @@ def response_states(trunk: nn.Module, tokens: Mapping[str, Any], **options: Any)
 
 def response_tokens(tokens: Mapping[str, Any]) -> Tensor:
     """The ids of the `M` response tokens, int64 `(M,)`."""
-    return tokens["input_ids"].flatten()[tokens["predicting_index"] + 1]
+    ids_M: Tensor = tokens["input_ids"].flatten()[tokens["predicting_index"] + 1]
+    return ids_M
 
 
 def response_rows(values_M: Tensor, tokens: Mapping[str, Any], response_width: int) -> Tensor:
@@ -179,11 +183,12 @@ def response_rows(values_M: Tensor, tokens: Mapping[str, Any], response_width: i
         num_rows = len(tokens.get("sequence_lengths", tokens["input_ids"]))
     index_M = tokens["response_index"].to(values_M.device)
     flat = values_M.new_zeros(num_rows * response_width, *values_M.shape[1:]).index_copy(0, index_M, values_M)
-    return flat.unflatten(0, (num_rows, response_width))
+    rows: Tensor = flat.unflatten(0, (num_rows, response_width))
+    return rows
 
 
 def head_logprobs(
-    head: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float = 1.0, with_entropy: bool = False
+    head: Head, hidden_MH: Tensor, targets_M: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax of the head's logits over the temperature at the targets, fused or in chunks of tokens.
 
@@ -216,7 +221,7 @@ def head_logprobs(
 
 
 def _chunk_logprobs(
-    head: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float, with_entropy: bool
+    head: Head, hidden_MH: Tensor, targets_M: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     hidden_MH = hidden_MH.to(head_device(head))
     logits_MV = at_least_float32(head(hidden_MH))
@@ -248,7 +253,7 @@ def _token_logprobs_by_trl(logits_MV: Tensor, targets_M: Tensor, with_entropy: b
 
 
 def response_logits(
-    model: nn.Module,
+    model: Network,
     tokens: Mapping[str, Tensor],
     response_width: int,
     temperature: float = 1.0,
@@ -260,7 +265,7 @@ def response_logits(
 
     Args:
         model, temperature: see `policy_outputs`.
-        tokens: what `rollouts.pad_tokens` gives.
+        tokens: what `batch.pad_tokens` gives.
         response_width: `R`, tokens.
         with_hidden: also return the last hidden states of the same positions.
 
@@ -282,17 +287,19 @@ def sampled_logprobs(logits_BRV: Tensor, tokens: Mapping[str, Tensor]) -> Tensor
 
     The softmax is taken in float32: in bfloat16 it is off by up to 0.06 nats, and APA squares it.
     """
-    return selective_log_softmax(logits_BRV, tokens["input_ids"][:, -logits_BRV.shape[1] :])
+    logprobs_BR: Tensor = selective_log_softmax(logits_BRV, tokens["input_ids"][:, -logits_BRV.shape[1] :])
+    return logprobs_BR
 
 
 @torch.no_grad()
 def response_entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution, nats, float32, without gradient: `(..., V)` -> `(...)`."""
-    return entropy_from_logits(logits)
+    entropy: Tensor = entropy_from_logits(logits)
+    return entropy
 
 
-def network_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """`tokens` (of `rollouts.pad_tokens` or `pack_tokens`) under the names that the forward of `network` takes."""
+def network_inputs(network: Network, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """`tokens` (of `batch.pad_tokens` or `pack_tokens`) under the names that the forward of `network` takes."""
     if "sequence_lengths" in tokens:
         return _packed_inputs(network, tokens)
     inputs: dict[str, Any] = {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -305,7 +312,7 @@ def network_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, A
 
 
 def separate_inputs(tokens: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs of each call for `tokens` of `rollouts.separate_tokens`: token ids, and nothing more.
+    """The inputs of each call for `tokens` of `batch.separate_tokens`: token ids, and nothing more.
 
     Without a mask and positions a network makes its own, as for a row alone.
     """
@@ -321,7 +328,7 @@ def separate_inputs(tokens: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**inputs, "use_cache": False}
 
 
-def _packed_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, Any]:
+def _packed_inputs(network: Network, tokens: Mapping[str, Any]) -> dict[str, Any]:
     """A packed row, for attention that knows of sequences in it: `packing.attend_per_sequence`, flash attention."""
     lengths, device = tokens["sequence_lengths"], tokens["input_ids"].device
     inputs = {"input_ids": tokens["input_ids"], "position_ids": tokens["position_ids"], "use_cache": False}
@@ -336,10 +343,12 @@ def _packed_inputs(network: nn.Module, tokens: Mapping[str, Any]) -> dict[str, A
 
 def last_hidden_states(output: Any) -> Tensor:
     """The last hidden states `(B, T, H)` (of the decoder, if there are two stacks) in what a network returned."""
-    if (hidden_BTH := getattr(output, "last_hidden_state", None)) is not None:
+    hidden_BTH: Tensor | None = getattr(output, "last_hidden_state", None)
+    if hidden_BTH is not None:
         return hidden_BTH
-    states = getattr(output, "decoder_hidden_states", None)
-    return (output.hidden_states if states is None else states)[-1]
+    of_decoder: tuple[Tensor, ...] | None = getattr(output, "decoder_hidden_states", None)
+    of_layers: tuple[Tensor, ...] = output.hidden_states if of_decoder is None else of_decoder
+    return of_layers[-1]
 
 
 _IS_HEAD_OF_TRUNK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -348,7 +357,7 @@ _FORWARD_REPLACED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def forward_replaced(model: nn.Module) -> Iterator[None]:
+def forward_replaced(model: Network) -> Iterator[None]:
     """Inside, `model` has a forward that changes its logits: log-probs come from that, not from trunk and head."""
     base = inner_model(model)
     was_replaced = base in _FORWARD_REPLACED
@@ -360,7 +369,7 @@ def forward_replaced(model: nn.Module) -> Iterator[None]:
             _FORWARD_REPLACED.discard(base)
 
 
-def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+def trunk_and_head(model: Network) -> tuple[PreTrainedModel, Head] | None:
     """What turns tokens into hidden states and what turns these into logits, if a language model is just these two.
 
     Some families scale or cap their logits: each model is tried out on four tokens, once. None for these, for
@@ -383,7 +392,7 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 @torch.no_grad()
-def _is_head_of_trunk(model: nn.Module, trunk: nn.Module, head: nn.Module) -> bool:
+def _is_head_of_trunk(model: PreTrainedModel, trunk: PreTrainedModel, head: Head) -> bool:
     """Whether the head reads the trunk's hidden states as they are, and the model returns its logits as they are.
 
     Large logits are put in the place of the head's: a cap on those of a small new model could not be seen.
@@ -419,18 +428,18 @@ def is_sharded(model: nn.Module) -> bool:
     return wrapped or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def head_device(head: nn.Module) -> torch.device:
+def head_device(head: Head) -> torch.device:
     return next(head.parameters()).device
 
 
-def head_width(head: nn.Module) -> int:
+def head_width(head: Head) -> int:
     """The size of the vocabulary; a wrapped head (an adapter's) knows it too."""
-    return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+    return int(head.out_features if hasattr(head, "out_features") else head.weight.shape[0])
 
 
-def forward_parameters(model: nn.Module) -> frozenset[str]:
+def forward_parameters(model: Network) -> frozenset[str]:
     """Names that the forward of `model` (of the network inside, for a PEFT wrapper) takes."""
-    return _forward_parameters(type(inner_model(model)))
+    return _forward_parameters(type(inner_model(model)))  # type: ignore[arg-type]  # a class is hashable
 
 
 @lru_cache

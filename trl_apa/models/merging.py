@@ -14,13 +14,13 @@ from trl_apa.models.adapters import adapts_tied_weights
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.gguf import load_tokenizer
 from trl_apa.models.loading import load_language_model
-from trl_apa.models.network_parts import without_unknown_pad
+from trl_apa.models.network_parts import Network, without_unknown_pad
 from trl_apa.models.value_model import save_network
 
 
 def merge_and_save(
-    source: str | os.PathLike | nn.Module,
-    path: str | os.PathLike,
+    source: str | os.PathLike[str] | Network,
+    path: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> None:
@@ -53,7 +53,7 @@ def merge_and_save(
         tokenizer.save_pretrained(path)
 
 
-def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+def _merged_copy(policy: Network, kwargs: dict[str, Any]) -> Network:
     if not is_peft_model(policy):
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: the policy has no adapters and is written as it is in memory")
@@ -68,7 +68,7 @@ def _merged_copy(policy: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
         return _merged(folder, kwargs)
 
 
-def _merged(path: str, kwargs: dict[str, Any]) -> nn.Module:
+def _merged(path: str, kwargs: dict[str, Any]) -> Network:
     model = load_language_model(path, **kwargs)
     return _apart(model).merge_and_unload() if is_peft_model(model) else model
 

@@ -44,7 +44,7 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
     """
     modules = list(network.modules())
     for module in modules:
-        training = _needs_train_mode(type(module))
+        training = _needs_train_mode(type(module))  # type: ignore[arg-type]  # a class is hashable
         if module.training is not training:  # torch takes longer to set it than to look
             module.training = training
         if "dynamic" in str(vars(module).get("rope_type", "")):

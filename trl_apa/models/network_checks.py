@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapters import held_repeatable
 from trl_apa.models.logprobs import head_width, is_sharded
-from trl_apa.models.network_parts import inner_model, max_positions, num_token_ids
+from trl_apa.models.network_parts import Network, inner_model, max_positions, num_token_ids
 
 
 @torch.no_grad()
-def check_answers_text(policy: nn.Module) -> None:
+def check_answers_text(policy: Network) -> None:
     """Refuse a policy that cannot answer text: one that waits for an image, or whose adapters do not compute.
 
     Two rows that differ only in their second token show whether a decoder looks ahead, as a masked language model and
@@ -56,7 +56,7 @@ def check_answers_text(policy: nn.Module) -> None:
 
 
 @contextmanager
-def _warning_of_adapters_without_effect(policy: nn.Module) -> Iterator[None]:
+def _warning_of_adapters_without_effect(policy: Network) -> Iterator[None]:
     """Inside, a pass is made; a warning then names layers whose adapters it did not call.
 
     State space models multiply by the weight of such a layer themselves. An adapter on it learns nothing, and merged
@@ -87,7 +87,7 @@ def _warning_of_adapters_without_effect(policy: nn.Module) -> Iterator[None]:
         )
 
 
-def check_reads(argument: str, network: nn.Module, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_reads(argument: str, network: Network, policy: Network, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if a network does not know every id that it may be given.
 
     These are the tokenizer's and those that the policy can sample, as far as the policy's own embedding goes: a policy
@@ -112,7 +112,7 @@ def check_reads(argument: str, network: nn.Module, policy: nn.Module, tokenizer:
 
 
 def check_has_positions(
-    argument: str, network: nn.Module, policy: nn.Module, max_prompt_length: int | None, max_completion_length: int
+    argument: str, network: Network, policy: Network, max_prompt_length: int | None, max_completion_length: int
 ) -> None:
     """Raise ValueError if a network has fewer positions than the longest prompt and response that can occur.
 

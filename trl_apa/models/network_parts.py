@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -12,7 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl_apa._trl import is_peft_model
 
 
-def inner_model(model: nn.Module) -> Any:
+# A transformer with a config: with or without a head, with or without adapters.
+Network: TypeAlias = PreTrainedModel | PeftModel
+# What makes logits of hidden states, with or without an adapter on it.
+Head: TypeAlias = nn.Linear | BaseTunerLayer | AuxiliaryTrainingWrapper
+M = TypeVar("M", bound=nn.Module)
+
+
+def inner_model(model: Network) -> Any:
     """The network inside a PEFT wrapper, with the adapters in its layers; any other model itself."""
     return model.get_base_model() if is_peft_model(model) else model
 
@@ -55,7 +63,7 @@ def _part_with_embedding(network: PreTrainedModel) -> PreTrainedModel | None:
     return next((part for part in parts if any(module is embedding for module in part.modules())), None)
 
 
-def parameters_beyond_text(network: nn.Module) -> list[nn.Parameter]:
+def parameters_beyond_text(network: Network) -> list[nn.Parameter]:
     """What no text reaches in a network made of several: its towers for images and sound, with adapters on them.
 
     Args:
@@ -68,7 +76,7 @@ def parameters_beyond_text(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if id(parameter) not in reached]
 
 
-def num_token_ids(network: nn.Module) -> int | None:
+def num_token_ids(network: Network) -> int | None:
     """Rows of the input embedding: the network can read the ids below. None if it has no such layer to ask.
 
     Counted on the layer itself: an adapter on it hides it, and the config may not say.
@@ -86,7 +94,7 @@ def num_token_ids(network: nn.Module) -> int | None:
     return None if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
-def max_positions(network: nn.Module) -> int | None:
+def max_positions(network: Network) -> int | None:
     """Longest sequence the network was made for, tokens; None if it sets no limit. Dynamic RoPE stretches it."""
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     kinds = rope_options(network.config)
@@ -100,7 +108,7 @@ def rope_options(config: PreTrainedConfig) -> list[dict[str, Any]]:
     return [part for part in options.values() if isinstance(part, dict)] or [options]
 
 
-def padding_id(token_id: int, networks: Iterable[nn.Module]) -> int:
+def padding_id(token_id: int, networks: Iterable[Network]) -> int:
     """What to pad with: `token_id`, or 0 if it is beyond the embedding of one of the networks.
 
     Scripts that add a pad token without resizing the embeddings have such an id. No network looks at what is padded,
@@ -123,14 +131,15 @@ def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         ValueError: if it has neither.
     """
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    ids: tuple[int | None, int | None] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for token_id in ids:
         if token_id is not None:
             return token_id
     raise ValueError("tokenizer has neither a pad nor an EOS token; set one: tokenizer.pad_token = ...")
 
 
 @contextmanager
-def without_unknown_pad(network: nn.Module) -> Iterator[None]:
+def without_unknown_pad(network: Network) -> Iterator[None]:
     """Inside, the configs of a network name no pad that its embedding has no row for; afterwards they do again.
 
     The Trainer, and many a script, puts the tokenizer's pad into them. transformers makes the embedding of many

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_apa.models.logprobs import UNREAD_MASK, forward_parameters, is_sharded
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 
 
 # What the attention of a network is called in its config once it can be packed; padded batches see plain SDPA.
@@ -41,7 +41,10 @@ def attend_per_sequence(
         ValueError: if the network has put something into the mask, which a packed row does not read.
     """
     if sequence_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return plain
     if attention_mask is not None and attention_mask.shape != UNREAD_MASK:
         raise ValueError("its attention uses the mask for more than padding")
     sequences = zip(*(states.split(sequence_lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -84,7 +87,7 @@ def let_pack(network: Any) -> None:
         network.set_attn_implementation(implementation)
 
 
-def why_unsuitable(network: nn.Module, longest: int) -> str | None:
+def why_unsuitable(network: Network, longest: int) -> str | None:
     """What in a network's kind keeps it from computing the same from a packed row; None if there is nothing.
 
     Args:

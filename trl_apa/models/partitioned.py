@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 holds the parameter, whose own data may then be empty."""
     return hasattr(parameter, "ds_id")
 

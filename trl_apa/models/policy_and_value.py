@@ -14,10 +14,11 @@ from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import renamed_method
 from trl_apa.models.classic_value_head import PolicyValueHead
+from trl_apa.models.critic import Critic
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.modes import make_repeatable
-from trl_apa.models.network_parts import parameters_beyond_text
+from trl_apa.models.network_parts import Network, parameters_beyond_text
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
@@ -42,12 +43,12 @@ class PolicyAndValue(nn.Module):
 
     def __init__(
         self,
-        policy: nn.Module,
-        value_model: ValueModel | AdapterValueModel | PolicyValueHead,
+        policy: Network,
+        value_model: Critic,
         reward_adapter: RewardAdapter | None = None,
     ):
         super().__init__()
-        self.policy = settle_quantization(policy)
+        self.policy: Network = settle_quantization(policy)
         self.value_model = settle_quantization(value_model)
         self.reward_adapter = reward_adapter
         self.eval()
@@ -81,7 +82,7 @@ class PolicyAndValue(nn.Module):
 
         Args:
             input_ids, predicting_index, response_index, position_ids, attention_mask, sequence_lengths, row_groups,
-                encoder_input_ids, encoder_attention_mask: see `rollouts.lay_out`.
+                encoder_input_ids, encoder_attention_mask: see `batch.lay_out`.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
             with_policy, with_value: which of the two networks to run. With gradient, networks on one base run in one
@@ -98,9 +99,20 @@ class PolicyAndValue(nn.Module):
         """
         if self.base_is_shared and with_policy and with_value and torch.is_grad_enabled():
             raise RuntimeError("policy and value model share a base: run them one after the other, see passes")
-        given = (input_ids, position_ids, predicting_index, response_index, attention_mask, sequence_lengths)
-        given = (*given, row_groups, encoder_input_ids, encoder_attention_mask)
-        tokens = {name: field for name, field in zip(TOKEN_FIELDS, given, strict=True) if field is not None}
+        given = (
+            input_ids,
+            position_ids,
+            predicting_index,
+            response_index,
+            attention_mask,
+            sequence_lengths,
+            row_groups,
+            encoder_input_ids,
+            encoder_attention_mask,
+        )
+        tokens: dict[str, Any] = {
+            name: field for name, field in zip(TOKEN_FIELDS, given, strict=True) if field is not None
+        }
         outputs: dict[str, Tensor] = {}
         reads_policy = with_value and self.value_is_a_head
         hidden_BRH = None
@@ -118,12 +130,15 @@ class PolicyAndValue(nn.Module):
             outputs["values"] = self._values(tokens, response_width, hidden_BRH)
         return outputs
 
-    def _values(self, tokens: dict[str, Tensor], response_width: int, hidden_BRH: Tensor | None) -> Tensor:
+    def _values(self, tokens: dict[str, Any], response_width: int, hidden_BRH: Tensor | None) -> Tensor:
+        values_BR: Tensor
         if self.value_is_a_head:
-            return self.value_model(hidden_BRH)
-        if self.base_is_shared:
-            return self.value_model(self.policy, tokens, response_width)
-        return self.value_model(tokens, response_width)
+            values_BR = self.value_model(hidden_BRH)
+        elif self.base_is_shared:
+            values_BR = self.value_model(self.policy, tokens, response_width)
+        else:
+            values_BR = self.value_model(tokens, response_width)
+        return values_BR
 
     @property
     def value_is_a_head(self) -> bool:
@@ -213,7 +228,7 @@ class PolicyAndValue(nn.Module):
         """`generate` of the policy."""
         return self.policy.generate(*args, **kwargs)
 
-    def run_with_policy(self, function: Callable[[nn.Module], Any]) -> Any:
+    def run_with_policy(self, function: Callable[[Network], Any]) -> Any:
         """`function(policy)`, in which the policy may be called by itself, any number of times.
 
         FSDP2 makes weights whole in the forward pass of what it wraps: this is a method that it takes for one.
@@ -221,10 +236,12 @@ class PolicyAndValue(nn.Module):
         return function(self.policy)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.policy.get_input_embeddings()
+        embeddings: nn.Module = self.policy.get_input_embeddings()
+        return embeddings
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.policy.get_output_embeddings()
+        head: nn.Module = self.policy.get_output_embeddings()
+        return head
 
     def tie_weights(self) -> None:
         """Again one weight where the policy's vocabulary has one, after an engine has replaced parameters."""
@@ -255,7 +272,7 @@ class PolicyAndValue(nn.Module):
 
     gradient_checkpointing_disable = activation_checkpointing_disable
 
-    def networks(self) -> Iterator[nn.Module]:
+    def networks(self) -> Iterator[Network]:
         """The transformers: the policy, and the value model if it has a separate one."""
         yield self.policy
         if isinstance(self.value_model, ValueModel):
@@ -289,7 +306,7 @@ class PolicyAndValue(nn.Module):
         if not kwargs.get("is_main_process", True):
             return
         folder = Path(path) if self.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
-        if self.base_is_shared:
+        if isinstance(self.value_model, AdapterValueModel):
             self.value_model.save_pretrained(self.policy, folder, policy_state, state_of(value_state, "head"))
         else:
             self.value_model.save_pretrained(folder, state_dict=value_state)
@@ -303,10 +320,13 @@ def load_policy_and_value(module: PolicyAndValue, path: str | Path) -> None:
     """
     load_network(module.policy, path)
     folder = Path(path) if module.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
-    module.value_model.load_weights(*((module.policy, folder) if module.base_is_shared else (folder,)))
+    if isinstance(module.value_model, AdapterValueModel):
+        module.value_model.load_weights(module.policy, folder)
+    else:
+        module.value_model.load_weights(folder)
 
 
-def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+def build_policy(model: Network, peft_config: PeftConfig | None) -> Network:
     """`model`, with new adapters if `peft_config` says so.
 
     Raises:
@@ -332,7 +352,7 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     return policy
 
 
-def select_adapter(policy: nn.Module, name: str | None) -> None:
+def select_adapter(policy: Network, name: str | None) -> None:
     """Make the adapter of that name the one that is trained, unless it is None; its place is before the value model's.
 
     Raises:

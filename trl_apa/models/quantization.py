@@ -1,12 +1,14 @@
 """Networks with two kernels for one layer, made to compute the same whether they sample or learn."""
 
-from torch import nn
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from trl_apa.models.gguf import without_gguf_marks
+from trl_apa.models.network_parts import M
 
 
-def use_one_kernel(model: nn.Module) -> nn.Module:
+def use_one_kernel(model: M) -> M:
     """Keep bitsandbytes' 4-bit layers, and kernels from the hub, to what training computes with.
 
     On a CPU with AVX512-BF16 a 4-bit layer, when first called in eval mode, packs its weights anew for a kernel that
@@ -23,10 +25,11 @@ def use_one_kernel(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "use_kernels", False):
             _choose_training_kernels(module)
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                module.state_dict()  # unpacks them in place, so that they can be saved
+    packing: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in packing:
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            layer.state_dict()  # unpacks them in place, so that they can be saved
     return model
 
 
@@ -37,6 +40,6 @@ def _choose_training_kernels(model: PreTrainedModel) -> None:
         module.training = training
 
 
-def settle_quantization(model: nn.Module) -> nn.Module:
+def settle_quantization(model: M) -> M:
     """`model` itself, changed in place: see `use_one_kernel` and `gguf.without_gguf_marks`."""
     return use_one_kernel(without_gguf_marks(model))

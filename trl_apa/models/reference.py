@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,7 +21,7 @@ from trl_apa.models.adapters import (
 )
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.modes import make_repeatable
-from trl_apa.models.network_parts import inner_model, text_trunk
+from trl_apa.models.network_parts import M, Network, inner_model, text_trunk
 from trl_apa.models.partitioned import gathered
 from trl_apa.models.quantization import settle_quantization
 
@@ -30,9 +30,7 @@ from trl_apa.models.quantization import settle_quantization
 REFERENCE_ADAPTER = "trl_apa_reference"
 
 
-def create_reference_model(
-    model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None
-) -> nn.Module:
+def create_reference_model(model: M, num_shared_layers: int | None = None, pattern: str | None = None) -> M:
     """A frozen copy of `model`, without randomness.
 
     Args:
@@ -56,7 +54,7 @@ def create_reference_model(
     return reference
 
 
-def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str = "model") -> int:
+def freeze_all_but(num_unfrozen_layers: int, network: PreTrainedModel, argument: str = "model") -> int:
     """Freeze all layers but the highest, and all that is below them, as the paper did in its HH experiments.
 
     Args:
@@ -86,9 +84,10 @@ def freeze_all_but(num_unfrozen_layers: int, network: nn.Module, argument: str =
     return num_frozen
 
 
-def _num_layers(model: nn.Module) -> int:
+def _num_layers(model: Network) -> int:
     """As many as the config says; 0 if it does not."""
-    return getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
+    num_layers: int | None = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return num_layers or 0
 
 
 def _lowest_layers(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
@@ -114,7 +113,7 @@ class _LowestLayerReached(Exception):
 
 
 @torch.no_grad()
-def _below(trunk: nn.Module, lowest: nn.Module, stacks: list[nn.ModuleList]) -> list[nn.Parameter]:
+def _below(trunk: PreTrainedModel, lowest: nn.Module, stacks: list[nn.ModuleList]) -> list[nn.Parameter]:
     """Parameters of all embeddings outside the layers, and of what runs before the lowest layer does.
 
     Families name and order these differently: norms and projections of the embeddings, positions. A pass shows it. Of
@@ -163,11 +162,11 @@ def _layers_named_like(model: nn.Module, pattern: str) -> list[nn.Module]:
 
 
 def choose_reference(
-    policy: nn.Module,
-    ref_model: nn.Module | None = None,
+    policy: Network,
+    ref_model: Network | None = None,
     num_shared_layers: int | None = None,
     ref_adapter_name: str | None = None,
-) -> nn.Module | None:
+) -> Network | None:
     """The reference that the trainer's arguments ask for, frozen; None if it is inside the policy (`build_reference`).
 
     Raises:
@@ -191,7 +190,7 @@ def choose_reference(
     return build_reference(policy, ref_adapter_name)
 
 
-def check_adapter_exists(argument: str, name: str, policy: nn.Module) -> None:
+def check_adapter_exists(argument: str, name: str, policy: Network) -> None:
     """Raise ValueError, naming the argument, unless the policy is a PEFT model with an adapter of that name."""
     if not is_peft_model(policy):
         raise ValueError(f"{argument}={name!r}, but model is not a PEFT model with adapters")
@@ -201,7 +200,7 @@ def check_adapter_exists(argument: str, name: str, policy: nn.Module) -> None:
         )
 
 
-def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module | None:
+def build_reference(policy: Network, adapter: str | None = None) -> Network | None:
     """pi_init as the policy is now: a frozen copy of it or, where less memory will do, None for "inside the policy".
 
     A LoRA policy whose adapter changes nothing yet is its own base with the adapter switched off. One that starts from
@@ -224,7 +223,7 @@ def build_reference(policy: nn.Module, adapter: str | None = None) -> nn.Module 
     return None
 
 
-def _adapter_is_identity(policy: nn.Module) -> bool:
+def _adapter_is_identity(policy: PeftModel) -> bool:
     """Whether the active adapter is a LoRA that changes nothing yet: its B matrices zero, no rows or modules trained.
 
     Of a fresh one that trains rows or modules whole, the frozen copy is as small as the adapter.
@@ -242,7 +241,7 @@ def _adapter_is_identity(policy: nn.Module) -> bool:
         return not any(matrix.any() for matrix in matrices)
 
 
-def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
+def _keep_reference_adapter(policy: PeftModel, source: str) -> None:
     active = policy.active_adapter
     with trainable_as_before(policy):
         policy.add_adapter(REFERENCE_ADAPTER, config_like(policy, source))
@@ -253,7 +252,7 @@ def _keep_reference_adapter(policy: nn.Module, source: str) -> None:
 
 
 @contextmanager
-def reference_policy(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
+def reference_policy(policy: Network, ref_model: Network | None) -> Iterator[Network]:
     """Inside, the model that computes log pi_init: `ref_model`, or `policy` with its reference adapter or none."""
     if ref_model is not None:
         yield ref_model

@@ -20,7 +20,7 @@ SCORE_KEY = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(weight|bias)$")
 
 
 def load_reward_adapter(
-    policy: nn.Module, path: str, adapter_name: str = DEFAULT_NAME, argument: str | None = None, **hub: Any
+    policy: PeftModel, path: str, adapter_name: str = DEFAULT_NAME, argument: str | None = None, **hub: Any
 ) -> nn.Linear:
     """Put a reward model's adapter on `policy`, frozen and not active.
 
@@ -103,7 +103,7 @@ def load_adapter_weights(
 
 
 def reward_scores(
-    policy: nn.Module,
+    policy: PeftModel,
     score: nn.Linear,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
@@ -131,7 +131,8 @@ def reward_scores(
     with torch.no_grad(), held_repeatable(policy), only_adapter(policy, adapter_name):
         hidden_BTH = trunk(**inputs).last_hidden_state
         with torch.autocast(hidden_BTH.device.type, enabled=False):
-            return score(hidden_BTH.to(score.weight))
+            scores_BTL: Tensor = score(hidden_BTH.to(score.weight))
+            return scores_BTL
 
 
 class RewardAdapter(nn.Module):

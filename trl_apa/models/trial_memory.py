@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trl_apa.models.network_identity import identity_of
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.packing import PER_SEQUENCE, attending_with
 from trl_apa.models.trials import boundaries
 
@@ -18,7 +18,7 @@ _OF_NETWORKS: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDiction
 _OF_EQUAL_NETWORKS: dict[Hashable, Any] = {}
 
 
-def once(kind: str, network: nn.Module, longest: int, work: Callable[[], Any]) -> Any:
+def once(kind: str, network: Network, longest: int, work: Callable[[], Any]) -> Any:
     """What `work` gives, once for a network and rows that cross the same boundaries of its config.
 
     Args:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,7 +22,7 @@ from trl_apa.models.logprobs import (
     response_states,
     trunk_and_head,
 )
-from trl_apa.models.network_parts import inner_model, num_token_ids, rope_options, trunk_of
+from trl_apa.models.network_parts import Network, inner_model, num_token_ids, rope_options, trunk_of
 from trl_apa.models.packing import attending_with, for_packed_rows, why_unsuitable
 from trl_apa.rollout.batch import Layout, lay_out
 
@@ -150,7 +150,7 @@ def trial_lengths(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
     return (short, *(limit + 1 for limit in limits[:1] if short <= limit < long - 1), long)
 
 
-def trial_rows(network: nn.Module, lengths: Iterable[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+def trial_rows(network: Network, lengths: Iterable[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Queries and responses with these total lengths, of ordinary token ids, on the network's device.
 
     The first query has one token, so it is padded in a batch with the others. The encoder and the decoder of an
@@ -167,7 +167,7 @@ def trial_rows(network: nn.Module, lengths: Iterable[int], seed: int = 0) -> tup
     return queries, responses
 
 
-def ordinary_tokens(network: nn.Module) -> list[int]:
+def ordinary_tokens(network: Network) -> list[int]:
     """Ids that mean nothing special: the embedding of a pad token is zero in new models, which hides who reads it."""
     configs = (network.config, network.config.get_text_config())
     named = [pair for config in configs for pair in config.to_dict().items()]
@@ -178,7 +178,7 @@ def ordinary_tokens(network: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def alone(network: nn.Module, query: Tensor, response: Tensor, start: int | None = None) -> Tensor:
+def alone(network: Network, query: Tensor, response: Tensor, start: int | None = None) -> Tensor:
     """What the plain forward of a network says before each token of one response, float32 `(tokens, V or H)`.
 
     Args:
@@ -200,7 +200,7 @@ def alone(network: nn.Module, query: Tensor, response: Tensor, start: int | None
 
 @torch.no_grad()
 def in_layout(
-    network: nn.Module,
+    network: Network,
     layout: Layout,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
@@ -212,7 +212,7 @@ def in_layout(
 
 
 def _states(
-    network: nn.Module,
+    network: Network,
     layout: Layout,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
@@ -229,7 +229,7 @@ def _states(
         hidden_MH = response_states(trunk, tokens)
         states_BRK = response_rows(head(hidden_MH.to(next(head.parameters()).device)), tokens, width)
     else:
-        states_BRK = policy_outputs(network, tokens, width, with_logits=True).logits_BRV
+        states_BRK = cast(Tensor, policy_outputs(network, tokens, width, with_logits=True).logits_BRV)
     return [states[: len(response)] for states, response in zip(states_BRK, responses, strict=True)]
 
 
@@ -275,7 +275,7 @@ def difference(
 
 
 def try_layouts(
-    network: nn.Module,
+    network: Network,
     longest: int = LONG,
     pad_token_id: int | None = None,
     start: int | None = None,
@@ -322,7 +322,7 @@ def try_layouts(
     )
 
 
-def _has_padded_gradient(network: nn.Module, pad_token_id: int, start: int | None) -> bool:
+def _has_padded_gradient(network: Network, pad_token_id: int, start: int | None) -> bool:
     """Whether a padded batch has a gradient that is a number; of short rows, whose pads are as those of long ones.
 
     What a network makes of pads has no weight in a loss; but where the derivative at a pad is infinite, as that of a
@@ -347,7 +347,7 @@ def _has_padded_gradient(network: nn.Module, pad_token_id: int, start: int | Non
 
 
 @contextmanager
-def _without_checkpointing(network: nn.Module) -> Iterator[None]:
+def _without_checkpointing(network: Network) -> Iterator[None]:
     """Reentrant checkpointing gives no gradient but that of `backward`."""
     layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer) and layer.training]
     try:
@@ -360,7 +360,7 @@ def _without_checkpointing(network: nn.Module) -> Iterator[None]:
 
 
 def _packed(
-    network: nn.Module, queries: list[Tensor], responses: list[Tensor], exact: bool
+    network: Network, queries: list[Tensor], responses: list[Tensor], exact: bool
 ) -> tuple[list[Tensor] | None, float | None, str | None]:
     """Outputs of a packed row, and how far those of the other sequences change with the first one; or why there are
     none."""
@@ -378,7 +378,7 @@ def _packed(
 
 
 @torch.no_grad()
-def try_reading(read: Callable[[list[Tensor]], Tensor], network: nn.Module, longest: int = LONG) -> Difference:
+def try_reading(read: Callable[[list[Tensor]], Tensor], network: Network, longest: int = LONG) -> Difference:
     """Compare the results of `read` for a short and a long row in a padded batch with those for each row alone.
 
     Args:
@@ -398,7 +398,7 @@ def try_reading(read: Callable[[list[Tensor]], Tensor], network: nn.Module, long
     return difference(expected, read(rows).float().cpu().split(1), None, is_precise(base), smallest_size)
 
 
-def allowed_difference(network: nn.Module, rounding: Difference | None = None) -> float:
+def allowed_difference(network: Network, rounding: Difference | None = None) -> float:
     """The largest relative difference that counts as rounding, in the precision that the network computes in.
 
     Args:
@@ -412,7 +412,7 @@ def allowed_difference(network: nn.Module, rounding: Difference | None = None) -
     return usual if rounding is None else min(max(usual, 4 * rounding.relative), most)
 
 
-def is_precise(network: nn.Module) -> bool:
+def is_precise(network: Network) -> bool:
     """Whether rounding is all that float32 makes of another order of the same operations."""
     low = getattr(network, "is_quantized", False) or torch.is_autocast_enabled(network.device.type)
     return not low and network.dtype in (torch.float32, torch.float64)
@@ -422,7 +422,7 @@ def has_experts(config: PreTrainedConfig) -> bool:
     return any("expert" in str(name) for name in config.get_text_config().to_dict())
 
 
-def special_tokens(network: nn.Module, pad_token_id: int | None, start: int | None) -> tuple[int, int | None]:
+def special_tokens(network: Network, pad_token_id: int | None, start: int | None) -> tuple[int, int | None]:
     """The pad token and, for an encoder-decoder, the decoder's first token."""
     pad_token_id = ordinary_tokens(network)[-1] if pad_token_id is None else pad_token_id
     if network.config.is_encoder_decoder and start is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import refuse_prompt_learning
 from trl_apa.models.adapters import adapter_parameters, add_adapter, config_like, only_adapter, trains_its_adapter_only
-from trl_apa.models.network_parts import text_trunk
+from trl_apa.models.network_parts import Network, text_trunk
 from trl_apa.models.reward_adapter import load_adapter_weights, score_layer
 from trl_apa.models.value_model import (
     ValueHead,
@@ -45,14 +45,14 @@ class AdapterValueModel(nn.Module):
 
         Args:
             policy: carries the adapter, which is active meanwhile.
-            tokens: those of `rollouts.pad_tokens`.
+            tokens: those of `batch.pad_tokens`.
             response_width: tokens.
         """
         with only_adapter(policy, VALUE_ADAPTER):
             return trunk_values(text_trunk(policy.get_base_model()), self.head, tokens, response_width)
 
     @classmethod
-    def on_policy(cls, policy: nn.Module, source: str | Path | None = None) -> "AdapterValueModel":
+    def on_policy(cls, policy: PeftModel, source: str | Path | None = None) -> "AdapterValueModel":
         """Put a value adapter on `policy`.
 
         Args:
@@ -99,7 +99,7 @@ class AdapterValueModel(nn.Module):
         save_value_model(policy, self.head, path, policy_state, head_state, VALUE_ADAPTER)
 
 
-def _check_base(policy: nn.Module) -> None:
+def _check_base(policy: Network) -> None:
     if not is_peft_model(policy):
         raise ValueError(
             "value_model='adapter' needs a policy with adapters on a frozen base; give peft_config or a PEFT model, "

@@ -56,23 +56,23 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
     ):
         super().__init__()
         _check_language_model(pretrained_model, self.is_encoder_decoder, type(self).__name__)
-        self.pretrained_model = settle_quantization(pretrained_model)
+        self.pretrained_model: PreTrainedModel | PeftModel = settle_quantization(pretrained_model)
         vocabulary_head = pretrained_model.get_output_embeddings()
         self.v_head = SummaryHead(
             vocabulary_head.in_features, summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
         ).to(vocabulary_head.weight.device)
         self.score: nn.Linear | None = None
         self.rm_adapter_name: str | None = None
-        self.register_state_dict_post_hook(_to_checkpoint_names)
-        self.register_load_state_dict_pre_hook(_from_checkpoint_names)
+        self.register_state_dict_post_hook(_to_checkpoint_names)  # type: ignore[no-untyped-call]  # torch has no annotations
+        self.register_load_state_dict_pre_hook(_from_checkpoint_names)  # type: ignore[no-untyped-call]  # torch has no annotations
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel | PeftModel,
+        pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel | PeftModel,
         *,
         peft_config: PeftConfig | None = None,
-        reward_adapter: str | os.PathLike | None = None,
+        reward_adapter: str | os.PathLike[str] | None = None,
         reward_adapter_name: str = "reward_adapter",
         is_trainable: bool = False,
         load_in_8bit: bool = False,
@@ -114,19 +114,19 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         source = pretrained_model_name_or_path
         _check_arguments(source, peft_config, reward_adapter)
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        loaded = not isinstance(source, nn.Module)
-        if loaded:
-            source = os.fspath(source)
-            kwargs |= _loading_options(kwargs, load_in_8bit, load_in_4bit, device_map, torch_dtype)
-            model = load_language_model(source, cls.auto_class, is_trainable, hub, **kwargs)
+        model: PreTrainedModel | PeftModel
+        if isinstance(source, nn.Module):
+            path, model = None, settle_quantization(source)
         else:
-            model = settle_quantization(source)
+            path = os.fspath(source)
+            kwargs |= _loading_options(kwargs, load_in_8bit, load_in_4bit, device_map, torch_dtype)
+            model = load_language_model(path, cls.auto_class, is_trainable, hub, **kwargs)
         if peft_config is not None and is_peft_model(model):
             warnings.warn("peft_config is ignored: the model has adapters already", UserWarning, stacklevel=2)
         elif peft_config is not None:
             model = _add_adapters(model, peft_config, use_gradient_checkpointing, gradient_checkpointing_kwargs)
         wrapper = cls(model, v_head_init_strategy, v_head_initializer_range, summary_dropout_prob)
-        if loaded and (head_state := read_value_head(source, **hub)):
+        if path is not None and (head_state := read_value_head(path, **hub)):
             wrapper.v_head.load_state_dict(head_state)
         if reward_adapter is not None:
             wrapper.score = load_reward_adapter(
@@ -189,11 +189,13 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
 
     @property
     def device(self) -> torch.device:
-        return self.pretrained_model.device
+        device: torch.device = self.pretrained_model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.pretrained_model.dtype
+        dtype: torch.dtype = self.pretrained_model.dtype
+        return dtype
 
     @property
     def is_peft_model(self) -> bool:
@@ -213,7 +215,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.pretrained_model.is_gradient_checkpointing
+        return bool(self.pretrained_model.is_gradient_checkpointing)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         model = self.pretrained_model
@@ -232,16 +234,18 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         self.pretrained_model.enable_input_require_grads()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.pretrained_model.get_input_embeddings()
+        embeddings: nn.Module = self.pretrained_model.get_input_embeddings()
+        return embeddings
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.pretrained_model.get_output_embeddings()
+        head: nn.Module = self.pretrained_model.get_output_embeddings()
+        return head
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """The language model (or its active adapter) as plain transformers (or peft) loads it, and the head.
 
@@ -266,7 +270,7 @@ def without_value_head(model: Any) -> Any:
     return model.pretrained_model if isinstance(model, ValueHeadWrapper) else model
 
 
-def value_head_of(model: Any, language_model: nn.Module) -> SummaryHead | None:
+def value_head_of(model: Any, language_model: PreTrainedModel | PeftModel) -> SummaryHead | None:
     """The classic head of `model`: a wrapper's, or one saved in the checkpoint of that name.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
@@ -20,7 +20,7 @@ from trl_apa.models.gguf import dense_options, gguf_source, load_config
 from trl_apa.models.loading import class_that_knows, load_language_model
 from trl_apa.models.logprobs import response_rows, response_states
 from trl_apa.models.modes import make_repeatable
-from trl_apa.models.network_parts import inner_model, text_trunk, without_unknown_pad
+from trl_apa.models.network_parts import Network, inner_model, text_trunk, without_unknown_pad
 from trl_apa.models.partitioned import gathered, whole_shape
 from trl_apa.models.quantization import settle_quantization
 
@@ -64,7 +64,8 @@ class ValueHead(nn.Module):
             hidden_BRH = hidden_BRH.to(self.out.weight.dtype)
             if self.kind == "mlp":
                 hidden_BRH = self.hidden(hidden_BRH).relu()
-            return self.out(hidden_BRH).squeeze(-1)
+            values_BR: Tensor = self.out(hidden_BRH).squeeze(-1)
+            return values_BR
 
 
 class ValueModel(nn.Module):
@@ -75,9 +76,9 @@ class ValueModel(nn.Module):
         head: maps hidden states to one number each, reward units.
     """
 
-    def __init__(self, network: nn.Module, head: ValueHead):
+    def __init__(self, network: Network, head: ValueHead):
         super().__init__()
-        self.network = network
+        self.network: Network = network
         self.head = head
         self.eval()
 
@@ -88,7 +89,7 @@ class ValueModel(nn.Module):
         return self
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> PreTrainedModel:
         """What turns tokens into hidden states; a PEFT model's adapters sit inside its trunk."""
         return text_trunk(self.network.get_base_model()) if is_peft_model(self.network) else self.network
 
@@ -99,19 +100,19 @@ class ValueModel(nn.Module):
     def forward(self, tokens: Mapping[str, Tensor], response_width: int) -> Tensor:
         """V of the state before each of the last `response_width` tokens, reward units, `(B, R)`.
 
-        `tokens` are those of `rollouts.pad_tokens`.
+        `tokens` are those of `batch.pad_tokens`.
         """
         return trunk_values(self.trunk, self.head, tokens, response_width)
 
     @classmethod
-    def from_policy(cls, policy: nn.Module, head: str = "mlp") -> "ValueModel":
+    def from_policy(cls, policy: Network, head: str = "mlp") -> "ValueModel":
         """A deep copy of the policy's trunk; of a PEFT policy, of its base and its active adapter."""
         width = output_width(inner_model(settle_quantization(policy)))
         network = _copy_with_adapter(policy) if is_peft_model(policy) else trainable(copy_of_trunk(policy))
         return cls(network, ValueHead(width, head).to(_device(network)))
 
     @classmethod
-    def from_reward_model(cls, reward_model: nn.Module) -> "ValueModel":
+    def from_reward_model(cls, reward_model: PreTrainedModel) -> "ValueModel":
         """A deep copy of a sequence classifier with one label; the head starts as its score layer.
 
         Raises:
@@ -127,7 +128,7 @@ class ValueModel(nn.Module):
         return cls(network, ValueHead.like(score).to(_device(network)))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, base_model: nn.Module | None = None, **kwargs: Any) -> "ValueModel":
+    def from_pretrained(cls, path: str | Path, base_model: Network | None = None, **kwargs: Any) -> "ValueModel":
         """Load what `save_pretrained` wrote; or start from any checkpoint: a reward model's, a language model's.
 
         Args:
@@ -165,7 +166,7 @@ class ValueModel(nn.Module):
         return cls.on_trunk(class_that_knows(config, AutoModel).from_pretrained(path, **kwargs))
 
     @classmethod
-    def on_trunk(cls, trunk: nn.Module) -> "ValueModel":
+    def on_trunk(cls, trunk: PreTrainedModel) -> "ValueModel":
         """A bare trunk with a new head. OPT-350m projects its hidden states; its config says to what."""
         trunk = text_trunk(settle_quantization(trunk))
         config = trunk.config.get_text_config()
@@ -188,13 +189,13 @@ class ValueModel(nn.Module):
         save_value_model(self.network, self.head, path, state_of(state, "network"), state_of(state, "head"))
 
 
-def trunk_values(trunk: nn.Module, head: ValueHead, tokens: Mapping[str, Any], response_width: int) -> Tensor:
+def trunk_values(trunk: PreTrainedModel, head: ValueHead, tokens: Mapping[str, Any], response_width: int) -> Tensor:
     """V of the state before each response token, reward units, at least float32 `(B, R)`; 0 where a row has none.
 
     Args:
         trunk: what turns tokens into hidden states.
         head: hidden state to value.
-        tokens: those of `rollouts.pad_tokens` or `rollouts.pack_tokens`.
+        tokens: those of `batch.pad_tokens` or `batch.pack_tokens`.
         response_width: tokens.
     """
     # T5's language model has no separate trunk.
@@ -204,7 +205,7 @@ def trunk_values(trunk: nn.Module, head: ValueHead, tokens: Mapping[str, Any], r
 
 
 def save_value_model(
-    network: nn.Module,
+    network: Network,
     head: ValueHead,
     path: str | Path,
     network_state: dict[str, Tensor],
@@ -250,7 +251,7 @@ def state_of(state_dict: dict[str, Tensor], child: str) -> dict[str, Tensor]:
 
 
 def save_network(
-    network: nn.Module, path: str | Path, state_dict: dict[str, Tensor], adapter: str | None = None, **kwargs: Any
+    network: Network, path: str | Path, state_dict: dict[str, Tensor], adapter: str | None = None, **kwargs: Any
 ) -> None:
     """A transformer's checkpoint in `path` itself; of a PEFT model an adapter's, by default that of the active one.
 
@@ -269,7 +270,7 @@ def save_network(
         shutil.rmtree(folder)
 
 
-def load_network(network: nn.Module, path: str | Path, adapter: str | None = None) -> None:
+def load_network(network: Network, path: str | Path, adapter: str | None = None) -> None:
     """Put weights that `save_network` wrote into a network of the same shape (of a PEFT model, into that adapter).
 
     Raises:
@@ -299,12 +300,12 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def output_width(language_model: nn.Module) -> int:
+def output_width(language_model: Network) -> int:
     """Width of the hidden states that the vocabulary head reads (not always `hidden_size`: OPT-350m projects)."""
     return whole_shape(language_model.get_output_embeddings().weight)[-1]
 
 
-def trainable(trunk: nn.Module) -> nn.Module:
+def trainable(trunk: PreTrainedModel) -> PreTrainedModel:
     """All floating-point parameters trainable: the policy that was copied may have been partly frozen."""
     for parameter in trunk.parameters():
         if parameter.is_floating_point():
@@ -312,7 +313,7 @@ def trainable(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
-def _copy_with_adapter(policy: nn.Module) -> nn.Module:
+def _copy_with_adapter(policy: PeftModel) -> PeftModel:
     """A deep copy of a PEFT policy with only its active adapter; everything outside the trunk is frozen."""
     network = independent_copy(policy)
     for adapter in [name for name in network.peft_config if name != network.active_adapter]:

@@ -7,7 +7,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
-from trl_apa.config.fields import option
+from trl_apa.config.fields import Json, option
 from trl_apa.redaction import RedactedOptions
 
 
@@ -117,7 +117,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     num_unfrozen_layers: int | None = option(None, "Train the highest layers only; all by default.")
     model_adapter_name: str | None = option(None, "Adapter of a PEFT model that is trained.")
     ref_adapter_name: str | None = option(None, "Adapter of a PEFT model that pi_init is.")
-    chat_template_kwargs: dict | str | None = option(None, "More for the chat template.")
+    chat_template_kwargs: Json = option(None, "More for the chat template.")
     resume_anyway: list[str] | None = option(
         None, "Options in which a resumed checkpoint may differ although they define its run."
     )
@@ -126,7 +126,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_finite_options(self)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")
@@ -138,7 +138,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             raise ValueError(f"learn_state_normaliser=True with loss_type={self.loss_type!r}: only APA omits log Z")
         self._check_ranges()
         if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+            self.bf16: bool | None = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         if self.early_stopping_patience is not None:
             self._stop_on_the_held_out_reward()
         super().__post_init__()

@@ -5,17 +5,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa.data.pairs import Demonstration, Preference
 from trl_apa.data.sources import BadRow, report
-from trl_apa.models.network_parts import num_token_ids
+from trl_apa.models.network_parts import Network, num_token_ids
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.rollout.batch import Rollouts, response_mask
 from trl_apa.rollout.prompts import as_rows, prompt_of, query_of
 from trl_apa.rollout.reward_values import as_float
-from trl_apa.rollout.scoring import ADAPTER, Scorer, reward_functions
+from trl_apa.rollout.scoring import Scorer, reward_functions
 from trl_apa.rollout.texts import Texts, as_completion, prompts_and_completions
 from trl_apa.trainer.validation import LARGEST_SCORE, check_positions, check_tokens
 from trl_apa.values import shown
@@ -64,13 +64,8 @@ def label_rows(
         ValueError, RuntimeError: as the scorer does for a function that fails; for an adapter on a policy's base.
     """
     rows = list(rows)
-    functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    if any(isinstance(function, str) and function.partition(":")[0] == ADAPTER for function in functions):
-        raise ValueError(
-            f"reward_funcs has {ADAPTER!r}: here is no policy with adapters; give the reward model itself"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = Scorer(reward_functions(functions, None, tokenizer, device, None), reward_weights)
+    scorer = Scorer(reward_functions(reward_funcs, None, tokenizer, device, None), reward_weights)
     labelled = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -125,7 +120,7 @@ def given_texts(
 
 
 def rollouts_of(
-    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, policy: nn.Module, args: OfflineConfig
+    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, policy: Network, args: OfflineConfig
 ) -> Rollouts:
     """The data set as one batch on the CPU.
 

@@ -6,17 +6,17 @@ from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models.logprobs import forward_parameters, forward_replaced, last_hidden_states
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.offline.networks import QValueModel
 
 
 @contextmanager
-def advantage_shifted(policy: nn.Module, q_model: QValueModel, beta: float) -> Iterator[nn.Module]:
+def advantage_shifted(policy: Network, q_model: QValueModel, beta: float) -> Iterator[Network]:
     """
     Inside, `policy` is ILQL's (Snell et al. 2022, arXiv 2206.11871, section 5.3):
 

@@ -14,6 +14,7 @@ from trl_apa.models.network_parts import num_token_ids
 from trl_apa.rollout.batch import lay_out, longest_row, response_mask
 from trl_apa.rollout.generation import generate_responses, generation_options
 from trl_apa.rollout.prompts import PROMPT_COLUMNS, query_of
+from trl_apa.rollout.scoring import Scorer
 from trl_apa.rollout.texts import prompts_and_completions
 from trl_apa.trainer.validation import check_tokens
 
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
     from trl_apa.offline.trainer import OfflineAPATrainer
 
 
-def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> dict[str, float]:
+def held_out_reward(trainer: "OfflineAPATrainer", scorer: Scorer, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Sample one response to each prompt, from the same seed every time, and score it.
 
     Args:
-        trainer: with reward functions. Every process takes its part of the prompts.
+        trainer: every process takes its part of the prompts.
+        scorer: the reward functions.
         rows: prompts, with the columns that the reward functions read.
 
     Returns:
         `reward` and `reward_std`, reward units; `kl`, nats a response, the mean of log pi - log pi_init over the
         responses; `response_length`, tokens; `eos_share`; `distinct_1` and `distinct_2`, see
-        `evaluation.distinct_ngrams`.
+        `held_out.distinct_ngrams`.
 
     Raises:
         ValueError: if there is no prompt; or what the reward functions raise, in all processes.
@@ -45,7 +47,11 @@ def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) ->
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def measure() -> list[tuple[Any, ...]]:
-        return [row for part in parts for row in zip(part, *_measure(trainer, [rows[n] for n in part]), strict=True)]
+        return [
+            row
+            for part in parts
+            for row in zip(part, *_measure(trainer, scorer, [rows[n] for n in part]), strict=True)
+        ]
 
     with random_numbers_of_its_own(trainer.args.seed, process):
         # Together: processes may have different numbers of parts.
@@ -63,7 +69,7 @@ def held_out_reward(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) ->
     }
 
 
-def _measure(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+def _measure(trainer: "OfflineAPATrainer", scorer: Scorer, rows: list[dict[str, Any]]) -> tuple[list[Any], ...]:
     """Reward, KL, length, whether it ended and text of a response to each row's prompt."""
     args, tokenizer = trainer.args, trainer.processing_class
     queries = [query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs) for row in rows]
@@ -76,7 +82,7 @@ def _measure(trainer: "OfflineAPATrainer", rows: list[dict[str, Any]]) -> tuple[
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     prompts, completions = prompts_and_completions(rows, queries, responses, tokenizer)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in PROMPT_COLUMNS}
-    scores = trainer.scorer(prompts, completions, queries, responses, columns)
+    scores = scorer(prompts, completions, queries, responses, columns)
     ended = [float(int(response[-1]) in trainer._end_token_ids) for response in responses]
     lengths = [len(response) for response in responses]
     return scores.total_B.tolist(), _kl(trainer, queries, responses).tolist(), lengths, ended, texts

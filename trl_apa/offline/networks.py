@@ -12,6 +12,7 @@ from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models import PolicyAndValue, ValueHead, ValueModel, load_policy_and_value
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.logprobs import TOKEN_FIELDS, response_rows, response_states
+from trl_apa.models.network_parts import Network
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_model import state_of
 
@@ -37,7 +38,8 @@ class QHead(nn.Module):
 
     def forward(self, hidden_BRH: Tensor) -> Tensor:
         with torch.autocast(hidden_BRH.device.type, enabled=False):
-            return self.out(self.hidden(hidden_BRH.to(self.out.weight.dtype)).relu())
+            values_BRV: Tensor = self.out(self.hidden(hidden_BRH.to(self.out.weight.dtype)).relu())
+            return values_BRV
 
 
 class QValueModel(ValueModel):
@@ -48,7 +50,7 @@ class QValueModel(ValueModel):
         vocabulary: tokens that the policy chooses from.
     """
 
-    def __init__(self, network: nn.Module, head: ValueHead, vocabulary: int):
+    def __init__(self, network: Network, head: ValueHead, vocabulary: int):
         super().__init__(network, head)
         device = head.out.weight.device
         self.q = nn.ModuleList(QHead(head.hidden_size, vocabulary) for _ in range(2)).to(device)
@@ -100,7 +102,7 @@ class QValueModel(ValueModel):
         self.target_q.load_state_dict(state_of(state, "target_q"))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, base_model: nn.Module | None = None, **kwargs: Any) -> "QValueModel":
+    def from_pretrained(cls, path: str | Path, base_model: Network | None = None, **kwargs: Any) -> "QValueModel":
         """What `save_pretrained` wrote; arguments as of `ValueModel.from_pretrained`."""
         values = ValueModel.from_pretrained(path, base_model, **kwargs)
         vocabulary = len(load_file(Path(path) / Q_WEIGHTS)["q.0.out.bias"])
@@ -118,11 +120,22 @@ class OfflineNetworks(PolicyAndValue):
         normaliser: h(s), a network like a value model whose head starts at zero; None without one.
     """
 
-    def __init__(self, policy: nn.Module, value_model: ValueModel, normaliser: ValueModel | None = None):
+    value_model: ValueModel
+
+    def __init__(self, policy: Network, value_model: ValueModel, normaliser: ValueModel | None = None):
         super().__init__(policy, value_model)
         self.normaliser = None if normaliser is None else settle_quantization(normaliser)
 
-    def forward(self, with_normaliser: bool = False, with_q: bool = False, **inputs: Any) -> dict[str, Tensor]:
+    @property
+    def q_model(self) -> QValueModel:
+        """The value model of ILQL; TypeError with another loss."""
+        if not isinstance(self.value_model, QValueModel):
+            raise TypeError(f"value_model is a {type(self.value_model).__name__}; it should be a QValueModel")
+        return self.value_model
+
+    def forward(  # type: ignore[override]  # what the base class takes is passed on by name
+        self, with_normaliser: bool = False, with_q: bool = False, **inputs: Any
+    ) -> dict[str, Tensor]:
         """What the update reads of a micro-batch at its response tokens.
 
         Args:
@@ -133,12 +146,12 @@ class OfflineNetworks(PolicyAndValue):
         outputs = super().forward(**inputs)
         tokens = {name: inputs[name] for name in TOKEN_FIELDS if inputs.get(name) is not None}
         if with_q:
-            outputs |= self.value_model.at_responses(tokens, inputs["response_width"])
+            outputs |= self.q_model.at_responses(tokens, inputs["response_width"])
         if with_normaliser and self.normaliser is not None:
             outputs["normaliser"] = self.normaliser(tokens, inputs["response_width"])
         return outputs
 
-    def networks(self) -> Iterator[nn.Module]:
+    def networks(self) -> Iterator[Network]:
         yield from super().networks()
         if self.normaliser is not None:
             yield self.normaliser.network

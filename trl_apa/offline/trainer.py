@@ -2,14 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+)
 
 from trl_apa._trl import is_peft_model
 from trl_apa.algorithms.advantages import gae
@@ -21,7 +27,7 @@ from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference
 from trl_apa.models.layouts import Layouts
 from trl_apa.models.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
 from trl_apa.models.network_checks import check_answers_text
-from trl_apa.models.network_parts import pad_token_id_of, padding_id, use_cache_kept
+from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
@@ -39,7 +45,6 @@ from trl_apa.trainer.optimization import check_optimizer_is_finite
 from trl_apa.trainer.resuming import ResumableRuns
 from trl_apa.trainer.run_identity import data_fingerprint, initial_policy_fingerprint
 from trl_apa.trainer.saving import Saving
-from trl_apa.trainer.signals import StopOnSignal
 from trl_apa.trainer.tracker_failures import isolate_failures
 from trl_apa.trainer.validation import check_fp16, check_type
 
@@ -56,7 +61,7 @@ class BetweenSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.loss_type == "ilql":
-            self.trainer.networks.value_model.move_targets(args.polyak)
+            self.trainer.networks.q_model.move_targets(args.polyak)
 
 
 class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
@@ -90,6 +95,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     Raises:
         ValueError: naming the argument that does not fit, or the rows that cannot be learned from.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -162,7 +169,6 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
-        self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(BetweenSteps(self))
         self.add_callback(self.processes.stop_on_signal)
         if args.early_stopping_patience is not None:
@@ -178,7 +184,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     @property
     def networks(self) -> OfflineNetworks:
         """Policy, value model and normaliser, out of any distributed wrapper."""
-        return self.accelerator.unwrap_model(self.model)
+        networks: OfflineNetworks = self.accelerator.unwrap_model(self.model)
+        return networks
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As in [`~transformers.Trainer.add_callback`]; a tracker that fails does not end the run."""
@@ -396,16 +403,16 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     # ---- the policy that was learned ----
 
     @contextmanager
-    def learned_policy(self) -> Iterator[nn.Module]:
+    def learned_policy(self) -> Iterator[Network]:
         """Inside, the policy to sample from and to take log-probs of: for ILQL the one that the values shift.
 
         Without gradient checkpointing meanwhile, under which layers keep no cache.
         """
         networks, args = self.networks, self.args
         checkpointing = networks.is_gradient_checkpointing
-        shifted = nullcontext(networks.policy)
+        shifted: AbstractContextManager[Network] = nullcontext(networks.policy)
         if args.loss_type == "ilql":
-            shifted = advantage_shifted(networks.policy, networks.value_model, args.ilql_beta)
+            shifted = advantage_shifted(networks.policy, networks.q_model, args.ilql_beta)
         if checkpointing:
             networks.gradient_checkpointing_disable()
         try:
@@ -432,7 +439,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
         try:
-            measured = held_out_reward(self, as_rows(dataset))
+            measured = held_out_reward(self, self.scorer, as_rows(dataset))
         except BaseException:
             self._save_what_was_learned()
             raise

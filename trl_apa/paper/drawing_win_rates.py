@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trl_apa.paper.tables import markdown_table
 from trl_apa.paper.win_rates import WinRates
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PARTS = {"wins": "C0", "ties": "0.8", "losses": "C1"}
 
@@ -54,7 +58,7 @@ def _draw(title: str, found: WinRates, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_bar(axes, row: int, rate: dict[str, float]) -> None:
+def _draw_bar(axes: "Axes", row: int, rate: dict[str, float]) -> None:
     left = 0.0
     for part, colour in PARTS.items():
         share = rate[part] / rate["pairs"]
@@ -64,7 +68,7 @@ def _draw_bar(axes, row: int, rate: dict[str, float]) -> None:
         left += share
 
 
-def _draw_rate(axes, row: int, found: WinRates, name: str) -> None:
+def _draw_rate(axes: "Axes", row: int, found: WinRates, name: str) -> None:
     rate = found.overall[name]
     low, middle, high = (rate[key] for key in ("low", "win_rate", "high"))
     label = f"win rate (a tie is half), {found.confidence:.0%} interval"

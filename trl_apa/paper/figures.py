@@ -120,9 +120,10 @@ def _entry(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
     names = [str(known) for known in index if known != MINI]
     if name not in names:
         raise ValueError(f"{path} has {', '.join(names)}, but not {name!r}{did_you_mean(name, names)}")
-    if not isinstance(index[name], dict):
-        raise ValueError(f"{path}: {name} is a {type(index[name]).__name__}; it should have title, command, ...")
-    return index[name]
+    entry = index[name]
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {name} is a {type(entry).__name__}; it should have title, command, ...")
+    return entry
 
 
 def _curve(where: str, folder: Path, entry: str | Mapping[str, Any], in_small: Mapping[str, Any]) -> Curve:
@@ -134,5 +135,5 @@ def _curve(where: str, folder: Path, entry: str | Mapping[str, Any], in_small: M
     if not file.is_file():
         raise ValueError(f"{where} names {file.name}, which is not there")
     curve = Curve(file, dict(entry.get("set", {})))
-    mini = {**in_small.get(curve.options().get("loss_type"), {}), **entry.get("mini", {})}
+    mini = {**in_small.get(curve.options().get("loss_type", ""), {}), **entry.get("mini", {})}
     return Curve(file, curve.changed, mini)

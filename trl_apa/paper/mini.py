@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from trl_apa.config.apa import APAConfig
 from trl_apa.demo.networks import decode, encode, sample
@@ -227,7 +234,9 @@ class _Measuring(TrainerCallback):
     def __init__(self, sizes: MiniSizes, measure: Callable[[int], None]):
         self.sizes, self.measure = sizes, measure
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if _is_due(round(state.epoch), self.sizes.epochs, self.sizes.evaluations):
             self.measure(state.global_step)
 

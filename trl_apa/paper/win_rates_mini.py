@@ -14,7 +14,8 @@ from trl_apa.demo.pipeline import quiet_libraries, torch_threads
 from trl_apa.demo.reward import gold_rewards
 from trl_apa.paper.win_rates import Comparison, WinRates, answers_file, sampling_seed, summarize
 from trl_apa.winrate import Judgement, Pair, compare
-from trl_apa.winrate.comparing import FIRST, SECOND, TIE, Question
+from trl_apa.winrate.comparing import Question
+from trl_apa.winrate.verdicts import FIRST, SECOND, TIE
 
 
 class GoldJudge:
@@ -90,7 +91,8 @@ def sample_answers(
     """One answer to each prompt, as text with its special tokens."""
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     responses = sample(model, tokenizer, prompts, max_new_tokens, seed)
-    return tokenizer.batch_decode([response.tolist() for response in responses])
+    texts: list[str] = tokenizer.batch_decode([response.tolist() for response in responses])
+    return texts
 
 
 def _write_answers(path: Path, prompts: Sequence[str], answers: Sequence[str]) -> None:

@@ -36,8 +36,8 @@ NOT_LOOKED_INTO = (Enum, type, ModuleType, FunctionType, BuiltinFunctionType, Me
 def without_secrets(value: Any, *holders: Any) -> Any:
     """A copy of an option's value without keys, tokens and passwords; the value itself where it has none.
 
-    Hidden are texts and objects under names that `secret_patterns.is_secret_name` knows, in dicts, pairs, command
-    lines, dataclasses and other objects, however deep; what `secret_patterns.mask_text` finds in texts, among them
+    Hidden are texts and objects under names that `patterns.is_secret_name` knows, in dicts, pairs, command
+    lines, dataclasses and other objects, however deep; what `patterns.mask_text` finds in texts, among them
     JSON; and the secrets that are found in this way wherever else they stand. Numbers, True, False and None are shown.
 
     Args:
@@ -83,7 +83,7 @@ def errors_without_secrets(*holders: Any, quoted: bool = True) -> Iterator[None]
         said = hidden(str(error), *holders)
         if not _says(error, said):
             raise RuntimeError(f"{type(error).__name__}: {said}") from None
-        last = error
+        last: BaseException = error
         while (behind := last.__cause__ or last.__context__) is not None:
             if _says(behind, hidden(str(behind), *holders)):
                 last = behind
@@ -161,7 +161,7 @@ class _Redactor:
             return value if same else functools.partial(value.func, *shown[:-1], **shown[-1])
         if isinstance(value, Mapping):
             return self._mapping(value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
             return _rebuilt(value, self.attributes(value._asdict()).values(), lambda elements: type(value)(*elements))
         if isinstance(value, Sequence):
             return _rebuilt(value, self._elements(value), tuple if isinstance(value, tuple) else list)
@@ -285,11 +285,12 @@ class RedactedOptions:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):
             # Where a class has one of its own, `dataclass` makes none, which would show keys.
-            cls.__repr__ = RedactedOptions.__repr__
+            cls.__repr__ = RedactedOptions.__repr__  # type: ignore[method-assign]  # as `dataclass` does
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers' (which leaves `hub_token` out), without the secrets inside other options."""
-        return _Redactor(secrets_in(vars(self))).attributes(super().to_dict())
+        options = super().to_dict()  # type: ignore[misc]  # of the options that this is mixed into
+        return _Redactor(secrets_in(vars(self))).attributes(options)
 
     def shown(self) -> Any:
         """A copy without secrets, for those who tell others of it: trackers."""
@@ -315,6 +316,6 @@ class RedactedOptions:
 
 
 def _with_attributes(cls: type, attributes: dict[str, Any]) -> Any:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     vars(made).update(attributes)
     return made

@@ -233,7 +233,7 @@ def _value_at(text: str, start: int) -> tuple[int, int]:
     if text[start : start + 1] in BRACKETS:
         return start, _closing_bracket(text, start)
     value = VALUE.match(text, start)
-    return value.span(value.lastgroup) if value is not None else (start, start)
+    return value.span(value.lastgroup or 0) if value is not None else (start, start)
 
 
 def _closing_bracket(text: str, start: int) -> int:

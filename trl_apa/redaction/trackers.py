@@ -46,7 +46,7 @@ def options_to_open(options: Mapping[str, Any], *holders: Any) -> dict[str, Any]
     }
 
 
-def _told_no_secret(handler: Callable) -> Callable:
+def _told_no_secret(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
     def handle(args: Any, *others: Any, **kwargs: Any) -> Any:
         # At the end W&B and DVCLive make a Trainer of the options, which may log in.

@@ -13,6 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_apa.values import why_unreadable
 
 
+# Of a field that a later stage fills in; None until then.
+UNMEASURED: Any = None
+
+
 class Layout(Enum):
     """How the rows of a micro-batch lie before a network.
 
@@ -33,7 +37,8 @@ class Rollouts:
     """One iteration's experience: prompts, responses, scores, and the tensors that the update needs.
 
     Queries and responses stay ragged; everything measured per response token is padded on the right to the longest
-    response, `(B, R)`, and is only meaningful where `response_mask_BR` is True.
+    response, `(B, R)`, and is only meaningful where `response_mask_BR` is True. What the stages after the scores
+    measure is None until they fill it in.
 
     Args:
         queries: `B` prompts, 1-D token ids, at least one token each.
@@ -56,14 +61,14 @@ class Rollouts:
     responses: list[Tensor]
     response_mask_BR: Tensor
     scores_B: Tensor
-    ref_logprobs_BR: Tensor | None = None
-    values_BR: Tensor | None = None
-    old_logprobs_BR: Tensor | None = None
-    kl_penalty_BR: Tensor | None = None
+    ref_logprobs_BR: Tensor = UNMEASURED
+    values_BR: Tensor = UNMEASURED
+    old_logprobs_BR: Tensor = UNMEASURED
+    kl_penalty_BR: Tensor = UNMEASURED
     given_rewards_BR: Tensor | None = None
-    rewards_BR: Tensor | None = None
-    advantages_BR: Tensor | None = None
-    returns_BR: Tensor | None = None
+    rewards_BR: Tensor = UNMEASURED
+    advantages_BR: Tensor = UNMEASURED
+    returns_BR: Tensor = UNMEASURED
     decoder_start_token_id: int | None = None
 
     def __len__(self) -> int:

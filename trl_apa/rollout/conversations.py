@@ -38,7 +38,7 @@ def conversation_ids(
 
     def rendered(kept: Messages) -> list[int]:
         goes_on = kept[-1]["role"] == "assistant"
-        return tokenizer.apply_chat_template(
+        ids: list[int] = tokenizer.apply_chat_template(
             kept,
             tokenize=True,
             return_dict=False,
@@ -46,6 +46,7 @@ def conversation_ids(
             continue_final_message=goes_on,
             **(chat_template_kwargs or {}),
         )
+        return ids
 
     ids = rendered(messages)
     if max_length is None or len(ids) <= max_length:

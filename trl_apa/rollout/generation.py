@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from trl_apa.models.layouts import cache_is_exact, sampling_batches
-from trl_apa.models.network_parts import padding_id
+from trl_apa.models.network_parts import Network, padding_id
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.generation_defaults import neutral_generation_config
 from trl_apa.trainer.validation import check_positions
@@ -88,7 +88,7 @@ class DecodedTextCriteria(StoppingCriteria):
 
 
 def generate_responses(
-    model: nn.Module,
+    model: Network,
     queries: Sequence[Tensor],
     generation_config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -168,7 +168,7 @@ def generate_responses(
 
 
 def _exact_batches(
-    model: nn.Module,
+    model: Network,
     queries: Sequence[Tensor],
     batch_size: int,
     pads: bool,
@@ -336,7 +336,7 @@ def cut_responses(
     return found.cut(tokens_BT)
 
 
-def decoder_start_token_id(model: nn.Module) -> int | None:
+def decoder_start_token_id(model: Network) -> int | None:
     """What the decoder of an encoder-decoder reads before a response; None for a decoder alone.
 
     Raises:
@@ -346,12 +346,13 @@ def decoder_start_token_id(model: nn.Module) -> int | None:
         return None
     for config in (model.generation_config, model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
-            if (token := getattr(config, name, None)) is not None:
+            token: int | None = getattr(config, name, None)
+            if token is not None:
                 return token
     raise ValueError("model has no decoder_start_token_id in its config, the first decoder token of every response")
 
 
-def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_token_id: int | None = None) -> list[int]:
+def end_token_ids(model: Network, tokenizer: PreTrainedTokenizerBase, stop_token_id: int | None = None) -> list[int]:
     """Ids that end a response: `stop_token_id` if given, else the tokenizer's EOS and the generation config's."""
     if stop_token_id is not None:
         return [stop_token_id]

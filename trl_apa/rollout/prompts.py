@@ -21,8 +21,8 @@ PROMPT_COLUMNS = ("prompt", "query", "input_ids", "attention_mask")
 
 
 def prompt_dataloader(
-    dataset: Any, batch_size: int, collator: Callable, keep_all_columns: bool, seed: int
-) -> DataLoader:
+    dataset: Any, batch_size: int, collator: Callable[..., Any], keep_all_columns: bool, seed: int
+) -> DataLoader[Any]:
     """Batches of `batch_size` rows in an order that `seed` decides; what does not fill the last batch is left out.
 
     Args:
@@ -90,7 +90,7 @@ class PromptSource:
         return as_rows(rows[self.own])
 
     def _rows_of_pass(self, iteration: int) -> list[Any]:
-        number, place = divmod(iteration, self.iterations_per_pass)
+        number, place = divmod(iteration, len(self.dataset) // self.rows_per_iteration)
         generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
         order = torch.randperm(len(self.dataset), generator=generator)
         chosen = order[place * self.rows_per_iteration : (place + 1) * self.rows_per_iteration]

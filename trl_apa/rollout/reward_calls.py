@@ -75,7 +75,8 @@ def call_functions(
     progress = _Progress()
     if timeout is None:
         return _call_all(functions, arguments, progress)
-    return _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
+    answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
+    return answers
 
 
 def private_copy(value: Any) -> Any:
@@ -131,9 +132,9 @@ def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dic
         try:
             answers[number] = await pending
         except BaseException as error:
-            is_cancelled = isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling()
-            if is_cancelled:  # as a task, by another function perhaps
-                raise
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # as a task, by another function perhaps
             failures.append((names[number], error))
             raise _Stopped from error  # what has a meaning to the event loop must not reach it
 

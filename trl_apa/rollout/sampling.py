@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_apa.distributed.processes import Processes
+from trl_apa.models.network_parts import Network
 from trl_apa.rollout.generation import response_limits, responses_of_completions
 from trl_apa.trainer.validation import check_positions
 
@@ -34,7 +35,7 @@ class SamplingRequest(NamedTuple):
 class Sampler(Protocol):
     """An inference engine, given to the trainer as `sampler=`."""
 
-    def sample(self, policy: nn.Module, prompts: list[list[int]], request: SamplingRequest) -> Sequence[Sequence[int]]:
+    def sample(self, policy: Network, prompts: list[list[int]], request: SamplingRequest) -> Sequence[Sequence[int]]:
         """One response to each prompt, sampled from the policy as it is.
 
         Args:
@@ -63,7 +64,7 @@ class EngineSampler:
         ValueError: if `sampler` has no method `sample`, or the policy is an encoder-decoder.
     """
 
-    def __init__(self, sampler: Sampler, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, processes: Processes):
+    def __init__(self, sampler: Sampler, policy: Network, tokenizer: PreTrainedTokenizerBase, processes: Processes):
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler is a {type(sampler).__name__}; it should have a method sample")
         if policy.config.is_encoder_decoder:

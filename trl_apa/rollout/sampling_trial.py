@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.trials import (
     LONG,
     Difference,
@@ -61,7 +61,7 @@ class SamplingTrial:
 
 
 def try_sampling(
-    model: nn.Module, longest: int = LONG, pad_token_id: int | None = None, start: int | None = None
+    model: Network, longest: int = LONG, pad_token_id: int | None = None, start: int | None = None
 ) -> SamplingTrial:
     """Let a model answer a short and a long prompt, alone and in one batch, with tokens that are chosen beforehand.
 
@@ -94,7 +94,7 @@ def try_sampling(
 
 @torch.no_grad()
 def sampling_logits(
-    model: nn.Module,
+    model: Network,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     pad_token_id: int,

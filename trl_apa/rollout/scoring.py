@@ -21,6 +21,7 @@ from trl_apa.models.logprobs import network_inputs
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.network_checks import check_has_positions, check_reads
 from trl_apa.models.network_parts import (
+    Network,
     inner_model,
     max_positions,
     num_token_ids,
@@ -112,12 +113,12 @@ class RewardModel:
         return self.text_ids(prompt, answer_text(self.policy_tokenizer, query, response, prompt), ended)
 
     @property
-    def _last_token_head(self) -> nn.Module | None:
+    def _last_token_head(self) -> nn.Linear | ModulesToSaveWrapper | None:
         """What makes a score of the last token's state; None for a classifier that reads its score elsewhere."""
         head = getattr(inner_model(self.model), "score", None)
         return head if isinstance(head, nn.Linear | ModulesToSaveWrapper) else None
 
-    def check_fits(self, policy: nn.Module, max_prompt_length: int | None, max_completion_length: int) -> None:
+    def check_fits(self, policy: Network, max_prompt_length: int | None, max_completion_length: int) -> None:
         """Raise ValueError if the classifier reads the policy's ids and has too few rows or positions for them.
 
         Args:
@@ -168,7 +169,8 @@ class RewardModel:
         tokens = pad_queries(sequences, filler, padding_side="right")
         tokens = {name: tensor.to(self.model.device) for name, tensor in tokens.items()}
         if self._last_token_head is None:
-            return self.model(**tokens).logits
+            scores_B1: Tensor = self.model(**tokens).logits
+            return scores_B1
         trunk = trunk_of(inner_model(self.model))
         lengths_B = tokens["attention_mask"].sum(1)
         if len({len(sequence) for sequence in sequences}) == 1:
@@ -176,7 +178,7 @@ class RewardModel:
         else:
             tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
             inputs = network_inputs(trunk, tokens)
-        hidden_BTH = trunk(**inputs).last_hidden_state
+        hidden_BTH: Tensor = trunk(**inputs).last_hidden_state
         return hidden_BTH[torch.arange(len(sequences), device=hidden_BTH.device), lengths_B - 1]
 
 
@@ -206,7 +208,7 @@ class AdapterReward:
     ):
         if path is not None:
             module.add_reward_adapter(path)
-        elif module.reward_adapter is None:
+        if module.reward_adapter is None:
             raise ValueError(
                 f"reward_funcs={ADAPTER!r}: the policy has no reward adapter; set its path, 'adapter:PATH'"
             )
@@ -224,8 +226,8 @@ class AdapterReward:
         prompts: list[Any] | None = None,
         **_: Any,
     ) -> list[float]:
-        rows = zip(prompts or [""] * len(prompt_ids), prompt_ids, completion_ids, strict=True)
-        sequences = [torch.tensor(sampled_ids(*row, self.tokenizer, self.end_token_ids)) for row in rows]
+        given = zip(prompts or [""] * len(prompt_ids), prompt_ids, completion_ids, strict=True)
+        sequences = [torch.tensor(sampled_ids(*row, self.tokenizer, self.end_token_ids)) for row in given]
         by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         scores = [0.0] * len(sequences)
         device = next(self.module.policy.parameters()).device
@@ -260,6 +262,7 @@ class Scores:
     """What the reward functions say of `B` responses.
 
     Args:
+        names: of the functions.
         by_function_BF: for each function one number a response, reward units, before its weight: the value it gave, or
             the sum of the values it gave token by token. NaN where a response is left out.
         per_token: for each response the weighted sum of the functions that give a value a token, reward units,
@@ -268,6 +271,7 @@ class Scores:
         kept_B: bool, False = the response is left out of the update.
     """
 
+    names: list[str]
     by_function_BF: Tensor
     per_token: list[Tensor] | None
     total_B: Tensor
@@ -291,7 +295,7 @@ class Scorer:
 
     def __init__(
         self,
-        functions: Sequence[Callable],
+        functions: Sequence[Callable[..., Any]],
         weights: Sequence[float] | None = None,
         skip_unscored: bool = False,
         timeout: float | None = None,
@@ -347,7 +351,7 @@ class Scorer:
         total_B = torch.where(
             kept_B, by_function_BF.nan_to_num() @ torch.tensor(self.weights, dtype=torch.float32), 0.0
         )
-        return Scores(by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
+        return Scores(self.names, by_function_BF, self._per_token(values, lengths, kept_B), total_B, kept_B)
 
     def _values_of_functions(self, arguments: dict[str, Any], lengths: list[int]) -> dict[int, list[Value]]:
         """What every Python function gives, under the function's number."""
@@ -386,9 +390,9 @@ def reward_functions(
     processing_classes: Any,
     policy_tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    module: PolicyAndValue,
+    module: PolicyAndValue | None,
     end_token_ids: Collection[int] | None = None,
-) -> list[Callable]:
+) -> list[Callable[..., Any]]:
     """What the trainer's `reward_funcs` and `reward_processing_classes` mean.
 
     Args:
@@ -398,7 +402,7 @@ def reward_functions(
             if there is none, that it reads the policy's token ids.
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
         device: where classifiers are put.
-        module: holds the policy.
+        module: holds the policy; None where there is none, and no reward model can be an adapter on its base.
         end_token_ids: of the policy, see `RewardModel`.
 
     Raises:
@@ -412,9 +416,13 @@ def reward_functions(
         raise ValueError(
             f"reward_processing_classes has {len(processing_classes)} elements; reward_funcs has {len(functions)}"
         )
-    made: list[Callable] = []
+    made: list[Callable[..., Any]] = []
     for function, tokenizer in zip(functions, processing_classes, strict=True):
         if function == ADAPTER or (isinstance(function, str) and function.startswith(f"{ADAPTER}:")):
+            if module is None:
+                raise ValueError(
+                    f"reward_funcs has {ADAPTER!r}: here is no policy with adapters; give the reward model itself"
+                )
             path = function.removeprefix(ADAPTER).removeprefix(":") or None
             function = AdapterReward(module, path, tokenizer=policy_tokenizer, end_token_ids=end_token_ids)
         elif isinstance(function, str | os.PathLike):

@@ -70,11 +70,13 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Ten
     if _is_chat(prompt):
         begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else None
         if begun is None:
-            return tokenizer.decode(response, skip_special_tokens=True)
+            message: str = tokenizer.decode(response, skip_special_tokens=True)
+            return message
     before = tokenizer.decode(query, skip_special_tokens=True)
-    whole = tokenizer.decode([*query.tolist(), *response.tolist()], skip_special_tokens=True)
+    whole: str = tokenizer.decode([*query.tolist(), *response.tolist()], skip_special_tokens=True)
     if not whole.startswith(before):
-        return tokenizer.decode(response, skip_special_tokens=True)
+        alone: str = tokenizer.decode(response, skip_special_tokens=True)
+        return alone
     answer = whole[len(before) :]
     # The space at the end of the prompt may have been lost with its tokens.
     lost = isinstance(begun, str) and begun[-1:].isspace() and not before[-1:].isspace()
@@ -169,4 +171,4 @@ def _after_end_of_turn(tokenizer: PreTrainedTokenizerBase, end: int) -> list[int
 
 
 def _is_chat(prompt: Any) -> bool:
-    return is_conversational({"prompt": prompt})
+    return bool(is_conversational({"prompt": prompt}))

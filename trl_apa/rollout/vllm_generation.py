@@ -8,14 +8,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model, vllm_generation_class
 from trl_apa.models import merged_parameters
 from trl_apa.models.adapters import adapts_tied_weights, parts_tied_weights
 from trl_apa.models.dense import as_in_checkpoints
-from trl_apa.models.network_parts import inner_model
+from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
 from trl_apa.rollout.generation import response_limits, responses_of_completions
 from trl_apa.rollout.vllm_reload import reload_weights
@@ -28,7 +28,7 @@ NEUTRAL |= {"decoder_start_token_id", "num_beams", "num_return_sequences", "retu
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens"}
 
 
-def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
+def check_vllm_can_hold(policy: Network, mode: str) -> None:
     """Refuse a policy that vLLM cannot sample from.
 
     Raises:
@@ -55,7 +55,7 @@ def check_vllm_can_hold(policy: nn.Module, mode: str) -> None:
         raise ValueError("vllm_mode='colocate' loads the model by its folder or hub name, and model has none")
 
 
-def check_vllm_can_follow(accelerator: Accelerator, policy: nn.Module) -> None:
+def check_vllm_can_follow(accelerator: Accelerator, policy: Network) -> None:
     """Refuse sharded weights that cannot be gathered for vLLM.
 
     Raises:
@@ -69,7 +69,7 @@ def check_vllm_can_follow(accelerator: Accelerator, policy: nn.Module) -> None:
         raise ValueError("use_vllm=True under ZeRO-3 needs a policy without adapters")
 
 
-def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
+def vllm_engine(policy: Network, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
     """TRL's `VLLMGeneration` over a policy that may have adapters and 4-bit layers: vLLM holds it merged and dense.
 
     Args:
@@ -83,7 +83,9 @@ def vllm_engine(policy: nn.Module, accelerator: Accelerator, tokenizer: PreTrain
         ConnectionError: if the server does not answer.
     """
 
-    class PolicyOnVLLM(vllm_generation_class()):
+    class PolicyOnVLLM(vllm_generation_class()):  # type: ignore[misc]  # TRL has it under a private name
+        model: Any
+
         def _init_vllm(self) -> None:
             # vLLM would otherwise make 4-bit layers too, whose scales are not sent with the weights.
             given, self.model = self.model, SimpleNamespace(name_or_path=policy.name_or_path, named_modules=tuple)
@@ -150,7 +152,7 @@ class VLLMSampler:
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: Network,
         accelerator: Accelerator,
         tokenizer: PreTrainedTokenizerBase,
         args: Any,
@@ -284,7 +286,8 @@ class VLLMSampler:
         self._failure = None
 
         def ask() -> list[list[int]]:
-            return self.engine.generate(prompts, None, 1)[1]
+            completions: list[list[int]] = self.engine.generate(prompts, None, 1)[1]
+            return completions
 
         # With a server, or one vLLM over several processes, the asking itself is done together.
         together = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
@@ -295,7 +298,8 @@ class VLLMSampler:
     def _ask_server_noting_failure(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
         """One process sends the request for all; if that fails, the others must not wait for an answer."""
         try:
-            return self._ask_server(prompts, **options)
+            answer: dict[str, Any] = self._ask_server(prompts, **options)
+            return answer
         except Exception as error:
             self._failure = error
             return {"prompt_ids": prompts, "completion_ids": [[]] * len(prompts), "logprobs": None}

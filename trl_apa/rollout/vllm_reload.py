@@ -27,6 +27,7 @@ def reload_weights(llm: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool
 
 def _forget_packed_experts(network: nn.Module) -> None:
     """Experts are packed for a CPU where their kernel is made, which is made only where there is none."""
+    layer: Any  # vLLM's
     for layer in network.modules():
         if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
             layer.quant_method.moe_kernel = None
@@ -34,6 +35,7 @@ def _forget_packed_experts(network: nn.Module) -> None:
 
 def _pack_heads(network: nn.Module) -> None:
     """Embeddings and heads keep their weights beside the packed ones, from which they can be packed at any time."""
+    layer: Any
     for layer in network.modules():
         if hasattr(layer, "cpu_linear") and layer.weight.numel() > 0:
             layer.quant_method.process_weights_after_loading(layer)

@@ -33,7 +33,7 @@ from trl_apa.distributed.sharded import (
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
 from trl_apa.models.layouts import Layouts, ShardedLayouts
 from trl_apa.models.network_checks import check_answers_text
-from trl_apa.models.network_parts import pad_token_id_of, padding_id, use_cache_kept
+from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.rollout.batch import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.rollout.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
 from trl_apa.rollout.prompts import columns_of, prompt_dataloader
@@ -50,7 +50,6 @@ from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics
 from trl_apa.trainer.run_identity import initial_policy_fingerprint
 from trl_apa.trainer.run_state import RunState
 from trl_apa.trainer.saving import Saving
-from trl_apa.trainer.signals import StopOnSignal
 from trl_apa.trainer.statistics import (
     StageTimer,
     UpdateRecord,
@@ -153,10 +152,10 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         processing_class: PreTrainedTokenizerBase | None = None,
         train_dataset: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
-        training_data_collator: Callable | None = None,
+        training_data_collator: Callable[..., Any] | None = None,
         *,
         config: APAConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -280,7 +279,6 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
         self._clear_gradient_norms()
-        self.processes.stop_on_signal = StopOnSignal(self.processes.sum)
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
@@ -327,7 +325,8 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
 
     @property
     def config(self) -> APAConfig:
-        return self.args
+        args: APAConfig = self.args
+        return args
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -339,11 +338,12 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
 
     @property
     def is_distributed(self) -> bool:
-        return self.accelerator.num_processes > 1
+        return bool(self.accelerator.num_processes > 1)
 
     @property
     def current_device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     # ---- construction ----
 
@@ -355,7 +355,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         networks = [*module.networks(), *([] if self.ref_model is None else [self.ref_model])]
         self._pad_token_id = padding_id(pad_token_id_of(tokenizer), networks)
 
-    def _prompt_dataloader(self) -> DataLoader | None:
+    def _prompt_dataloader(self) -> DataLoader[Any] | None:
         """Called while all processes still have the same seed: each takes its own part of one order.
 
         A stream has no order to shuffle: `train` reads it, the classic loop does not.
@@ -371,12 +371,13 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         loader = prompt_dataloader(
             self.train_dataset, args.batch_size, self.data_collator, not args.remove_unused_columns, args.seed
         )
-        return self.accelerator.prepare(loader)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer does, with separate groups for the value model if it has its own rate."""
         made_here = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         rate = self.args.value_learning_rate
         if made_here and rate is not None:
             split_off_value_groups(
@@ -453,7 +454,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         queries = check_queries("query_tensor", queries, policy, self.processing_class)
         options = self._generation_options(generation_kwargs)
         options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
-        batching = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
+        batching: dict[str, Any] = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
 
         def shaped(responses: list[Tensor]) -> Any:
             if self.is_encoder_decoder:
@@ -462,10 +463,10 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
-        def sample(model: nn.Module) -> Any:
+        def sample(model: Network) -> Any:
             return shaped(generate_responses(model, queries, tokenizer=self.processing_class, **options, **batching))
 
-        def sample_all(policy: nn.Module) -> Any:
+        def sample_all(policy: Network) -> Any:
             responses = sample(policy) if of_engine is None else of_engine
             if not generate_ref_response:
                 return responses
@@ -476,18 +477,20 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             self._prepare_for_updates()
         of_engine = None
         if self.sampler is not None:
-            of_engine = shaped(self._responses_of_engine(queries, **options))
+            of_engine = shaped(self._responses_of_engine(self.sampler, queries, **options))
             if not generate_ref_response:
                 return of_engine
         with self._module_for_generation() as module, self.accelerator.autocast():
             return module.run_with_policy(sample_all)
 
-    def _responses_of_engine(self, queries: list[Tensor], **options: Any) -> list[Tensor]:
+    def _responses_of_engine(
+        self, sampler: VLLMSampler | EngineSampler, queries: list[Tensor], **options: Any
+    ) -> list[Tensor]:
         """Responses of vLLM, which has weights of its own, or of an engine that may call the policy."""
-        if self.vllm is not None:
-            return self.vllm.responses(queries, step=self.state.global_step, **options)
+        if isinstance(sampler, VLLMSampler):
+            return sampler.responses(queries, step=self.state.global_step, **options)
         with self._module_for_generation(), self.accelerator.autocast():
-            return self.sampler.responses(queries, step=self.state.global_step, **options)
+            return sampler.responses(queries, step=self.state.global_step, **options)
 
     def _generation_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         args = self.args
@@ -548,7 +551,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         """
         self._refuse_while_training("step")
         timer = StageTimer()
-        if self.is_encoder_decoder and isinstance(responses, list):
+        if self._decoder_start_token_id is not None and isinstance(responses, list):
             responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
         pad_token_id = pad_token_id_of(self.processing_class)
         responses = with_known_pads(responses, response_masks, pad_token_id, self._pad_token_id)
@@ -579,7 +582,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
         self._check_gradient_norms()
-        iteration = self.run_state.iteration
+        iteration = self.run_state.current
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
         stats["apa/epochs"] = iteration.epochs_done
@@ -635,7 +638,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         if everywhere.old_logprobs_BR is not None:
             logprobs_BR = everywhere.old_logprobs_BR
         kl_coef = None if args.algorithm.kl_in_reward else args.kl_coef
-        stats = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
+        stats: dict[str, Any] = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
         stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
         stats.update(record.mean_losses(self.processes.sum))
         if "apa/policy/target_sq" in stats:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
@@ -27,6 +26,7 @@ from trl_apa.models import (
 from trl_apa.models.adapter_kinds import check_adapters
 from trl_apa.models.gguf import load_tokenizer
 from trl_apa.models.network_checks import check_has_positions, check_reads
+from trl_apa.models.network_parts import Network
 from trl_apa.models.partitioned import is_partitioned, use_one_precision
 from trl_apa.rollout.tokenizing import warn_again
 from trl_apa.trainer.optimization import add_value_parameters
@@ -46,7 +46,7 @@ class Networks(NamedTuple):
     """
 
     module: PolicyAndValue
-    reference: nn.Module | None
+    reference: Network | None
     tokenizer: PreTrainedTokenizerBase
 
 

@@ -86,7 +86,7 @@ class Checkpoint:
 # ---- writing ----
 
 
-def staging_folder(output_dir: str | os.PathLike, step: int, run: Run) -> Path:
+def staging_folder(output_dir: str | os.PathLike[str], step: int, run: Run) -> Path:
     """Where a checkpoint is written until it is complete."""
     return Path(output_dir) / f"_incomplete-{PREFIX_CHECKPOINT_DIR}-{step}-{run.id}"
 
@@ -146,7 +146,7 @@ def _move_to_older_runs(place: Path, owner: Run | None) -> None:
     warnings.warn(f"{place} {whose}; it was moved to {target}", stacklevel=2)
 
 
-def delete_surplus(output_dir: str | os.PathLike, run: Run, limit: int | None, keep: str | None) -> None:
+def delete_surplus(output_dir: str | os.PathLike[str], run: Run, limit: int | None, keep: str | None) -> None:
     """Delete the oldest checkpoints of `run` until `limit` are left; those of other runs neither count nor go.
 
     Args:
@@ -167,7 +167,7 @@ def delete_surplus(output_dir: str | os.PathLike, run: Run, limit: int | None, k
         delete_folder(doomed)
 
 
-def clean_up(output_dir: str | os.PathLike, run: Run | None = None) -> None:
+def clean_up(output_dir: str | os.PathLike[str], run: Run | None = None) -> None:
     """Complete or delete what a killed process left while it wrote or replaced a checkpoint.
 
     Args:
@@ -231,7 +231,7 @@ def _checksum_of(content: Mapping[str, Any]) -> str:
 # ---- reading ----
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `write_manifest` wrote; None if there is no such file, as in a checkpoint of 0.1.0.
 
     Raises:
@@ -242,7 +242,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         outer = json.loads(path.read_text())
-        content = outer["content"]
+        content: dict[str, Any] = outer["content"]
         intact = outer["xxh3_128"] == _checksum_of(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IncompleteCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
@@ -253,7 +253,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
     return content
 
 
-def run_of(folder: str | os.PathLike) -> Run | None:
+def run_of(folder: str | os.PathLike[str]) -> Run | None:
     """The run of a checkpoint, if its manifest says so."""
     with suppress(IncompleteCheckpoint):
         manifest = read_manifest(folder)
@@ -261,7 +261,7 @@ def run_of(folder: str | os.PathLike) -> Run | None:
     return None
 
 
-def checkpoints_in(output_dir: str | os.PathLike) -> list[Checkpoint]:
+def checkpoints_in(output_dir: str | os.PathLike[str]) -> list[Checkpoint]:
     """Every folder in `output_dir` that has a checkpoint's name."""
     if not Path(output_dir).is_dir():
         return []
@@ -276,7 +276,7 @@ def _age(checkpoint: Checkpoint) -> tuple[float, int]:
     return (checkpoint.run.attempt, checkpoint.step)
 
 
-def problem_with(folder: str | os.PathLike) -> str | None:
+def problem_with(folder: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint cannot be resumed from; None if it can. Without a manifest only names of files are checked."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -362,7 +362,7 @@ def _absent(folder: Path, *names: str, prefix: str = "") -> Iterator[str]:
     yield from (f"{prefix}{name} is missing" for name in names if not (folder / name).is_file())
 
 
-def record_run(output_dir: str | os.PathLike, run: Run) -> None:
+def record_run(output_dir: str | os.PathLike[str], run: Run) -> None:
     """Record in a folder the run that was started or resumed last, before it has a checkpoint there."""
     path = Path(output_dir) / RUN_RECORD
     recorded = recorded_run(output_dir)
@@ -373,7 +373,7 @@ def record_run(output_dir: str | os.PathLike, run: Run) -> None:
     flush_directory(path.parent)
 
 
-def recorded_run(output_dir: str | os.PathLike) -> Run | None:
+def recorded_run(output_dir: str | os.PathLike[str]) -> Run | None:
     """What `record_run` noted; None if there is nothing that can be read."""
     with suppress(OSError, ValueError, TypeError, RecursionError):
         return Run(**json.loads((Path(output_dir) / RUN_RECORD).read_text()))
@@ -381,7 +381,7 @@ def recorded_run(output_dir: str | os.PathLike) -> Run | None:
 
 
 def newest_checkpoint(
-    output_dir: str | os.PathLike, problem: Callable[[Path], str | None] = problem_with
+    output_dir: str | os.PathLike[str], problem: Callable[[Path], str | None] = problem_with
 ) -> Path | None:
     """The newest complete checkpoint of the most recent run in `output_dir`; None if there are no checkpoints.
 

@@ -75,15 +75,21 @@ class Experience(_BaseTrainer):
         policy, width = self.accelerator.unwrap_model(self.model).policy, batch["response_mask"].shape[1]
         with reference_policy(policy, self.ref_model) as reference, self.accelerator.autocast():
             if reference is policy:
-                return self._module_to_call(**self._model_inputs(batch), with_value=False, with_logits=with_logits)
+                outputs: dict[str, Tensor] = self._module_to_call(
+                    **self._model_inputs(batch), with_value=False, with_logits=with_logits
+                )
+                return outputs
             reading = (reference, self._tokens(batch), width, self.args.temperature)
-            outputs = policy_outputs(*reading, with_logits=with_logits, own_forward=is_sharded(self.accelerator))
-        return {"logprobs": outputs.logprobs_BR, "logits": outputs.logits_BRV}
+            found = policy_outputs(*reading, with_logits=with_logits, own_forward=is_sharded(self.accelerator))
+        logits = {} if found.logits_BRV is None else {"logits": found.logits_BRV}
+        return {"logprobs": found.logprobs_BR, **logits}
 
     @property
     def _module_to_call(self) -> nn.Module:
         """For a pass without gradient: what has the weights, and waits for other processes only if it must."""
-        return self.model_wrapped if is_sharded(self.accelerator) else self.accelerator.unwrap_model(self.model)
+        sharded = is_sharded(self.accelerator)
+        module: nn.Module = self.model_wrapped if sharded else self.accelerator.unwrap_model(self.model)
+        return module
 
     @property
     def _packed(self) -> bool:

@@ -91,7 +91,8 @@ class GradientGuard(_BaseTrainer):
         self.run_state.iteration.record.grad_norms.append(norms)
 
     def _guard_update(self, norm: Tensor) -> None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper reads no found_inf
+        # Accelerate's wrapper reads no found_inf.
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         # A scheduler of the script's own need not have a state, and its state may hold whole networks.
         put_back = not self.is_in_train or self._created_lr_scheduler
         waits = is_sharded(self.accelerator) or not put_back or not skips_on_device(optimizer, norm.device)
@@ -161,7 +162,7 @@ class GradientGuard(_BaseTrainer):
         """After the last update of a `step` or a `train`: the optimizer is as its owner knows it."""
         self._unseen = []
         if self._told is not None:
-            del self._told.found_inf
+            del vars(self._told)["found_inf"]
             self._told = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

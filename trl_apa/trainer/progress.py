@@ -28,5 +28,6 @@ class RewardAndKL(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is None:
             return
+        logs = logs or {}
         self.last |= {name: f"{logs[source]:.3g}" for name, source in SHOWN.items() if source in logs}
         self.training_bar.set_postfix(self.last)

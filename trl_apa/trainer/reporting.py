@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, integrations
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_apa._trl import print_prompt_completions_sample
+from trl_apa.models.network_parts import Network
 from trl_apa.redaction import without_secrets
 from trl_apa.redaction.trackers import options_to_open
 from trl_apa.trainer.statistics import unbiased_std
@@ -85,7 +85,7 @@ def _is_installed(tracker: str) -> bool:
         # transformers' own check also wants an API key, which an offline experiment does without.
         return find_spec(tracker) is not None
     library = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
-    return getattr(integrations, f"is_{library}_available")()
+    return bool(getattr(integrations, f"is_{library}_available")())
 
 
 def _warn(message: str) -> None:
@@ -102,7 +102,7 @@ def start_reporters(
     args: TrainingArguments,
     state: TrainerState,
     control: TrainerControl,
-    model: nn.Module,
+    model: Network,
 ) -> None:
     """Tell those of `callbacks` that report to one of `trackers` that training begins; the classic loop never does.
 
@@ -111,7 +111,7 @@ def start_reporters(
     """
     for callback in callbacks:
         tracker = tracker_of(callback)
-        if tracker in trackers and not is_disabled(callback):
+        if tracker is not None and tracker in trackers and not is_disabled(callback):
             with (
                 may_fail(callback, "opening its run"),
                 _run_options(tracker, callback, args, state.is_world_process_zero),

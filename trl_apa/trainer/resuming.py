@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -57,12 +57,13 @@ from trl_apa.trainer.run_identity import (
 )
 
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 # What a checkpoint of 0.1.0 does not say.
 UNVERIFIED = "sizes and checksums of its files, its data, rewards, reference and most options"
 
 
-def problem_resuming(folder: str | os.PathLike) -> str | None:
+def problem_resuming(folder: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint cannot be resumed: the problem of `problem_with`, or inconsistent process states."""
     if (problem := problem_with(folder)) is not None:
         return problem
@@ -94,16 +95,17 @@ def problem_with_state(state: dict[str, Any], step: int) -> str | None:
     return None
 
 
-def _step_of(folder: str | os.PathLike) -> int:
-    return TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+def _step_of(folder: str | os.PathLike[str]) -> int:
+    step: int = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+    return step
 
 
-def is_complete(checkpoint: str | os.PathLike) -> bool:
+def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint can be resumed: it is complete and unchanged."""
     return problem_resuming(checkpoint) is None
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
     """The newest complete checkpoint of the most recent run in `output_dir`; warns of newer incomplete ones.
 
     Raises:
@@ -117,7 +119,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     return os.fspath(newest)
 
 
-def load_process_state(folder: str | os.PathLike, process_index: int) -> dict[str, Any]:
+def load_process_state(folder: str | os.PathLike[str], process_index: int) -> dict[str, Any]:
     """The state of one process in a checkpoint, in addition to weights and optimizer.
 
     Raises:
@@ -129,7 +131,7 @@ def load_process_state(folder: str | os.PathLike, process_index: int) -> dict[st
             f"resume_from_checkpoint={where} has no {path.name}: it is not a checkpoint of train(), or has fewer "
             "processes, or was written with save_only_model"
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if (problem := problem_with_state(state, _step_of(folder))) is not None:
         raise IncompleteCheckpoint(f"resume_from_checkpoint={where}: {path.name}: {problem}")
     return state
@@ -156,7 +158,7 @@ class ResumableRuns(_BaseTrainer):
     # ---- the run ----
 
     def _begin_run(
-        self, resume_from_checkpoint: str | os.PathLike | bool | None, resume_anyway: Sequence[str] | None
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None, resume_anyway: Sequence[str] | None
     ) -> str | None:
         """Set this run's id and find the checkpoint to resume, checked before anything is loaded.
 
@@ -172,11 +174,11 @@ class ResumableRuns(_BaseTrainer):
         self.processes.together(lambda: self._name_complete_checkpoints(resume_from_checkpoint))
         checkpoint = self._agreed(lambda: self._find_checkpoint(resume_from_checkpoint))
         self.processes.together(lambda: self._verify(checkpoint))
-        self.processes.together(lambda: self._compare(checkpoint, resume_anyway))
-        self._check_agreement(checkpoint)
+        step, state = self.processes.together(lambda: self._compare(checkpoint, resume_anyway))
+        self._check_agreement(checkpoint, step, state)
         self.run = self._agreed(lambda: self._run_that_goes_on(self._resumed_manifest))
         if self._resumed_manifest is not None:
-            self._record_run()
+            self._record_run(self.run)
         self._announce(checkpoint)
         return checkpoint
 
@@ -184,7 +186,7 @@ class ResumableRuns(_BaseTrainer):
         output_dir = self.args.output_dir
         others = checkpoints_in(output_dir)
         self.run = self._agreed(lambda: Run.new(other.run for other in others if other.run is not None))
-        self._record_run()
+        self._record_run(self.run)
         if others and self.is_world_process_zero():
             names = ", ".join(sorted({other.path.name for other in others}))
             logger.warning(
@@ -220,18 +222,19 @@ class ResumableRuns(_BaseTrainer):
     def _fingerprint_of_data(self) -> str | None:
         return data_fingerprint(self.train_dataset)
 
-    def _agreed(self, choose: Any) -> Any:
+    def _agreed(self, choose: Callable[[], T]) -> T:
         """The main process's result of `choose`, on all processes; if it fails there, all raise."""
         chosen = [self.processes.together(lambda: choose() if self.is_world_process_zero() else None)]
-        return broadcast_object_list(chosen)[0] if self.accelerator.num_processes > 1 else chosen[0]
+        agreed: T = broadcast_object_list(chosen)[0] if self.accelerator.num_processes > 1 else chosen[0]
+        return agreed
 
     # ---- resuming ----
 
-    def _find_checkpoint(self, resume: str | os.PathLike | bool) -> str:
+    def _find_checkpoint(self, resume: str | os.PathLike[str] | Literal[True]) -> str:
         """The main process searches, so that all resume the same checkpoint."""
         return last_complete_checkpoint(self.args.output_dir) if resume is True else os.fspath(resume)
 
-    def _name_complete_checkpoints(self, resume: str | os.PathLike | bool) -> None:
+    def _name_complete_checkpoints(self, resume: str | os.PathLike[str] | Literal[True]) -> None:
         """A killed process may have left a complete checkpoint under its temporary name, on any node."""
         if self.args.should_save and (resume is True or not Path(resume).exists()):
             clean_up(self.args.output_dir if resume is True else Path(resume).parent)
@@ -242,8 +245,12 @@ class ResumableRuns(_BaseTrainer):
                 f"resume_from_checkpoint={checkpoint!r} is incomplete, or not a checkpoint: {problem}"
             )
 
-    def _compare(self, checkpoint: str, resume_anyway: Sequence[str] | None) -> None:
-        """Reject another run's checkpoint, and find out whether this one's run has finished."""
+    def _compare(self, checkpoint: str, resume_anyway: Sequence[str] | None) -> tuple[int, dict[str, Any]]:
+        """Reject another run's checkpoint, and find out whether this one's run has finished.
+
+        Returns:
+            The checkpoint's optimizer steps, and this process's state in it.
+        """
         self._resumed_manifest = manifest = read_manifest(checkpoint)
         step = _step_of(checkpoint)
         self._resumed_state = state = load_process_state(checkpoint, self.accelerator.process_index)
@@ -263,18 +270,19 @@ class ResumableRuns(_BaseTrainer):
             raise ValueError(f"resume_from_checkpoint={checkpoint!r} is of another run: {say(refused)}{advice}")
         self._check_optimizer(checkpoint, manifest)
         self._overridden = differing
-        self._finished = self._why_finished(step)
+        self._finished = self._why_finished(step, state)
         self._last_saved_step = step
+        return step, state
 
     def _run_that_goes_on(self, manifest: dict[str, Any] | None) -> Run:
         others = [c.run for c in checkpoints_in(self.args.output_dir) if c.run is not None]
         return Run.new(others) if manifest is None else Run(**manifest["run"]).resumed(others)
 
-    def _record_run(self) -> None:
+    def _record_run(self, run: Run) -> None:
         if not self.args.should_save:
             return
         try:
-            record_run(self.args.output_dir, self.run)
+            record_run(self.args.output_dir, run)
         except OSError as error:  # a run that saves nothing may do so
             logger.warning("output_dir=%r cannot be written to: %s", self.args.output_dir, error)
 
@@ -299,9 +307,9 @@ class ResumableRuns(_BaseTrainer):
                 "parameters are trained"
             )
 
-    def _check_agreement(self, checkpoint: str) -> None:
+    def _check_agreement(self, checkpoint: str, step: int, state: dict[str, Any]) -> None:
         """Reject a checkpoint whose processes wrote their parts at different steps."""
-        numbers = torch.tensor([self._numbers_to_agree()], device=self.accelerator.device)
+        numbers = torch.tensor([self._numbers_to_agree(step, state)], device=self.accelerator.device)
         everywhere = self.accelerator.gather(numbers)
         if (everywhere != everywhere[0]).any():
             raise IncompleteCheckpoint(
@@ -309,11 +317,17 @@ class ResumableRuns(_BaseTrainer):
                 f"{everywhere.tolist()}"
             )
 
-    def _numbers_to_agree(self) -> list[int]:
-        return [self._last_saved_step]
+    def _numbers_to_agree(self, step: int, state: dict[str, Any]) -> list[int]:
+        """What all processes of a checkpoint should have in common: its optimizer steps, and more of their states."""
+        return [step]
 
-    def _why_finished(self, step: int) -> str | None:
-        """Why a run with this many optimizer steps is finished under the present options; None if it is not."""
+    def _why_finished(self, step: int, state: dict[str, Any]) -> str | None:
+        """Why a run with this many optimizer steps is finished under the present options; None if it is not.
+
+        Args:
+            step: optimizer steps.
+            state: of this process in the checkpoint.
+        """
         planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if step >= planned:
             return f"it has made its {planned} optimizer steps; set more to continue (max_steps, num_train_epochs)"
@@ -415,9 +429,9 @@ class ResumableRuns(_BaseTrainer):
         Raises:
             RuntimeError: if it cannot be written, for example because the disk is full.
         """
-        self.run = self.run or self._agreed(lambda: Run.new(()))
+        run = self.run = self.run or self._agreed(lambda: Run.new(()))
         step, output_dir = self.state.global_step, self._get_output_dir(trial)
-        folder = staging_folder(output_dir, step, self.run)
+        folder = staging_folder(output_dir, step, run)
         place = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
@@ -427,7 +441,7 @@ class ResumableRuns(_BaseTrainer):
             self.processes.together(lambda: delete_folder(folder) if writes else None)
             for write in self._parts_of_a_checkpoint(folder):
                 self.processes.together(write)
-            self.processes.together(lambda: self._complete(folder, step) if writes else None)
+            self.processes.together(lambda: self._complete(folder, step, run) if writes else None)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             if writes:
                 delete_folder(folder)
@@ -436,16 +450,16 @@ class ResumableRuns(_BaseTrainer):
                 "with train(resume_from_checkpoint=True)"
             ) from error
         self._last_saved_step = step
-        self._after_saving(place)
+        self._after_saving(place, run)
 
-    def _after_saving(self, place: Path) -> None:
+    def _after_saving(self, place: Path, run: Run) -> None:
         """The upload and deleting old checkpoints, whose failure loses nothing."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         try:
             if self.args.push_to_hub:
                 self._push_from_checkpoint(os.fspath(place))
             if self.args.should_save:
-                delete_surplus(place.parent, self.run, limit, best)
+                delete_surplus(place.parent, run, limit, best)
         except Exception as error:
             logger.warning(
                 "%s is complete, but pushing it or deleting older checkpoints failed: %s: %s",
@@ -462,7 +476,7 @@ class ResumableRuns(_BaseTrainer):
         if best == place or self._is_of_this_run(best):
             state.best_model_checkpoint = os.fspath(best)
 
-    def _is_of_this_run(self, checkpoint: str | os.PathLike) -> bool:
+    def _is_of_this_run(self, checkpoint: str | os.PathLike[str]) -> bool:
         owner = run_of(checkpoint)
         return owner is not None and self.run is not None and owner.id == self.run.id
 
@@ -495,13 +509,13 @@ class ResumableRuns(_BaseTrainer):
                 states[type(callback).__name__].append(callback.state())
         self.state.stateful_callbacks = {name: of[0] if len(of) == 1 else of for name, of in states.items()}
 
-    def _complete(self, folder: Path, step: int) -> None:
+    def _complete(self, folder: Path, step: int, run: Run) -> None:
         stopped = [c for c in self._early_stopping() if c.early_stopping_patience_counter >= c.early_stopping_patience]
         content = {
             "version": version("trl-apa"),
             "step": step,
             "resumable": not self.args.save_only_model,
-            "run": self.run.as_dict(),
+            "run": run.as_dict(),
             "learns_from": self._description if self.is_in_train else self._describe_run(),
             "options": self._options(),
             "optimizer": {
@@ -511,7 +525,7 @@ class ResumableRuns(_BaseTrainer):
             "early_stopping_patience": max((c.early_stopping_patience for c in stopped), default=None),
         }
         write_manifest(folder, content)
-        put_in_place(folder, step, self.run)
+        put_in_place(folder, step, run)
 
     def _save_what_was_learned(self) -> None:
         """Save a checkpoint before an error is raised between two optimizer steps, unless this step has one."""

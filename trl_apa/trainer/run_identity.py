@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_apa.models.network_parts import Network
 from trl_apa.models.partitioned import is_partitioned
 
 
@@ -114,7 +115,8 @@ def _serialised(table: pa.Table) -> bytes:
     plain = table.take(pa.array(range(len(table)), pa.int64())).combine_chunks().replace_schema_metadata(None)
     with pa.ipc.new_stream(sink, plain.schema) as stream:
         stream.write_table(plain)
-    return sink.getvalue().to_pybytes()
+    serialised: bytes = sink.getvalue().to_pybytes()
+    return serialised
 
 
 def weights_fingerprint(parameters: Iterable[Tensor]) -> str | None:
@@ -133,7 +135,7 @@ def weights_fingerprint(parameters: Iterable[Tensor]) -> str | None:
     return digest.hexdigest()
 
 
-def initial_policy_fingerprint(policy: nn.Module, reference: nn.Module | None) -> str | None:
+def initial_policy_fingerprint(policy: Network, reference: Network | None) -> str | None:
     """A hash of pi_init: the reference's weights, or the policy's frozen weights."""
     parameters = policy.parameters() if reference is None else reference.parameters()
     return weights_fingerprint(p for p in parameters if reference is not None or not p.requires_grad)
@@ -142,7 +144,8 @@ def initial_policy_fingerprint(policy: nn.Module, reference: nn.Module | None) -
 def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as JSON keeps them, without those in `NOT_COMPARED`."""
     kept = {name: value for name, value in options.items() if name not in NOT_COMPARED}
-    return json.loads(json.dumps(kept, default=str))
+    as_json: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return as_json
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

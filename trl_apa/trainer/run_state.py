@@ -43,6 +43,13 @@ class RunState:
     episodes_before: int = 0
 
     @property
+    def current(self) -> Iteration:
+        """The current iteration; RuntimeError before the first."""
+        if self.iteration is None:
+            raise RuntimeError("no iteration has begun")
+        return self.iteration
+
+    @property
     def episodes_done(self) -> int:
         """Rollouts of all processes since the run began, those before it was resumed included."""
         return self.episodes_before + (self.num_iterations_done - self.first_iteration) * self.responses_per_iteration
@@ -78,9 +85,9 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds, as tensors, numbers and containers of these."""
-        unfinished = self.iteration is not None and not self.iteration.finished
+        iteration = self.iteration
         return {
-            "iteration": self.iteration.state_dict() if unfinished else None,
+            "iteration": None if iteration is None or iteration.finished else iteration.state_dict(),
             "num_iterations_done": self.num_iterations_done,
             "episodes_done": self.episodes_done,
             "iteration_began_at": self.iteration_began_at,
@@ -119,4 +126,4 @@ class RunState:
 
     def episodes_in(self, state: Mapping[str, Any]) -> int:
         """Rollouts before a checkpoint; 0.1.0 did not count them."""
-        return state.get("episodes_done", state["num_iterations_done"] * self.responses_per_iteration)
+        return int(state.get("episodes_done", state["num_iterations_done"] * self.responses_per_iteration))

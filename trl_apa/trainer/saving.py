@@ -2,7 +2,7 @@
 
 import os
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,9 +17,9 @@ from trl_apa.telemetry import NoTelemetry
 class Saving(NoTelemetry, _BaseTrainer):
     """The part of `APATrainer` that writes policy, value model, tokenizer and card."""
 
-    _tag_names = ["trl", "apa", "rlhf"]
+    _tag_names: ClassVar[list[str]] = ["trl", "apa", "rlhf"]
     _name = "APA"
-    _paper = {
+    _paper: ClassVar[dict[str, str]] = {
         "title": "Fine-Tuning Language Models with Advantage-Induced Policy Alignment",
         "id": "2306.02231",
         # docstyle-ignore
@@ -34,7 +34,7 @@ class Saving(NoTelemetry, _BaseTrainer):
         ),
     }
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the policy (an adapter, if it is one), the tokenizer, and the value model in `value_model/`.
 
         Plain transformers, or peft, loads the policy; `APATrainer(value_model=f"{save_directory}/value_model")` the
@@ -42,7 +42,7 @@ class Saving(NoTelemetry, _BaseTrainer):
         """
         self.save_model(str(save_directory), _internal_call=True)
 
-    def merge_and_save(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def merge_and_save(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the policy as a plain checkpoint, its adapter merged into its base: see `models.merge_and_save`.
 
         To be called on every process; one of them writes.
@@ -88,7 +88,7 @@ class Saving(NoTelemetry, _BaseTrainer):
 
     def create_model_card(
         self,
-        path: str | os.PathLike | None = None,
+        path: str | os.PathLike[str] | None = None,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,

@@ -1,7 +1,7 @@
 """What `step` reports: a flat dict of floats and arrays, over counted response tokens only (`docs/statistics.md`)."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,8 +37,8 @@ class UpdateRecord:
 
     @classmethod
     def empty(cls, like_BR: Tensor) -> "UpdateRecord":
-        shape = {"size": like_BR.shape, "dtype": torch.float32, "device": like_BR.device}
-        return cls(torch.zeros(**shape), torch.zeros(**shape))
+        zeros_BR = torch.zeros_like(like_BR, dtype=torch.float32)
+        return cls(zeros_BR, zeros_BR.clone())
 
     def observe(self, rows: Tensor, outputs: dict[str, Tensor]) -> None:
         """Keep the policy's log-probs and entropies at `rows`."""
@@ -55,7 +55,7 @@ class UpdateRecord:
     def mean_grad_norms(self) -> dict[str, float]:
         return _mean_of_steps(self.grad_norms)
 
-    def mean_losses(self, reduce_sum) -> dict[str, float]:
+    def mean_losses(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Mean over optimizer steps; `reduce_sum` adds a tensor up over the processes."""
         names = sorted(self.optimizer_steps[0])
         table = torch.stack([torch.stack([step[name].float() for name in names]) for step in self.optimizer_steps])
@@ -113,7 +113,9 @@ def gather_rollouts(
 def counted_rows(rollouts: Rollouts, *tensors: Tensor) -> list[Any]:
     """The arguments without the rows of which no token counts: responses that were left out have no statistics."""
     kept_B = rollouts.response_mask_BR.any(dim=1)
-    fields = {name: value[kept_B] for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
+    fields: dict[str, Any] = {
+        name: value[kept_B] for name, value in vars(rollouts).items() if isinstance(value, Tensor)
+    }
     return [replace(rollouts, **fields), *(tensor[kept_B] for tensor in tensors)]
 
 

@@ -74,7 +74,7 @@ def isolate_failures(callbacks: Iterable[TrainerCallback]) -> None:
                 setattr(callback, event, _isolated(callback, getattr(callback, event)))
 
 
-def _isolated(callback: TrainerCallback, handler: Callable) -> Callable:
+def _isolated(callback: TrainerCallback, handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
     def handle(*args: Any, **kwargs: Any) -> Any:
         if is_disabled(callback) and handler.__name__ != LAST_EVENT:

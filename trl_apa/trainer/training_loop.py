@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
@@ -57,7 +57,7 @@ class EndOfIteration(TrainerCallback):
         control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
 
 
-class EmptyRows(IterableDataset):
+class EmptyRows(IterableDataset[int]):
     """A placeholder data set of endless empty rows: training uses rollouts, not the data loader's rows."""
 
     def __iter__(self) -> Iterator[int]:
@@ -72,13 +72,17 @@ class TrainingLoop(ResumableRuns):
     those before are used up.
     """
 
-    _source: PromptSource | None = None
+    _source: PromptSource
     _timer: StageTimer | None = None
     _reporters_started = False
     # Whether scheduler, engine and optimizer are ready for `step`.
     _prepared = False
     _engine_is_made = False
     _kept_engine: Any = None
+    # The Trainer's.
+    control: TrainerControl
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
 
     @property
     def callback_handler(self) -> CallbackHandler:
@@ -224,17 +228,18 @@ class TrainingLoop(ResumableRuns):
             start_reporters(trackers, callbacks, self.args, self.state, self.control, self.model)
         self._reporters_started = True
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """As many empty rows as a pass over the prompts has micro-batches."""
         passes = self._source.iterations_per_pass
         micro_batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
-        rows = EmptyRows() if passes is None else range(passes * micro_batches)
+        rows: Any = EmptyRows() if passes is None else range(passes * micro_batches)
         # With a separate generator the loader does not advance the global one, which samples tokens.
         return DataLoader(rows, collate_fn=lambda rows: {}, generator=torch.Generator().manual_seed(0))
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Rollouts in a pass over the prompts."""
-        return (self._source.iterations_per_pass or 0) * self.args.global_batch_size
+        rollouts: int = (self._source.iterations_per_pass or 0) * self.args.global_batch_size
+        return rollouts
 
     def _collect_iteration(self) -> None:
         """Prompts to rollouts with scores, advantages and a plan: what `step` gets from its caller and makes of it."""
@@ -329,7 +334,8 @@ class TrainingLoop(ResumableRuns):
             return None
         stats = self._finish_iteration(self._timer)
         self.run_state.note_for_log(mean_of_numbers([stats]))
-        return self.run_state.last_kl
+        kl: float | None = self.run_state.last_kl
+        return kl
 
     def _query(self, row: dict[str, Any]) -> Tensor:
         args = self.args
@@ -360,7 +366,8 @@ class TrainingLoop(ResumableRuns):
     def _scores(
         self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
     ) -> Scores:
-        return self.scorer(*texts, queries, responses, _columns(rows))
+        scores: Scores = self.scorer(*texts, queries, responses, _columns(rows))
+        return scores
 
     def _scores_on_all_processes(
         self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
@@ -412,7 +419,7 @@ class TrainingLoop(ResumableRuns):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Reward, KL and wins over pi_init on held-out prompts, see `evaluation.held_out_metrics`.
+        """Reward, KL and wins over pi_init on held-out prompts, see `held_out.held_out_metrics`.
 
         Samples as training does, with separate random numbers: training's are unchanged.
 
@@ -452,7 +459,8 @@ class TrainingLoop(ResumableRuns):
         super()._save_checkpoint(model, trial)
 
     def _process_state(self) -> dict[str, Any]:
-        return self.run_state.state_dict()
+        state: dict[str, Any] = self.run_state.state_dict()
+        return state
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         with_controller = not self._overridden.keys() & CONTROLLER_OPTIONS
@@ -460,13 +468,13 @@ class TrainingLoop(ResumableRuns):
         self.run_state.load_state_dict(state, device, step, with_controller, with_iteration=not self._overridden)
         self._timer = StageTimer()
 
-    def _numbers_to_agree(self) -> list[int]:
-        iteration = self._resumed_state["iteration"]
+    def _numbers_to_agree(self, step: int, state: dict[str, Any]) -> list[int]:
+        iteration = state["iteration"]
         position = -1 if iteration is None else iteration["position"]
-        return [*super()._numbers_to_agree(), self._resumed_state["num_iterations_done"], position]
+        return [*super()._numbers_to_agree(step, state), state["num_iterations_done"], position]
 
-    def _why_finished(self, step: int) -> str | None:
-        args, state = self.args, self._resumed_state
+    def _why_finished(self, step: int, state: dict[str, Any]) -> str | None:
+        args = self.args
         if args.total_episodes is not None and self.run_state.episodes_in(state) >= args.total_episodes:
             return f"it has reached total_episodes={args.total_episodes}; set more to continue"
         kl = state.get("last_kl")
@@ -474,7 +482,7 @@ class TrainingLoop(ResumableRuns):
             return (
                 f"its KL, {kl:.2f} nats per response, is above max_kl={args.max_kl}; set a larger max_kl to continue"
             )
-        return super()._why_finished(step)
+        return super()._why_finished(step, state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights of policy and value model, whatever the engine; all processes call it."""

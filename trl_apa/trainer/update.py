@@ -56,7 +56,7 @@ class Update(_BaseTrainer):
                 self.accelerator.gradient_state._set_sync_gradients(ends_step and is_last)
             with module.adapter_for(**networks):
                 losses.append(super().training_step(model, {**batch, **networks}, num_items_in_batch))
-        loss = sum(losses)
+        loss: Tensor = sum(losses)
         if iteration.ends_step and self._ratio_explodes():
             model.zero_grad()
         return loss
@@ -78,7 +78,8 @@ class Update(_BaseTrainer):
         record = self.run_state.iteration.record
         step = record.optimizer_steps[-1]
         ratio = float(self.processes.sum(step["apa/policy/ratio"]))
-        record.skipped = skipped = ratio > self.args.ratio_threshold
+        skipped: bool = ratio > self.args.ratio_threshold
+        record.skipped = skipped
         step["apa/policy/skipped"] = torch.full_like(step["apa/loss/total"], skipped / self.accelerator.num_processes)
         if skipped:
             warnings.warn(
@@ -102,12 +103,16 @@ class Update(_BaseTrainer):
         networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
         with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)
         outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
-        loss, stats = 0.0, {}
+        terms: list[Tensor] = []
+        stats: dict[str, Tensor] = {}
         if networks["with_policy"]:
-            loss, stats = self._policy_terms(outputs, inputs)
+            policy_loss, stats = self._policy_terms(outputs, inputs)
+            terms.append(policy_loss)
         if networks["with_value"]:
             v_loss, v_stats = self._value_terms(outputs["values"], inputs)
-            loss, stats = loss + args.vf_coef * v_loss, stats | v_stats
+            terms.append(args.vf_coef * v_loss)
+            stats = stats | v_stats
+        loss = sum(terms[1:], terms[0])
         record.add({**stats, "apa/loss/total": loss.detach()})
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

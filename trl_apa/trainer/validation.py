@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trl_apa.models.network_parts import max_positions, num_token_ids, token_in_words
+from trl_apa.models.network_parts import Network, max_positions, num_token_ids, token_in_words
 from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.values import why_unreadable
 
@@ -65,7 +65,7 @@ def check_fp16(args: Any, accelerator: Accelerator) -> None:
 
 
 def check_networks_are_apart(
-    module: PolicyAndValue, ref_model: nn.Module | None, optimizer: torch.optim.Optimizer | None
+    module: PolicyAndValue, ref_model: Network | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Raise ValueError if a network would be frozen, trained or skipped because it shares weights with another."""
     policy, value_model = module.policy, module.value_model
@@ -89,7 +89,7 @@ def check_step_inputs(
     scores: Any,
     response_masks: Any,
     batch_size: int,
-    policy: nn.Module,
+    policy: Network,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Refuse what would train on nonsense or fail halfway; `tokenizer` names the tokens that are refused.
@@ -150,7 +150,7 @@ def check_score_inputs(
     responses: Any,
     prompts: Any,
     columns: Mapping[str, Any],
-    policy: nn.Module,
+    policy: Network,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Raise ValueError, naming the argument, unless `score` can read queries and responses, and all are as many."""
@@ -164,7 +164,7 @@ def check_score_inputs(
 def check_positions(
     queries: Sequence[Tensor],
     response_lengths: Sequence[int],
-    model: nn.Module,
+    model: Network,
     what: str,
     name: str = "the model",
 ) -> None:
@@ -191,7 +191,7 @@ def _check_list(name: str, tensors: Any, batch_size: int) -> None:
 
 
 def check_queries(
-    name: str, queries: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+    name: str, queries: Any, model: Network, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Tensor]:
     """The queries, or responses, as a list; ValueError unless there is one and each is what `check_tokens` takes."""
     if isinstance(queries, str | bytes | Mapping) or not isinstance(queries, Iterable):

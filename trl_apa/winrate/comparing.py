@@ -73,9 +73,15 @@ class Judgement(NamedTuple):
     @property
     def score(self) -> float | None:
         """Ours wins 1, a tie 0.5, theirs wins 0: the mean over the orders, so that a love of one place cancels."""
-        if None in self.verdicts:
+        verdicts = self.complete_verdicts()
+        if verdicts is None:
             return None
-        return sum(_worth(order, verdict) for order, verdict in enumerate(self.verdicts)) / len(self.verdicts)
+        return sum(_worth(order, verdict) for order, verdict in enumerate(verdicts)) / len(verdicts)
+
+    def complete_verdicts(self) -> tuple[str, ...] | None:
+        """The verdicts, or None if the judge gave none in one of the orders."""
+        given = tuple(verdict for verdict in self.verdicts if verdict is not None)
+        return given if len(given) == len(self.verdicts) else None
 
 
 def _worth(order: int, verdict: str) -> float:
@@ -204,7 +210,8 @@ def _interval(
 
 
 def _about_the_orders(judged: Sequence[Judgement]) -> dict[str, float]:
-    both = [judgement.verdicts for judgement in judged if len(judgement.verdicts) == 2]
+    complete = (judgement.complete_verdicts() for judgement in judged)
+    both = [verdicts for verdicts in complete if verdicts is not None and len(verdicts) == 2]
     if not both:
         return {}
     agreement = np.mean([_worth(0, one) == _worth(1, other) for one, other in both])

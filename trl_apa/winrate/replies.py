@@ -102,7 +102,10 @@ def _text(content: Any) -> str:
     if content is None:
         return ""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
-    if not all(isinstance(text, str) for text in texts):
-        raise NotACompletion("the content of its message is no text")
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type", "text") == "text":
+            if not isinstance(text := part.get("text"), str):
+                raise NotACompletion("the content of its message is no text")
+            texts.append(text)
     return "".join(texts)

@@ -3,12 +3,17 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from trl_apa.demo.curves import GOLD_COLOUR, OTHER_COLOUR, PROXY_COLOUR, label_axes
 
+
+if TYPE_CHECKING:
+    from .pipeline import Evaluation
 
 PANELS = (
     ("Reward (VADER)", "reward", "mean, -1 to 1", GOLD_COLOUR),
@@ -20,7 +25,9 @@ PANELS = (
 NUM_SENTENCES = 4
 
 
-def plot_real_curves(path: Path, title: str, training: Sequence[dict[str, float]], before, after) -> None:
+def plot_real_curves(
+    path: Path, title: str, training: Sequence[dict[str, float]], before: "Evaluation", after: "Evaluation"
+) -> None:
     """Save the figure as PNG.
 
     Args:
@@ -43,7 +50,7 @@ def plot_real_curves(path: Path, title: str, training: Sequence[dict[str, float]
     figure.savefig(path)
 
 
-def _write_sentences(axis, before, after) -> None:
+def _write_sentences(axis: Axes, before: "Evaluation", after: "Evaluation") -> None:
     """The first held-out sentences, each as it was and as it is."""
     axis.set_axis_off()
     lines = []

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl_apa.algorithms.kl import kl_full
 from trl_apa.algorithms.masking import keep_counted
+from trl_apa.models.network_parts import Network
 from trl_apa.models.reference import reference_policy
 from trl_apa.rollout.batch import pad_tokens, response_mask
 
@@ -25,12 +26,12 @@ METRICS = (
 
 
 def measure_responses(
-    policy: nn.Module,
+    policy: Network,
     tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     rewards: Sequence[float],
-    frozen: nn.Module | None = None,
+    frozen: Network | None = None,
 ) -> dict[str, float]:
     """Means over responses that `policy` has just sampled.
 
@@ -61,12 +62,12 @@ def measure_responses(
 
 @torch.no_grad()
 def token_sums(
-    policy: nn.Module,
+    policy: Network,
     tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     rows: int = 16,
-    frozen: nn.Module | None = None,
+    frozen: Network | None = None,
 ) -> tuple[float, float, float]:
     """Sums over all response tokens, nats: KL to the base, entropy of the policy, and -log p of the token in the base.
 
@@ -94,8 +95,8 @@ def token_sums(
     return kl, entropy, negative_logprob
 
 
-def _logprobs(policy: nn.Module, batch: dict[str, Tensor], width: int) -> Tensor:
-    logits_BRV = policy(**batch, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
+def _logprobs(policy: Network, batch: dict[str, Tensor], width: int) -> Tensor:
+    logits_BRV: Tensor = policy(**batch, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
     return logits_BRV.float().log_softmax(dim=-1)
 
 

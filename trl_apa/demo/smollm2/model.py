@@ -72,4 +72,4 @@ def _contiguous(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tenso
 
 def computes_in_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16 itself; one that does not takes several times as long as in float32."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

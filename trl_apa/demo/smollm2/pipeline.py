@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn, tensor
+from torch import Tensor, tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
 from trl_apa.demo.pipeline import quiet_libraries, save_metrics, torch_threads
 from trl_apa.demo.report import Report
+from trl_apa.models.network_parts import Network
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 from .curves import plot_real_curves
@@ -34,9 +35,9 @@ class Ingredients:
 
     prompts: Prompts
     tokenizer: PreTrainedTokenizerBase
-    policy: nn.Module
+    policy: Network
     reward: Callable[[Sequence[str], Sequence[str]], list[float]]
-    frozen: nn.Module | None = None
+    frozen: Network | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def align(options: RealDemoOptions, made: Ingredients, report: Report) -> list[d
 
 def config_of(options: RealDemoOptions) -> APAConfig:
     """The options of the trainer."""
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(options.output_dir),
         "loss_type": options.loss_type,
         "kl_coef": KL_COEF[options.loss_type] if options.kl_coef is None else options.kl_coef,
