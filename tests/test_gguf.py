@@ -15,7 +15,7 @@ from trl_apa import APATrainer, AutoModelForCausalLMWithValueHead
 from trl_apa.checking import memory, saving
 from trl_apa.memory.shapes import config_of
 from trl_apa.models import ValueModel, load_language_model, load_policy, load_value_model, merge_and_save
-from trl_apa.models.gguf import gguf_source, load_tokenizer, without_gguf_marks
+from trl_apa.models.gguf import gguf_read_once, gguf_source, load_tokenizer, without_gguf_marks
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 
 
@@ -69,6 +69,30 @@ def test_the_weights_are_those_of_the_file(folder):
         written = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
         torch.testing.assert_close(parameter.detach(), torch.from_numpy(written))
     assert torch.equal(logits(model), logits(from_file(folder)))
+
+
+def test_a_file_is_parsed_once_for_config_tokenizer_and_weights(folder, monkeypatch):
+    parsed, mapped = [], []
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *args: parsed.append(args) or reader(*args))
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *args: mapped.append(args) or name_map(*args))
+    given = gguf.GGUFReader
+    with gguf_read_once():
+        together = load_tokenizer(folder / NAME), load_policy(str(folder / NAME))
+    assert len(parsed) == 1 and len(mapped) == len(set(mapped))
+    assert gguf.GGUFReader is given
+    alone = load_tokenizer(folder / NAME), load_policy(str(folder / NAME))
+    assert len(parsed) == 3, "outside, each reads the file as it is then, and loading a model reads it once"
+    assert together[0].get_vocab() == alone[0].get_vocab()
+    for mine, theirs in zip(together[1].parameters(), alone[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_reading_once_ends_with_an_error_too(tmp_path):
+    given = gguf.GGUFReader, gguf.get_tensor_name_map
+    with pytest.raises(OSError), gguf_read_once():
+        load_tokenizer(tmp_path / "none.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == given
 
 
 def test_a_full_policy_trains_and_comes_back_by_transformers_alone(folder, tmp_path):

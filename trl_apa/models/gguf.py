@@ -1,9 +1,12 @@
 """Language models from GGUF files: dense like any other once transformers has unpacked them, and saved as such."""
 
+import functools
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import xxhash
 from peft import PeftModel
 from torch import Tensor, nn, uint8
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_gguf_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
@@ -34,6 +38,27 @@ def gguf_source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         return path, {"gguf_file": files[0].name} if len(files) == 1 else {}
     folder, file = os.path.split(path)
     return folder or os.curdir, {"gguf_file": file}
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within it transformers parses a GGUF file once, and not again for each of config, tokenizer and weights.
+
+    Parsing takes seconds, most of them for the vocabulary; so does the map of tensor names, which transformers asks
+    for once a module.
+    """
+    gguf = import_module("gguf") if is_gguf_available() else None
+    if gguf is None or hasattr(gguf.GGUFReader, "cache_info"):  # not installed, or within another such block
+        yield
+        return
+    functions = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in functions.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(gguf, name, function)
 
 
 def load_config(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedConfig:

@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa.models.adapter_kinds import refuse_prompt_learning
-from trl_apa.models.gguf import dense_options, gguf_source, load_config, name_after_file
+from trl_apa.models.gguf import dense_options, gguf_read_once, gguf_source, load_config, name_after_file
 from trl_apa.models.quantization import settle_quantization
 
 
@@ -103,6 +103,7 @@ def _known_length(weight: str, module_names: set[str]) -> int:
     return max(length for length in range(len(parts) + 1) if ".".join(parts[:length]) in module_names)
 
 
+@gguf_read_once()
 def _load_base(path: str, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     config = _config_of(path, kwargs)
     auto_class = language_model_class(config) if auto_class is None else class_that_knows(config, auto_class)

@@ -14,6 +14,7 @@ from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
 from trl_apa.demo.pipeline import quiet_libraries, save_metrics, torch_threads
 from trl_apa.demo.report import Report
+from trl_apa.models.gguf import gguf_read_once
 from trl_apa.models.network_parts import Network
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
@@ -81,7 +82,7 @@ def run_real_demo(options: RealDemoOptions, report: Report) -> dict[str, Any]:
 
 def prepare(options: RealDemoOptions, report: Report) -> Ingredients:
     """Tokenizer, model with adapters, prompts, reward."""
-    with report.training("loading SmolLM2-135M-Instruct", 3) as tick:
+    with report.training("loading SmolLM2-135M-Instruct", 3) as tick, gguf_read_once():
         tokenizer = load_smollm2_tokenizer()
         tick(1, None)
         base = load_base(options.trains)
