@@ -45,6 +45,20 @@ def test_pre_commit_runs_the_checks_of_make_check():
     assert {hook["entry"] for hook in local["hooks"]} == of_make
 
 
+def test_mypy_checks_the_whole_package_strictly():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert config["files"] == ["trl_apa"] and config["strict"]
+    modules = [module for part in config["overrides"] for module in part["module"]]
+    assert not any(module.startswith("trl_apa") for module in modules)
+    assert "ignore_errors" not in {name for part in [config, *config["overrides"]] for name in part}
+
+
+def test_each_type_ignore_names_its_error_and_the_reason():
+    lines = [line for path in (ROOT / "trl_apa").rglob("*.py") for line in path.read_text().splitlines()]
+    ignored = [line for line in lines if "type: ignore" in line]
+    assert ignored and all(re.search(r"  # type: ignore\[[a-z-]+\]  # \w", line) for line in ignored)
+
+
 def test_the_citation_has_the_version_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = load("CITATION.cff")

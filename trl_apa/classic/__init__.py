@@ -1,6 +1,19 @@
 """What scripts for TRL <= 0.11 import."""
 
+from typing import TYPE_CHECKING
+
 from trl_apa.module_paths import lazy_names
+
+
+if TYPE_CHECKING:
+    from .names import AdaptiveKLController as AdaptiveKLController
+    from .names import FixedKLController as FixedKLController
+    from .names import LengthSampler as LengthSampler
+    from .names import create_reference_model as create_reference_model
+    from .names import respond_to_batch as respond_to_batch
+    from .names import set_seed as set_seed
+    from .ppo import PPOConfig as PPOConfig
+    from .ppo import PPOTrainer as PPOTrainer
 
 
 __getattr__ = lazy_names(

@@ -13,7 +13,7 @@ from trl_apa.files import replace_text, write_all
 try:
     import fcntl
 except ImportError:  # no POSIX system: two processes that write one file are not found out there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # it has the type of a module
 
 Write = Callable[[dict[str, Any]], None]
 ANEW = "set --overwrite to start again, or name another file"
