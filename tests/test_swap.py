@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl_apa import AutoModelForCausalLMWithValueHead, LengthSampler, create_reference_model, set_seed
-from trl_apa.classic.core import LengthSampler as SamplerOfCore
+from trl_apa.core import LengthSampler as SamplerOfCore
 IMPORTS
 
 folder = sys.argv[1]

@@ -6,7 +6,7 @@ TRL is imported before one of them is needed.
 
 from typing import TYPE_CHECKING
 
-from .module_paths import install, lazy_names
+from .module_paths import CLASSIC_NAMES, install, lazy_names
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 
-_lazy = lazy_names(__name__, {name: f".{module}" for name, module in _MODULE_OF.items()})
+_lazy = lazy_names(__name__, CLASSIC_NAMES | {name: f".{module}" for name, module in _MODULE_OF.items()})
 install()
 
 

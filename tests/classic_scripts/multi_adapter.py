@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
 from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig, AutoModelForCausalLMWithValueHead
-from trl_apa.classic.core import LengthSampler
+from trl_apa.core import LengthSampler
 
 
 @dataclass

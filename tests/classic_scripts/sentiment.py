@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, HfArgumentParser, pipeline
 
 from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig
 from trl_apa import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, set_seed
-from trl_apa.classic.core import LengthSampler
+from trl_apa.core import LengthSampler
 
 
 @dataclass

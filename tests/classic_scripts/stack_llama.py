@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import Adafactor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, pipeline
 
 from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig, AutoModelForCausalLMWithValueHead, set_seed
-from trl_apa.classic.core import LengthSampler
+from trl_apa.core import LengthSampler
 
 
 @dataclass

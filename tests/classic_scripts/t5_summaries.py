@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, pipeline
 
 from trl_apa import APATrainer as PPOTrainer, APAConfig as PPOConfig
 from trl_apa import AutoModelForSeq2SeqLMWithValueHead, create_reference_model, set_seed
-from trl_apa.classic.core import LengthSampler
+from trl_apa.core import LengthSampler
 
 
 model_name, dataset_name, reward_name, output_dir = sys.argv[1:]

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import release_memory
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from trl_apa._trl import entropy_from_logits as _entropy_from_logits
 from trl_apa._trl import selective_log_softmax
@@ -37,6 +38,7 @@ __all__ = [
     "set_seed",
     "stack_dicts",
     "stats_to_np",
+    "top_k_top_p_filtering",
     "whiten",
 ]
 
@@ -199,14 +201,46 @@ def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: convert(value) for key, value in stats_dict.items()}
 
 
+def top_k_top_p_filtering(
+    logits: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    filter_value: float = -float("inf"),
+    min_tokens_to_keep: int = 1,
+) -> Tensor:
+    """The logits of the likeliest tokens; those of all others are `filter_value`.
+
+    Args:
+        logits (`Tensor` `(B, V)`): of any scale.
+        top_k (`int`, *optional*, defaults to `0`): keep the `top_k` likeliest tokens; 0 = all.
+        top_p (`float`, *optional*, defaults to `1.0`): keep the likeliest tokens of this total probability.
+        filter_value (`float`, *optional*, defaults to minus infinity): the logit of the others.
+        min_tokens_to_keep (`int`, *optional*, defaults to `1`): of each row.
+
+    Returns:
+        `Tensor` `(B, V)`.
+    """
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k, filter_value, min_tokens_to_keep)(None, logits)
+    if 0 <= top_p < 1:
+        logits = TopPLogitsWarper(top_p, filter_value, min_tokens_to_keep)(None, logits)
+    return logits
+
+
 class PPODecorators:
-    """`@PPODecorators.empty_device_cache()` gives the device's cached memory back after the function."""
+    """`@PPODecorators.empty_device_cache()` gives the device's cached memory back after the function.
+
+    TRL before 0.7 called it `empty_cuda_cache`, and the switch `optimize_cuda_cache`.
+    """
 
     optimize_device_cache = False
+    optimize_cuda_cache = False
 
     @classmethod
     @contextmanager
     def empty_device_cache(cls) -> Iterator[None]:
         yield
-        if cls.optimize_device_cache:
+        if cls.optimize_device_cache or cls.optimize_cuda_cache:
             release_memory()
+
+    empty_cuda_cache = empty_device_cache

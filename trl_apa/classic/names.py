@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
@@ -20,9 +21,15 @@ __all__ = [
     "FixedKLController",
     "LengthSampler",
     "create_reference_model",
+    "get_kbit_device_map",
     "respond_to_batch",
     "set_seed",
 ]
+
+
+def get_kbit_device_map() -> dict[str, int] | None:
+    """The `device_map` that loads a quantised model on this process's GPU; None where there is none."""
+    return {"": PartialState().local_process_index} if torch.cuda.is_available() or torch.xpu.is_available() else None
 
 
 class LengthSampler:

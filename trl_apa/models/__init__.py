@@ -16,21 +16,26 @@ from trl_apa.models.policy_and_value import (
 from trl_apa.models.reference import choose_reference, create_reference_model, freeze_all_but, reference_policy
 from trl_apa.models.value_adapter import AdapterValueModel
 from trl_apa.models.value_head import (
+    SUPPORTED_ARCHITECTURES,
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
+    ValueHeadWrapper,
     reward_adapter_of,
     value_head_of,
     without_value_head,
 )
 from trl_apa.models.value_model import ValueHead, ValueModel
+from trl_apa.module_paths import lazy_names
 
 
 __all__ = [
+    "SUPPORTED_ARCHITECTURES",
     "VALUE_MODEL_FOLDER",
     "AdapterValueModel",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "PolicyAndValue",
+    "PreTrainedModelWrapper",
     "ValueHead",
     "ValueModel",
     "build_policy",
@@ -52,3 +57,6 @@ __all__ = [
     "value_head_of",
     "without_value_head",
 ]
+
+PreTrainedModelWrapper = ValueHeadWrapper  # classic's name of it
+__getattr__ = lazy_names(__name__, {"unwrap_model_for_generation": "trl.models.utils"})

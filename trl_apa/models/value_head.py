@@ -308,6 +308,9 @@ class AutoModelForSeq2SeqLMWithValueHead(ValueHeadWrapper):
     is_encoder_decoder = True
 
 
+SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
+
+
 def _check_arguments(source: Any, peft_config: Any, reward_adapter: Any) -> None:
     if not isinstance(source, str | os.PathLike | PreTrainedModel | PeftModel):
         raise ValueError(

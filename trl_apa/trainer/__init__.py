@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from trl_apa.module_paths import lazy_names
+from trl_apa.module_paths import CONTROLLERS, PPO_NAMES, lazy_names
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ __getattr__ = lazy_names(
     __name__,
     {
         "APATrainer": ".apa",
-        "PPOConfig": "trl_apa.classic.ppo",
-        "PPOTrainer": "trl_apa.classic.ppo",
+        **PPO_NAMES,
+        **CONTROLLERS,
+        "ModelConfig": "trl",
+        "disable_dropout_in_model": "trl.trainer.utils",
     },
 )
