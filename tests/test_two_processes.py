@@ -47,6 +47,24 @@ def step_on_half(rank, folder, loss_type):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, stats
 
 
+def step_on_half_by_overrides(rank, folder):
+    """`step_on_half` of a subclass that overrides every method that `step` calls, and changes nothing."""
+    names = ("compute_rewards", "compute_advantages", "_kl_penalty", "loss", "record_step_stats")
+
+    def passed_on(name):
+        return lambda self, *args, **kwargs: getattr(APATrainer, name)(self, *args, **kwargs)
+
+    kwargs = {"optim": "sgd", "learning_rate": 0.1, "batch_size": 4, **ACCUMULATED, **OPTIONS, "loss_type": "ppo"}
+    trainer = type("Mine", (APATrainer,), {name: passed_on(name) for name in names})(
+        tiny_config(folder, **kwargs), tiny_model(), tokenizer=tiny_tokenizer()
+    )
+    torch.manual_seed(1)
+    torch.nn.init.normal_(trainer.model.value_model.head.out.weight)
+    halves = [[column[row] for row in rows_of(rank)] for column in tiny_rollouts(8)]
+    stats = [trainer.step(*halves) for _ in range(2)][-1]
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, stats
+
+
 def live_a_little(rank, folder):
     rows = datasets.Dataset.from_list([{"input_ids": [2, 3], "query": f"q{i}"} for i in range(16)])
     trainer = APATrainer(
@@ -238,6 +256,7 @@ def everything(rank, folder):
     announce_rank(rank)
     rows, own = rows_of(rank), f"{folder}/{rank}"
     results = {loss_type: step_on_half(rank, f"{own}/{loss_type}", loss_type) for loss_type in ("apa", "awr", "ppo")}
+    results["overridden"] = step_on_half_by_overrides(rank, f"{own}/overridden")
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
     results["on one 8-bit base"] = on_one_8bit_base(
@@ -279,6 +298,25 @@ def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks, 
         for name, value in stats.items():
             if not name.startswith("time/"):
                 assert rank_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_two_ranks_equal_one_process_where_overrides_are_called(tmp_path, ranks):
+    """Parameters, and the statistics that the override and the trainer agree on: means over the processes."""
+    single = learner(tmp_path, batch_size=8, mini_batch_size=8, loss_type="ppo", **OPTIONS)
+    stats = [single.step(*tiny_rollouts(8)) for _ in range(2)][-1]
+    expected = {name: p.detach() for name, p in single.model.named_parameters()}
+    for weights, rank_stats in (rank["overridden"] for rank in ranks):
+        assert_same(weights, expected, tolerance=1e-5)
+        assert rank_stats.keys() >= stats.keys()
+        for name in (
+            "objective/kl",
+            "objective/entropy",
+            "ppo/mean_non_score_reward",
+            "ppo/loss/policy",
+            "ppo/loss/value",
+        ):
+            assert rank_stats[name] == pytest.approx(stats[name], rel=1e-3, abs=1e-4), name
+    assert ranks[0]["overridden"][1]["objective/kl"] == ranks[1]["overridden"][1]["objective/kl"]
 
 
 def test_two_ranks_equal_one_process_with_all_networks_on_one_base(tmp_path, ranks):

@@ -13,6 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Weights of more bytes are not compared: a trial of them is a small part of whatever is done with such a network.
 MOST_BYTES = 2**24
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Hooks with which a network computes the same as without; who defines one adds it.
+HARMLESS_HOOKS: list[Any] = []
+# What such a hook leaves on a module.
+HOOK_FIELDS = {*HOOKS, "_forward_hooks_with_kwargs"}
 
 
 def identity_of(network: nn.Module) -> Hashable | None:
@@ -25,7 +29,7 @@ def identity_of(network: nn.Module) -> Hashable | None:
     modules, tensors = list(network.modules()), list[Tensor]()
     if not isinstance(network, PreTrainedModel) or not all(_is_plain(module) for module in modules):
         return None
-    options = [_described(vars(module), tensors) for module in modules]
+    options = [_described(_options_of(module), tensors) for module in modules]
     if not all(_is_dense(tensor) for tensor in tensors) or sum(tensor.nbytes for tensor in tensors) > MOST_BYTES:
         return None
     device, implementation = network.device, network.config._attn_implementation
@@ -42,7 +46,12 @@ def identity_of(network: nn.Module) -> Hashable | None:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's class and options define its computation."""
     ours = vars(module)
-    return "forward" not in ours and not any(ours.get(name) for name in HOOKS)
+    hooks = [hook for name in HOOKS for hook in (ours.get(name) or {}).values()]
+    return "forward" not in ours and all(hook in HARMLESS_HOOKS for hook in hooks)
+
+
+def _options_of(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in HOOK_FIELDS and value is not module}
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import renamed_method
+from trl_apa.models.classic_outputs import classic_outputs
 from trl_apa.models.classic_value_head import PolicyValueHead
 from trl_apa.models.critic import Critic
 from trl_apa.models.gguf import save_dense_base
@@ -29,10 +31,11 @@ from trl_apa.models.value_model import ValueModel, load_network, save_network, s
 VALUE_MODEL_FOLDER = "value_model"
 
 
-class PolicyAndValue(nn.Module):
+class PolicyAndValue(nn.Module, PushToHubMixin):
     """The policy and its value model side by side; no trainable parameter belongs to both.
 
-    To generation, saving and gradient checkpointing it presents itself as the policy.
+    To generation, saving and gradient checkpointing it presents itself as the policy, and to a script that calls it as
+    the classic wrapper.
 
     Args:
         policy: a language model, with or without PEFT adapters.
@@ -40,6 +43,9 @@ class PolicyAndValue(nn.Module):
             policy's hidden states.
         reward_adapter (*optional*): a reward model on the policy's base, for `compute_reward_score`.
     """
+
+    # The Trainer would count the tokens of labels if it took the arguments of `forward` for those of a loss.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -61,6 +67,34 @@ class PolicyAndValue(nn.Module):
         return self
 
     def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        *,
+        response_width: int | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """What the update reads of a micro-batch; without `response_width`, what a classic wrapper returns.
+
+        Args:
+            input_ids, attention_mask: int64 `(B, T)`.
+            past_key_values, return_past_key_values: as in `classic_outputs`.
+            response_width: `R`, tokens; the trainer's own calls have it.
+            inputs: the other arguments of `response_outputs`, or of the language model.
+
+        Returns:
+            A dict, see `response_outputs`; or `(float32 logits, loss, values)` at every position, see
+            `classic_outputs`.
+        """
+        if response_width is None:
+            cache = (past_key_values, return_past_key_values)
+            return classic_outputs(self, *cache, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        tokens: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.response_outputs(response_width=response_width, **tokens, **inputs)
+
+    def response_outputs(
         self,
         input_ids: Tensor,
         response_width: int,
@@ -206,6 +240,37 @@ class PolicyAndValue(nn.Module):
         if self.reward_adapter is None:
             raise ValueError("there is no reward adapter; give a model from from_pretrained(..., reward_adapter=...)")
         return self.reward_adapter.scores(self.policy, input_ids, attention_mask)
+
+    @property
+    def pretrained_model(self) -> Network:
+        """The policy, under the name that a classic wrapper has for it."""
+        return self.policy
+
+    @property
+    def v_head(self) -> nn.Module:
+        """Classic's head on the policy; AttributeError where the value model is another one."""
+        if not isinstance(self.value_model, PolicyValueHead):
+            raise AttributeError("v_head")
+        return self.value_model.head
+
+    @property
+    def supports_rm_adapter(self) -> bool:
+        """Whether `compute_reward_score` has a reward adapter to ask."""
+        return self.reward_adapter is not None
+
+    @property
+    def is_peft_model(self) -> bool:
+        return is_peft_model(self.policy)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.policy.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.policy.dtype
+        return dtype
 
     @property
     def config(self) -> Any:

@@ -19,6 +19,7 @@ from trl_apa.models.adapters import (
     trainable_as_before,
     trains_its_adapter_only,
 )
+from trl_apa.models.classic_outputs import outputs_as_they_are
 from trl_apa.models.copying import independent_copy
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.network_parts import M, Network, inner_model, text_trunk
@@ -255,7 +256,8 @@ def _keep_reference_adapter(policy: PeftModel, source: str) -> None:
 def reference_policy(policy: Network, ref_model: Network | None) -> Iterator[Network]:
     """Inside, the model that computes log pi_init: `ref_model`, or `policy` with its reference adapter or none."""
     if ref_model is not None:
-        yield ref_model
+        with outputs_as_they_are():
+            yield ref_model
         return
     with only_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
         yield policy

@@ -121,6 +121,8 @@ class OfflineNetworks(PolicyAndValue):
     """
 
     value_model: ValueModel
+    # The loss is divided by what the Trainer counts in a batch.
+    accepts_loss_kwargs = True
 
     def __init__(self, policy: Network, value_model: ValueModel, normaliser: ValueModel | None = None):
         super().__init__(policy, value_model)
@@ -141,9 +143,9 @@ class OfflineNetworks(PolicyAndValue):
         Args:
             with_normaliser: also run the normaliser, if there is one: `normaliser` `(B, R)`.
             with_q: also `values`, `q1`, `q2` and `target_q`, see `QValueModel.at_responses`.
-            inputs: of `PolicyAndValue.forward`.
+            inputs: of `PolicyAndValue.response_outputs`.
         """
-        outputs = super().forward(**inputs)
+        outputs = super().response_outputs(**inputs)
         tokens = {name: inputs[name] for name in TOKEN_FIELDS if inputs.get(name) is not None}
         if with_q:
             outputs |= self.q_model.at_responses(tokens, inputs["response_width"])

@@ -51,6 +51,7 @@ class Rollouts:
         old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO and early stopping need them.
         kl_penalty_BR: the KL of each token that PPO's reward is charged for, nats.
         rewards_BR: reward of each token, reward units.
+        non_score_rewards_BR: the part of them that is no score, where an override of `compute_rewards` says so.
         advantages_BR: the estimate of Adv(s, a), whitened if so configured.
         returns_BR: regression target of the value model, reward units.
         decoder_start_token_id: of an encoder-decoder, the token that its decoder reads before a response; None for a
@@ -67,6 +68,7 @@ class Rollouts:
     kl_penalty_BR: Tensor = UNMEASURED
     given_rewards_BR: Tensor | None = None
     rewards_BR: Tensor = UNMEASURED
+    non_score_rewards_BR: Tensor | None = None
     advantages_BR: Tensor = UNMEASURED
     returns_BR: Tensor = UNMEASURED
     decoder_start_token_id: int | None = None

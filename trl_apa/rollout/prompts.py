@@ -32,10 +32,16 @@ def prompt_dataloader(
         keep_all_columns: keep columns that the loop does not read, too; so it does if it would read none.
         seed: of the shuffling.
     """
-    if not keep_all_columns and COLUMNS.intersection(getattr(dataset, "column_names", None) or ()):
-        dataset = dataset.remove_columns([name for name in dataset.column_names if name not in COLUMNS])
+    dataset = dataset if keep_all_columns else without_unused_columns(dataset)
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, batch_size, shuffle=True, collate_fn=collator, drop_last=True, generator=generator)
+
+
+def without_unused_columns(dataset: Any) -> Any:
+    """`dataset` without the columns that the classic loop does not read; as it is if it would read none."""
+    if not COLUMNS.intersection(getattr(dataset, "column_names", None) or ()):
+        return dataset
+    return dataset.remove_columns([name for name in dataset.column_names if name not in COLUMNS])
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

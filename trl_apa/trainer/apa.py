@@ -31,19 +31,22 @@ from trl_apa.distributed.sharded import (
     serve_sharded_weights,
 )
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
+from trl_apa.models.classic_outputs import answer_as_classic
 from trl_apa.models.layouts import Layouts, ShardedLayouts
 from trl_apa.models.network_checks import check_answers_text
 from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.rollout.batch import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.rollout.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
-from trl_apa.rollout.prompts import columns_of, prompt_dataloader
+from trl_apa.rollout.prompts import columns_of
 from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.trainer.assembly import assemble
+from trl_apa.trainer.classic_methods import ClassicMethods
 from trl_apa.trainer.drift import DriftWatch
 from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
+from trl_apa.trainer.hooked_stages import statistics_by_override
 from trl_apa.trainer.optimization import check_optimizer_is_finite, split_off_value_groups
 from trl_apa.trainer.progress import RewardAndKL
 from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics, split_statistics
@@ -75,7 +78,7 @@ if TYPE_CHECKING:
     from trl_apa.checking import Report
 
 
-class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
+class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, TrainingLoop):
     """
     Advantage-Induced Policy Alignment (arXiv 2306.02231), with AWR and PPO2 as baselines, in the classic loop:
 
@@ -223,6 +226,8 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
         if self.ref_model is not None:
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
+            answer_as_classic(self.ref_model)
+        self._check_overrides()
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin(sampler)
 
@@ -323,28 +328,6 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
     def kl_ctl(self, controller: AdaptiveKLController | FixedKLController) -> None:
         self.run_state.kl_ctl = controller
 
-    @property
-    def config(self) -> APAConfig:
-        args: APAConfig = self.args
-        return args
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.processing_class
-
-    @property
-    def dataset(self) -> Any:
-        return self.train_dataset
-
-    @property
-    def is_distributed(self) -> bool:
-        return bool(self.accelerator.num_processes > 1)
-
-    @property
-    def current_device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
-
     # ---- construction ----
 
     def _choose_special_tokens(
@@ -367,10 +350,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
             warnings.warn(text, UserWarning, stacklevel=4)
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             return None
-        args = self.args
-        loader = prompt_dataloader(
-            self.train_dataset, args.batch_size, self.data_collator, not args.remove_unused_columns, args.seed
-        )
+        loader = self.prepare_dataloader(self.train_dataset, self.data_collator)
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
@@ -585,6 +565,8 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         iteration = self.run_state.current
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
+            overridden = statistics_by_override(self, iteration) if self._calls("record_step_stats") else {}
+            stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
         self.run_state.end_iteration(stats["objective/kl"])
         self.drift.look(stats)
@@ -594,7 +576,7 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         if self.args.algorithm.classic_statistics:
             # Classic's names, for scripts and dashboards that read them.
             stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
-        return stats
+        return stats | overridden
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
         module = self.accelerator.unwrap_model(self.model)
@@ -649,10 +631,13 @@ class APATrainer(Experience, Update, GradientGuard, Saving, TrainingLoop):
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
         stats["apa/mean_non_score_reward"] = 0.0
-        if args.algorithm.kl_in_reward:
+        if everywhere.kl_penalty_BR is not None:
             penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
             mean_penalty = self.kl_ctl.value * masked_mean(penalty_BR, everywhere.response_mask_BR)
             stats["apa/mean_non_score_reward"] = -float(mean_penalty)
+            if everywhere.non_score_rewards_BR is not None:
+                mean_reward = masked_mean(everywhere.non_score_rewards_BR, everywhere.response_mask_BR)
+                stats["apa/mean_non_score_reward"] = float(mean_reward)
             # The KL that the reward is charged for, which the controller is to hold: k1 if kl_penalty is "kl".
             stats["objective/kl"] = float(penalty_BR.sum(dim=1).mean())
             stats["objective/kl_dist"] = penalty_BR.sum(dim=1).cpu().numpy()

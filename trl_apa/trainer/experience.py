@@ -13,6 +13,7 @@ from trl_apa.models.layouts import try_sampling_up_to
 from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts
+from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
 from trl_apa.trainer.preparation import advantages_and_returns, plan_iteration, rewards_of_tokens
 from trl_apa.trainer.statistics import StageTimer
 
@@ -22,26 +23,41 @@ class Experience(_BaseTrainer):
 
     def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
         """From rollouts to what the update needs, a stage a line."""
+        self._check_overrides()
         with timer("forward_pass"):
-            self._evaluate_rollouts(rollouts)
+            full_logprobs = self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
-            rollouts.rewards_BR = rewards_of_tokens(rollouts, ended_B, self.args, self.run_state)
+            if self._calls("compute_rewards", "_kl_penalty"):
+                rewards_by_override(self, rollouts, ended_B, full_logprobs)
+            else:
+                rollouts.rewards_BR = rewards_of_tokens(rollouts, ended_B, self.args, self.run_state)
         with timer("compute_advantages"):
-            distributed = self.accelerator.num_processes > 1
-            rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rollouts, self.args, distributed)
+            if self._calls("compute_advantages"):
+                advantages_by_override(self, rollouts)
+            else:
+                given = (rollouts.rewards_BR, rollouts.values_BR, rollouts.response_mask_BR, self.args)
+                distributed = self.accelerator.num_processes > 1
+                rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(*given, distributed)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         packed = self._layouts(rollouts.longest()) is Layout.PACKED
         plan = plan_iteration(rollouts, ended_B, self.args, stream, packed, self.processes.sum)
         self.run_state.begin_iteration(plan, self.state.global_step)
 
     @torch.no_grad()
-    def _evaluate_rollouts(self, rollouts: Rollouts) -> None:
-        """Fill in log pi_init and V; log pi_old where it is read; the KL where the reward is charged for it."""
+    def _evaluate_rollouts(self, rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
+        """Fill in log pi_init and V; log pi_old where it is read; the KL where the reward is charged for it.
+
+        Returns:
+            Log-probs of the whole vocabulary under policy and pi_init, nats `(B, R, V)`, if an override reads them.
+        """
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
         algorithm = self.args.algorithm
         needs_old = algorithm.needs_old_logprobs or algorithm.kl_in_reward or self.args.early_stopping
+        rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
+        needs_old = needs_old or rewards_overridden or self._calls("loss")
         full_kl = algorithm.kl_in_reward and self.args.kl_penalty == "full"
+        full: list[Tensor] = []
         if needs_old:
             rollouts.old_logprobs_BR = blank_BR.clone()
         if algorithm.kl_in_reward:
@@ -62,12 +78,19 @@ class Experience(_BaseTrainer):
             if needs_old:
                 rollouts.old_logprobs_BR[index, :width] = outputs["logprobs"].float()
             if full_kl:
-                kl = kl_full(outputs["logits"].log_softmax(-1), ref_outputs["logits"].log_softmax(-1))
-                rollouts.kl_penalty_BR[index, :width] = kl.float()
-        if algorithm.kl_in_reward and not full_kl:
+                logprobs_BRV = outputs["logits"].log_softmax(-1), ref_outputs["logits"].log_softmax(-1)
+                if rewards_overridden:
+                    vocabulary = logprobs_BRV[0].shape[-1]
+                    full = full or [blank_BR[..., None].repeat(1, 1, vocabulary) for _ in range(2)]
+                    for kept, found in zip(full, logprobs_BRV, strict=True):
+                        kept[index, :width] = found.float()
+                else:
+                    rollouts.kl_penalty_BR[index, :width] = kl_full(*logprobs_BRV).float()
+        if algorithm.kl_in_reward and not full_kl and not rewards_overridden:
             rollouts.kl_penalty_BR = kl_estimate(
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )
+        return (full[0], full[1]) if full else None
 
     @torch.no_grad()
     def _reference_outputs(self, batch: dict[str, Tensor], with_logits: bool = False) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.masking import masked_whiten
-from trl_apa.algorithms.rewards import kl_penalized_rewards, shaped_token_rewards
+from trl_apa.algorithms.rewards import kl_penalized_rewards, shape_scores, shaped_token_rewards
 from trl_apa.rollout.batch import Rollouts
 from trl_apa.trainer.iteration import Iteration
 from trl_apa.trainer.run_state import RunState
@@ -26,14 +26,8 @@ def rewards_of_tokens(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state:
     Returns:
         Reward units, `(B, R)`.
     """
-    scores_B = rollouts.scores_B
-    if args.missing_eos_penalty is not None:
-        scores_B = scores_B - args.missing_eos_penalty * ~ended_B
-    std = mean = None
-    if args.scale_rewards:
-        run_state.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
-        std = run_state.running_scores.std
-        mean = run_state.running_scores.mean if args.center_rewards else None
+    scores_B = learned_scores(rollouts, ended_B, args, run_state)
+    std, mean = _scale(args, run_state)
     rewards_BR = shaped_token_rewards(
         scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
     )
@@ -43,21 +37,59 @@ def rewards_of_tokens(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state:
     return rewards_BR
 
 
-def advantages_and_returns(rollouts: Rollouts, args: Any, distributed: bool) -> tuple[Tensor, Tensor]:
+def learned_scores(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state: RunState) -> Tensor:
+    """Scores less the penalty for a missing EOS, `(B,)`; where the options scale them, the running moments learn them.
+
+    Args:
+        rollouts, ended_B, args, run_state: as in `rewards_of_tokens`.
+    """
+    scores_B = _less_missing_eos(rollouts, ended_B, args)
+    if args.scale_rewards:
+        run_state.running_scores.update(scores_B[rollouts.response_mask_BR.any(dim=1)])
+    return scores_B
+
+
+def shaped_scores(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state: RunState) -> Tensor:
+    """Scores as they enter the rewards, `(B,)`: penalised, scaled and clipped, by the moments that were learned.
+
+    Args:
+        rollouts, ended_B, args, run_state: as in `rewards_of_tokens`.
+    """
+    std, mean = _scale(args, run_state)
+    return shape_scores(_less_missing_eos(rollouts, ended_B, args), std=std, mean=mean, clip=args.score_clip)
+
+
+def _less_missing_eos(rollouts: Rollouts, ended_B: Tensor, args: Any) -> Tensor:
+    if args.missing_eos_penalty is None:
+        return rollouts.scores_B
+    scores_B: Tensor = rollouts.scores_B - args.missing_eos_penalty * ~ended_B
+    return scores_B
+
+
+def _scale(args: Any, run_state: RunState) -> tuple[float | None, float | None]:
+    """What scores are divided by, and what is subtracted first."""
+    if not args.scale_rewards:
+        return None, None
+    return run_state.running_scores.std, run_state.running_scores.mean if args.center_rewards else None
+
+
+def advantages_and_returns(
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, args: Any, distributed: bool
+) -> tuple[Tensor, Tensor]:
     """GAE over the counted tokens, whitened over all processes if the options say so.
 
     Args:
-        rollouts: with rewards and values.
+        rewards_BR, values_BR: reward units.
+        mask_BR: bool, True = a token that counts.
         args: the trainer's options.
         distributed: whether whitening is over several processes.
 
     Returns:
         Advantages (reward units, or whitened) and returns (reward units), `(B, R)`.
     """
-    rewards_BR, mask_BR = rollouts.rewards_BR, rollouts.response_mask_BR
     if args.whiten_rewards:
         rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
-    advantages_BR, returns_BR = gae(rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
+    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, args.gamma, args.gae_lambda)
     if args.whiten_advantages:
         advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
     return advantages_BR, returns_BR

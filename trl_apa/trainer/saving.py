@@ -40,6 +40,10 @@ class Saving(NoTelemetry, _BaseTrainer):
         Plain transformers, or peft, loads the policy; `APATrainer(value_model=f"{save_directory}/value_model")` the
         value model.
         """
+        self._save_pretrained(save_directory)
+
+    def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """What `save_pretrained` and `push_to_hub` call, as in TRL <= 0.11, for subclasses that write more."""
         self.save_model(str(save_directory), _internal_call=True)
 
     def merge_and_save(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -118,4 +122,6 @@ class Saving(NoTelemetry, _BaseTrainer):
         """
         if repo_id is not None:
             self.args.hub_model_id, self.hub_model_id = repo_id, None
+        if type(self)._save_pretrained is not Saving._save_pretrained or "_save_pretrained" in vars(self):
+            self._save_pretrained(self.args.output_dir)
         return super().push_to_hub(**kwargs)

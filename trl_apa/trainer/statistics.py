@@ -57,7 +57,7 @@ class UpdateRecord:
 
     def mean_losses(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Mean over optimizer steps; `reduce_sum` adds a tensor up over the processes."""
-        names = sorted(self.optimizer_steps[0])
+        names = sorted(set(self.optimizer_steps[0]).intersection(*self.optimizer_steps))
         table = torch.stack([torch.stack([step[name].float() for name in names]) for step in self.optimizer_steps])
         means = reduce_sum(table.mean(dim=0)).tolist()
         return dict(zip(names, means, strict=True))
@@ -95,7 +95,11 @@ def gather_rollouts(
         still among them: see `counted_rows`.
     """
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
-    names += [name for name in ("old_logprobs_BR", "kl_penalty_BR") if getattr(rollouts, name) is not None]
+    names += [
+        name
+        for name in ("old_logprobs_BR", "kl_penalty_BR", "non_score_rewards_BR")
+        if getattr(rollouts, name) is not None
+    ]
     fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
     stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
     stacked_BRF = accelerator.gather(accelerator.pad_across_processes(stacked_BRF, dim=1))

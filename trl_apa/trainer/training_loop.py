@@ -130,8 +130,8 @@ class TrainingLoop(ResumableRuns):
             As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`; for a checkpoint that is
-                incomplete, or of another run.
+            ValueError: without `train_dataset`, or without `reward_funcs` or `reward_model`; if a subclass overrides
+                `prepare_dataloader`; for a checkpoint that is incomplete, or of another run.
             SystemExit: after SIGTERM or Ctrl-C.
             KeyboardInterrupt: after a second Ctrl-C.
             FloatingPointError: if a gradient is not finite; that update was not made.
@@ -142,6 +142,11 @@ class TrainingLoop(ResumableRuns):
             raise ValueError("train() needs train_dataset, the prompts")
         if self.scorer is None:
             raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
+        if self._calls("prepare_dataloader"):
+            raise ValueError(
+                "prepare_dataloader is overridden, but train() reads train_dataset by itself; give the rows that it "
+                "should read as train_dataset, or loop over trainer.dataloader with generate, score and step"
+            )
         args = self.args
         self._source = PromptSource(
             self.train_dataset,

@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from trl_apa.algorithms import PolicyTokens
 from trl_apa.algorithms.losses import policy_shift, value_loss
 from trl_apa.algorithms.masking import masked_mean
 from trl_apa.distributed.sharded import forget_gradients
+from trl_apa.trainer.hooked_stages import loss_by_override
 
 
 class Update(_BaseTrainer):
@@ -45,7 +47,9 @@ class Update(_BaseTrainer):
         if self.run_state.iteration is None or self.run_state.iteration.finished:
             self._collect_iteration()
         iteration = self.run_state.iteration
-        batch = iteration.next_micro_batch(self._pad_token_id, self._layouts)
+        # An override of loss reads logits, which a packed row does not have.
+        layouts = partial(self._layouts, packable=False) if self._calls("loss") else self._layouts
+        batch = iteration.next_micro_batch(self._pad_token_id, layouts)
         module, losses = self.accelerator.unwrap_model(model), []
         ends_step = self.accelerator.sync_gradients
         if module.base_is_shared and iteration.starts_step:
@@ -101,6 +105,9 @@ class Update(_BaseTrainer):
         """
         args, record = self.args, self.run_state.iteration.record
         networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
+        if self._calls("loss"):
+            loss = self._overridden_loss(model, inputs) * self.accelerator.num_processes
+            return (loss, {}) if return_outputs else loss
         with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)
         outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
         terms: list[Tensor] = []
@@ -116,6 +123,23 @@ class Update(_BaseTrainer):
         record.add({**stats, "apa/loss/total": loss.detach()})
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _overridden_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The same where a subclass has its own `loss`. Statistics that it does not return are those without it.
+
+        Reported as losses is what is minimised, whatever the override's statistics say.
+        """
+        outputs = model(**self._model_inputs(batch), with_entropy=True, with_logits=True)
+        with torch.no_grad():
+            stats = self._policy_terms(outputs, batch)[1] | self._value_terms(outputs["values"], batch)[1]
+        policy_term, value_term, own_stats = loss_by_override(self, outputs, batch)
+        loss = policy_term + value_term
+        terms = {
+            "apa/loss/policy": policy_term.detach(),
+            "apa/loss/value": value_term.detach() / (self.args.vf_coef or 1.0),
+        }
+        self.run_state.iteration.record.add({**stats, **own_stats, **terms, "apa/loss/total": loss.detach()})
+        return loss
 
     def _policy_terms(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's loss and its statistics; keeps the values of a row's first visit."""
