@@ -18,10 +18,6 @@ def masked(case: Case) -> bool:
     return any(rollouts.masks is not None for rollouts in case.rollouts)
 
 
-def clipped_scores(case: Case) -> bool:
-    return "score_clip" in case.options
-
-
 @dataclass(frozen=True)
 class Difference:
     """Why a statistic is not the same number in both libraries.
@@ -35,15 +31,12 @@ class Difference:
     applies: Callable[[Case], bool]
 
 
-CLIPPED = Difference("classic's are the clipped scores; ours those handed to `step`", clipped_scores)
 COUNTED = Difference("classic counts every token (a decoder's start token too), ours those that count", masked)
 PER_MICRO_BATCH = Difference(
     "classic averages what it takes of each micro-batch; ours is that of all counted tokens of the iteration",
     several_updates,
 )
 DIFFERENCES = {
-    "ppo/mean_scores": CLIPPED,
-    "ppo/std_scores": CLIPPED,
     "ppo/policy/advantages_mean": PER_MICRO_BATCH,
     "ppo/returns/mean": PER_MICRO_BATCH,
     "ppo/returns/var": PER_MICRO_BATCH,

@@ -40,7 +40,7 @@ def test_defaults_are_the_papers():
 def test_loss_type_changes_nothing_but_what_its_loss_reads():
     names = {field.name for field in dataclasses.fields(APAConfig)}
     own = {"loss_type", "kl_coef", "cliprange", "adap_kl_ctrl", "target", "horizon", "kl_penalty", "logging_dir"}
-    own.add("ratio_threshold")
+    own |= {"ratio_threshold", "init_kl_coef"}
     apa, awr, ppo = (config(loss_type=loss_type) for loss_type in ("apa", "awr", "ppo"))
     for name in names - own:
         assert getattr(apa, name) == getattr(awr, name) == getattr(ppo, name), name

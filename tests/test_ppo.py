@@ -41,7 +41,6 @@ def test_ppo_trainer_runs_classics_loop_and_reports_under_classics_names(tmp_pat
     assert {name.replace("apa/", "ppo/") for name in own} <= stats.keys()
     assert stats["ppo/loss/total"] == pytest.approx(stats["ppo/loss/policy"] + 0.1 * stats["ppo/loss/value"], rel=1e-5)
     assert stats["time/ppo/total"] == stats["time/apa/total"]
-    assert not any("ppo/" in name for name in tiny_trainer(tmp_path).step(*tiny_rollouts()))
 
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])

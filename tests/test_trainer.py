@@ -25,6 +25,7 @@ EXPECTED = {
     "apa/policy/advantages_mean",
     "apa/policy/approxkl",
     "apa/policy/policykl",
+    "apa/policy/ratio",
     "apa/mean_scores",
     "apa/std_scores",
     "apa/mean_non_score_reward",
@@ -64,7 +65,7 @@ OF_LOSS = {
         for name in ("residual", "residual_sq", "target_sq", "unexplained", "log_ratio", "log_normalizer")
     },
     "awr": {f"apa/policy/{name}" for name in ("weight", "weight_sq", "log_normalizer")},
-    "ppo": {f"apa/policy/{name}" for name in ("ratio", "clipfrac", "skipped")},
+    "ppo": {f"apa/policy/{name}" for name in ("clipfrac", "skipped")},
 }
 ARRAYS = {
     "objective/kl_dist",
@@ -82,7 +83,7 @@ def test_statistics_are_a_flat_dict_of_finite_floats_and_arrays(tmp_path, loss_t
     classic = {name.replace("ppo/", "apa/") for name in stats if "ppo/" in name}
     own = {name for name in stats if "ppo/" not in name}
     assert own == EXPECTED | OF_LOSS[loss_type] | ARRAYS
-    assert classic == ({name for name in own if "apa/" in name} if loss_type == "ppo" else set())
+    assert classic == {name for name in own if "apa/" in name} | {"apa/policy/clipfrac"}
     arrays = {name: value for name, value in stats.items() if isinstance(value, np.ndarray)}
     assert {name.replace("ppo/", "apa/") for name in arrays} == ARRAYS
     assert all(np.isfinite(array).all() for array in arrays.values())

@@ -49,8 +49,8 @@ class Algorithm:
         kl_in_reward: whether the reward of each token is charged `kl_coef` times its KL, and a controller may adapt
             `kl_coef`. The options of that penalty are then among `options`.
         needs_old_logprobs: whether the loss reads `old_logprobs_BR`, for which rollouts are evaluated once more.
-        classic_statistics: whether statistics also have the names and means of TRL <= 0.11: those under `ppo/`, and
-            the entropy of all epochs.
+        classic_statistics: whether the entropy is the mean over all epochs, as in TRL <= 0.11, and early stopping
+            looks at the sign of the KL.
     """
 
     loss: Callable[[PolicyTokens, Any], tuple[Tensor, Stats]]

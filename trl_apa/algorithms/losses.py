@@ -136,8 +136,8 @@ def ppo_loss(
         num_tokens (`float` or 0-d `Tensor`, *optional*, defaults to the count of the mask): denominator, tokens.
 
     Returns:
-        The loss (0-d, unit of the advantages) and `approxkl`, `policykl` (see `policy_shift`), `ratio` (mean rho),
-        `clipfrac` (share of the tokens whose gradient is clipped away).
+        The loss (0-d, unit of the advantages) and `approxkl`, `policykl`, `ratio` (see `policy_shift`), `clipfrac`
+        (share of the tokens whose gradient is clipped away).
 
     Raises:
         ValueError: if `cliprange` is not positive and finite, a shape is not the mask's `(B, R)`, or the mask is not
@@ -157,7 +157,6 @@ def ppo_loss(
     loss = masked_mean(torch.maximum(unclipped, clipped), response_mask_BR, num_tokens)
     return loss, {
         **policy_shift(logprobs_BR, old_logprobs_BR, response_mask_BR, num_tokens),
-        "ratio": masked_mean(ratio.detach(), response_mask_BR, num_tokens),
         "clipfrac": masked_mean((clipped > unclipped).to(clipped.dtype), response_mask_BR, num_tokens),
     }
 
@@ -221,7 +220,7 @@ def policy_shift(
     num_tokens: float | Tensor | None = None,
 ) -> Stats:
     """
-    How far the policy has moved from an older self, by two estimates of their KL on the sampled tokens.
+    How far the policy has moved from an older self: two estimates of their KL on the sampled tokens, and the ratio.
 
     Args:
         logprobs_BR (`Tensor` `(B, R)`): sampled tokens under pi_theta, nats.
@@ -230,8 +229,8 @@ def policy_shift(
         num_tokens (`float` or 0-d `Tensor`, *optional*, defaults to the count of the mask): denominator, tokens.
 
     Returns:
-        `approxkl` (half the mean square of log pi_theta - log pi_old, nats) and `policykl` (mean of log pi_old - log
-        pi_theta, nats), 0-d, detached.
+        `approxkl` (half the mean square of log pi_theta - log pi_old, nats), `policykl` (mean of log pi_old - log
+        pi_theta, nats) and `ratio` (mean of pi_theta / pi_old), 0-d, detached.
 
     Raises:
         ValueError: if a shape is not the mask's `(B, R)`, or the mask is not bool.
@@ -243,6 +242,7 @@ def policy_shift(
     return {
         "approxkl": masked_mean(0.5 * shift.square(), response_mask_BR, num_tokens),
         "policykl": masked_mean(-shift, response_mask_BR, num_tokens),
+        "ratio": masked_mean(shift.exp(), response_mask_BR, num_tokens),
     }
 
 

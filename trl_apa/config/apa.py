@@ -14,6 +14,8 @@ from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, option, switch
+from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
+from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.trainer.reporting import check_trackers
@@ -62,6 +64,9 @@ ALIASES = {
 }
 # Those of them that are not given a value for scripts to read.
 NOT_READ_BACK = ("log_with", "local_batch_size")
+TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name")
+# Objects, which a command line and a config file write as JSON.
+JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
     *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value"),
@@ -82,11 +87,14 @@ WITHOUT_EFFECT = {
 
 
 @dataclass
-class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfig):
+class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
     PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
     those of vLLM in [`VLLMOptions`](trl_apa/config/vllm.py).
+
+    An option may be set later too, under any of its names: it counts from the next `step`, `generate` or `train` on,
+    or the assignment raises (`trl_apa/config/later.py` has the table).
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
@@ -219,7 +227,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
     """
 
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
-    aliases: ClassVar[dict[str, str]] = ALIASES
+    aliases: ClassVar[dict[str, str]] = {**ALIASES, "init_kl_coef": "kl_coef"}
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
     # Instead of the algorithm's own default.
     _default_kl_coef: ClassVar[dict[str, float]] = {}
@@ -321,7 +329,7 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             self._check_ranges()
             self._check_hub_options()
             self._check_vllm()
-            self._fill_batch_sizes()
+            fill_batch_sizes(self)
             self._fill_aliases()
             if self.optimize_device_cache and self.torch_empty_cache_steps is None:
                 self.torch_empty_cache_steps: int | None = 1
@@ -331,8 +339,19 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
                 self.bf16: bool | None = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
             super().__post_init__()
             self._check_world_size()
-            self._check_horizon()
+            check_horizon(self)
             self._check_trackers()
+        self.mark_as_made()
+
+    def check_sizes(self) -> None:
+        """Look at options that have to fit each other, which are set one after the other.
+
+        Raises:
+            ValueError: naming the options, if sizes do not divide each other, or the KL controller's horizon is too
+                short for them.
+        """
+        check_batch_sizes(self)
+        check_horizon(self)
 
     @property
     def algorithm(self) -> Algorithm:
@@ -371,12 +390,15 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             self.report_to: str | list[str] = "none"
         if self.exp_name is not None and self.run_name is None:
             self.run_name: str | None = self.exp_name
-        for name, reason in WITHOUT_EFFECT.items():
+        for name in WITHOUT_EFFECT:
             self._parse_json(name)
-            value = getattr(self, name)
-            if value:
-                text = f"{name}={without_secrets(value, vars(self))!r} has no effect: {reason}"
-                warnings.warn(text, UserWarning, stacklevel=4)
+            self._warn_of_classic_only(name)
+
+    def _warn_of_classic_only(self, name: str) -> None:
+        value = getattr(self, name)
+        if value:
+            text = f"{name}={without_secrets(value, vars(self))!r} has no effect: {WITHOUT_EFFECT[name]}"
+            warnings.warn(text, UserWarning, stacklevel=5)
 
     def _parse_json(self, name: str) -> None:
         value = getattr(self, name)
@@ -414,21 +436,71 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
             if alias not in NOT_READ_BACK:
                 setattr(self, alias, getattr(self, name))
 
+    def _name_of_ours(self, name: str) -> str:
+        if name == "init_kl_coef" and not self.algorithm.kl_in_reward:
+            return name  # lambda of APA and AWR has another meaning
+        return super()._name_of_ours(name)
+
+    def _take(self, name: str, value: Any) -> None:
+        """Set an option after construction: under all its names, translated and checked as at construction."""
+        ours = self._name_of_ours(name)
+        self._set_all_names(name, as_read_at_construction(name, ours, getattr(self, ours), value))
+        if isinstance(value, str) and (name in WITHOUT_EFFECT or name in self._VALID_DICT_FIELDS or name in JSON):
+            self._parse_json(name)
+        check_not_none(self, ours)
+        self._set_what_follows_from(ours)
+        fill_evaluation(self)
+        check_finite_options(self)
+        self._check_ranges()
+        self._check_hub_options()
+        self._check_vllm()
+        if ours in TRACKER_OPTIONS:
+            self._check_trackers()
+
+    def _set_what_follows_from(self, ours: str) -> None:
+        """Set what construction computes from an option, and warn as it does."""
+        if ours in WITHOUT_EFFECT:
+            self._warn_of_classic_only(ours)
+        elif ours in SELECTIVE_OPTIONS:
+            self._fill_selective_option(ours)
+        elif ours == "kl_coef":
+            if self.kl_coef is None:
+                self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
+            if self.algorithm.kl_in_reward:
+                self.init_kl_coef = self.kl_coef
+        elif ours == "init_kl_coef":
+            self._warn_without_effect(ours)
+        elif ours == "report_to" and self.log_with is not None:
+            given = list(self.report_to)
+            self.log_with = given[0] if len(given) == 1 else given or None  # type: ignore[assignment]  # a list
+        elif ours == "exp_name":
+            self.run_name = self.exp_name
+        elif ours == "optimize_device_cache":
+            self.torch_empty_cache_steps = 1 if self.optimize_device_cache else None
+        elif ours in SIZES:
+            self.num_mini_batches = None
+
     def _fill_by_loss_type(self) -> None:
         for name in SELECTIVE_OPTIONS:
-            if not self.reads(name):
-                self._warn_without_effect(name)
-            elif getattr(self, name) is None:
-                setattr(self, name, self.algorithm.options[name])
+            self._fill_selective_option(name)
+        default = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
         if not self.algorithm.kl_in_reward:
             self._warn_without_effect("init_kl_coef")
             self._warn_without_effect("kl_estimator")
-        elif self.init_kl_coef is not None:
-            if self.kl_coef not in (None, self.init_kl_coef):
-                raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
+        elif self.init_kl_coef is not None and self.kl_coef in (None, default):
             self.kl_coef = self.init_kl_coef
+        elif self.init_kl_coef not in (None, default, self.kl_coef):
+            raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
         if self.kl_coef is None:
-            self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
+            self.kl_coef = default
+        if self.algorithm.kl_in_reward:
+            self.init_kl_coef = self.kl_coef
+
+    def _fill_selective_option(self, name: str) -> None:
+        if not self.reads(name):
+            self._warn_without_effect(name)
+        elif getattr(self, name) is None:
+            setattr(self, name, self.algorithm.options[name])
 
     def _warn_without_effect(self, name: str) -> None:
         if getattr(self, name) is not None:
@@ -472,41 +544,6 @@ class APAConfig(trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfi
         if given and "repo_id" not in given:
             names = ", ".join(without_secrets(list(map(str, given))))
             raise ValueError(f"push_to_hub_if_best_kwargs has {names}: it should have a repo_id")
-
-    def _check_horizon(self) -> None:
-        """The adaptive coefficient moves by at most 0.2 * responses / horizon a step, which must stay below 1."""
-        responses = self.batch_size * self.world_size
-        adapts = self.reads("horizon") and self.adap_kl_ctrl
-        if adapts and self.horizon is not None and responses >= 5 * self.horizon:
-            raise ValueError(
-                f"horizon={self.horizon}: it should be more than a fifth of the {responses} responses of one step"
-            )
-
-    def _fill_batch_sizes(self) -> None:
-        if self.batch_size is None:
-            mini_batch = (self.per_device_train_batch_size or 1) * self.gradient_accumulation_steps
-            self.batch_size = trl_0_12.rollouts_by_mini_batches(self) or max(self._default_batch_size, mini_batch)
-        per_micro_step, remainder = divmod(
-            self.batch_size, self.gradient_accumulation_steps * (self.num_mini_batches or 1)
-        )
-        if self.per_device_train_batch_size is None and remainder == 0:
-            divisors = [size for size in range(1, self._largest_mini_batch + 1) if per_micro_step % size == 0]
-            self.per_device_train_batch_size = divisors[-1] if self.num_mini_batches is None else per_micro_step
-        if self.per_device_train_batch_size is None or self.batch_size % self.backward_batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} should be a multiple of mini_batch_size * gradient_accumulation_steps "
-                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}"
-            )
-        if self.num_mini_batches not in (None, self.batch_size // self.backward_batch_size):
-            raise ValueError(
-                f"num_mini_batches={self.num_mini_batches}, but batch_size={self.batch_size} is "
-                f"{self.batch_size // self.backward_batch_size} times mini_batch_size * gradient_accumulation_steps "
-                f"= {self.per_device_train_batch_size} * {self.gradient_accumulation_steps}: remove one of them"
-            )
-        if self.batch_size % self.num_generations:
-            raise ValueError(
-                f"num_generations={self.num_generations}: batch_size={self.batch_size} should be a multiple of it"
-            )
 
 
 def _backward_batch_size(config: APAConfig) -> int:

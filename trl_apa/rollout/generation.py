@@ -21,7 +21,7 @@ from trl_apa.trainer.validation import check_positions
 class ResponseLengths(StoppingCriteria):
     """Stops each row on EOS or a stop string and remembers after how many tokens it did.
 
-    The criteria see generated tokens alone: what begins in the prompt is no stop string. `generate` fills the rest of
+    Our criteria see generated tokens alone: what begins in the prompt is no stop string. `generate` fills the rest of
     a finished row with the pad token. Where pad equals EOS, or a stop string ended the row, the tokens alone do not
     tell where the response ended; this does.
 
@@ -29,12 +29,21 @@ class ResponseLengths(StoppingCriteria):
         prompt_width: tokens before the first generated one, in every row.
         criteria: what ends a row.
         limits_B: most tokens of each row's response, int64; none by default.
+        given: criteria of the caller's, which see what transformers shows them: the prompts too, one answer for every
+            row or for all.
     """
 
-    def __init__(self, prompt_width: int, criteria: list[StoppingCriteria], limits_B: Tensor | None = None):
+    def __init__(
+        self,
+        prompt_width: int,
+        criteria: list[StoppingCriteria],
+        limits_B: Tensor | None = None,
+        given: Sequence[StoppingCriteria] = (),
+    ):
         self.prompt_width = prompt_width
         self.criteria = criteria
         self.limits_B = limits_B
+        self.given = given
         self.lengths_B: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -43,6 +52,8 @@ class ResponseLengths(StoppingCriteria):
         done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for criterion in self.criteria:
             done_B |= criterion(generated_BR, scores, **kwargs).to(done_B.device)
+        for criterion in self.given:
+            done_B |= torch.as_tensor(criterion(input_ids, scores, **kwargs), device=done_B.device).bool()
         if self.limits_B is not None:
             done_B |= self.limits_B <= generated
         if self.lengths_B is None:
@@ -120,7 +131,8 @@ def generate_responses(
         length_sampler: if given, draws `max_new_tokens` for each batch.
         remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
         pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
-        model_inputs: passed on to `generate` (such as a logits processor).
+        model_inputs: passed on to `generate` (such as a logits processor); `stopping_criteria` among them, a list,
+            are added to what ends a response.
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
@@ -128,6 +140,8 @@ def generate_responses(
     Raises:
         ValueError: if a response could grow beyond the model's positions.
     """
+    model_inputs = dict(model_inputs or {})
+    given = model_inputs.pop("stopping_criteria", ())
     responses: list[Tensor] = [queries[0]] * len(queries)
     device = next(model.parameters()).device
     two_stacks = model.config.is_encoder_decoder
@@ -153,13 +167,13 @@ def generate_responses(
         sampling.use_cache = generation_config.use_cache is not False and cached
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
-        lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device))
+        lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
         with torch.no_grad(), neutral_generation_config(model):
             tokens_BT = model.generate(
                 **inputs,
                 generation_config=sampling,
                 stopping_criteria=StoppingCriteriaList([lengths]),
-                **(model_inputs or {}),
+                **model_inputs,
             )
         cut = lengths.cut(tokens_BT) if remove_padding else lengths.padded(tokens_BT, pad_token_id)
         for row, response in zip(rows, cut, strict=True):
@@ -225,7 +239,8 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
         samples at another temperature than the default, at which the update takes its log-probs.
 
     Raises:
-        ValueError: for an option under which a query has not one response.
+        ValueError: for an option under which a query has not one response, for inputs beside the queries, or if
+            `stopping_criteria` cannot be called.
     """
     options = {"do_sample": True, "use_cache": True, **defaults}
     if (given := kwargs.get("generation_config")) is not None:
@@ -234,6 +249,11 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
     for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
         if kwargs.get(name, only) != only:
             raise ValueError(f"{name}={kwargs[name]}: generate returns one sampled (or greedy) response per query")
+    for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"):
+        if name in kwargs:
+            raise ValueError(f"{name} was given to generate: give token ids as query_tensor")
+    if "stopping_criteria" in kwargs:
+        kwargs["stopping_criteria"] = _list_of_criteria(kwargs["stopping_criteria"])
     if not kwargs.get("do_sample", True):
         for name in ("temperature", "top_p", "top_k"):
             options.pop(name)
@@ -253,6 +273,53 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
         "stop_strings": stop_strings,
         "max_length": None if max_new_tokens_given else max_length,
     }
+
+
+def _list_of_criteria(given: Any) -> list[Any]:
+    criteria = list(given) if isinstance(given, list | tuple) else [given]
+    for number, criterion in enumerate(criteria):
+        if not callable(criterion):
+            raise ValueError(
+                f"stopping_criteria[{number}] is a {type(criterion).__name__}; it should be a StoppingCriteria"
+            )
+    return criteria
+
+
+def unmasked_queries(queries: Sequence[Tensor], attention_mask: Any, two_stacks: bool) -> list[Tensor]:
+    """The tokens of each query that the model is to read.
+
+    Positions are counted over the tokens that are read, so that leaving out a token is what masking it means. In an
+    encoder this is true of the tokens at its end only.
+
+    Args:
+        queries: 1-D token ids.
+        attention_mask: None, or 1-D tensors of the queries' lengths, 1 = read; of one query also `(L,)` or `(1, L)`.
+        two_stacks: whether an encoder reads them.
+
+    Raises:
+        ValueError: if a mask has another shape than its query, is not of 0 and 1, or leaves no token.
+    """
+    if attention_mask is None:
+        return list(queries)
+    if isinstance(attention_mask, Tensor) and len(queries) == 1:
+        is_row = attention_mask.dim() == 2 and len(attention_mask) == 1
+        attention_mask = [attention_mask[0] if is_row else attention_mask]
+    if not isinstance(attention_mask, list | tuple) or len(attention_mask) != len(queries):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}; it should be a list of {len(queries)} 1-D tensors, "
+            "one for each query"
+        )
+    kept = []
+    for row, (query, mask) in enumerate(zip(queries, attention_mask, strict=True)):
+        name, mask = f"attention_mask[{row}]", torch.as_tensor(mask, device=query.device)
+        if mask.shape != query.shape:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}; its query has {tuple(query.shape)}")
+        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
+            raise ValueError(f"{name} is {mask.tolist()}; it should hold 0 and 1, and at least one 1")
+        if two_stacks and not mask[: int(mask.sum())].all():
+            raise ValueError(f"{name} masks tokens before others; an encoder's query can be masked at its end only")
+        kept.append(query[mask.bool()])
+    return kept
 
 
 def row_criteria(
@@ -278,6 +345,7 @@ def responses_of_completions(
     stop_strings: list[str] | str | None,
     tokenizer: PreTrainedTokenizerBase,
     remove_padding: bool = True,
+    given: Sequence[StoppingCriteria] = (),
 ) -> list[Tensor]:
     """What an inference engine has answered, in the form in which `generate_responses` gives its responses.
 
@@ -289,6 +357,7 @@ def responses_of_completions(
         stop_strings: texts that end a response.
         tokenizer: decodes for `stop_strings`.
         remove_padding: cut each response; otherwise all are as long as the longest.
+        given: the caller's `stopping_criteria`, which get no scores.
 
     Returns:
         1-D int64 tensors on the queries' devices.
@@ -298,7 +367,7 @@ def responses_of_completions(
     """
     pad_token_id = generation_config.pad_token_id
     criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
-    responses = cut_responses(queries, completions, criteria, limits, pad_token_id)
+    responses = cut_responses(queries, completions, criteria, limits, pad_token_id, given)
     if not remove_padding:
         responses = list(pad_sequence(responses, batch_first=True, padding_value=pad_token_id))
     return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
@@ -310,6 +379,7 @@ def cut_responses(
     criteria: list[StoppingCriteria],
     limits: Sequence[int],
     pad_token_id: int,
+    given: Sequence[StoppingCriteria] = (),
 ) -> list[Tensor]:
     """Each completion up to the token at which transformers' `generate` would have stopped, on the CPU.
 
@@ -319,6 +389,7 @@ def cut_responses(
         criteria: what ends a row.
         limits: most tokens of each response.
         pad_token_id: fills up; it does not matter which.
+        given: criteria of the caller's, see `ResponseLengths`.
 
     Raises:
         ValueError: if a completion is empty.
@@ -329,7 +400,7 @@ def cut_responses(
     prompts_BP = pad_queries([query.cpu() for query in queries], pad_token_id)["input_ids"]
     rows = [torch.tensor(list(ids)) for ids in completions]
     tokens_BT = torch.cat([prompts_BP, pad_sequence(rows, batch_first=True, padding_value=pad_token_id)], dim=1)
-    found = ResponseLengths(prompts_BP.shape[1], criteria, torch.tensor(lengths))
+    found = ResponseLengths(prompts_BP.shape[1], criteria, torch.tensor(lengths), given)
     for width in range(prompts_BP.shape[1] + 1, tokens_BT.shape[1] + 1):
         if found(tokens_BT[:, :width], None).all():
             break

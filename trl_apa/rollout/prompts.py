@@ -44,15 +44,6 @@ def without_unused_columns(dataset: Any) -> Any:
     return dataset.remove_columns([name for name in dataset.column_names if name not in COLUMNS])
 
 
-def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows to columns, each a list; lists of integers become 1-D tensors. The default collator."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {
-        name: [torch.tensor(v) if isinstance(v, list) and v and isinstance(v[0], int) else v for v in values]
-        for name, values in columns.items()
-    }
-
-
 class PromptSource:
     """The rows of each iteration: the same after a restart, and for any number of processes.
 

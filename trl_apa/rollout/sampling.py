@@ -107,8 +107,8 @@ class EngineSampler:
                 completions = self.sampler.sample(self.policy, prompts, request)
             if len(completions) != len(prompts):
                 raise ValueError(f"sampler gave {len(completions)} responses to {len(prompts)} prompts")
-            return responses_of_completions(
-                queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
-            )
+            given = request.model_inputs.get("stopping_criteria", ())
+            cutting = (generation_config, stop_strings, self.tokenizer, remove_padding, given)
+            return responses_of_completions(queries, completions, limits, *cutting)
 
         return self.processes.together(sample)

@@ -36,8 +36,14 @@ from trl_apa.models.layouts import Layouts, ShardedLayouts
 from trl_apa.models.network_checks import check_answers_text
 from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id, use_cache_kept
 from trl_apa.rollout.batch import Rollouts, response_mask, with_known_pads, without_start_tokens
-from trl_apa.rollout.generation import decoder_start_token_id, end_token_ids, generate_responses, generation_options
-from trl_apa.rollout.prompts import columns_of
+from trl_apa.rollout.collating import collate, rows_of
+from trl_apa.rollout.generation import (
+    decoder_start_token_id,
+    end_token_ids,
+    generate_responses,
+    generation_options,
+    unmasked_queries,
+)
 from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.rollout.vllm_generation import VLLMSampler
@@ -48,6 +54,7 @@ from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
 from trl_apa.trainer.optimization import check_optimizer_is_finite, split_off_value_groups
+from trl_apa.trainer.options_in_use import OptionsInUse, note_global_sizes, steps_of_episodes
 from trl_apa.trainer.progress import RewardAndKL
 from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.trainer.run_identity import initial_policy_fingerprint
@@ -60,6 +67,7 @@ from trl_apa.trainer.statistics import (
     gather_rollouts,
     rollout_arrays,
     rollout_statistics,
+    with_classic_names,
 )
 from trl_apa.trainer.training_loop import EndOfIteration, TrainingLoop
 from trl_apa.trainer.update import Update
@@ -106,10 +114,11 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         train_dataset (`Dataset`, *optional*):
             What `dataloader` iterates over; also accepted as `dataset`.
         optimizer (`torch.optim.Optimizer`, *optional*):
-            Made by the caller over the policy's parameters; the value model's join its first group. Defaults to what
-            `args.optim` says.
+            Made by the caller over the policy's parameters, or a part of them: the rest is frozen, with a warning. The
+            value model's join its first group. Defaults to what `args.optim` says.
         data_collator (`Callable`, *optional*):
-            Rows to batch, for `dataloader`. Defaults to a dict of columns, each a list.
+            Rows to batch, for `dataloader`. Defaults to torch's, with lists where rows cannot be stacked: see
+            `rollout.collating.collate`.
         num_shared_layers (`int`, *optional*):
             Freeze this many of the policy's lowest layers and share them with the reference.
         lr_scheduler (`LRScheduler`, *optional*):
@@ -186,9 +195,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         lr_scheduler = one_of("lr_scheduler", lr_scheduler, "optimizers[1]", optimizers[1])
         check_type("config", args, APAConfig)
         _check_objects(args, optimizer, train_dataset, data_collator, lr_scheduler)
-        if args.total_episodes is not None and args.max_steps < 0:
-            iterations = -(-args.total_episodes // (args.batch_size * args.world_size))
-            args.max_steps = iterations * args.steps_per_iteration
+        args.check_sizes()
+        counts_episodes = args.total_episodes is not None and args.max_steps < 0
+        if counts_episodes:
+            args.set_unchecked(max_steps=steps_of_episodes(args))
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
         set_seed(args.seed)
@@ -198,13 +208,15 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         )
         self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         if module.base_is_shared:
-            args.ddp_find_unused_parameters = True  # each of the two passes leaves the other's adapter out
+            args.set_unchecked(
+                ddp_find_unused_parameters=True
+            )  # each of the two passes leaves the other's adapter out
         self._choose_special_tokens(processing_class, module, args.stop_token_id)
         with use_cache_kept(module.config):
             super().__init__(
                 model=module,
                 args=args,
-                data_collator=data_collator or columns_of,
+                data_collator=data_collator or collate,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -230,6 +242,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self._check_overrides()
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin(sampler)
+        self._options_in_use = OptionsInUse(self, counts_episodes)
 
     def _try_layouts(self) -> Layouts | ShardedLayouts:
         """How micro-batches go through every network.
@@ -249,9 +262,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         args, module = self.args, self.model
         self.is_peft_model = is_peft_model(module.policy)
         self.is_encoder_decoder = bool(module.config.is_encoder_decoder)
-        args.is_peft_model, args.is_encoder_decoder = self.is_peft_model, self.is_encoder_decoder
-        args.global_batch_size = args.batch_size * self.accelerator.num_processes
-        args.global_backward_batch_size = args.backward_batch_size * self.accelerator.num_processes
+        args.set_unchecked(is_peft_model=self.is_peft_model, is_encoder_decoder=self.is_encoder_decoder)
+        note_global_sizes(args, self.accelerator.num_processes)
 
     def _make_scorer(self, reward_funcs: Any, processing_classes: Any) -> Scorer | None:
         if reward_funcs is None:
@@ -409,7 +421,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         this.
 
         Args:
-            query_tensor: one query, 1-D token ids, or a list of them.
+            query_tensor: one query, 1-D token ids, or a list of them, as `dataloader` gives it.
             length_sampler: draws `max_new_tokens` for each batch.
             batch_size: queries a call of the model's `generate`, when a list is given; engines make their own batches.
             return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
@@ -417,7 +429,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             generate_ref_response: also sample from the reference.
             remove_padding: cut each response where it ended; otherwise the pads after it stay.
             pad_to_multiple_of: round the padded prompt width up.
-            generation_kwargs: anything that transformers' `generate` takes.
+            generation_kwargs: anything that transformers' `generate` takes. `stopping_criteria` are added to what ends
+                a response; of a query only the tokens that an `attention_mask` of its shape shows are read (a list of
+                masks for a list of queries).
 
         Returns:
             For a list of queries a list of 1-D tensors in the same order, each cut after its first generated EOS (or
@@ -428,10 +442,13 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                 together exceed the model's positions, or for an option under which a query has not one response
                 (beams, say).
         """
+        query_tensor = rows_of(query_tensor)
         single = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if single else query_tensor
         policy = self.accelerator.unwrap_model(self.model).policy
         queries = check_queries("query_tensor", queries, policy, self.processing_class)
+        mask = generation_kwargs.pop("attention_mask", None)
+        read = unmasked_queries(queries, mask, self.is_encoder_decoder)
         options = self._generation_options(generation_kwargs)
         options |= {"length_sampler": length_sampler, "remove_padding": remove_padding}
         batching: dict[str, Any] = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
@@ -444,7 +461,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             return responses[0].unsqueeze(0) if single else responses
 
         def sample(model: Network) -> Any:
-            return shaped(generate_responses(model, queries, tokenizer=self.processing_class, **options, **batching))
+            return shaped(generate_responses(model, read, tokenizer=self.processing_class, **options, **batching))
 
         def sample_all(policy: Network) -> Any:
             responses = sample(policy) if of_engine is None else of_engine
@@ -457,7 +474,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             self._prepare_for_updates()
         of_engine = None
         if self.sampler is not None:
-            of_engine = shaped(self._responses_of_engine(self.sampler, queries, **options))
+            of_engine = shaped(self._responses_of_engine(self.sampler, read, **options))
             if not generate_ref_response:
                 return of_engine
         with self._module_for_generation() as module, self.accelerator.autocast():
@@ -531,6 +548,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         """
         self._refuse_while_training("step")
         timer = StageTimer()
+        queries, responses, scores, response_masks = map(rows_of, (queries, responses, scores, response_masks))
         if self._decoder_start_token_id is not None and isinstance(responses, list):
             responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
         pad_token_id = pad_token_id_of(self.processing_class)
@@ -557,7 +575,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             self._clear_gradient_norms()
         if not self._rate_is_the_scripts:
             self.lr_scheduler.step()
-        return stats
+        return with_classic_names(stats, self.accelerator.gather(self.run_state.current.rollouts.shaped_scores_B))
 
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""
@@ -572,11 +590,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.drift.look(stats)
         rollouts = iteration.rollouts
         num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
-        stats |= timer.as_statistics(num_tokens)
-        if self.args.algorithm.classic_statistics:
-            # Classic's names, for scripts and dashboards that read them.
-            stats |= {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
-        return stats | overridden
+        return stats | timer.as_statistics(num_tokens) | overridden
 
     def _check_on_all_processes(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> None:
         module = self.accelerator.unwrap_model(self.model)
@@ -584,6 +598,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         others = {"value_model": getattr(module.value_model, "network", None), "ref_model": self.ref_model}
 
         def check() -> None:
+            self.args.check_sizes()
             check_step_inputs(queries, responses, scores, response_masks, size, policy, tokenizer)
             lengths = [len(response) for response in responses]
             for name, network in others.items():

@@ -29,7 +29,7 @@ from trl_apa.models.network_checks import check_has_positions, check_reads
 from trl_apa.models.network_parts import Network
 from trl_apa.models.partitioned import is_partitioned, use_one_precision
 from trl_apa.rollout.tokenizing import warn_again
-from trl_apa.trainer.optimization import add_value_parameters
+from trl_apa.trainer.optimization import add_value_parameters, freeze_what_is_left_out
 from trl_apa.trainer.validation import check_networks_are_apart, check_precision, check_type
 
 
@@ -107,7 +107,8 @@ def assemble(
         use_one_precision(module)  # DeepSpeed has a float32 copy of the trained weights
     else:
         check_precision(module)
-    check_networks_are_apart(module, ref_model, optimizer)
+    check_networks_are_apart(module, ref_model)
+    freeze_what_is_left_out(module, optimizer)
     reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
     module.eval()  # what was added to it since it was made, pi_init's adapter say
     add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)

@@ -1,6 +1,7 @@
 """The one optimizer that trains policy and value model: its parameter groups, and whether its numbers are finite."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.trainer.run_identity import comparable
 
 
@@ -16,6 +18,39 @@ from trl_apa.trainer.run_identity import comparable
 OPTION_OF = {"lr": "learning_rate", "eps": "adam_epsilon"}
 # Options of a group that are multiplied into the weights. Others may be infinite (the growth rate of Prodigy's steps).
 FACTORS = ("lr", "initial_lr", "weight_decay", "momentum", "dampening", "betas", "eps")
+
+
+def freeze_what_is_left_out(module: PolicyAndValue, optimizer: torch.optim.Optimizer | None) -> None:
+    """Freeze the policy's parameters that a caller's optimizer does not hold, with a warning that counts them.
+
+    They would cost memory and the backward pass, and their gradients would count in the norm that is clipped. The
+    value model's are not looked at: `add_value_parameters` adds those.
+
+    Raises:
+        ValueError: if the optimizer holds none of them.
+    """
+    trained = module.trainable_parameters()["policy"]
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [p for p in trained if id(p) not in held]
+    if not left_out:
+        return
+    if len(left_out) == len(trained):
+        raise ValueError(
+            f"optimizer lacks {len(left_out)} of the {len(trained)} trainable tensors of model; make it after "
+            "adapters were added, over parameters that require a gradient"
+        )
+    names = [name for name, p in module.policy.named_parameters() if any(p is other for other in left_out)]
+    warnings.warn(
+        f"optimizer leaves out {len(left_out)} of the {len(trained)} trainable tensors of model "
+        f"({sum(p.numel() for p in left_out):,} of {sum(p.numel() for p in trained):,} parameters; {names[0]}, say): "
+        "they are frozen",
+        UserWarning,
+        stacklevel=4,
+    )
+    for parameter in left_out:
+        parameter.requires_grad_(False)
 
 
 def add_value_parameters(

@@ -171,6 +171,19 @@ def rollout_statistics(
     return {name: float(value) for name, value in stats.items()}
 
 
+def with_classic_names(stats: dict[str, Any], shaped_scores_B: Tensor) -> dict[str, Any]:
+    """The statistics of a step, and once more under the names of TRL <= 0.11, where the two mean the same.
+
+    Args:
+        stats: under `apa/` and `time/apa/`; classic names among them, of an override of `record_step_stats`, stay.
+        shaped_scores_B: of all processes; classic's scores are scaled and clipped.
+    """
+    classic = {name.replace("apa/", "ppo/"): value for name, value in stats.items() if "apa/" in name}
+    classic["ppo/mean_scores"] = float(shaped_scores_B.mean())
+    classic["ppo/std_scores"] = float(unbiased_std(shaped_scores_B))
+    return {"ppo/policy/clipfrac": 0.0, **classic, **stats}
+
+
 def rollout_arrays(rollouts: Rollouts, logprobs_BR: Tensor, query_lengths_B: Tensor) -> dict[str, Any]:
     """The values behind the means of `rollout_statistics`, as NumPy arrays that share no memory with the rollouts.
 

@@ -148,6 +148,7 @@ class TrainingLoop(ResumableRuns):
                 "should read as train_dataset, or loop over trainer.dataloader with generate, score and step"
             )
         args = self.args
+        args.check_sizes()
         self._source = PromptSource(
             self.train_dataset,
             args.batch_size // args.num_generations,

@@ -16,6 +16,10 @@ from trl_apa.distributed.sharded import forget_gradients
 from trl_apa.trainer.hooked_stages import loss_by_override
 
 
+# What `policy_shift` reports, for losses that do not.
+SHIFT = {"approxkl", "policykl", "ratio"}
+
+
 class Update(_BaseTrainer):
     """The part of `APATrainer` that learns: `step` and the Trainer's own loop both go through `training_step`."""
 
@@ -155,11 +159,11 @@ class Update(_BaseTrainer):
             batch.get("old_logprobs") if self.args.algorithm.needs_old_logprobs else None,
         )
         loss, stats = self.args.algorithm.loss(tokens, self.args)
-        if "policykl" not in stats:
+        if not SHIFT <= stats.keys():
             # Without a forward pass of pi_old, its log-probs are those of each row's first visit.
             first_visit = record.logprobs_BR[batch["rows"], : mask.shape[1]]
             old_logprobs = batch.get("old_logprobs", first_visit)
-            stats |= policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens)
+            stats = policy_shift(outputs["logprobs"], old_logprobs, mask, num_tokens) | stats
         if self.args.algorithm.classic_statistics:
             # As in classic the mean over all epochs; the others report that of each row's first visit.
             stats["entropy"] = masked_mean(outputs["entropy"], mask, num_tokens)

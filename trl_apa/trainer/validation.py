@@ -64,23 +64,14 @@ def check_fp16(args: Any, accelerator: Accelerator) -> None:
         raise ValueError("fp16=True: on a CPU accelerate would compute in float32; leave it out, or set bf16=True")
 
 
-def check_networks_are_apart(
-    module: PolicyAndValue, ref_model: Network | None, optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Raise ValueError if a network would be frozen, trained or skipped because it shares weights with another."""
+def check_networks_are_apart(module: PolicyAndValue, ref_model: Network | None) -> None:
+    """Raise ValueError if a network would be frozen or trained because it shares weights with another."""
     policy, value_model = module.policy, module.value_model
     trained = {id(p) for p in module.trainable_parameters()["policy"]}
     if ref_model is not None and trained & {id(p) for p in ref_model.parameters()}:
         raise ValueError("ref_model shares trainable parameters with model; pass a copy, or leave it out")
     if {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:
         raise ValueError("value_model shares parameters with model; it should be a network of its own")
-    if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if trained - held:
-            raise ValueError(
-                f"optimizer lacks {len(trained - held)} of the {len(trained)} trainable tensors of model; make it "
-                "after adapters were added, over all parameters that require a gradient"
-            )
 
 
 def check_step_inputs(
