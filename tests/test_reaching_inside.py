@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 from transformers.utils import PushToHubMixin
 
+from tests.test_adapter_value import learned, lora_policy
 from tests.test_encoder_decoder import decoder_values
 from tests.test_models import reward_model
 from tests.test_training import PROMPTS
@@ -235,6 +236,42 @@ def test_overrides_that_change_nothing_change_nothing(tmp_path, loss_type):
         assert mine[f"apa/{name}"] == pytest.approx(plain[f"apa/{name}"], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_networks_on_one_base_an_override_of_the_loss_is_as_with_separate_ones(tmp_path, checkpointing):
+    """Policy and value model are trained in a pass each; the override ties them together, so that both matter."""
+
+    def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
+        policy, value, stats = loss_with_entropy(
+            self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+        )
+        return policy + 0.5 * masked_mean(logprobs * vpreds, mask), value, stats
+
+    mine, options = type("Mine", (APATrainer,), {"loss": loss}), {**OPTIONS, "gradient_checkpointing": checkpointing}
+    separate = mine(tiny_config(tmp_path, **options), lora_policy(trained=True), tokenizer=tiny_tokenizer())
+    separate.model.value_model.head.load_state_dict(new_head(separate).state_dict())
+    twin = mine(
+        tiny_config(tmp_path, **options), lora_policy(trained=True), tokenizer=tiny_tokenizer(), value_model="adapter"
+    )
+    state = get_peft_model_state_dict(separate.model.value_model.network)
+    set_peft_model_state_dict(twin.model.policy, state, adapter_name=VALUE_ADAPTER)
+    twin.model.value_model.head.load_state_dict(separate.model.value_model.head.state_dict())
+    before = learned(separate)
+    assert_same(learned(twin), before)
+    stats = [trainer.step(*tiny_rollouts()) for trainer in (separate, twin)]
+    assert_same(learned(twin), learned(separate), tolerance=1e-5)
+    assert max(float((learned(twin)[name] - before[name]).abs().max()) for name in before) > 1e-3
+    for name in ("loss/policy", "loss/value", "loss/total", "policy/bonus", "policy/entropy", "val/error"):
+        assert stats[0][f"apa/{name}"] == pytest.approx(stats[1][f"apa/{name}"], rel=1e-4, abs=1e-5), name
+
+
+def new_head(trainer):
+    """A head like the value model's that is not zero."""
+    head = copy.deepcopy(trainer.model.value_model.head)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(head.out.weight)
+    return head
+
+
 def test_what_overrides_are_given(tmp_path):
     """Scores as they enter the rewards; masks of numbers; keyword arguments of record_step_stats."""
     seen = {}
@@ -376,17 +413,21 @@ def test_an_override_that_would_be_ignored_is_an_error(name, base):
     type("Other", (base,), {"my_own_method": override})
 
 
-@pytest.mark.parametrize("name", sorted(set(INSTEAD) - {"optional_peft_ctx", "model_params"}))
-def test_so_it_is_on_the_instance_or_the_class_before_anything_is_trained(tmp_path, monkeypatch, name):
+def test_so_it_is_on_the_instance_or_the_class_before_anything_is_trained(tmp_path, monkeypatch):
     trainer = make(tmp_path)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    setattr(trainer, name, lambda *args: None)
-    with pytest.raises(TypeError, match=name):
-        trainer.step(*tiny_rollouts())
+    for name in sorted(set(INSTEAD) - {"optional_peft_ctx", "model_params"}):  # which have no setter
+        setattr(trainer, name, lambda *args: None)
+        with pytest.raises(TypeError, match=f"trainer.{name} is overridden"):
+            trainer.step(*tiny_rollouts())
+        delattr(trainer, name)
+        with monkeypatch.context() as patched:
+            patched.setattr(PPOTrainer, name, lambda self, *args: None, raising=False)
+            with pytest.raises(TypeError, match=f"PPOTrainer.{name} is overridden"):
+                trainer.step(*tiny_rollouts())
     assert_same(dict(trainer.model.named_parameters()), before, tolerance=1e-12)
-    delattr(trainer, name)
-    monkeypatch.setattr(PPOTrainer, name, lambda self, *args: None, raising=False)
-    with pytest.raises(TypeError, match=name):
+    monkeypatch.setattr(PPOTrainer, "train_minibatch", lambda self, *args: None, raising=False)
+    with pytest.raises(TypeError, match="train_minibatch"):
         make(tmp_path)
 
 
@@ -432,10 +473,6 @@ def test_an_override_that_has_no_place_in_the_algorithm_is_an_error(tmp_path):
     both = type("Both", (mine,), {"compute_rewards": rewards_row_by_row})
     stats = make(tmp_path, both, **options).step(*tiny_rollouts())
     assert stats["apa/mean_non_score_reward"] != 0.0
-    policy = get_peft_model(tiny_model(), lora_config())
-    with pytest.raises(ValueError, match="loss is overridden, but value_model='adapter'"):
-        kwargs = {"value_model": "adapter", "ref_model": None}
-        make(tmp_path, type("Mine", (PPOTrainer,), {"loss": loss_with_entropy}), policy, kwargs)
 
 
 def test_a_step_copied_from_classic_is_told_what_is_missing(tmp_path):

@@ -63,11 +63,6 @@ class ClassicMethods(_BaseTrainer):
                 f"_kl_penalty is overridden, but with loss_type={args.loss_type!r} no KL is in the reward, so that it "
                 "would have no effect; override compute_rewards, or set loss_type='ppo'"
             )
-        if self._calls("loss") and self.accelerator.unwrap_model(self.model).base_is_shared:
-            raise ValueError(
-                "loss is overridden, but value_model='adapter' trains policy and value model in a pass each, and loss "
-                "reads both; give value_model='separate' or 'head'"
-            )
 
     # ---- rewards, advantages, loss, statistics ----
 

@@ -23,6 +23,9 @@ SHIFT = {"approxkl", "policykl", "ratio"}
 class Update(_BaseTrainer):
     """The part of `APATrainer` that learns: `step` and the Trainer's own loop both go through `training_step`."""
 
+    # Of the first of two passes over a micro-batch, for an override of `loss` that reads both networks.
+    _outputs_of_policy: dict[str, Tensor]
+
     def _update(self) -> None:
         """Process the plan; under `train()` the Trainer's own loop does so."""
         iteration = self.run_state.iteration
@@ -110,7 +113,7 @@ class Update(_BaseTrainer):
         args, record = self.args, self.run_state.iteration.record
         networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
         if self._calls("loss"):
-            loss = self._overridden_loss(model, inputs) * self.accelerator.num_processes
+            loss = self._overridden_loss(model, inputs, networks) * self.accelerator.num_processes
             return (loss, {}) if return_outputs else loss
         with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)
         outputs = model(**self._model_inputs(inputs), **networks, with_entropy=with_entropy)
@@ -128,12 +131,26 @@ class Update(_BaseTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _overridden_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def _overridden_loss(self, model: nn.Module, batch: dict[str, Tensor], networks: dict[str, Any]) -> Tensor:
         """The same where a subclass has its own `loss`. Statistics that it does not return are those without it.
 
-        Reported as losses is what is minimised, whatever the override's statistics say.
+        Reported as losses is what is minimised, whatever the override's statistics say. Networks on one base are
+        trained in a pass each: `loss` then reads the other network's outputs without gradient, and is called twice.
         """
-        outputs = model(**self._model_inputs(batch), with_entropy=True, with_logits=True)
+        inputs = self._model_inputs(batch)
+        if not networks["with_policy"]:
+            outputs = {**self._outputs_of_policy, **model(**inputs, with_policy=False)}
+            self._outputs_of_policy = {}  # logits are large
+            policy_term, value_term, _ = loss_by_override(self, outputs, batch)
+            loss = policy_term + value_term
+            return loss - loss.detach()  # the first pass has reported it
+        outputs = {}
+        if not networks["with_value"]:
+            with torch.no_grad():
+                outputs = model(**inputs, with_policy=False)
+        outputs |= model(**inputs, with_value=networks["with_value"], with_entropy=True, with_logits=True)
+        if not networks["with_value"]:
+            self._outputs_of_policy = {name: outputs[name].detach() for name in ("logprobs", "logits")}
         with torch.no_grad():
             stats = self._policy_terms(outputs, batch)[1] | self._value_terms(outputs["values"], batch)[1]
         policy_term, value_term, own_stats = loss_by_override(self, outputs, batch)
