@@ -347,3 +347,12 @@ def test_a_batch_size_set_later_is_what_step_takes_beside_a_dataloader(tmp_path)
     assert len(next(iter(trainer.dataloader))["input_ids"]) == 4
     trainer.step(*tiny_rollouts(2))
     assert trainer.num_iterations_done == 1
+
+
+def test_a_config_that_a_trainer_was_given_later_is_followed_too(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.config = given = copy.copy(trainer.config)
+    with pytest.raises(ValueError, match="learning_rate"):
+        given.learning_rate = 0.5
+    given.kl_coef = 0.7
+    assert trainer.kl_ctl.value == 0.7

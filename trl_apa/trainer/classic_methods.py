@@ -22,6 +22,7 @@ from trl_apa.config.apa import APAConfig
 from trl_apa.models import reference_policy
 from trl_apa.rollout.batch import without_start_tokens
 from trl_apa.rollout.prompts import prompt_dataloader, without_unused_columns
+from trl_apa.trainer.options_in_use import OptionsInUse
 from trl_apa.trainer.preparation import advantages_and_returns
 from trl_apa.trainer.validation import check_step_inputs, check_type
 
@@ -35,6 +36,7 @@ class ClassicMethods(_BaseTrainer):
     """
 
     args: Any
+    _options_in_use: OptionsInUse
     # What `loss` reads beside its arguments while `step` calls it: log pi_init of the same tokens.
     _ref_logprobs_of_loss: Tensor | None = None
 
@@ -294,6 +296,7 @@ class ClassicMethods(_BaseTrainer):
             )
         self.args = config
         self._note_what_scripts_read()
+        self._options_in_use = OptionsInUse(self, self._options_in_use.counts_episodes)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
