@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 from tests.tiny import tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APAConfig, APATrainer, PPOConfig
 from trl_apa.config import later
 from trl_apa.config.apa import ALIASES, WITHOUT_EFFECT
+from trl_apa.config.sizes import SIZES
 
 
 # What is read where it is used. An option that is neither here nor fixed nor another name has not been decided.
@@ -356,3 +357,18 @@ def test_a_config_that_a_trainer_was_given_later_is_followed_too(tmp_path):
         given.learning_rate = 0.5
     given.kl_coef = 0.7
     assert trainer.kl_ctl.value == 0.7
+
+
+def test_options_may_be_none_after_a_command_line_was_parsed_too(tmp_path):
+    # `HfArgumentParser` changes the types of the fields of the class itself.
+    (parsed,) = HfArgumentParser(APAConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none", "--save_total_limit", "1"]
+    )
+    may_be_none = [field.name for field in dataclasses.fields(parsed) if field.default is None]
+    free = [name for name in may_be_none if name not in {*later.FIXED, *SIZES, *ALIASES, *later.MORE_ALIASES}]
+    assert "save_total_limit" in free and "max_kl" in free
+    for name in free:
+        setattr(parsed, name, None)
+    for name, value in (("gamma", None), ("batch_size", None), ("seed", None)):
+        with pytest.raises(ValueError, match=f"{name}=None"):
+            setattr(parsed, name, value)

@@ -7,7 +7,7 @@ import torch
 from transformers import HfArgumentParser
 
 from tests.tiny import tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
-from trl_apa import APAConfig, APATrainer, PPOConfig, PPOTrainer
+from trl_apa import APAConfig, APATrainer, AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, ValueModel
 
 
 def config(cls=APAConfig, **kwargs):
@@ -41,6 +41,30 @@ def test_ppo_trainer_runs_classics_loop_and_reports_under_classics_names(tmp_pat
     assert {name.replace("apa/", "ppo/") for name in own} <= stats.keys()
     assert stats["ppo/loss/total"] == pytest.approx(stats["ppo/loss/policy"] + 0.1 * stats["ppo/loss/value"], rel=1e-5)
     assert stats["time/ppo/total"] == stats["time/apa/total"]
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "loss_type", "wrapped", "given", "takes_the_head"),
+    [
+        (PPOTrainer, "ppo", True, None, True),
+        (PPOTrainer, "ppo", True, "separate", False),
+        (PPOTrainer, "ppo", False, None, False),
+        (PPOTrainer, "apa", True, None, False),
+        (APATrainer, "ppo", True, None, False),
+        (APATrainer, "ppo", True, "head", True),
+    ],
+)
+def test_the_critic_of_classics_trainer_is_the_wrappers_head(
+    tmp_path, trainer_class, loss_type, wrapped, given, takes_the_head
+):
+    model = AutoModelForCausalLMWithValueHead(tiny_model()) if wrapped else tiny_model()
+    made = config(PPOConfig, output_dir=str(tmp_path), batch_size=4, learning_rate=1e-3, loss_type=loss_type)
+    trainer = trainer_class(made, model, None, tiny_tokenizer(), value_model=given)
+    assert isinstance(trainer.model.value_model, ValueModel) is not takes_the_head
+    before = model.v_head.summary.weight.detach().clone() if wrapped else None
+    trainer.step(*tiny_rollouts())
+    if wrapped:
+        assert model.v_head.summary.weight.equal(before) is not takes_the_head
 
 
 @pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])

@@ -1,9 +1,10 @@
 """PPO as classic scripts knew it: the same trainer with classic's defaults, one option away from APA."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trl_apa.config.apa import APAConfig
+from trl_apa.models.value_head import ValueHeadWrapper
 from trl_apa.trainer.apa import APATrainer
 
 
@@ -28,7 +29,14 @@ class PPOConfig(APAConfig):
 
 
 class PPOTrainer(APATrainer):
-    """[`APATrainer`] under the name that classic scripts import; [`PPOConfig`] makes it PPO."""
+    """[`APATrainer`] under the name that classic scripts import; [`PPOConfig`] makes it PPO.
+
+    With PPO's loss and a value-head wrapper as `model`, that head is the critic, as in classic.
+    `value_model="separate"` takes a network of its own, as [`APATrainer`] and the other losses do.
+    """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo", "rlhf"]
     _name = "PPO"
+
+    def _default_critic(self, args: APAConfig, model: Any) -> str | None:
+        return "head" if args.loss_type == "ppo" and isinstance(model, ValueHeadWrapper) else None

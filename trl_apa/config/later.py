@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from transformers.integrations import get_available_reporting_integrations
 
+from trl_apa.config.sizes import SIZES
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import errors_without_secrets, without_secrets
 
@@ -301,6 +302,9 @@ def check_not_none(config: Any, name: str) -> None:
     Raises:
         ValueError: naming the option, if it is None and has to be a number, a text or a bool.
     """
-    kind = type(config).__dataclass_fields__[name].type
-    if getattr(config, name) is None and kind in (int, float, bool, str):
-        raise ValueError(f"{name}=None: it should be of type {kind.__name__}")
+    if getattr(config, name) is not None:
+        return
+    # Not by the annotation: transformers' argument parser takes `None` out of those of the class that it has read.
+    default = 0 if name in SIZES else type(config).__dataclass_fields__[name].default
+    if isinstance(default, int | float | str):
+        raise ValueError(f"{name}=None: it should be of type {type(default).__name__}")

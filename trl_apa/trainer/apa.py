@@ -203,6 +203,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             args._n_gpu = 1  # one process trains on one device; torch's DataParallel is not supported
         set_seed(args.seed)
 
+        value_model = self._default_critic(args, model) if value_model is None else value_model
         module, self.ref_model, processing_class = assemble(
             args, model, ref_model, processing_class, value_model, peft_config, num_shared_layers, optimizer
         )
@@ -243,6 +244,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin(sampler)
         self._options_in_use = OptionsInUse(self, counts_episodes)
+
+    def _default_critic(self, args: APAConfig, model: Any) -> str | None:
+        """What `value_model` means where it is not given; None is a separate copy of the policy's trunk."""
+        return None
 
     def _try_layouts(self) -> Layouts | ShardedLayouts:
         """How micro-batches go through every network.
