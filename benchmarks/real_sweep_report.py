@@ -1,11 +1,13 @@
 """Tables and pictures of the sweep: `python -m benchmarks.real_sweep_report runs/smollm2-sweep docs/results`."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.real_sweep import (
+    BASIC,
     COEFFICIENTS,
     LEARNING_RATES,
     METHODS,
@@ -16,15 +18,20 @@ from benchmarks.real_sweep import (
     read,
     runs_of,
 )
-from trl_apa.demo.smollm2.options import REWARD_NAMES
+from trl_apa.demo.smollm2.options import REWARD_NAMES, RealDemoOptions
 from trl_apa.paper.drawing import draw_figure
-from trl_apa.paper.tables import at_equal_kl, markdown_table
+from trl_apa.paper.tables import at_equal_kl, markdown_table, value_at_kl
 
 
 HEAD = ("reward", "KL, nats", "perplexity", "distinct-2", "entropy")
 EQUAL_KLS = (1.0, 2.0, 5.0, 10.0)
 # Rollouts of neighbouring iterations that are averaged: 32 responses alone say little.
 SMOOTHED = 3
+# Two epochs over the rollouts in mini-batches of 8.
+STEPS_PER_ITERATION = 2 * BASIC.batch_size // 8
+# What is kept of each run and each iteration.
+OPTIONS = ("loss_type", "learning_rate", "kl_coef", "seed", "reward", "trains", "iterations", "overrides")
+QUANTITIES = ("iteration", "reward", "kl", "entropy", "perplexity", "distinct_2")
 
 
 def cells(metrics: dict[str, float]) -> list[str]:
@@ -56,12 +63,20 @@ def tuning_table(folder: Path) -> str:
 
 def named_table(folder: Path, part: str, base: str) -> str:
     """The runs of a part beside the one that they change."""
-    body = [["as in the tuning", *cells(read(folder, base)["held_out"])]]
+    body = [["nothing: LoRA, rate 0.001, lambda 0.3", *cells(read(folder, base)["held_out"])]]
     body += [
-        [name.partition("-")[2].replace("-", " "), *cells(read(folder, name)["held_out"])]
-        for name in runs_of(part, folder)
+        [changed_in(name, options), *cells(read(folder, name)["held_out"])]
+        for name, options in runs_of(part, folder).items()
+        if (folder / f"{name}.json").exists()
     ]
     return markdown_table(["changed", *HEAD], body)
+
+
+def changed_in(name: str, options: RealDemoOptions) -> str:
+    """What a run of `named_table` has otherwise than the one above it."""
+    if options.trains == "all":
+        return f"all weights, rate {options.learning_rate:g}"
+    return name.removeprefix("factor-").replace("-", " ")
 
 
 def comparison(folder: Path, reward: str) -> str:
@@ -74,7 +89,21 @@ def comparison(folder: Path, reward: str) -> str:
     at_the_end = markdown_table(["method", *HEAD], [[name, *spreads(rows)] for name, rows in ends.items()])
     curves = {method.upper(): [smoothed(run["history"]) for run in runs] for method, runs in found.items()}
     at_kl = at_equal_kl(curves, ["reward"], EQUAL_KLS)
-    return f"At equal samples, on held-out beginnings:\n\n{at_the_end}\n\nAt equal KL, on the rollouts:\n\n{at_kl}"
+    return (
+        f"At equal samples, on held-out beginnings:\n\n{at_the_end}\n\n"
+        f"At equal KL, where each run first reaches it, on the rollouts:\n\n{at_kl}\n\n"
+        f"At the KL that APA ends with, on the rollouts:\n\n{at_the_end_of_apa(curves)}"
+    )
+
+
+def at_the_end_of_apa(curves: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> str:
+    """APA's last reward and KL, seed by seed, and PPO's reward where its KL first reaches the same."""
+    body = []
+    for seed, apa, ppo in zip(SEEDS, curves["APA"], curves["PPO"], strict=True):
+        kl, reward = apa[-1]["kl"], apa[-1]["reward"]
+        other = value_at_kl(ppo, "reward", kl)
+        body.append([str(seed), f"{kl:.1f}", f"{reward:.2f}", "-" if other is None else f"{other:.2f}"])
+    return markdown_table(["seed", "KL, nats", "reward of APA", "reward of PPO"], body)
 
 
 def spreads(rows: Sequence[dict[str, float]]) -> list[str]:
@@ -92,7 +121,7 @@ def smoothed(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     windows = (history[i : i + SMOOTHED] for i in range(len(history) - SMOOTHED + 1))
     return [
         {
-            "step": window[SMOOTHED // 2]["iteration"] - 1,
+            "step": STEPS_PER_ITERATION * (window[SMOOTHED // 2]["iteration"] - 1),
             **{name: sum(row[name] for row in window) / SMOOTHED for name in ("reward", "kl", "entropy")},
         }
         for window in windows
@@ -104,8 +133,20 @@ def is_complete(folder: Path, names: Iterable[str]) -> bool:
     return all((folder / f"{name}.json").exists() for name in names)
 
 
+def numbers_of(folder: Path) -> dict[str, Any]:
+    """What the tables and the picture are made of, of every run: options, each iteration, and held-out prompts."""
+    numbers = {}
+    for file in sorted(folder.glob("*-*.json")):
+        run = read(folder, file.stem)
+        options = {name: run["options"][name] for name in OPTIONS}
+        history = [{name: round(row[name], 6) for name in QUANTITIES} for row in run["history"]]
+        held_out = {name: round(value, 6) for name, value in run["held_out"].items()}
+        numbers[file.stem] = {"options": options, "history": history, "held_out": held_out}
+    return numbers
+
+
 def main() -> None:
-    """Write the tables of the parts that are complete to `smollm2.md`, and the picture of the comparison."""
+    """Write the tables of the runs that are there to `smollm2.md`, the picture of the comparison, and the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("output", type=Path)
@@ -117,7 +158,7 @@ def main() -> None:
         parts.append(f"## Tuning\n\n{tuning_table(folder)}")
         base = f"tune-apa-0.001-{0.3:g}"
         for part, title in (("factors", "One setting changed"), ("all-weights", "All weights trained")):
-            if is_complete(folder, runs_of(part, folder)):
+            if any((folder / f"{name}.json").exists() for name in runs_of(part, folder)):
                 parts.append(f"## {title}\n\n{named_table(folder, part, base)}")
     if tuned and is_complete(folder, runs_of("compare", folder)):
         panels: dict[str, Any] = {}
@@ -129,6 +170,8 @@ def main() -> None:
             }
         draw_figure("SmolLM2-135M-Instruct, LoRA", panels, arguments.output / "smollm2.png")
     text = "\n\n".join(["# SmolLM2-135M-Instruct", *parts])
+    rows = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in numbers_of(folder).items())
+    (arguments.output / "smollm2.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     (arguments.output / "smollm2.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

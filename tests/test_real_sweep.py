@@ -20,8 +20,11 @@ FLUENT = {
 }
 
 
+UNCHANGED = {name: FLUENT[name] for name in ("entropy", "perplexity", "distinct_2")}
+
+
 def write(folder, name, options, reward, **metrics):
-    history = [{"iteration": i + 1, "reward": reward * i / 10, "kl": i / 2, "entropy": 3.0} for i in range(12)]
+    history = [{"iteration": i + 1, "reward": reward * i / 10, "kl": i / 2, **UNCHANGED} for i in range(12)]
     row = {"options": vars(options), "history": history, "held_out": {**FLUENT, "reward": reward, **metrics}}
     row["options"] = {key: value for key, value in row["options"].items() if key != "output_dir"}
     (folder / f"{name}.json").write_text(json.dumps(row))
@@ -95,6 +98,13 @@ def test_the_tables(folder, tmp_path, monkeypatch, capsys):
     # KL rises by half a nat an iteration, the reward by a tenth of its end: at 2 nats 0.12, 0.16 and 0.20.
     assert "0.16 [0.12, 0.20]" in text
     assert (tmp_path / "smollm2.png").stat().st_size > 10_000
+    # The last three iterations: KL 4.5, 5 and 5.5, rewards 0.27, 0.30 and 0.33; PPO's curve is the same.
+    assert "| 1 | 5.0 | 0.30 | 0.30 |" in text
+    assert "| all weights, rate 1e-05 |" in text and "| mini batch 4 |" in text
+    numbers = json.loads((tmp_path / "smollm2.json").read_text())
+    assert numbers.keys() == {path.stem for path in folder.glob("*-*.json")}
+    run = numbers["compare-sentiment-apa-2"]
+    assert (run["options"]["seed"], run["held_out"]["kl"], len(run["history"])) == (2, 4.0, 12)
 
 
 def test_parts_that_are_not_complete_are_left_out(folder, tmp_path, monkeypatch):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import real_sweep_report
 from trl_apa.paper.tables import tables
 
 
 DOCS = Path(__file__).parents[1] / "docs"
-FIGURES = sorted(path for path in (DOCS / "results").glob("*.json") if path.stem != "fig1")
+FIGURES = sorted(path for path in (DOCS / "results").glob("*.json") if path.stem not in ("fig1", "smollm2"))
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=[path.stem for path in FIGURES])
@@ -33,3 +34,14 @@ def test_the_page_quotes_the_tables_as_they_are():
 def test_every_picture_is_shown():
     page = (DOCS / "results.md").read_text()
     assert all(f"results/{path.name}" in page for path in (DOCS / "results").glob("*.png"))
+
+
+def test_the_tables_of_the_real_model_are_those_of_its_runs(tmp_path, monkeypatch):
+    numbers = json.loads((DOCS / "results" / "smollm2.json").read_text())
+    for name, run in numbers.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    (tmp_path / "again").mkdir()
+    monkeypatch.setattr("sys.argv", ["real_sweep_report", str(tmp_path), str(tmp_path / "again")])
+    real_sweep_report.main()
+    for name in ("smollm2.md", "smollm2.json"):
+        assert (tmp_path / "again" / name).read_text() == (DOCS / "results" / name).read_text()
