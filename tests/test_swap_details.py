@@ -238,7 +238,6 @@ def tree_equal(ours, theirs):
         [np.array(["a"]), np.array(["b"])],
         [object(), object()],
     ],
-    ids=str,
 )
 def test_rows_are_a_list_where_it_cannot(rows):
     batch = collate(rows)
