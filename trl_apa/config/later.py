@@ -236,7 +236,7 @@ class OptionsSetLater:
         return _without_users(super().__copy__())  # type: ignore[misc]  # of `RedactedOptions`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _without_users(super().__deepcopy__(memo))  # type: ignore[misc]
+        return _without_users(super().__deepcopy__(memo))  # type: ignore[misc]  # of `RedactedOptions`
 
 
 def _without_users(config: Any) -> Any:
