@@ -153,7 +153,7 @@ class OptionsSetLater:
                 then.
         """
         held = vars(self)
-        if not held.get(MADE) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+        if not held.get(MADE) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]  # of the config
             super().__setattr__(name, value)
             return
         if _is_same(getattr(self, name), value):
@@ -206,7 +206,7 @@ class OptionsSetLater:
 
     def _check_not_fixed(self, name: str, value: Any) -> None:
         fixed = FIXED.get(name) or FIXED.get(self._name_of_ours(name))
-        if fixed is None or (fixed.of_kl_penalty and not self.algorithm.kl_in_reward):  # type: ignore[attr-defined]
+        if fixed is None or (fixed.of_kl_penalty and not self.algorithm.kl_in_reward):  # type: ignore[attr-defined]  # of the config
             return
         since = self._moment_reached(fixed)
         if since not in (None, Moment.CONFIG):
