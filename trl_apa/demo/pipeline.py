@@ -3,7 +3,7 @@
 import json
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,8 +145,7 @@ def align(options: DemoOptions, made: Ingredients, report: Report) -> list[dict[
             scores = reward_model(prompts, responses)
             measured = measure_responses(made.policy, made.initial_policy, tokenizer, prompts, responses, scores)
             stats = trainer.step(queries, responses, scores)
-            numbers = {name: value for name, value in stats.items() if isinstance(value, float)}
-            metrics = {"iteration": iteration, **measured, **numbers}
+            metrics = {"iteration": iteration, **measured, **numbers_of_step(stats)}
             history.append(metrics)
             table.add(iteration, metrics)
     trainer.save_pretrained(str(options.output_dir / "model"))
@@ -173,6 +172,11 @@ def save(options: DemoOptions, result: dict[str, Any], training: list[dict[str, 
     with warn_if_report_fails(None, f"drawing {options.output_dir / PICTURE}"):
         title = f"trl-apa demo, {options.loss_type.upper()}"
         plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
+
+
+def numbers_of_step(stats: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among the statistics of a step, once: not under classic's names too."""
+    return {name: value for name, value in stats.items() if isinstance(value, float) and "ppo/" not in name}
 
 
 def save_metrics(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa import APAConfig, APATrainer
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
-from trl_apa.demo.pipeline import quiet_libraries, save_metrics, torch_threads
+from trl_apa.demo.pipeline import numbers_of_step, quiet_libraries, save_metrics, torch_threads
 from trl_apa.demo.report import Report
 from trl_apa.models.gguf import gguf_read_once
 from trl_apa.models.network_parts import Network
@@ -122,8 +122,7 @@ def align(options: RealDemoOptions, made: Ingredients, report: Report) -> list[d
             rewards = made.reward(prompts, decode(made.tokenizer, responses))
             measured = measure_responses(made.policy, made.tokenizer, queries, responses, rewards, made.frozen)
             stats = trainer.step(queries, responses, [tensor(reward) for reward in rewards])
-            numbers = {name: value for name, value in stats.items() if isinstance(value, float)}
-            history.append({"iteration": iteration, **measured, **numbers})
+            history.append({"iteration": iteration, **measured, **numbers_of_step(stats)})
             table.add(iteration, history[-1])
     trainer.save_pretrained(str(options.output_dir / "model"))
     return history
