@@ -45,7 +45,6 @@ class Rollouts:
         responses: `B` sampled continuations, 1-D token ids, at least one token each.
         response_mask_BR: bool, True = a sampled response token that counts, EOS included.
         scores_B: one score a response, reward units.
-        shaped_scores_B: the scores as they enter the rewards: less the penalty for a missing EOS, scaled and clipped.
         given_rewards_BR: the part of the scores that reward functions gave token by token, reward units.
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
@@ -67,7 +66,6 @@ class Rollouts:
     values_BR: Tensor = UNMEASURED
     old_logprobs_BR: Tensor = UNMEASURED
     kl_penalty_BR: Tensor = UNMEASURED
-    shaped_scores_B: Tensor = UNMEASURED
     given_rewards_BR: Tensor | None = None
     rewards_BR: Tensor = UNMEASURED
     non_score_rewards_BR: Tensor | None = None

@@ -54,7 +54,8 @@ from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
 from trl_apa.trainer.optimization import check_optimizer_is_finite, split_off_value_groups
-from trl_apa.trainer.options_in_use import OptionsInUse, note_global_sizes, steps_of_episodes
+from trl_apa.trainer.options_in_use import note_global_sizes, steps_of_episodes
+from trl_apa.trainer.preparation import shaped_scores
 from trl_apa.trainer.progress import RewardAndKL
 from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.trainer.run_identity import initial_policy_fingerprint
@@ -243,7 +244,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self._check_overrides()
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin(sampler)
-        self._options_in_use = OptionsInUse(self, counts_episodes)
+        self._follow_options(counts_episodes)
 
     def _default_critic(self, args: APAConfig, model: Any) -> str | None:
         """What `value_model` means where it is not given; None is a separate copy of the policy's trunk."""
@@ -580,7 +581,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             self._clear_gradient_norms()
         if not self._rate_is_the_scripts:
             self.lr_scheduler.step()
-        return with_classic_names(stats, self.accelerator.gather(self.run_state.current.rollouts.shaped_scores_B))
+        iteration = self.run_state.current
+        scores_B = shaped_scores(iteration.rollouts, iteration.ended_B, self.args, self.run_state)
+        return with_classic_names(stats, self.accelerator.gather(scores_B))
 
     def _finish_iteration(self, timer: StageTimer) -> dict[str, Any]:
         """Statistics of an iteration whose optimizer steps are done; the KL controller learns of it."""

@@ -36,7 +36,6 @@ class ClassicMethods(_BaseTrainer):
     """
 
     args: Any
-    _options_in_use: OptionsInUse
     # What `loss` reads beside its arguments while `step` calls it: log pi_init of the same tokens.
     _ref_logprobs_of_loss: Tensor | None = None
 
@@ -296,7 +295,11 @@ class ClassicMethods(_BaseTrainer):
             )
         self.args = config
         self._note_what_scripts_read()
-        self._options_in_use = OptionsInUse(self, self._options_in_use.counts_episodes)
+        self._follow_options(self._options_in_use.counts_episodes)
+
+    def _follow_options(self, counts_episodes: bool) -> None:
+        """Let `args` know this trainer: see `OptionsInUse`."""
+        self._options_in_use = OptionsInUse(self, counts_episodes)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

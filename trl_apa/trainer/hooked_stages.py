@@ -38,7 +38,7 @@ def rewards_by_override(
             "get one score a response; let the reward function return one number a response"
         )
     learned_scores(rollouts, ended_B, trainer.args, trainer.run_state)
-    rollouts.shaped_scores_B = scores_B = shaped_scores(rollouts, ended_B, trainer.args, trainer.run_state)
+    scores_B = shaped_scores(rollouts, ended_B, trainer.args, trainer.run_state)
     logprobs = full_logprobs or (rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR)
 
     def called(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ def rewards_of_tokens(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state:
     """Scores, shaped, on the last counted token or on those that they were given to; for PPO minus the KL penalty.
 
     Args:
-        rollouts: with scores, and for PPO with the KL of each token; the shaped scores are filled in.
+        rollouts: with scores, and for PPO with the KL of each token.
         ended_B: bool, whether a response ended with EOS.
         args: the trainer's options.
         run_state: its running scores learn of these; its controller says what a nat costs.
@@ -31,7 +31,6 @@ def rewards_of_tokens(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state:
     rewards_BR = shaped_token_rewards(
         scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
     )
-    rollouts.shaped_scores_B = rewards_BR.sum(dim=1)
     if args.algorithm.kl_in_reward:
         mask_BR = rollouts.response_mask_BR
         rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, run_state.kl_ctl.value)
