@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trl_apa.config.apa import APAConfig
+from trl_apa.config.rates import PRETRAINED_RATE
 from trl_apa.models.value_head import ValueHeadWrapper
 from trl_apa.trainer.apa import APATrainer
 
@@ -12,7 +13,8 @@ from trl_apa.trainer.apa import APATrainer
 class PPOConfig(APAConfig):
     """
     [`APAConfig`] with the defaults of TRL's classic `PPOConfig`: PPO loss, initial KL coefficient 0.2, value loss
-    weight 0.1 with clipping at 0.2, four epochs over 128 rollouts in one mini-batch, no gradient clipping, seed 0.
+    weight 0.1 with clipping at 0.2, four epochs over 128 rollouts in one mini-batch, no gradient clipping, seed 0, a
+    learning rate of 1.41e-5 for adapters too.
     `loss_type="apa"` keeps the rest and changes the algorithm.
     """
 
@@ -25,6 +27,7 @@ class PPOConfig(APAConfig):
     cliprange_value: float | None = 0.2
     num_epochs_per_batch: int = 4
     max_grad_norm: float | None = 0.0
+    learning_rate: float = PRETRAINED_RATE
     seed: int = 0
 
 

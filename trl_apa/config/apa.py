@@ -15,6 +15,7 @@ from trl_apa.config import trl_0_12
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, option, switch
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
+from trl_apa.config.rates import PRETRAINED_RATE, DefaultRate, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
@@ -182,7 +183,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             Run the networks on the tokens of a micro-batch in one row, without padding. By default wherever they are
             seen to compute the same from it; `True` raises elsewhere, `False` never does.
         value_learning_rate (`float`, *optional*):
-            Learning rate of the value model. Defaults to `learning_rate`.
+            Learning rate of the value model. Defaults to `learning_rate`; if that is not given either, to its default
+            for what the value model trains.
         value_max_grad_norm (`float`, *optional*):
             Clip the value model's gradient by itself, at this norm; `max_grad_norm` then clips the policy's alone. By
             default `max_grad_norm` clips the gradient of both together, so that the larger one scales the other down.
@@ -213,8 +215,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             For each tracker what its run is opened with, over what the Trainer's reporter gives:
             `{"wandb": {"entity": "team"}}`. They go to `wandb.init`, `trackio.init`, `comet_ml.start` (with
             `experiment_config` as a dict) or TensorBoard's `SummaryWriter`; other trackers take none.
-        learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
-            `"constant"`), gradient_checkpointing (`bool`, *optional*, off by default):
+        learning_rate (`float`, *optional*):
+            By default 1.41e-5, and 3e-4 for a policy whose adapters alone are trained: the trainer chooses, and sets
+            it here. [`PPOConfig`] keeps classic's 1.41e-5 for both.
+        lr_scheduler_type (*optional*, defaults to `"constant"`), gradient_checkpointing (`bool`, *optional*, off by
+            default):
             Other defaults than `TrainingArguments`. `logging_nan_inf_filter`, which waits for the device at each loss,
             is on by default with fp16 only: elsewhere a gradient that is not finite ends the run. `bf16` is on by
             default where a GPU supports it and off elsewhere.
@@ -286,7 +291,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     tracker_project_name: str | None = option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
     tracker_kwargs: Json = option(None, "JSON: for each tracker what opens its run.")
 
-    learning_rate: float = option(1.41e-5, "Initial learning rate.")
+    learning_rate: float = option(
+        DefaultRate(PRETRAINED_RATE),
+        "Initial learning rate; unless given, 3e-4 for a network whose adapters alone learn.",
+    )
     lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
     logging_nan_inf_filter: bool | None = switch("Keep NaN out of the logged loss; by default with fp16 alone.")
     gradient_checkpointing: bool | None = switch("Trade compute for memory; off by default.")
@@ -320,6 +328,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
 
     def __post_init__(self) -> None:
         with errors_without_secrets(vars(self), quoted=False):
+            note_default_rate(self)
             check_finite_options(self)
             self._translate_classic_only()
             algorithm_of(self.loss_type)

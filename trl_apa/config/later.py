@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from transformers.integrations import get_available_reporting_integrations
 
+from trl_apa.config.rates import forget_default_rate
 from trl_apa.config.sizes import SIZES
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import errors_without_secrets, without_secrets
@@ -156,6 +157,8 @@ class OptionsSetLater:
         if not held.get(MADE) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]  # of the config
             super().__setattr__(name, value)
             return
+        if name == "learning_rate":
+            forget_default_rate(self)  # also where it is set to the default's own number
         if _is_same(getattr(self, name), value):
             return
         self._check_not_fixed(name, value)

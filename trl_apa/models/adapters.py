@@ -155,6 +155,14 @@ def trains_its_adapter_only(policy: PeftModel) -> bool:
     return all(any(part in name for part in of_adapters) for name in trained)
 
 
+def trains_added_weights_alone(network: nn.Module) -> bool:
+    """Whether training changes weights of adapters and no pretrained weight, nor a copy of one (`modules_to_save`)."""
+    if not isinstance(network, PeftModel):
+        return not any(parameter.requires_grad for parameter in network.parameters())
+    prefix = f".{network.base_model.prefix}"
+    return all(prefix in name for name, parameter in network.named_parameters() if parameter.requires_grad)
+
+
 def parts_tied_weights(policy: PeftModel) -> bool:
     """Whether `modules_to_save` makes two weights of embeddings and vocabulary head that are one in the base."""
     base = policy.get_base_model()

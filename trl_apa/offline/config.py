@@ -8,6 +8,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_apa._trl import _BaseConfig
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, option
+from trl_apa.config.rates import PRETRAINED_RATE, DefaultRate, note_default_rate
 from trl_apa.redaction import RedactedOptions
 
 
@@ -43,7 +44,8 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             APA and AWR: passes over the data in which the value model is fitted to the returns before the policy is
             trained.
         value_learning_rate (`float`, *optional*):
-            Learning rate of these passes. Defaults to `learning_rate`.
+            Learning rate of these passes. Defaults to `learning_rate`; if that is not given either, to its default
+            for what the value model trains.
         freeze_value (`bool`, *optional*, defaults to `True`):
             APA and AWR: leave the value model as it is after them. Otherwise it goes on learning beside the policy,
             with the weight `vf_coef`, and the advantages are estimated again before every epoch.
@@ -78,8 +80,11 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         num_unfrozen_layers (`int`, *optional*), model_adapter_name (`str`, *optional*), ref_adapter_name (`str`,
             *optional*), chat_template_kwargs (`dict`, *optional*), resume_anyway (`list[str]`, *optional*):
             As in [`APAConfig`].
-        learning_rate (`float`, *optional*, defaults to `1.41e-5`), lr_scheduler_type (*optional*, defaults to
-            `"constant"`), gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+        learning_rate (`float`, *optional*):
+            By default 1.41e-5, and 3e-4 for a policy whose adapters alone are trained: the trainer chooses, and sets
+            it here.
+        lr_scheduler_type (*optional*, defaults to `"constant"`), gradient_checkpointing (`bool`, *optional*, defaults
+            to `False`):
             Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
 
     Raises:
@@ -122,11 +127,15 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         None, "Options in which a resumed checkpoint may differ although they define its run."
     )
 
-    learning_rate: float = option(1.41e-5, "Initial learning rate.")
+    learning_rate: float = option(
+        DefaultRate(PRETRAINED_RATE),
+        "Initial learning rate; unless given, 3e-4 for a network whose adapters alone learn.",
+    )
     lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
 
     def __post_init__(self) -> None:
+        note_default_rate(self)
         check_finite_options(self)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}: it should be one of {', '.join(LOSS_TYPES)}")

@@ -14,6 +14,7 @@ from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.denominators import CountsTokens
 from trl_apa.rollout.batch import Rollouts
 from trl_apa.telemetry import NoTelemetry
+from trl_apa.trainer.optimization import value_learning_rate
 
 
 class _ValueFitting(NoTelemetry, CountsTokens):
@@ -49,7 +50,7 @@ def fit_value_model(
     """
     own = copy.copy(args)
     own.num_train_epochs, own.max_steps = args.value_epochs, -1
-    own.learning_rate = args.value_learning_rate or args.learning_rate
+    own.learning_rate = value_learning_rate(args, value_model) or args.learning_rate
     own.report_to, own.push_to_hub, own.load_best_model_at_end = [], False, False
     own.eval_strategy, own.save_strategy = type(args.eval_strategy)("no"), type(args.save_strategy)("no")
     if args.gradient_checkpointing:

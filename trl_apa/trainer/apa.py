@@ -53,7 +53,11 @@ from trl_apa.trainer.drift import DriftWatch
 from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
-from trl_apa.trainer.optimization import check_optimizer_is_finite, split_off_value_groups
+from trl_apa.trainer.optimization import (
+    check_optimizer_is_finite,
+    split_off_value_groups,
+    value_learning_rate,
+)
 from trl_apa.trainer.options_in_use import note_global_sizes, steps_of_episodes
 from trl_apa.trainer.preparation import shaped_scores
 from trl_apa.trainer.progress import RewardAndKL
@@ -376,11 +380,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         """As the Trainer does, with separate groups for the value model if it has its own rate."""
         made_here = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        rate = self.args.value_learning_rate
+        module = self.accelerator.unwrap_model(self.model)
+        rate = value_learning_rate(self.args, module.value_model)
         if made_here and rate is not None:
-            split_off_value_groups(
-                optimizer, self.accelerator.unwrap_model(self.model).trainable_parameters()["value"], rate
-            )
+            split_off_value_groups(optimizer, module.trainable_parameters()["value"], rate)
         return optimizer
 
     def check(self, prompts: Sequence[Any] | None = None, tell: Callable[[str], None] | None = None) -> "Report":

@@ -29,7 +29,7 @@ from trl_apa.models.network_checks import check_has_positions, check_reads
 from trl_apa.models.network_parts import Network
 from trl_apa.models.partitioned import is_partitioned, use_one_precision
 from trl_apa.rollout.tokenizing import warn_again
-from trl_apa.trainer.optimization import add_value_parameters, freeze_what_is_left_out
+from trl_apa.trainer.optimization import add_value_parameters, choose_learning_rate, freeze_what_is_left_out
 from trl_apa.trainer.validation import check_networks_are_apart, check_precision, check_type
 
 
@@ -109,6 +109,8 @@ def assemble(
         check_precision(module)
     check_networks_are_apart(module, ref_model)
     freeze_what_is_left_out(module, optimizer)
+    if optimizer is None:
+        choose_learning_rate(args, module)
     reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
     module.eval()  # what was added to it since it was made, pi_init's adapter say
     add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)

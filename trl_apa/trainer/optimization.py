@@ -1,5 +1,6 @@
 """The one optimizer that trains policy and value model: its parameter groups, and whether its numbers are finite."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +11,45 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from trl_apa.config.rates import PRETRAINED_RATE, default_rate, rate_is_default, set_default_rate
+from trl_apa.models.adapters import trains_added_weights_alone
+from trl_apa.models.critic import Critic
 from trl_apa.models.policy_and_value import PolicyAndValue
+from trl_apa.models.value_model import ValueModel
 from trl_apa.trainer.run_identity import comparable
 
+
+logger = logging.getLogger(__name__)
 
 # A group's option to the name that users set.
 OPTION_OF = {"lr": "learning_rate", "eps": "adam_epsilon"}
 # Options of a group that are multiplied into the weights. Others may be infinite (the growth rate of Prodigy's steps).
 FACTORS = ("lr", "initial_lr", "weight_decay", "momentum", "dampening", "betas", "eps")
+
+
+def choose_learning_rate(args: Any, module: PolicyAndValue) -> None:
+    """Where no rate was given, set the one for what is trained of the policy."""
+    if not rate_is_default(args):
+        return
+    set_default_rate(args, default_rate(trains_added_weights_alone(module.policy)))
+    if args.learning_rate != PRETRAINED_RATE and args.should_log:
+        logger.warning(
+            "learning_rate is %g, as adapters alone are trained; for all weights it would be %g",
+            args.learning_rate,
+            PRETRAINED_RATE,
+        )
+
+
+def value_learning_rate(args: Any, value_model: Critic) -> float | None:
+    """The value model's own rate; None if it is the policy's.
+
+    Where neither rate was given, a value model that is a network of its own has the default for what it trains.
+    """
+    given: float | None = args.value_learning_rate
+    if given is not None or not rate_is_default(args) or not isinstance(value_model, ValueModel):
+        return given
+    rate = default_rate(trains_added_weights_alone(value_model.network))
+    return None if rate == args.learning_rate else rate
 
 
 def freeze_what_is_left_out(module: PolicyAndValue, optimizer: torch.optim.Optimizer | None) -> None:
