@@ -7,9 +7,13 @@ ARGS ?=
 
 SHELL := /bin/bash
 comma := ,
+space := $(subst ,, )
+ENVIRONMENTS := .venv $(addprefix .venv-,distributed latest lowest parity real vllm)
+# The libraries that the trainer builds on, and what they pin: `make test-latest` takes the newest of each.
+NEIGHBOURS := accelerate datasets huggingface-hub peft safetensors tokenizers transformers trl
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow test-families test-real test-vllm test-distributed test-lowest
+.PHONY: help install check format test test-slow test-families test-real test-vllm test-distributed test-lowest test-latest
 .PHONY: bench soak chaos gpu-check metrics parity demo build clean
 
 help: ## list the targets
@@ -47,6 +51,13 @@ test-distributed: .venv-distributed/.installed ## run the tests of DeepSpeed, in
 test-lowest: .venv-lowest/.installed ## run the tests with the lowest versions that pyproject.toml admits
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
+test-latest: .venv-latest/bin/python ## run the tests with the newest TRL, transformers, peft and accelerate
+	@grep -vE '^($(subst -,.,$(subst $(space),|,$(NEIGHBOURS))))==' constraints/ci.txt > .venv-latest/constraints.txt
+	@.venv-latest/bin/python -m pip install -qq --disable-pip-version-check --upgrade --editable '.[dev]' \
+		--constraint .venv-latest/constraints.txt $(NEIGHBOURS)
+	@.venv-latest/bin/python -m pip list --disable-pip-version-check | grep -E '^($(subst -,.,$(subst $(space),|,$(NEIGHBOURS)))) '
+	HF_HUB_OFFLINE=1 .venv-latest/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
+
 parity: install .venv-parity/.installed ## compare PPO with TRL 0.11.4's own, run in an environment of its own
 	HF_HUB_OFFLINE=1 .venv/bin/python -m parity.compare $(ARGS)
 
@@ -75,11 +86,10 @@ build: install ## make the source distribution and the wheel in dist/
 	.venv/bin/python -m build --no-isolation
 
 clean: ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-distributed .venv-lowest .venv-parity .venv-real .venv-vllm .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(ENVIRONMENTS) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-distributed/bin/python .venv-lowest/bin/python .venv-parity/bin/python .venv-real/bin/python \
-.venv-vllm/bin/python:
+$(ENVIRONMENTS:%=%/bin/python):
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec "$$python" -m venv $(@D)/..; \

@@ -60,10 +60,10 @@ def checked(folder, model=None, trainer_kwargs=None, **options):
     ("family", "trainer_kwargs"),
     [
         ("llama", dict),
-        ("llama", lambda: {"peft_config": lora_config()}),
+        pytest.param("llama", lambda: {"peft_config": lora_config()}, marks=pytest.mark.slow),
         ("gpt2", lora),
-        ("gpt_neox", lambda: {"value_model": "head"}),
-        ("t5", dict),
+        pytest.param("gpt_neox", lambda: {"value_model": "head"}, marks=pytest.mark.slow),
+        pytest.param("t5", dict, marks=pytest.mark.slow),
         ("bart", lambda: {"value_model": "head"}),
     ],
 )
@@ -77,7 +77,10 @@ def test_nothing_is_wrong_with_families_that_are_exact(tmp_path, family, trainer
     assert report["saved and resumed"].figures["max_nats"] == 0.0
 
 
-@pytest.mark.parametrize("family", ["longrope", "bias in the mask", "rwkv", "sampled experts"])
+@pytest.mark.parametrize(
+    "family",
+    ["longrope", "bias in the mask", *(pytest.param(f, marks=pytest.mark.slow) for f in ("rwkv", "sampled experts"))],
+)
 def test_what_is_not_exact_in_a_batch_is_said_and_not_used(tmp_path, family):
     trainer = tiny_trainer(tmp_path, family_model(family), {"value_model": "head"}, **SMALL, max_prompt_length=8)
     report = trainer.check(PROMPTS)

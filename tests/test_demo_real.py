@@ -112,6 +112,7 @@ def test_what_is_missing_is_told_in_one_line_with_the_command(monkeypatch, capsy
     assert capsys.readouterr().err == f"trl-apa demo --real needs {told}\n"
 
 
+@pytest.mark.slow
 def test_a_run_on_a_tiny_file_twice(monkeypatch, tmp_path):
     pytest.importorskip("gguf", reason="GGUF files are read by gguf: pip install 'trl-apa[real]'")
     from tests.tiny_gguf import write_gguf

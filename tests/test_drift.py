@@ -54,7 +54,9 @@ def long_rollouts():
     return queries, [torch.randint(2, 20, (24,)) for _ in queries], scores
 
 
-@pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
+@pytest.mark.parametrize(
+    "loss_type", ["apa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("awr", "ppo"))]
+)
 def test_a_run_that_memorizes_its_responses_is_told(tmp_path, loss_type):
     """Trained on the same long responses again and again, which have become over a nat likelier a token."""
     options = {"apa": {"kl_coef": 0.01}, "awr": {}, "ppo": {"adap_kl_ctrl": False, "kl_coef": 0.0, "cliprange": 0.9}}

@@ -183,6 +183,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped(folder, tmp_path):
         assert torch.equal(finish(tmp_path / name, options, 3, resume_from_checkpoint=True), whole)
 
 
+@pytest.mark.slow
 def test_every_network_may_come_from_a_file(folder, tmp_path):
     networks = {"ref_model": from_file(folder), "value_model": from_file(folder)}
     one_step(trainer_of(tmp_path, folder, options=networks))
@@ -262,6 +263,7 @@ def test_plain_peft_keeps_the_file_as_the_name_of_a_base(folder, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.slow
 def test_a_file_is_checked_under_its_name(folder, capsys, monkeypatch):
     """Only what depends on where the weights came from, for speed."""
     monkeypatch.setattr("trl_apa.checking.run.CHECKS", (saving.reloaded, memory.weights))

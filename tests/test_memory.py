@@ -56,6 +56,9 @@ SMALL = LlamaConfig(
 )
 
 
+QUICK_CASES = {"full", "LoRA, a separate value model", "value adapter, accumulation", "4-bit base, value adapter"}
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small matrices are slower on several threads, above all on a busy machine."""
@@ -65,7 +68,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_CASES else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_the_prediction_is_what_the_trainer_needs(name):
     predicted, measured = compare(CASES[name])
     assert sum(predicted.update.values()) == pytest.approx(measured.update, rel=0.08)
@@ -203,6 +208,7 @@ def test_what_to_change_is_sorted_by_what_it_saves_and_each_line_holds():
     )
 
 
+@pytest.mark.slow
 def test_sharding_divides_full_fine_tuning():
     setup = Setup(SMALL, lora_r=0, dtype=torch.float32, max_length=32, max_new_tokens=8)
     alone = predict(setup)

@@ -225,6 +225,7 @@ def test_ilql_finds_the_values_that_a_recursion_over_the_tree_gives(tree, tau):
     assert root == pytest.approx(mean.item(), abs=1e-6) if tau == 0.5 else root > mean + 0.1
 
 
+@pytest.mark.slow
 def test_a_large_expectile_finds_the_best_response_in_the_data(tree):
     best = tree.scores_N.argmax()
     # the data hold the best response, but ever so seldom

@@ -366,6 +366,7 @@ def test_what_a_killed_process_left_is_kept_for_the_same_command_alone(tmp_path,
     assert len(found) == 6 and path.read_text() == "complete"
 
 
+@pytest.mark.slow
 def test_full_size_answers_and_judges_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
     processes = Processes()
     monkeypatch.setattr(subprocess, "run", processes)

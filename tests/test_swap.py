@@ -70,7 +70,7 @@ model.save_pretrained(folder + "/classic")
 """
 
 
-@pytest.mark.parametrize("name", IMPORTS)
+@pytest.mark.parametrize("name", ["APA", pytest.param("PPO", marks=pytest.mark.slow)])
 def test_a_classic_script_runs_with_only_its_imports_changed(tmp_path, name):
     tiny_model("gpt2").save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -143,7 +143,7 @@ print("kl", metrics["eval_kl"], "reward", metrics["eval_reward"])
 """
 
 
-@pytest.mark.parametrize("name", IMPORTS)
+@pytest.mark.parametrize("name", [pytest.param("APA", marks=pytest.mark.slow), "PPO"])
 def test_a_script_of_the_second_generation_trains_with_only_its_imports_changed(tmp_path, name):
     tiny_model().save_pretrained(tmp_path / "sft")
     torch.manual_seed(1)
