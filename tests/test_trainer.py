@@ -279,13 +279,21 @@ def test_bfloat16_autocast_trains_with_float32_values_and_logprobs(tmp_path):
     assert len(trainer.generate(queries, return_prompt=False, max_new_tokens=3)) == 4
 
 
-def test_apa_makes_no_old_policy_forward_and_ppo_one(tmp_path):
-    """Forward passes of the policy in one step of one epoch: the update's own, and for PPO one more."""
-    for loss_type, expected in (("apa", 1), ("awr", 1), ("ppo", 2)):
-        trainer = tiny_trainer(tmp_path, loss_type=loss_type)
+@pytest.mark.parametrize(
+    ("options", "generated", "elsewhere"),
+    [({}, 1, 2), ({"exact_kl": False}, 1, 1), ({"loss_type": "awr"}, 1, 2), ({"loss_type": "ppo"}, 2, 2)],
+)
+def test_only_responses_from_elsewhere_and_ppo_need_a_forward_of_the_old_policy(
+    tmp_path, options, generated, elsewhere
+):
+    """Forward passes of the policy in one step of one epoch: the update's own, and one more."""
+    trainer = tiny_trainer(tmp_path, **options)
+    queries, responses, scores = tiny_rollouts()
+    for given, expected in ((trainer.generate(queries, return_prompt=False), generated), (responses, elsewhere)):
         calls = []
-        trainer.model.policy.base_model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        trainer.step(*tiny_rollouts())
+        handle = trainer.model.policy.base_model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer.step(queries, given, scores)
+        handle.remove()
         assert len(calls) == expected
 
 

@@ -167,6 +167,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         reward_timeout (`float`, *optional*):
             Seconds that the reward functions may take for the responses of an iteration, reward models not counted. No
             limit by default.
+        exact_kl (`bool`, *optional*, defaults to `True`):
+            Report the KL of the policy that sampled. `generate` notes its log-probs; for responses from elsewhere the
+            policy reads the rollouts once more before the update. With `False` their KL is taken while the update
+            moves the policy, and is also reported as `objective/kl_at_first_visits`.
         max_kl (`float`, *optional*):
             `train` stops after an iteration whose KL to pi_init was above it, nats a response.
         reward_weights (`list[float]`, *optional*):
@@ -268,6 +272,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     num_completions_to_print: int = option(4, "With log_completions: rows on the terminal, chosen at random.")
     skip_unscored: bool = option(False, "train(): leave out responses that a reward function gives None or NaN.")
     reward_timeout: float | None = option(None, "Seconds that reward functions in Python may take for one iteration.")
+    exact_kl: bool = option(True, "Report the KL of the policy that sampled, with a forward pass where it is unknown.")
     max_kl: float | None = option(None, "train(): stop when an iteration's KL is above it, nats a response.")
     reward_weights: list[float] | None = option(None, "Weights of the reward functions; 1 each by default.")
     chat_template_kwargs: Json = option(None, "JSON; more arguments of the chat template.")

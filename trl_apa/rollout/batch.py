@@ -48,7 +48,9 @@ class Rollouts:
         given_rewards_BR: the part of the scores that reward functions gave token by token, reward units.
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
-        old_logprobs_BR: log pi_old of the sampled tokens, nats; only PPO and early stopping need them.
+        old_logprobs_BR: log pi_old of the sampled tokens, nats, from a pass over the rollouts that only PPO, early
+            stopping and the exact KL of responses from elsewhere need.
+        sampling_logprobs_BR: the same when they were sampled, nats; None unless `generate` noted all of them.
         kl_penalty_BR: the KL of each token that PPO's reward is charged for, nats.
         rewards_BR: reward of each token, reward units.
         non_score_rewards_BR: the part of them that is no score, where an override of `compute_rewards` says so.
@@ -65,6 +67,7 @@ class Rollouts:
     ref_logprobs_BR: Tensor = UNMEASURED
     values_BR: Tensor = UNMEASURED
     old_logprobs_BR: Tensor = UNMEASURED
+    sampling_logprobs_BR: Tensor | None = None
     kl_penalty_BR: Tensor = UNMEASURED
     given_rewards_BR: Tensor | None = None
     rewards_BR: Tensor = UNMEASURED

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from trl_apa.models.layouts import cache_is_exact, sampling_batches
 from trl_apa.models.network_parts import Network, padding_id
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.generation_defaults import neutral_generation_config
+from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.trainer.validation import check_positions
 
 
@@ -110,6 +112,7 @@ def generate_responses(
     remove_padding: bool = True,
     pad_to_multiple_of: int | None = None,
     model_inputs: dict[str, Any] | None = None,
+    notes: SampledLogprobs | None = None,
 ) -> list[Tensor]:
     """Sample one response to each query.
 
@@ -133,6 +136,7 @@ def generate_responses(
         pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
         model_inputs: passed on to `generate` (such as a logits processor); `stopping_criteria` among them, a list,
             are added to what ends a response.
+        notes: keeps the log-probs of what is sampled.
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
@@ -168,14 +172,19 @@ def generate_responses(
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
-        with torch.no_grad(), neutral_generation_config(model):
+        noting = nullcontext() if notes is None else notes.noting(model, sampling, model_inputs)
+        with torch.no_grad(), neutral_generation_config(model), noting as noter:
             tokens_BT = model.generate(
                 **inputs,
                 generation_config=sampling,
-                stopping_criteria=StoppingCriteriaList([lengths]),
+                stopping_criteria=StoppingCriteriaList([lengths, *([] if noter is None else [noter])]),
                 **model_inputs,
             )
-        cut = lengths.cut(tokens_BT) if remove_padding else lengths.padded(tokens_BT, pad_token_id)
+        cut = lengths.cut(tokens_BT)
+        if notes is not None and noter is not None:
+            notes.keep(batch, cut, noter.logprobs(tokens_BT.shape[1] - width))
+        if not remove_padding:
+            cut = list(lengths.padded(tokens_BT, pad_token_id))
         for row, response in zip(rows, cut, strict=True):
             responses[row] = response.to(queries[row].device)
     return responses

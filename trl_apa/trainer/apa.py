@@ -44,6 +44,7 @@ from trl_apa.rollout.generation import (
     generation_options,
     unmasked_queries,
 )
+from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.rollout.vllm_generation import VLLMSampler
@@ -72,6 +73,7 @@ from trl_apa.trainer.statistics import (
     gather_rollouts,
     rollout_arrays,
     rollout_statistics,
+    sampling_difference,
     with_classic_names,
 )
 from trl_apa.trainer.training_loop import EndOfIteration, TrainingLoop
@@ -305,6 +307,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.run_state = RunState(kl_ctl, running_scores, args.global_batch_size)
         self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
+        self._sampled_logprobs = SampledLogprobs()
         self._clear_gradient_norms()
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
@@ -469,11 +472,13 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
 
-        def sample(model: Network) -> Any:
-            return shaped(generate_responses(model, read, tokenizer=self.processing_class, **options, **batching))
+        def sample(model: Network, notes: SampledLogprobs | None = None) -> Any:
+            options_here = {**options, **batching, "notes": notes}
+            return shaped(generate_responses(model, read, tokenizer=self.processing_class, **options_here))
 
         def sample_all(policy: Network) -> Any:
-            responses = sample(policy) if of_engine is None else of_engine
+            notes = self._sampled_logprobs.at(self.args.temperature, 8 * self.args.batch_size)
+            responses = sample(policy, notes) if of_engine is None else of_engine
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:
@@ -594,6 +599,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         iteration = self.run_state.current
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
+            stats |= sampling_difference(iteration.rollouts, iteration.record, iteration.plan[0], self.accelerator)
             overridden = statistics_by_override(self, iteration) if self._calls("record_step_stats") else {}
             stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
@@ -643,8 +649,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B = counted_rows(
             *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B
         )
-        if everywhere.old_logprobs_BR is not None:
-            logprobs_BR = everywhere.old_logprobs_BR
+        known_BR = (
+            everywhere.sampling_logprobs_BR if everywhere.old_logprobs_BR is None else everywhere.old_logprobs_BR
+        )
+        logprobs_BR = logprobs_BR if known_BR is None else known_BR
         kl_coef = None if args.algorithm.kl_in_reward else args.kl_coef
         stats: dict[str, Any] = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
         stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
@@ -656,6 +664,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
+        if known_BR is None:
+            stats["objective/kl_at_first_visits"] = stats["objective/kl"]
         stats["apa/mean_non_score_reward"] = 0.0
         if everywhere.kl_penalty_BR is not None:
             penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)

@@ -25,6 +25,7 @@ class Experience(_BaseTrainer):
         """From rollouts to what the update needs, a stage a line."""
         self._check_overrides()
         with timer("forward_pass"):
+            rollouts.sampling_logprobs_BR = self._noted_logprobs(rollouts)
             full_logprobs = self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
             if self._calls("compute_rewards", "_kl_penalty"):
@@ -43,6 +44,12 @@ class Experience(_BaseTrainer):
         plan = plan_iteration(rollouts, ended_B, self.args, stream, packed, self.processes.sum)
         self.run_state.begin_iteration(plan, self.state.global_step)
 
+    def _noted_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        """What `generate` noted of these responses, `(B, R)`; None unless all are known on all processes."""
+        noted_BR = self._sampled_logprobs.take(rollouts.queries, rollouts.responses, rollouts.response_mask_BR)
+        unknown = self.processes.sum(torch.tensor(float(noted_BR is None), device=rollouts.device))
+        return None if unknown else noted_BR
+
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
         """Fill in log pi_init and V; log pi_old where it is read; the KL where the reward is charged for it.
@@ -56,6 +63,7 @@ class Experience(_BaseTrainer):
         needs_old = algorithm.needs_old_logprobs or algorithm.kl_in_reward or self.args.early_stopping
         rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self._calls("loss")
+        needs_old = needs_old or (self.args.exact_kl and rollouts.sampling_logprobs_BR is None)
         full_kl = algorithm.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
         if needs_old:

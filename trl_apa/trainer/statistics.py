@@ -97,7 +97,7 @@ def gather_rollouts(
     names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
     names += [
         name
-        for name in ("old_logprobs_BR", "kl_penalty_BR", "non_score_rewards_BR")
+        for name in ("old_logprobs_BR", "sampling_logprobs_BR", "kl_penalty_BR", "non_score_rewards_BR")
         if getattr(rollouts, name) is not None
     ]
     fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
@@ -169,6 +169,38 @@ def rollout_statistics(
     if kl_coef is not None:
         stats["apa/policy/log_normalizer"] = log_normalizer(rollouts.advantages_BR, mask, kl_coef)
     return {name: float(value) for name, value in stats.items()}
+
+
+def sampling_difference(
+    rollouts: Rollouts, record: UpdateRecord, first_rows: list[int], accelerator: Accelerator
+) -> dict[str, float]:
+    """How far the log-probs noted during sampling are from those of the update's own passes, before any update.
+
+    Rounding alone in float32; more in lower precision, or where the two passes differ in more than rounding.
+
+    Args:
+        rollouts: of this process.
+        record: of the iteration, which has the log-probs of each row's first visit.
+        first_rows: those of the first optimizer step, visited before the policy moved.
+        accelerator: of the run.
+
+    Returns:
+        `sampling/logprob_difference_mean` and `_max` over the counted tokens of all processes, nats; nothing unless
+        the log-probs were noted.
+    """
+    if rollouts.sampling_logprobs_BR is None:
+        return {}
+    rows = slice(None) if rollouts.old_logprobs_BR is not None else first_rows
+    passed_BR = record.logprobs_BR if rollouts.old_logprobs_BR is None else rollouts.old_logprobs_BR
+    apart_BR = (passed_BR[rows] - rollouts.sampling_logprobs_BR[rows]).abs()
+    apart_BR = keep_counted(apart_BR, rollouts.response_mask_BR[rows])
+    count = rollouts.response_mask_BR[rows].sum().float()
+    table = accelerator.gather(torch.stack([apart_BR.sum(), count, apart_BR.max()])[None])
+    total, count, _ = table.sum(dim=0).tolist()
+    return {
+        "sampling/logprob_difference_mean": total / max(count, 1.0),
+        "sampling/logprob_difference_max": float(table[:, 2].max()),
+    }
 
 
 def with_classic_names(stats: dict[str, Any], shaped_scores_B: Tensor) -> dict[str, Any]:
