@@ -194,7 +194,14 @@ def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     assert documented["Arrays"] == arrays
     assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == own - arrays
     trainer.log_stats(stats, {"query": ["q"] * 4, "response": ["r"] * 4}, scores)
-    numbers = trainer.state.log_history[-1].keys() - stats.keys() - {"step", "epoch"}
+    logged = trainer.state.log_history[-1]
+    generated = trainer.step(queries, trainer.generate(queries, return_prompt=False, max_new_tokens=5), scores)
+    trainer = tiny_trainer(tmp_path, loss_type=loss_type, exact_kl=False)
+    at_first_visits = set() if loss_type == "ppo" else {"objective/kl_at_first_visits"}
+    assert trainer.step(queries, responses, scores).keys() - stats.keys() == at_first_visits
+    differences = generated.keys() - stats.keys()
+    assert documented["Only for some responses"] == differences | {"objective/kl_at_first_visits"}
+    numbers = logged.keys() - stats.keys() - {"step", "epoch"}
     assert documented["What `log_stats` adds"] == numbers | {"env/reward_dist"}
     assert "env/reward_dist" in reward_statistics(scores, trainer.accelerator)
 

@@ -287,7 +287,7 @@ def test_only_responses_from_elsewhere_and_ppo_need_a_forward_of_the_old_policy(
     tmp_path, options, generated, elsewhere
 ):
     """Forward passes of the policy in one step of one epoch: the update's own, and one more."""
-    trainer = tiny_trainer(tmp_path, **options)
+    trainer = tiny_trainer(tmp_path, **options, max_completion_length=7)
     queries, responses, scores = tiny_rollouts()
     for given, expected in ((trainer.generate(queries, return_prompt=False), generated), (responses, elsewhere)):
         calls = []

@@ -278,6 +278,19 @@ def cache_is_exact(model: Network, longest: int) -> bool:
     return False
 
 
+def rows_can_be_dropped(model: Network, longest: int) -> bool:
+    """Whether a row continues as before when others of its batch are deleted from the cache.
+
+    Args:
+        model: a language model.
+        longest: most tokens of a prompt and its response.
+    """
+    if is_sharded(model) or inner_model(model).config.is_encoder_decoder or _crosses_rope(model, longest):
+        return False
+    trial = sampling_trial(model, longest)
+    return not isinstance(trial, Exception) and trial.is_exact_dropped
+
+
 def readable_batches(
     read: Callable[[list[Tensor]], Tensor], network: Network, sequences: Sequence[Tensor]
 ) -> list[list[int]]:

@@ -12,11 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from trl_apa.models.layouts import cache_is_exact, sampling_batches
+from trl_apa.models.layouts import cache_is_exact, rows_can_be_dropped, sampling_batches
 from trl_apa.models.network_parts import Network, padding_id
 from trl_apa.rollout.batch import pad_queries
+from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_dropping_finished, options_allow_dropping
 from trl_apa.rollout.generation_defaults import neutral_generation_config
-from trl_apa.rollout.sampled_logprobs import SampledLogprobs
+from trl_apa.rollout.sampled_logprobs import LogprobNoter, SampledLogprobs
 from trl_apa.trainer.validation import check_positions
 
 
@@ -62,6 +63,11 @@ class ResponseLengths(StoppingCriteria):
             self.lengths_B = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
         self.lengths_B = torch.where(done_B & (self.lengths_B == 0), generated, self.lengths_B)
         return self.lengths_B > 0
+
+    def of_rows(self, rows: Tensor) -> "ResponseLengths":
+        """The same for some rows, none of which has ended."""
+        limits_A = None if self.limits_B is None else self.limits_B[rows]
+        return ResponseLengths(self.prompt_width, self.criteria, limits_A, self.given)
 
     def cut(self, tokens_BT: Tensor) -> list[Tensor]:
         """The generated tokens of each row up to the one that ended it; the complete row if none did."""
@@ -149,7 +155,6 @@ def generate_responses(
     responses: list[Tensor] = [queries[0]] * len(queries)
     device = next(model.parameters()).device
     two_stacks = model.config.is_encoder_decoder
-    # Finished rows stay in the batch, padded.
     pad_token_id, sampling = generation_config.pad_token_id, copy.copy(generation_config)
     sampling.pad_token_id = padding_id(pad_token_id, [model])
     if length_sampler is None and max_length is None:
@@ -174,12 +179,7 @@ def generate_responses(
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
         noting = nullcontext() if notes is None else notes.noting(model, sampling, model_inputs)
         with torch.no_grad(), neutral_generation_config(model), noting as noter:
-            tokens_BT = model.generate(
-                **inputs,
-                generation_config=sampling,
-                stopping_criteria=StoppingCriteriaList([lengths, *([] if noter is None else [noter])]),
-                **model_inputs,
-            )
+            tokens_BT = _tokens_of_batch(model, inputs, sampling, lengths, noter, model_inputs)
         cut = lengths.cut(tokens_BT)
         if notes is not None and noter is not None:
             notes.keep(batch, cut, noter.logprobs(tokens_BT.shape[1] - width))
@@ -188,6 +188,34 @@ def generate_responses(
         for row, response in zip(rows, cut, strict=True):
             responses[row] = response.to(queries[row].device)
     return responses
+
+
+def _tokens_of_batch(
+    model: Network,
+    inputs: dict[str, Tensor],
+    sampling: GenerationConfig,
+    lengths: ResponseLengths,
+    noter: LogprobNoter | None,
+    model_inputs: dict[str, Any],
+) -> Tensor:
+    """Prompts and what was sampled, `(B, T)`; rows that have ended are left out of the batch where nothing forbids it.
+
+    What a caller brings (a logits processor, a stopping criterion) may count on the complete batch.
+    """
+    num_rows, width = inputs["input_ids"].shape
+    alone = not lengths.given and not model_inputs and options_allow_dropping(sampling)
+    if (
+        alone
+        and num_rows > FEWEST_DROPPED
+        and sampling.use_cache
+        and rows_can_be_dropped(model, width + sampling.max_new_tokens)
+    ):
+        return generate_dropping_finished(model, inputs, sampling, lengths, noter)
+    criteria = StoppingCriteriaList([lengths, *([] if noter is None else [noter])])
+    tokens_BT: Tensor = model.generate(
+        **inputs, generation_config=sampling, stopping_criteria=criteria, **model_inputs
+    )
+    return tokens_BT
 
 
 def _exact_batches(

@@ -29,6 +29,8 @@ class LogprobNoter(StoppingCriteria):
 
     def __init__(self, temperature: float):
         self.temperature = temperature
+        # Which rows of how many are asked, where rows that have ended are left out.
+        self.rows: tuple[Tensor, int] | None = None
         self._logits_BV: Tensor | None = None
         self._columns: list[Tensor] = []
 
@@ -45,7 +47,11 @@ class LogprobNoter(StoppingCriteria):
         if self._logits_BV is not None and len(self._logits_BV) == len(input_ids):
             logits_BV = self._logits_BV.float()
             tokens_B = input_ids[:, -1].to(logits_BV.device)
-            self._columns.append(token_logprobs(logits_BV / self.temperature, tokens_B, with_entropy=False)[0])
+            column_B = token_logprobs(logits_BV / self.temperature, tokens_B, with_entropy=False)[0]
+            if self.rows is not None:
+                rows, num_rows = self.rows
+                column_B = column_B.new_zeros(num_rows).index_copy(0, rows.to(column_B.device), column_B)
+            self._columns.append(column_B)
         self._logits_BV = None
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -22,6 +23,7 @@ from trl_apa.models.trials import (
     trial_rows,
 )
 from trl_apa.rollout.batch import pad_queries
+from trl_apa.rollout.finished_rows import restarted
 from trl_apa.rollout.generation_defaults import neutral_generation_config
 
 
@@ -38,6 +40,8 @@ class SamplingTrial:
         together: of a batch of equally long prompts, from those of each prompt alone: rounding.
         batched: of a padded batch of both prompts, from those of each prompt alone.
         cached: of each prompt alone, with a cache, from those of the plain forward of the finished row.
+        dropped: of a row after the other of its batch was deleted from the cache, from those of the batch; None if the
+            cache cannot do that.
         allowed: the largest relative difference that counts as rounding.
     """
 
@@ -45,11 +49,16 @@ class SamplingTrial:
     together: Difference
     batched: Difference
     cached: Difference
+    dropped: Difference | None
     allowed: float
 
     @property
     def is_exact_cached(self) -> bool:
         return self.cached.relative <= self.allowed
+
+    @property
+    def is_exact_dropped(self) -> bool:
+        return self.dropped is not None and self.dropped.relative <= self.allowed
 
     @property
     def is_exact_together(self) -> bool:
@@ -88,6 +97,9 @@ def try_sampling(
         together=together,
         batched=difference(each, batched, responses, exact),
         cached=difference([alone(model, *row, start) for row in rows], each, responses, exact),
+        dropped=_after_dropping(model, queries, responses, pad_token_id, batched[-1], exact)
+        if start is None
+        else None,
         allowed=allowed_difference(base, together),
     )
 
@@ -119,6 +131,33 @@ def sampling_logits(
         output = model.generate(**inputs, generation_config=GenerationConfig(**config), logits_processor=processors)
     logits_BRV = torch.stack(output.logits, dim=1).float().cpu()
     return [logits[: len(response)] for logits, response in zip(logits_BRV, responses, strict=True)]
+
+
+def _after_dropping(
+    model: Network,
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    pad_token_id: int,
+    expected: Tensor,
+    exact: bool,
+) -> Difference | None:
+    """The logits of the last row's second token, when the rows before it were deleted after the first."""
+    inputs = pad_queries(queries, pad_token_id)
+    first = _Forced(torch.stack([response[:1] for response in responses]), inputs["input_ids"].shape[1])
+    config = GenerationConfig(pad_token_id=pad_token_id, max_new_tokens=1, do_sample=False, use_cache=True)
+    config.update(return_dict_in_generate=True, output_logits=True)
+    options = {"generation_config": config}
+    try:
+        with neutral_generation_config(model):
+            begun = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([first]))
+            cache = begun.past_key_values
+            mask_BT = pad(inputs["attention_mask"], (0, 1), value=1)
+            last = torch.tensor([len(queries) - 1], device=begun.sequences.device)
+            output = restarted(model, begun.sequences, mask_BT, cache, last, **options)
+    except Exception:  # what a cache of its own cannot do, it says in its own way
+        return None
+    actual = output.logits[0].float().cpu()
+    return difference([expected[1:]], [actual], [responses[-1][1:]], exact)
 
 
 class _Forced(LogitsProcessor):
