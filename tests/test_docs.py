@@ -37,6 +37,7 @@ PAGES = sorted(
         "docs",
         "examples",
         "examples/hh",
+        "examples/llama_factory",
         "examples/paper",
         "examples/stack_llama",
         "benchmarks",
