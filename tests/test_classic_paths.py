@@ -88,12 +88,19 @@ def test_the_names_of_a_path_that_is_no_module_are_real(path):
 
 
 def test_one_name_is_one_object_wherever_it_is_imported_from():
+    from trl_apa.experimental.ppo import AutoModelForCausalLMWithValueHead as wrapper
     from trl_apa.experimental.ppo import PPOTrainer as experimental
+    from trl_apa.experimental.ppo.modeling_value_head import PreTrainedModelWrapper as base
     from trl_apa.experimental.ppo.ppo_trainer import PPOTrainer as in_file
+    from trl_apa.experimental.ppo.ppo_trainer import masked_whiten
     from trl_apa.models.modeling_base import PreTrainedModelWrapper
+    from trl_apa.trainer.ppov2_config import PPOv2Config
+    from trl_apa.trainer.ppov2_trainer import PPOv2Trainer
     from trl_apa.trainer.utils import AdaptiveKLController
 
-    assert trl_apa.PPOTrainer is trl_apa.PPOv2Trainer is experimental is in_file
+    assert trl_apa.PPOTrainer is trl_apa.PPOv2Trainer is experimental is in_file is PPOv2Trainer
+    assert trl_apa.PPOConfig is PPOv2Config and trl_apa.classic.core.masked_whiten is masked_whiten
+    assert wrapper is trl_apa.AutoModelForCausalLMWithValueHead and base is PreTrainedModelWrapper
     assert issubclass(trl_apa.AutoModelForCausalLMWithValueHead, PreTrainedModelWrapper)
     assert trl_apa.AutoModelForCausalLMWithValueHead in trl_apa.SUPPORTED_ARCHITECTURES
     assert trl_apa.AdaptiveKLController is AdaptiveKLController

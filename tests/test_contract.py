@@ -119,7 +119,7 @@ def test_all_ten_arguments_go_by_place(tmp_path):
     with pytest.warns(UserWarning, match="num_shared_layers has no effect"):
         trainer = APATrainer(config, model, reference, tokenizer, prompts(), optimizer, collator, 1, scheduler, None)
     assert trainer.config is config and trainer.ref_model is reference and trainer.tokenizer is tokenizer
-    assert trainer.optimizer is optimizer and trainer.lr_scheduler is scheduler
+    assert trainer.optimizer.optimizer is optimizer and trainer.lr_scheduler.scheduler is scheduler
     assert list(trainer.dataloader) == [4, 4]
     with pytest.warns(UserWarning, match="training_data_collator has no effect"):
         APATrainer(config, tiny_model(), None, tokenizer, prompts(), None, None, None, None, collator)

@@ -120,7 +120,7 @@ def test_classics_other_options_are_accepted_and_those_without_effect_say_so():
     assert config(optimize_cuda_cache=True).torch_empty_cache_steps == 1
     with pytest.warns(FutureWarning, match="use mini_batch_size"):
         assert config(forward_batch_size=4).mini_batch_size == 4
-    for name, value in {"project_kwargs": {"b": 2}, "accelerator_kwargs": {"a": 1}, "dataset_num_proc": 2}.items():
+    for name, value in {"accelerator_kwargs": {"a": 1}, "dataset_num_proc": 2}.items():
         with pytest.warns(UserWarning, match=f"{name}=.* has no effect: "):
             config(**{name: value})
     assert config(use_score_norm=True).center_rewards

@@ -43,9 +43,17 @@ def install() -> None:
     for name in NAMES:
         setattr(trl, name, getattr(trl_apa, name))
     for path in module_paths.NAMES:
-        if find_spec(f"trl.{path.partition('.')[0]}") is not None and find_spec(f"trl.{path}") is not None:
+        if _trl_has(path):
             _complete(import_module(f"trl.{path}"), import_module(f"trl_apa.{path}"))
     module_paths.install("trl")
+
+
+def _trl_has(path: str) -> bool:
+    """Whether TRL has a module of its own at that path."""
+    try:
+        return find_spec(f"trl.{path}") is not None
+    except ModuleNotFoundError:  # of a folder above it
+        return False
 
 
 def _complete(theirs: ModuleType, ours: ModuleType) -> None:

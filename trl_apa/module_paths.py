@@ -23,6 +23,11 @@ PPO_NAMES = {
 BEST_OF_N = {"BestOfNSampler": "trl_apa.classic.best_of_n"}
 CONTROLLERS = dict.fromkeys(("AdaptiveKLController", "FixedKLController"), "trl_apa.algorithms.kl")
 WRAPPER = {"PreTrainedModelWrapper": "trl_apa.models.value_head:ValueHeadWrapper"}
+WRAPPERS = dict.fromkeys(
+    ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"), "trl_apa.models.value_head"
+)
+VALUE_HEAD = {"ValueHead": "trl_apa.models.classic_value_head:SummaryHead"}
+MASKED = dict.fromkeys(("masked_mean", "masked_var", "masked_whiten"), "trl_apa.classic.core")
 ARCHITECTURES = {"SUPPORTED_ARCHITECTURES": "trl_apa.models.value_head"}
 DEVICE_MAP = {"get_kbit_device_map": NAMES_OF_CLASSIC}
 OF_TRL = dict.fromkeys(("ModelConfig", "get_peft_config", "get_quantization_config"), "trl")
@@ -44,7 +49,6 @@ MOVED = {
 NEW_PATHS = {name: f"{folder}.{name}" for folder, names in MOVED.items() for name in names.split()} | {
     "engines": "distributed.sharded",
     "experimental.ppo.ppo_config": "classic.ppo",
-    "experimental.ppo.ppo_trainer": "classic.ppo",
     "extras.best_of_n_sampler": "classic.best_of_n",
     "rollouts": "rollout.batch",
     "second_generation": "config.trl_0_12",
@@ -56,7 +60,9 @@ NEW_PATHS = {name: f"{folder}.{name}" for folder, names in MOVED.items() for nam
 # Path below `trl_apa` -> its names, each with its module, and with `:name` where it is called otherwise there.
 NAMES: dict[str, dict[str, str]] = {
     "experimental": {},
-    "experimental.ppo": PPO_NAMES,
+    "experimental.ppo": {**PPO_NAMES, **WRAPPERS, **WRAPPER},
+    "experimental.ppo.modeling_value_head": {**WRAPPERS, **WRAPPER, **VALUE_HEAD},
+    "experimental.ppo.ppo_trainer": {**PPO_NAMES, **MASKED},
     "extras": BEST_OF_N,
     "import_utils": {
         **dict.fromkeys(("is_liger_kernel_available", "is_unsloth_available"), "trl.import_utils"),
@@ -64,11 +70,7 @@ NAMES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("is_peft_available", "is_rich_available"), "transformers.utils"),
     },
     "models.modeling_base": {**WRAPPER, "create_reference_model": "trl_apa.models.reference"},
-    "models.modeling_value_head": {
-        "AutoModelForCausalLMWithValueHead": "trl_apa.models.value_head",
-        "AutoModelForSeq2SeqLMWithValueHead": "trl_apa.models.value_head",
-        "ValueHead": "trl_apa.models.classic_value_head:SummaryHead",
-    },
+    "models.modeling_value_head": {**WRAPPERS, **VALUE_HEAD},
     "models.utils": {
         **ARCHITECTURES,
         **dict.fromkeys(
@@ -76,6 +78,8 @@ NAMES: dict[str, dict[str, str]] = {
             "trl.models.utils",
         ),
     },
+    "trainer.ppov2_config": PPO_NAMES,
+    "trainer.ppov2_trainer": PPO_NAMES,
     "trainer.utils": {
         **CONTROLLERS,
         **DEVICE_MAP,

@@ -30,7 +30,7 @@ SAMPLING |= {"generation_batch_size", "num_generations", "chat_template_kwargs"}
 PLACES = dict.fromkeys(("reward_weights", "reward_timeout", "skip_unscored"), "rewards")
 PLACES |= dict.fromkeys(("push_to_hub_if_best_kwargs", "compare_steps"), "Hugging Face hub")
 PLACES |= dict.fromkeys(("log_completions", "num_completions_to_print"), "logging")
-PLACES |= dict.fromkeys(("tracker_project_name", "tracker_kwargs"), "logging")
+PLACES |= dict.fromkeys(("tracker_project_name", "tracker_kwargs", "project_kwargs"), "logging")
 OLDER_NAMES = "names and options of older scripts"
 # Of classic configs: kept for the record there, and of no use to a command.
 OLDER = {*ALIASES, *NOT_READ_BACK, *WITHOUT_EFFECT, "forward_batch_size", "exp_name", "task_name", "model_name"}

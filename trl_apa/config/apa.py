@@ -17,6 +17,7 @@ from trl_apa.config.fields import Json, option, switch
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
 from trl_apa.config.rates import PRETRAINED_RATE, DefaultRate, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
+from trl_apa.config.trackers import check_project_kwargs, tracker_names, tracker_objects
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
 from trl_apa.trainer.reporting import check_trackers
@@ -65,9 +66,9 @@ ALIASES = {
 }
 # Those of them that are not given a value for scripts to read.
 NOT_READ_BACK = ("log_with", "local_batch_size")
-TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name")
+TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name", "project_kwargs")
 # Objects, which a command line and a config file write as JSON.
-JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs")
+JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs", "project_kwargs")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
     *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value"),
@@ -81,7 +82,6 @@ DEFINES_RUN = (
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
 WITHOUT_EFFECT = {
     "accelerator_kwargs": "the Trainer creates the accelerator; set accelerator_config",
-    "project_kwargs": "set output_dir, or log_dir of TensorBoard in tracker_kwargs",
     "dataset_num_proc": "the trainer does not tokenize",
     **trl_0_12.WITHOUT_EFFECT,
 }
@@ -219,6 +219,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             For each tracker what its run is opened with, over what the Trainer's reporter gives:
             `{"wandb": {"entity": "team"}}`. They go to `wandb.init`, `trackio.init`, `comet_ml.start` (with
             `experiment_config` as a dict) or TensorBoard's `SummaryWriter`; other trackers take none.
+        log_with (*optional*):
+            Classic's name of `report_to`. It also takes tracker objects of accelerate's, alone or in a list: they get
+            every number that is logged.
+        project_kwargs (`dict` or JSON, *optional*):
+            Of accelerate's `ProjectConfiguration`: TensorBoard writes to its `logging_dir`.
         learning_rate (`float`, *optional*):
             By default 1.41e-5, and 3e-4 for a policy whose adapters alone are trained: the trainer chooses, and sets
             it here. [`PPOConfig`] keeps classic's 1.41e-5 for both.
@@ -323,7 +328,9 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         None, "JSON; arguments of push_to_hub, called before a step with the best scores yet."
     )
     accelerator_kwargs: Json = option(None, "JSON; without effect.")
-    project_kwargs: Json = option(None, "JSON; without effect.")
+    project_kwargs: Json = option(
+        None, "JSON; of accelerate's ProjectConfiguration: TensorBoard writes to logging_dir."
+    )
     dataset_num_proc: int | None = option(None, "Without effect.")
     is_encoder_decoder: bool | None = option(None, "Read it; the trainer sets it.")
     is_peft_model: bool | None = option(None, "Read it; the trainer sets it.")
@@ -391,7 +398,18 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
 
         Trackers get this: keys and tokens are left out of it.
         """
-        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs})
+        named = [tracker.name for tracker in tracker_objects(self.log_with)]
+        trackers = {"log_with": [*self.report_to, *named]} if named else {}
+        return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs} | trackers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As without tracker objects, which hold files and connections and cannot be pickled."""
+        state = super().__getstate__()
+        return state | {"log_with": tracker_names(self.log_with)} if tracker_objects(self.log_with) else state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that sends its numbers to the same tracker objects."""
+        return super().__deepcopy__(memo | {id(tracker): tracker for tracker in tracker_objects(self.log_with)})
 
     def _translate_classic_only(self) -> None:
         """What only classic configs have: renamed with a warning, read, or without effect and told so."""
@@ -422,8 +440,17 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             except json.JSONDecodeError as error:
                 raise ValueError(f"{name} is not JSON: {error}") from error
 
+    def _settle_trackers(self) -> None:
+        """Keep a script's own tracker objects in `log_with`, and in `report_to` the names alone."""
+        if objects := tracker_objects(self.report_to):
+            given = self.log_with if isinstance(self.log_with, list | tuple) else [self.log_with]
+            self.log_with = [*(t for t in given if t is not None), *objects]  # type: ignore[assignment]  # a list
+            self.report_to = tracker_names(self.report_to) or "none"
+
     def _check_trackers(self) -> None:
         self._parse_json("tracker_kwargs")
+        self._parse_json("project_kwargs")
+        check_project_kwargs(self.project_kwargs)
         self.tracker_kwargs = self.tracker_kwargs or {}
         project_name = without_secrets(self.tracker_project_name, vars(self))
         check_trackers(self.report_to, self.tracker_kwargs, project_name)
@@ -431,8 +458,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             self.project = self.tracker_project_name  # what Trackio's reporter goes by
 
     def _translate_aliases(self) -> None:
+        self._settle_trackers()
         for alias, name in ALIASES.items():
             value, current = getattr(self, alias), getattr(self, name)
+            value = tracker_names(value) if alias == "log_with" else value
             default = type(self).__dataclass_fields__[name].default
             if value is None:
                 continue
@@ -484,9 +513,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 self.init_kl_coef = self.kl_coef
         elif ours == "init_kl_coef":
             self._warn_without_effect(ours)
-        elif ours == "report_to" and self.log_with is not None:
+        elif ours == "report_to":
             given = list(self.report_to)
-            self.log_with = given[0] if len(given) == 1 else given or None  # type: ignore[assignment]  # a list
+            if self.log_with is not None or tracker_objects(given):
+                self.log_with = given[0] if len(given) == 1 else given or None  # type: ignore[assignment]  # a list
+            self.report_to = tracker_names(given) or []
         elif ours == "exp_name":
             self.run_name = self.exp_name
         elif ours == "optimize_device_cache":

@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from trl_apa.config.rates import forget_default_rate
 from trl_apa.config.sizes import SIZES
+from trl_apa.config.trackers import tracker_names, tracker_objects
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import errors_without_secrets, without_secrets
 
@@ -90,6 +91,7 @@ FIXED: dict[str, Fixed] = {
         Moment.TRAINER,
         "set it before the trainer is made, or call trainer.add_callback with the tracker's callback",
         *("report_to", "log_with", "run_name", "exp_name", "project", "tracker_project_name", "tracker_kwargs"),
+        *("project_kwargs",),
         *("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
     ),
     **_fixed(
@@ -281,12 +283,13 @@ def as_read_at_construction(name: str, ours: str, old: Any, value: Any) -> Any:
         raise ValueError(f"{name}={value!r}: it should be one of {known}") from None
 
 
-def _list_of_trackers(report_to: Any) -> list[str]:
-    if report_to in ("all", ["all"]):
-        return list(get_available_reporting_integrations())
-    if report_to in (None, "none", ["none"]):
-        return []
-    return list(report_to) if isinstance(report_to, list | tuple) else [report_to]
+def _list_of_trackers(trackers: Any) -> list[Any]:
+    names, objects = tracker_names(trackers), tracker_objects(trackers)
+    if names in ("all", ["all"]):
+        return [*get_available_reporting_integrations(), *objects]
+    if names in (None, "none", ["none"]):
+        return list(objects)
+    return [*(names if isinstance(names, list) else [names]), *objects]
 
 
 def fill_evaluation(config: Any) -> None:

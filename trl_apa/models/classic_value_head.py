@@ -77,22 +77,34 @@ class PolicyValueHead(nn.Module):
         """Put what `save_pretrained` wrote into this head."""
         self.head.load_state_dict(read_value_head(str(path)))
 
-    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, path: str | Path, state_dict: dict[str, Tensor] | None = None, for_classic: bool = False
+    ) -> None:
         """Write the head next to the policy in `path`, under the names of the classic wrappers.
 
         Args:
             path: a folder, made if it is not there.
             state_dict: weights to write instead of the module's own, as gathered from a sharded one.
+            for_classic: see `save_value_head`.
         """
         state = self.state_dict() if state_dict is None else state_dict
-        save_value_head(path, {name.replace("head.", HEAD_PREFIX, 1): tensor for name, tensor in state.items()})
+        renamed = {name.replace("head.", HEAD_PREFIX, 1): tensor for name, tensor in state.items()}
+        save_value_head(path, renamed, for_classic)
 
 
-def save_value_head(path: str | os.PathLike[str], state_dict: dict[str, Tensor]) -> None:
-    """Write those weights of `state_dict` that are under `v_head.`; `read_value_head` reads them back."""
+def save_value_head(path: str | os.PathLike[str], state_dict: dict[str, Tensor], for_classic: bool = False) -> None:
+    """Write those weights of `state_dict` that are under `v_head.`; `read_value_head` reads them back.
+
+    Args:
+        path: a folder, made if it is not there.
+        state_dict: weights of which the head's are a part.
+        for_classic: also write the file in which classic's wrappers look for the head beside an adapter.
+    """
     Path(path).mkdir(parents=True, exist_ok=True)
     head_state = {name: t.cpu().contiguous() for name, t in state_dict.items() if name.startswith(HEAD_PREFIX)}
     save_file(head_state, Path(path) / HEAD_WEIGHTS, metadata={"format": "pt"})
+    if for_classic:
+        torch.save(head_state, Path(path) / WEIGHTS_NAME)
 
 
 def read_value_head(path: str, **hub: Any) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from trl_apa.models.classic_value_head import PolicyValueHead, SummaryHead
 from trl_apa.models.copying import independent_copy
-from trl_apa.models.network_parts import Network
+from trl_apa.models.network_parts import Network, text_trunk
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_adapter import AdapterValueModel
-from trl_apa.models.value_model import ValueModel, output_width, trainable
+from trl_apa.models.value_model import ValueModel, name_in, output_width, trainable
 
 
 # Before the folder or hub name of an adapter that is to lie on the policy's own base.
@@ -56,5 +56,8 @@ def resolve_value_model(value_model: Any, policy: Network, classic_value_head: S
     if isinstance(getattr(value_model, "score", None), nn.Linear):
         return ValueModel.from_reward_model(value_model)
     if value_model.get_output_embeddings() is not None:
-        return ValueModel.from_policy(value_model)
-    return ValueModel.on_trunk(trainable(independent_copy(value_model)))
+        made = ValueModel.from_policy(value_model)
+    else:
+        made = ValueModel.on_trunk(trainable(independent_copy(value_model)))
+    made.given_names = {"network": name_in(value_model, text_trunk(value_model))}
+    return made

@@ -173,3 +173,8 @@ def use_cache_kept(config: PreTrainedConfig) -> Iterator[None]:
             vars(config).pop("use_cache", None)
         else:
             config.use_cache = before
+
+
+def is_on_several_devices(network: Any) -> bool:
+    """Whether a device map has put the layers of a network on more than one device."""
+    return len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1

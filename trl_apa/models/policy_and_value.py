@@ -20,7 +20,7 @@ from trl_apa.models.critic import Critic
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.modes import make_repeatable
-from trl_apa.models.network_parts import Network, parameters_beyond_text
+from trl_apa.models.network_parts import Network, is_on_several_devices, parameters_beyond_text
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reference import check_adapter_exists
 from trl_apa.models.reward_adapter import DEFAULT_NAME, RewardAdapter, load_reward_adapter
@@ -286,6 +286,11 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         return self.policy.hf_device_map
 
     @property
+    def is_sequential_parallel(self) -> bool:
+        """Whether the policy's layers are on several devices."""
+        return is_on_several_devices(self.policy)
+
+    @property
     def is_gradient_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.policy.modules())
 
@@ -370,8 +375,10 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         save_network(self.policy, path, policy_state, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
-        folder = Path(path) if self.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
-        if isinstance(self.value_model, AdapterValueModel):
+        folder = Path(path) / VALUE_MODEL_FOLDER
+        if isinstance(self.value_model, PolicyValueHead):
+            self.value_model.save_pretrained(path, value_state, for_classic=self.is_peft_model)
+        elif isinstance(self.value_model, AdapterValueModel):
             self.value_model.save_pretrained(self.policy, folder, policy_state, state_of(value_state, "head"))
         else:
             self.value_model.save_pretrained(folder, state_dict=value_state)

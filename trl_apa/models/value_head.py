@@ -6,6 +6,7 @@ for scripts that make or load them, and for PPO as it was.
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, is_bitsandbytes_available
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import refuse_prompt_learning, with_adapters
@@ -22,13 +23,16 @@ from trl_apa.models.classic_value_head import HEAD_PREFIX, SummaryHead, read_val
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.loading import load_language_model, process_device
 from trl_apa.models.logprobs import last_hidden_states
+from trl_apa.models.network_parts import is_on_several_devices
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.reward_adapter import RewardAdapter, load_reward_adapter, reward_scores
-from trl_apa.models.value_model import save_network
+from trl_apa.models.value_model import output_width, save_network
 
 
 MODEL_PREFIX = "pretrained_model."
 SCORE_PREFIX = "score."
+HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+DROPOUT = 0.1
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -37,30 +41,41 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
 
     Args:
         pretrained_model (`PreTrainedModel` or `PeftModel`): a language model.
-        v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: see `SummaryHead`.
+        v_head_init_strategy, v_head_initializer_range: see `SummaryHead`.
+        summary_dropout_prob (`float`, *optional*): the head's dropout; by default that of the model's config, or 0.1.
 
     Raises:
         ValueError: if `pretrained_model` is no language model of this wrapper's kind, its adapter works by prompt
             learning, or part of it is offloaded to the CPU or to disk.
     """
 
-    auto_class: ClassVar[type]
-    is_encoder_decoder: ClassVar[bool]
+    # transformers' class that loads the language model; None: the one that the checkpoint's config names.
+    transformers_parent_class: ClassVar[Any] = None
+    # None: either kind.
+    is_encoder_decoder: ClassVar[bool | None] = None
+    # Arguments of `from_pretrained` that are the wrapper's and not the language model's. A subclass may name more.
+    supported_args: ClassVar[Sequence[str]] = HEAD_ARGUMENTS
+    supported_modules: ClassVar[tuple[str, ...]] = (HEAD_PREFIX.rstrip("."),)
+    supported_rm_modules: ClassVar[tuple[str, ...]] = (SCORE_PREFIX.rstrip("."),)
+    supported_pretrained_model_architectures: ClassVar[tuple[type, ...]] = (PreTrainedModel, PeftModel)
+    # What families call their vocabulary's head; `get_output_embeddings` is what is asked here.
+    lm_head_namings: ClassVar[Sequence[str]] = ("lm_head", "embed_out", "output_projection")
 
     def __init__(
         self,
         pretrained_model: PreTrainedModel | PeftModel,
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
-        summary_dropout_prob: float = 0.1,
+        summary_dropout_prob: float | None = None,
     ):
         super().__init__()
         _check_language_model(pretrained_model, self.is_encoder_decoder, type(self).__name__)
         self.pretrained_model: PreTrainedModel | PeftModel = settle_quantization(pretrained_model)
-        vocabulary_head = pretrained_model.get_output_embeddings()
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(pretrained_model.config, "summary_dropout_prob", DROPOUT)
         self.v_head = SummaryHead(
-            vocabulary_head.in_features, summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
-        ).to(vocabulary_head.weight.device)
+            output_width(pretrained_model), summary_dropout_prob, v_head_init_strategy, v_head_initializer_range
+        ).to(pretrained_model.get_output_embeddings().weight.device)
         self.score: nn.Linear | None = None
         self.rm_adapter_name: str | None = None
         self.register_state_dict_post_hook(_to_checkpoint_names)  # type: ignore[no-untyped-call]  # torch has no annotations
@@ -81,7 +96,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         torch_dtype: Any = None,
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
-        summary_dropout_prob: float = 0.1,
+        summary_dropout_prob: float | None = None,
         use_gradient_checkpointing: bool = True,
         gradient_checkpointing_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -102,30 +117,34 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
                 no GPU, a GPU's number means the CPU, so that `{"": Accelerator().local_process_index}` loads anywhere.
             torch_dtype (*optional*): also accepted as `dtype`. Defaults to float32, whatever the checkpoint holds, as
                 under transformers 4 (`"auto"` keeps the checkpoint's); quantised models keep transformers' default.
-            v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: of a new head, see `SummaryHead`.
+            v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: of a new head, see the class.
             use_gradient_checkpointing, gradient_checkpointing_kwargs: for a quantised model that gets new adapters,
                 see peft's `prepare_model_for_kbit_training`.
-            kwargs: passed on to transformers' `from_pretrained`.
+            kwargs: those in `supported_args` go to the class itself, the others to transformers' `from_pretrained`.
 
         Raises:
             ValueError: naming the argument that is of the wrong type or does not fit another.
+            ImportError: if a model is to be quantised and bitsandbytes is not installed.
             OSError: if there is no such checkpoint.
         """
         source = pretrained_model_name_or_path
         _check_arguments(source, peft_config, reward_adapter)
+        own = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
+        own |= {"v_head_init_strategy": v_head_init_strategy, "v_head_initializer_range": v_head_initializer_range}
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         model: PreTrainedModel | PeftModel
         if isinstance(source, nn.Module):
             path, model = None, settle_quantization(source)
+            _warn_of_loading_options(model, load_in_8bit, load_in_4bit)
         else:
             path = os.fspath(source)
             kwargs |= _loading_options(kwargs, load_in_8bit, load_in_4bit, device_map, torch_dtype)
-            model = load_language_model(path, cls.auto_class, is_trainable, hub, **kwargs)
+            model = load_language_model(path, cls.transformers_parent_class, is_trainable, hub, **kwargs)
         if peft_config is not None and is_peft_model(model):
             warnings.warn("peft_config is ignored: the model has adapters already", UserWarning, stacklevel=2)
         elif peft_config is not None:
             model = _add_adapters(model, peft_config, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-        wrapper = cls(model, v_head_init_strategy, v_head_initializer_range, summary_dropout_prob)
+        wrapper = cls(model, **own, summary_dropout_prob=summary_dropout_prob)
         if path is not None and (head_state := read_value_head(path, **hub)):
             wrapper.v_head.load_state_dict(head_state)
         if reward_adapter is not None:
@@ -206,6 +225,11 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         return self.score is not None
 
     @property
+    def is_sequential_parallel(self) -> bool:
+        """Whether the layers are on several devices."""
+        return is_on_several_devices(self.pretrained_model)
+
+    @property
     def is_loaded_in_8bit(self) -> bool:
         return getattr(self.pretrained_model, "is_loaded_in_8bit", False)
 
@@ -252,7 +276,8 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         Args:
             save_directory: a folder, made if it is not there.
             state_dict: weights to write instead of the module's own, as gathered from a sharded one.
-            kwargs: passed on to the language model's `save_pretrained`. Weights are always written as safetensors.
+            kwargs: passed on to the language model's `save_pretrained`. Weights are always written as safetensors; the
+                head beside an adapter also as `save_value_head` does it for classic.
         """
         kwargs.pop("safe_serialization", None)
         state = self.state_dict() if state_dict is None else state_dict
@@ -262,7 +287,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
             save_dense_base(self.pretrained_model, save_directory, model_state)
         save_network(self.pretrained_model, os.fspath(save_directory), model_state, **kwargs)
         if kwargs.get("is_main_process", True):
-            save_value_head(save_directory, state)
+            save_value_head(save_directory, state, for_classic=self.is_peft_model)
 
 
 def without_value_head(model: Any) -> Any:
@@ -281,8 +306,8 @@ def value_head_of(model: Any, language_model: PreTrainedModel | PeftModel) -> Su
         return model.v_head
     if not isinstance(model, str | os.PathLike) or not (state := read_value_head(os.fspath(model))):
         return None
-    vocabulary_head = language_model.get_output_embeddings()
-    head = SummaryHead(state["summary.weight"].shape[1]).to(vocabulary_head.weight.device)
+    device = language_model.get_output_embeddings().weight.device
+    head = SummaryHead(state["summary.weight"].shape[1]).to(device)
     head.load_state_dict(state)
     return head
 
@@ -297,14 +322,15 @@ def reward_adapter_of(model: Any) -> RewardAdapter | None:
 class AutoModelForCausalLMWithValueHead(ValueHeadWrapper):
     """A decoder language model with a value head: `forward` returns `(logits, loss, values)`."""
 
-    auto_class = AutoModelForCausalLM
+    transformers_parent_class = AutoModelForCausalLM
     is_encoder_decoder = False
+    lm_head_namings = ("lm_head", "embed_out")
 
 
 class AutoModelForSeq2SeqLMWithValueHead(ValueHeadWrapper):
     """An encoder-decoder with a value head on its decoder: `forward` returns `(logits, loss, values)`."""
 
-    auto_class = AutoModelForSeq2SeqLM
+    transformers_parent_class = AutoModelForSeq2SeqLM
     is_encoder_decoder = True
 
 
@@ -328,10 +354,10 @@ def _check_arguments(source: Any, peft_config: Any, reward_adapter: Any) -> None
         )
 
 
-def _check_language_model(model: Any, is_encoder_decoder: bool, wrapper: str) -> None:
+def _check_language_model(model: Any, is_encoder_decoder: bool | None, wrapper: str) -> None:
     if not isinstance(model, PreTrainedModel | PeftModel) or model.get_output_embeddings() is None:
         raise ValueError(f"pretrained_model is a {type(model).__name__}; it should be a language model")
-    if bool(model.config.is_encoder_decoder) != is_encoder_decoder:
+    if is_encoder_decoder is not None and bool(model.config.is_encoder_decoder) != is_encoder_decoder:
         kind = "an encoder-decoder" if is_encoder_decoder else "a decoder"
         raise ValueError(f"{wrapper} wraps {kind}, but pretrained_model is a {type(model).__name__}")
     if is_peft_model(model):
@@ -349,6 +375,11 @@ def _loading_options(
     if load_in_8bit or load_in_4bit:
         if kwargs.get("quantization_config") is not None:
             raise ValueError("load_in_8bit and load_in_4bit are parts of quantization_config; give one or the other")
+        if load_in_8bit and load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are both True; a model is loaded in one of them")
+        if not is_bitsandbytes_available():
+            name = "load_in_8bit" if load_in_8bit else "load_in_4bit"
+            raise ImportError(f"{name}=True needs bitsandbytes, which is not installed: pip install bitsandbytes")
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
     if torch_dtype is not None:
         if kwargs.get("dtype") not in (None, torch_dtype):
@@ -359,6 +390,17 @@ def _loading_options(
     if device_map is not None:
         options["device_map"] = _without_missing_devices(device_map)
     return options
+
+
+def _warn_of_loading_options(model: PreTrainedModel | PeftModel, load_in_8bit: bool, load_in_4bit: bool) -> None:
+    for bits, wanted in ((8, load_in_8bit), (4, load_in_4bit)):
+        if wanted and not getattr(model, f"is_loaded_in_{bits}bit", False):
+            warnings.warn(
+                f"load_in_{bits}bit=True has no effect on a model that is in memory; load it with "
+                f"quantization_config=BitsAndBytesConfig(load_in_{bits}bit=True), or give its folder or name",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _without_missing_devices(device_map: Any) -> Any:

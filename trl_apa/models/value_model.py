@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,30 @@ class ValueModel(nn.Module):
         super().__init__()
         self.network: Network = network
         self.head = head
+        # Beginning of a parameter's name -> what it is in the network that this one is a copy of.
+        self.given_names: dict[str, str] = {}
         self.eval()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in torch, but a copy of a given network has that one's names: a classifier's `score.weight`.
+
+        `state_dict`, of which checkpoints are made, has the names of this class.
+        """
+        for own_name, parameter in super().named_parameters("", recurse, remove_duplicate):
+            name = own_name
+            for own, given in self.given_names.items():
+                if own_name.startswith(f"{own}."):
+                    name = f"{given}.{own_name.removeprefix(f'{own}.')}".lstrip(".")
+            yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    @property
+    def score(self) -> nn.Linear:
+        """The layer that a classifier has under this name; AttributeError if the head is not a copy of one."""
+        if "head.out" not in self.given_names:
+            raise AttributeError("score")
+        return self.head.out
 
     def train(self, mode: bool = True) -> "ValueModel":
         """Say that training begins, or ends: the network computes the same in both, see `make_repeatable`."""
@@ -124,8 +147,11 @@ class ValueModel(nn.Module):
                 f"value_model={type(reward_model).__name__}: a value model can be built from a reward model with one "
                 f"linear `score` of one label, not from {score}"
             )
-        network = trainable(independent_copy(text_trunk(settle_quantization(reward_model))))
-        return cls(network, ValueHead.like(score).to(_device(network)))
+        trunk = text_trunk(settle_quantization(reward_model))
+        network = trainable(independent_copy(trunk))
+        value_model = cls(network, ValueHead.like(score).to(_device(network)))
+        value_model.given_names = {"network": name_in(reward_model, trunk), "head.out": "score"}
+        return value_model
 
     @classmethod
     def from_pretrained(cls, path: str | Path, base_model: Network | None = None, **kwargs: Any) -> "ValueModel":
@@ -187,6 +213,12 @@ class ValueModel(nn.Module):
         """
         state = self.state_dict() if state_dict is None else state_dict
         save_value_model(self.network, self.head, path, state_of(state, "network"), state_of(state, "head"))
+
+
+def name_in(network: nn.Module, part: nn.Module) -> str:
+    """What `network` calls one of its modules; empty for itself."""
+    names: dict[int, str] = {id(module): name for name, module in network.named_modules()}
+    return names[id(part)]
 
 
 def trunk_values(trunk: PreTrainedModel, head: ValueHead, tokens: Mapping[str, Any], response_width: int) -> Tensor:

@@ -65,4 +65,9 @@ def fit_value_model(
         model=value_model, args=own, data_collator=micro_batch, train_dataset=list(range(len(rollouts)))
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    # The Trainer chooses which weights decay by their names in the modules.
+    given_names, value_model.given_names = value_model.given_names, {}
+    try:
+        trainer.train()
+    finally:
+        value_model.given_names = given_names

@@ -56,8 +56,10 @@ from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
 from trl_apa.trainer.optimization import (
     check_optimizer_is_finite,
+    given_scheduler,
     split_off_value_groups,
     value_learning_rate,
+    wrapped_optimizer,
 )
 from trl_apa.trainer.options_in_use import note_global_sizes, steps_of_episodes
 from trl_apa.trainer.preparation import shaped_scores
@@ -66,6 +68,7 @@ from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics
 from trl_apa.trainer.run_identity import initial_policy_fingerprint
 from trl_apa.trainer.run_state import RunState
 from trl_apa.trainer.saving import Saving
+from trl_apa.trainer.script_trackers import connect_tracker_objects
 from trl_apa.trainer.statistics import (
     StageTimer,
     UpdateRecord,
@@ -243,7 +246,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                 check_answers_text(module.policy)
         self._note_what_scripts_read()
         if not is_sharded(self.accelerator):
-            self.create_optimizer()  # there to be read before the first step; sharded weights are not there yet
+            # There to be read before the first step, as accelerate wraps it; sharded weights are not there yet.
+            self.optimizer = wrapped_optimizer(self.create_optimizer(), self.accelerator)
+        self.lr_scheduler = given_scheduler(self.lr_scheduler)
         if self.ref_model is not None:
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
             answer_as_classic(self.ref_model)
@@ -313,6 +318,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardAndKL())
         self.add_callback(self.processes.stop_on_signal)
+        connect_tracker_objects(self)
 
     def _make_sampler(self, given: Sampler | None) -> VLLMSampler | EngineSampler | None:
         """What answers prompts, if it is not the policy's own `generate`."""
@@ -549,7 +555,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             queries: `batch_size` prompts, 1-D token ids.
             responses: what the policy answered, 1-D token ids without the prompt, EOS included; of an encoder-decoder
                 with the start token before them or without.
-            scores: one number a response, reward units, 0-D or of one element.
+            scores: one number a response, reward units, of shape `()` or `(1,)`.
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
 
         Returns:

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers.optimization
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from trl_apa.config.rates import PRETRAINED_RATE, default_rate, rate_is_default, set_default_rate
 from trl_apa.models.adapters import trains_added_weights_alone
@@ -25,6 +28,55 @@ logger = logging.getLogger(__name__)
 OPTION_OF = {"lr": "learning_rate", "eps": "adam_epsilon"}
 # Options of a group that are multiplied into the weights. Others may be infinite (the growth rate of Prodigy's steps).
 FACTORS = ("lr", "initial_lr", "weight_decay", "momentum", "dampening", "betas", "eps")
+# Schedulers that the Trainer knows by their class, and tells a metric.
+LED_BY_METRICS = (ReduceLROnPlateau, getattr(transformers.optimization, "GreedyLR", ReduceLROnPlateau))
+
+
+class GivenScheduler(AcceleratedScheduler):
+    """A scheduler of the caller's own: `.scheduler`, as classic's trainer had it, and all its attributes.
+
+    It moves once a call of `step`, whatever the number of processes.
+    """
+
+    def __init__(self, scheduler: Any):
+        super().__init__(scheduler, [], step_with_optimizer=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":
+            raise AttributeError(name)  # while it is copied or unpickled
+        return getattr(self.scheduler, name)
+
+
+def wrapped_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Any:
+    """The optimizer as accelerate wraps it, `.optimizer` being itself; hooks that are registered on either are called.
+
+    Args:
+        optimizer: of weights that are not sharded.
+        accelerator: knows the wrapper again when it prepares the networks.
+    """
+    wrapper = accelerator.prepare(optimizer)
+    # accelerate's wrapper has no hooks of its own: `register_step_post_hook` would fail on it.
+    hooks = {name: value for name, value in vars(optimizer).items() if name.startswith("_optimizer_")}
+    vars(wrapper).update(hooks)
+    return wrapper
+
+
+def given_scheduler(scheduler: Any) -> Any:
+    """A caller's scheduler as `GivenScheduler`; None, and those that metrics lead, as they are."""
+    return scheduler if scheduler is None or isinstance(scheduler, LED_BY_METRICS) else GivenScheduler(scheduler)
+
+
+def forget_gradients_of(model: nn.Module, optimizer: Any) -> None:
+    """After an update: gradients are given up, or what the script has put in place of `optimizer.zero_grad` is done.
+
+    Args:
+        model: as the engine has prepared it.
+        optimizer: as accelerate has prepared it.
+    """
+    if "zero_grad" in vars(optimizer):
+        optimizer.zero_grad()
+    else:
+        model.zero_grad()
 
 
 def choose_learning_rate(args: Any, module: PolicyAndValue) -> None:
@@ -156,6 +208,7 @@ def use_new_group_options(
         ValueError: if the checkpoint is of another kind of optimizer.
     """
     changed: dict[str, tuple[Any, Any]] = {}
+    scheduler = getattr(scheduler, "scheduler", scheduler)
     for number, (group, options) in enumerate(zip(optimizer.param_groups, now, strict=True)):
         if lacking := options.keys() - group.keys():
             raise ValueError(

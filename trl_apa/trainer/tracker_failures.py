@@ -21,6 +21,16 @@ LAST_EVENT = "on_train_end"
 DISPLAYS = (PrinterCallback, ProgressCallback)
 
 
+class Report(TrainerCallback):
+    """A report to a tracker that transformers has no reporter for.
+
+    Args:
+        name: the tracker's.
+    """
+
+    name: str
+
+
 def tracker_of(callback: TrainerCallback) -> str | None:
     """The name in `report_to` of the tracker that a callback reports to; None if it is no reporter."""
     return next((name for name, reporter in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, reporter)), None)
@@ -42,7 +52,8 @@ def may_fail(callback: TrainerCallback, doing: str) -> Iterator[None]:
         yield
     except Exception as error:
         if not is_disabled(callback):
-            _tell(callback, f"{tracker_of(callback) or type(callback).__name__} failed in {doing}", error)
+            name = callback.name if isinstance(callback, Report) else tracker_of(callback)
+            _tell(callback, f"{name or type(callback).__name__} failed in {doing}", error)
         callback._has_failed = True
 
 
@@ -67,7 +78,7 @@ def warn_if_report_fails(owner: Any, what: str, kind: str | None = None) -> Iter
 def isolate_failures(callbacks: Iterable[TrainerCallback]) -> None:
     """Let those of `callbacks` that report to a tracker or on the terminal fail without ending the run."""
     for callback in callbacks:
-        reports = tracker_of(callback) is not None or isinstance(callback, DISPLAYS)
+        reports = tracker_of(callback) is not None or isinstance(callback, (*DISPLAYS, Report))
         if reports and not hasattr(callback, "_has_failed"):
             callback._has_failed = False
             for event in EVENTS:

@@ -27,6 +27,7 @@ from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
 from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.trainer.resuming import ResumableRuns, random_state_restored_on_error
+from trl_apa.trainer.script_trackers import connect_reporters
 from trl_apa.trainer.statistics import StageTimer, mean_of_numbers
 from trl_apa.trainer.tracker_failures import isolate_failures, warn_if_report_fails
 from trl_apa.trainer.validation import check_score_inputs
@@ -100,6 +101,7 @@ class TrainingLoop(ResumableRuns):
         super().add_callback(callback)
         hide_secrets_from(self.callback_handler.callbacks)
         isolate_failures(self.callback_handler.callbacks)
+        connect_reporters(self)
 
     def train(
         self,

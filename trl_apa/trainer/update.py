@@ -14,6 +14,7 @@ from trl_apa.algorithms.losses import policy_shift, value_loss
 from trl_apa.algorithms.masking import masked_mean
 from trl_apa.distributed.sharded import forget_gradients
 from trl_apa.trainer.hooked_stages import loss_by_override
+from trl_apa.trainer.optimization import forget_gradients_of
 
 
 # What `policy_shift` reports, for losses that do not.
@@ -41,7 +42,7 @@ class Update(_BaseTrainer):
                 self._get_grad_norm(self.model_wrapped, grad_norm=norm)
                 self.optimizer.step()
                 self.state.global_step += 1
-            self.model_wrapped.zero_grad()
+            forget_gradients_of(self.model_wrapped, self.optimizer)
             self._stop_if_moved_too_far()
 
     def training_step(

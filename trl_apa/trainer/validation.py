@@ -99,7 +99,7 @@ def check_step_inputs(
             check_tokens(f"{name}[{row}]", tokens, num_ids, tokenizer)
     for row, score in enumerate(scores):
         check_readable(f"scores[{row}]", score)
-        if score.numel() != 1:
+        if score.numel() != 1 or score.dim() > 1:
             raise ValueError(
                 f"scores[{row}] has shape {tuple(score.shape)}; a response has one score: shape () or (1,)"
             )
