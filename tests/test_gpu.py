@@ -30,6 +30,7 @@ from tests.tiny import (
 from trl_apa import APAConfig, APATrainer
 from trl_apa.checking import memory, run
 from trl_apa.models import fused_head, load_policy, logprobs
+from trl_apa.rollout import generation
 
 
 ON_GPU = torch.cuda.is_available()
@@ -245,6 +246,26 @@ def test_what_is_sampled_is_what_the_forward_pass_says(tmp_path, monkeypatch, fa
 
 
 # ---- resuming ----
+
+
+def test_rows_that_are_left_are_sampled_from_generates_random_numbers(tmp_path, monkeypatch):
+    """`torch.multinomial` has a kernel of its own on a GPU: the choice of `RowChoice` has to be that one's too."""
+    probabilities_BV = torch.randn(7, 50257, device=DEVICE).softmax(dim=-1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = torch.multinomial(probabilities_BV, 1)[:, 0]
+        torch.manual_seed(seed)
+        noise_BV = torch.empty_like(probabilities_BV).exponential_()
+        assert torch.equal((probabilities_BV / noise_BV).argmax(dim=-1), expected)
+    queries = tiny_rollouts(12, seed=3)[0]
+    trainer = trainer_on(DEVICE, tmp_path, max_completion_length=30)
+    found = []
+    for dropping in (True, False):
+        if not dropping:
+            monkeypatch.setattr(generation, "rows_can_be_dropped", lambda *given: False)
+        torch.manual_seed(5)
+        found.append(trainer.generate(queries, return_prompt=False, batch_size=12, stop_strings=["w5"]))
+    assert all(map(torch.equal, *found)) and len({len(response) for response in found[0]}) > 1
 
 
 @pytest.mark.parametrize("stop", [1, 4])
