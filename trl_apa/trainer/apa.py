@@ -636,7 +636,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         """The caller's lists as `Rollouts` on the device, and which responses ended with EOS."""
         device = self.accelerator.device
         scores_B = torch.stack([score.detach().reshape(()).float().to(device) for score in scores])
-        ended_B = torch.tensor([int(response[-1]) in self._end_token_ids for response in responses], device=device)
+        last_tokens_B = torch.stack([response[-1].to(device) for response in responses])
+        ended_B = torch.isin(last_tokens_B, torch.tensor(self._end_token_ids, dtype=torch.long, device=device))
         rollouts = Rollouts(
             queries=[query.long().to(device) for query in queries],
             responses=[response.long().to(device) for response in responses],

@@ -168,7 +168,9 @@ def rollout_statistics(
     }
     if kl_coef is not None:
         stats["apa/policy/log_normalizer"] = log_normalizer(rollouts.advantages_BR, mask, kl_coef)
-    return {name: float(value) for name, value in stats.items()}
+    # One wait for the device instead of one a statistic.
+    table = torch.stack([value.to(mask.device).float() for value in stats.values()])
+    return dict(zip(stats, table.tolist(), strict=True))
 
 
 def sampling_difference(
