@@ -130,6 +130,23 @@ def test_checkpointed_layers_compute_in_eval_mode_in_both_passes(tmp_path, famil
     assert calls[1] > calls[0]
 
 
+@pytest.mark.parametrize("family", ["dropout of the config", "layer drop", "bart"])
+def test_a_pass_without_gradient_is_in_eval_mode_too(tmp_path, family):
+    """Rollouts are evaluated so, before the update and between two of them."""
+    found = []
+    for checkpointing in (True, True, False):
+        torch.manual_seed(len(found))
+        model = family_model(family, scale=1.0).train()
+        trainer = learner(tmp_path, model, gradient_checkpointing=checkpointing, learning_rate=0.0)
+        queries, responses, scores = tiny_rollouts()
+        trainer.step(queries, responses, scores)
+        rollouts, _ = trainer._collect(queries, responses, scores, None)
+        trainer._evaluate_rollouts(rollouts)
+        found.append(torch.cat([rollouts.values_BR, rollouts.old_logprobs_BR]))
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=2e-6)
+
+
 def test_rwkv_keeps_its_weights(tmp_path):
     """In eval mode it would divide them in place, by more in each layer, and they would be saved so."""
     model = family_model("rwkv", rescale_every=1)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,6 +29,8 @@ IN_TRAIN_MODE = frozenset(
     }
 )
 LIBRARIES = ("transformers.", "bitsandbytes.")
+# An attribute of a layer: whether it is said to be in train mode, so that it is checkpointed.
+CHECKPOINTED = "_apa_is_checkpointed"
 
 
 def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
@@ -35,7 +38,8 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
 
     Whatever train mode adds is left out: dropout, of rates in a config too, layer drop, noise of routers and
     embeddings, sampled experts. transformers checkpoints layers in train mode only: one that is to be checkpointed is
-    said to be in that mode, no module inside it is, and it computes in eval mode in both passes. Dynamic RoPE forgets
+    said to be in that mode, no module inside it is, and it computes in eval mode in both passes; in a pass without
+    gradient it is in eval mode. Dynamic RoPE forgets
     the longest row that it has seen, and RecurrentGemma the row before.
 
     Args:
@@ -47,6 +51,8 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
         training = _needs_train_mode(type(module))  # type: ignore[arg-type]  # a class is hashable
         if module.training is not training:  # torch takes longer to set it than to look
             module.training = training
+        if CHECKPOINTED in vars(module):
+            vars(module)[CHECKPOINTED] = False
         if "dynamic" in str(vars(module).get("rope_type", "")):
             if _forget_longer_rows not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_forget_longer_rows)
@@ -55,7 +61,9 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
                 module.register_forward_pre_hook(_forget_the_row_before, with_kwargs=True)
     if checkpointing:
         for layer in _checkpointed_layers(modules):
-            layer.training = True
+            layer.training = vars(layer)[CHECKPOINTED] = True
+            if _train_mode_for_the_gradient not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_train_mode_for_the_gradient)
             if getattr(layer._gradient_checkpointing_func, "func", None) is not _checkpoint_in_eval_mode:
                 original = layer._gradient_checkpointing_func
                 layer._gradient_checkpointing_func = partial(_checkpoint_in_eval_mode, layer, original)
@@ -74,6 +82,12 @@ def _checkpointed_layers(modules: Iterable[nn.Module]) -> list[Any]:
     return [module for module in layers or flagged if hasattr(module, "_gradient_checkpointing_func")]
 
 
+def _train_mode_for_the_gradient(layer: nn.Module, _: Any) -> None:
+    """Without gradient, transformers from 5.24 on does not checkpoint: the layer would compute in train mode."""
+    if vars(layer)[CHECKPOINTED]:
+        layer.training = torch.is_grad_enabled()
+
+
 def _checkpoint_in_eval_mode(
     layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -81,11 +95,12 @@ def _checkpoint_in_eval_mode(
 
 
 def _in_eval_mode(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    layer.training = False
+    # Until 5.22 or so transformers checkpoints the call of a layer, and its hooks with it.
+    layer.training = vars(layer)[CHECKPOINTED] = False
     try:
         return forward(*args, **kwargs)
     finally:
-        layer.training = True
+        layer.training = vars(layer)[CHECKPOINTED] = True
 
 
 def _forget_longer_rows(rope: Any, _: Any) -> None:
