@@ -95,7 +95,7 @@ def _checkpoint_in_eval_mode(
 
 
 def _in_eval_mode(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # Until 5.22 or so transformers checkpoints the call of a layer, and its hooks with it.
+    # Older versions of transformers checkpoint the call of a layer, and its hooks with it.
     layer.training = vars(layer)[CHECKPOINTED] = False
     try:
         return forward(*args, **kwargs)
