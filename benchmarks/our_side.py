@@ -12,6 +12,7 @@ from benchmarks.plain_calls import PlainUpdate
 from benchmarks.serving import serve
 from benchmarks.workload import EOS, NEW_TOKENS, PAD, Workload
 from trl_apa import APAConfig, APATrainer
+from trl_apa.rollout import shared_prompts
 
 
 def make_trainer(workload: Workload, folder: str, padding_free: bool | None) -> APATrainer:
@@ -23,6 +24,7 @@ def make_trainer(workload: Workload, folder: str, padding_free: bool | None) -> 
         mini_batch_size=workload.mini_batch_size,
         ppo_epochs=workload.epochs,
         padding_free=padding_free,
+        shuffle=workload.shuffle,
     )
     return APATrainer(config, workload.model(), tokenizer=workload.tokenizer())
 
@@ -67,4 +69,6 @@ if __name__ == "__main__":
     if side == "plain":
         serve_plain(workload)
     else:
-        serve_ours(workload, {"ours": None, "ours, padded": False}[side])
+        if side == "ours, not shared":
+            shared_prompts.SHORTEST = sys.maxsize  # no prompt has so many tokens
+        serve_ours(workload, False if side == "ours, padded" else None)

@@ -40,6 +40,9 @@ class Workload:
         batch_size, mini_batch_size, epochs: of `step`.
         length: what all lengths are multiplied by.
         generation_batch_size: queries a call of `generate`.
+        rows_per_prompt: neighbours that have the same query.
+        prompt, response: tokens of each query and of each response, instead of those of the spread.
+        shuffle: what `step` draws into mini-batches, "rows" or "groups" of one query.
         seed: of weights, tokens and lengths.
     """
 
@@ -51,12 +54,21 @@ class Workload:
     epochs: int = 2
     length: float = 1.0
     generation_batch_size: int = 16
+    rows_per_prompt: int = 1
+    prompt: int | None = None
+    response: int | None = None
+    shuffle: str = "rows"
     seed: int = 1
 
     @property
     def new_tokens(self) -> int:
         """What `generate` samples for all queries; an end of sequence is one word among thousands."""
         return self.batch_size * NEW_TOKENS
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        """Tokens of each query and of each response, where they do not follow from the spread."""
+        return self.prompt, self.response
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -68,7 +80,7 @@ class Workload:
     def model(self) -> Any:
         torch.manual_seed(self.seed)
         ids = {"vocab_size": self.vocabulary, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
-        positions = max(512, int(512 * self.length))
+        positions = max(512, int(512 * self.length), (self.prompt or 0) + (self.response or 0))
         return AutoModelForCausalLM.from_config(
             LlamaConfig(**ids, **SIZES[self.size], max_position_embeddings=positions)
         )
@@ -95,6 +107,8 @@ class Workload:
             )
             return torch.randint(2, self.vocabulary, (round(length * self.length),), generator=generator)
 
-        queries = [tokens(row, *ranges[0]) for row in range(self.batch_size)]
-        responses = [tokens(row, *ranges[1]) for row in range(self.batch_size)]
+        given = [bounds if size is None else (size, size) for bounds, size in zip(ranges, self.lengths, strict=True)]
+        queries = [tokens(row, *given[0]) for row in range(0, self.batch_size, self.rows_per_prompt)]
+        queries = [query for query in queries for _ in range(self.rows_per_prompt)]
+        responses = [tokens(row, *given[1]) for row in range(self.batch_size)]
         return queries, responses, list(torch.randn(self.batch_size, generator=generator).unbind())

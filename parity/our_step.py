@@ -17,7 +17,7 @@ from trl_apa import (
 def prescribed_order(case: Case) -> Any:
     """Inside, rows are visited in the order that the case prescribes, as classic is made to."""
 
-    def mini_batches(num_rows: int, size: int, stream: tuple[int, ...]) -> list[list[int]]:
+    def mini_batches(num_rows: int, size: int, stream: tuple[int, ...], groups: object = None) -> list[list[int]]:
         *_, iteration, epoch = stream
         order = case.rollouts[iteration].orders[epoch]
         return [order[start : start + size] for start in range(0, num_rows, size)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chaos, soak, vocabulary
+from benchmarks import chaos, groups, soak, vocabulary
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.speed import tokens_of
 from benchmarks.workload import SPREADS, Workload
@@ -25,6 +25,23 @@ def test_make_bench_measures_ours_and_the_plain_calls():
     rows = [line.split() for line in printed.splitlines()]
     assert [row[5] for row in rows if row[:3] == ["32", "x", "2"]] == ["step", "generate"]
     assert all(float(row[-4]) > 0 for row in rows if row[:3] == ["32", "x", "2"])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_groups_compares_shared_prompts_with_none():
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.groups", "--quick"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (row,) = (line.split() for line in printed.splitlines() if line.startswith("32 x 2"))
+    assert row[3:7] == ["128", "8", "groups", "18%"]
+    assert float(row[7]) < 0.9
+
+
+def test_a_workload_of_groups_repeats_its_queries():
+    workload = groups.workload_of(20, 5, batch_size=16)
+    queries, responses, _ = workload.rollouts()
+    assert len(queries) == 16 and len({tuple(query.tolist()) for query in queries}) == 2
+    assert {len(query) for query in queries} == {20} and {len(response) for response in responses} == {5}
+    assert groups.share_of_tokens(workload) == (2 * 20 + 16 * 5) / (16 * 25)
 
 
 def test_the_spreads_differ_in_padding_and_hardly_in_tokens():

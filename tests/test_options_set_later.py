@@ -19,10 +19,10 @@ from trl_apa.config.sizes import SIZES
 
 # What is read where it is used. An option that is neither here nor fixed nor another name has not been decided.
 TAKE_EFFECT = {
-    *("batch_size", "num_epochs_per_batch", "num_generations", "generation_batch_size"),
+    *("batch_size", "num_epochs_per_batch", "num_generations", "shuffle", "generation_batch_size"),
     *("gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value", "kl_penalty", "ratio_threshold"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
-    *("early_stopping", "target_kl", "max_kl", "value_max_grad_norm", "optimize_device_cache"),
+    *("early_stopping", "target_kl", "max_kl", "exact_kl", "value_max_grad_norm", "optimize_device_cache"),
     *("max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "stop_strings"),
     *("chat_template_kwargs", "local_rollout_forward_batch_size", "ds3_gather_for_generation", "total_episodes"),
     *("log_completions", "num_completions_to_print", "compare_steps", "push_to_hub_if_best_kwargs", "resume_anyway"),
@@ -71,7 +71,13 @@ VALUES = {
     **{"use_score_scaling": True, "scale_rewards": True, "use_score_norm": True, "score_clip": 2.0},
     **{"max_completion_length": 9, "log_with": "tensorboard", "max_grad_norm": None},
     **{"report_to": ["tensorboard"], "learning_rate": 1e-3, "optimize_cuda_cache": True, "top_k": 5},
-    **{"optimize_device_cache": True, "exp_name": "a", "lr_scheduler_type": "linear", "save_strategy": "no"},
+    **{
+        "shuffle": "groups",
+        "optimize_device_cache": True,
+        "exp_name": "a",
+        "lr_scheduler_type": "linear",
+        "save_strategy": "no",
+    },
     **{
         "tracker_kwargs": '{"wandb": {"entity": "a"}}',
         "chat_template_kwargs": '{"a": 1}',

@@ -11,7 +11,7 @@ import pytest
 
 
 MATHEMATICS = ("masking", "kl", "advantages", "rewards", "losses")
-PURE = (*(f"algorithms.{name}" for name in MATHEMATICS), "values", "rollout.batch")
+PURE = (*(f"algorithms.{name}" for name in MATHEMATICS), "values", "rollout.batch", "rollout.shared_prompts")
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets", "tokenizers"}
 
 PROBE = """

@@ -185,6 +185,7 @@ def other_words(completions, **kwargs):
         ("per_device_train_batch_size", {"mini_batch_size": 4}),
         ("num_epochs_per_batch", {"ppo_epochs": 3}),
         ("num_generations", {"num_generations": 2}),
+        ("shuffle", {"shuffle": "groups"}),
         ("temperature", {"temperature": 0.5}),
         ("top_k", {"top_k": 3}),
         ("max_completion_length", {"max_completion_length": 6}),

@@ -36,7 +36,8 @@ def test_padded_and_packed_layouts_say_where_the_responses_are():
     assert padded["predicting_index"].tolist() == [2, 8, 9, 10]
     for batch in (packed, padded):
         assert batch["response_index"].tolist() == [0, 3, 4, 5]
-        tokens = batch["input_ids"].flatten()[batch["predicting_index"] + 1]
+        assert torch.equal(batch["token_index"], batch["predicting_index"] + 1)
+        tokens = batch["input_ids"].flatten()[batch["token_index"]]
         assert response_rows(tokens, batch, 3).tolist() == [[0, 0, 0], [9, 0, 1]]
 
 

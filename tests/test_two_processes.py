@@ -31,6 +31,8 @@ from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
 from trl_apa.models.value_adapter import VALUE_ADAPTER
+from trl_apa.rollout import shared_prompts
+from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.trainer.checkpoints import MANIFEST
 from trl_apa.trainer.resuming import is_complete, last_complete_checkpoint
 
@@ -45,6 +47,33 @@ def step_on_half(rank, folder, loss_type):
     stats = [trainer.step(*halves) for _ in range(2)][-1]
     assert trainer.accelerator.num_processes == WORLD_SIZE
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, stats
+
+
+def step_on_half_of_groups(rank, folder):
+    """`step_on_half` of rows with two prompts on each rank, which read them once."""
+    trainer = learner(folder, batch_size=4, shuffle="groups", **ACCUMULATED, **OPTIONS)
+    halves = [[column[row] for row in rows_of(rank)] for column in rollouts_of_groups()]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prompts, "SHORTEST", 1)
+        patch.setattr(shared_prompts, "SMALLEST_SHARE", 0.0)
+        patch.setattr(Rollouts, "micro_batch", noting_layouts(seen))
+        trainer.step(*halves)
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, seen
+
+
+def noting_layouts(seen):
+    def micro_batch(self, rows, pad_token_id, layout, original=Rollouts.micro_batch):
+        seen.append(layout)
+        return original(self, rows, pad_token_id, layout)
+
+    return micro_batch
+
+
+def rollouts_of_groups():
+    """Eight rollouts of three prompts: of the first on one half, of the last on the other, of one on both."""
+    queries, responses, scores = tiny_rollouts(8)
+    return [queries[number] for number in (0, 1, 1, 0, 1, 2, 1, 2)], responses, scores
 
 
 def step_on_half_by_overrides(rank, folder):
@@ -256,6 +285,7 @@ def everything(rank, folder):
     announce_rank(rank)
     rows, own = rows_of(rank), f"{folder}/{rank}"
     results = {loss_type: step_on_half(rank, f"{own}/{loss_type}", loss_type) for loss_type in ("apa", "awr", "ppo")}
+    results["groups"] = step_on_half_of_groups(rank, f"{own}/groups")
     results["overridden"] = step_on_half_by_overrides(rank, f"{own}/overridden")
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
@@ -298,6 +328,15 @@ def test_two_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks, 
         for name, value in stats.items():
             if not name.startswith("time/"):
                 assert rank_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_two_ranks_that_read_common_prompts_once_equal_one_process_that_does_not(tmp_path, ranks):
+    single = learner(tmp_path, batch_size=8, mini_batch_size=8, **OPTIONS)
+    single.step(*rollouts_of_groups())
+    expected = {name: p.detach() for name, p in single.model.named_parameters()}
+    for weights, seen in (rank["groups"] for rank in ranks):
+        assert set(seen) == {Layout.SHARED}
+        assert_same(weights, expected, tolerance=1e-5)
 
 
 def test_two_ranks_equal_one_process_where_overrides_are_called(tmp_path, ranks):

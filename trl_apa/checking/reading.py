@@ -61,6 +61,9 @@ def _of_trial(what: str, trial: LayoutTrial, used: Layout) -> Iterator[Finding]:
         return
     ok = trial.is_exact_packed or used is not Layout.PACKED
     yield compared(f"{what}, packed", trial.packed, trial.allowed, "the trainer does not pack rows of this model", ok)
+    if trial.shared is not None:
+        advice = "the trainer reads a common prompt once for each response"
+        yield compared(f"{what}, common prompt read once", trial.shared, trial.allowed, advice, ok=True)
 
 
 def sampling(subject: Subject) -> Iterator[Finding]:

@@ -76,7 +76,7 @@ DEFINES_RUN = (
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("reward_weights", "num_unfrozen_layers", "seed"),
     *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_epochs_per_batch"),
-    *("num_generations", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length"),
+    *("num_generations", "shuffle", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length"),
     *("stop_strings", "stop_token", "stop_token_id", "chat_template_kwargs"),
 )
 # Classic options that only named things for its trackers, or steered what this trainer does otherwise: option -> why.
@@ -154,6 +154,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             the system message. Defaults to all.
         num_generations (`int`, *optional*, defaults to `1`):
             In `train`, responses to each prompt; an iteration asks `batch_size / num_generations` prompts a process.
+        shuffle (`str`, *optional*):
+            How the rollouts of an iteration are drawn into optimizer steps: `"rows"`, each by itself, or `"groups"`,
+            those with the same prompt together, which is then read once for all of them. Defaults to `"groups"` if
+            `num_generations` is above 1, else to `"rows"`.
         generation_batch_size (`int`, *optional*):
             In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
         stop_strings (`list[str]`, *optional*):
@@ -271,6 +275,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     kl_penalty: str | None = option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
     max_prompt_length: int | None = option(None, "train(): keep the last tokens of a prompt; all by default.")
     num_generations: int = option(1, "train(): responses to each prompt of an iteration.")
+    shuffle: str | None = option(None, "Draw 'rows' or 'groups' of a prompt into optimizer steps.")
     generation_batch_size: int | None = option(None, "train(): prompts a call of generate; all by default.")
     stop_strings: list[str] | None = option(None, "train(): texts that end a response.")
     log_completions: bool = option(False, "train(): show, save and track the completions of each iteration.")
@@ -382,6 +387,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     def reads(self, option: str) -> bool:
         """Whether the algorithm reads an option that only some algorithms read."""
         return option in self.algorithm.options
+
+    @property
+    def shuffles_groups(self) -> bool:
+        """Whether rollouts with the same prompt are drawn into optimizer steps together."""
+        return self.shuffle == "groups" if self.shuffle is not None else self.num_generations > 1
 
     @property
     def total_ppo_epochs(self) -> int:
@@ -561,6 +571,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
+        if self.shuffle not in (None, "rows", "groups"):
+            raise ValueError(f"shuffle={self.shuffle!r}: it should be 'rows' or 'groups'")
         check_optimizer_options(self)
         if self.value_max_grad_norm is not None and not self.max_grad_norm:
             raise ValueError(

@@ -60,7 +60,7 @@ class Layouts:
         self._kinds = _different(self.networks)
         limits = (boundaries(inner_model(network).config) for network in self._kinds)
         self._boundaries = sorted({limit for of_one in limits for limit in of_one})
-        self._known: dict[tuple[int, bool], Layout] = {}
+        self._known: dict[tuple[int, bool, bool], Layout] = {}
         with around():
             for network in self._kinds:
                 check_repeatable(network)
@@ -69,12 +69,18 @@ class Layouts:
                     trunk_and_head(network)  # tried out now too, where nothing waits for the device
         self(LONG)
 
-    def __call__(self, longest: int, packable: bool = True) -> Layout:
-        """The layout for rows of at most `longest` tokens; `packable` says whether it may be a packed one."""
-        key = bisect_left(self._boundaries, longest), packable
+    def __call__(self, longest: int, packable: bool = True, share: bool = False) -> Layout:
+        """The layout for rows of at most `longest` tokens.
+
+        Args:
+            longest: tokens.
+            packable: whether it may be a packed one.
+            share: whether a prompt that rows have in common may be read once.
+        """
+        key = bisect_left(self._boundaries, longest), packable, share
         if key not in self._known:
             with self.around():
-                self._known[key] = self._choose(longest, packable)
+                self._known[key] = self._choose(longest, packable, share)
         return self._known[key]
 
     def try_up_to(self, longest: int) -> None:
@@ -83,11 +89,12 @@ class Layouts:
             for length in _lengths_up_to(longest, self._boundaries):
                 self(length)
 
-    def _choose(self, longest: int, packable: bool) -> Layout:
+    def _choose(self, longest: int, packable: bool, share: bool) -> Layout:
         if packable and self.padding_free is not False and self._all_pack(longest):
             for network in self.networks:
                 let_pack(inner_model(network))
-            return Layout.PACKED
+            shares = share and all(shares_prompts(network, longest) for network in self._kinds)
+            return Layout.SHARED if shares else Layout.PACKED
         return max((unpacked_layout(network, longest) for network in self._kinds), key=WITHOUT_PACKING.index)
 
     def _all_pack(self, longest: int) -> bool:
@@ -118,7 +125,7 @@ class ShardedLayouts:
     def try_up_to(self, longest: int) -> None:
         """Do nothing: the only trial is the one that all processes make together."""
 
-    def __call__(self, longest: int, packable: bool = True) -> Layout:
+    def __call__(self, longest: int, packable: bool = True, share: bool = False) -> Layout:
         """The layout for micro-batches of rows of at most `longest` tokens on this process; all call this together."""
         exact = self._is_exact_padded
         if any(rope_limit(inner_model(network).config) for network in self._kinds):
@@ -163,6 +170,18 @@ def why_not_packed(network: Network, longest: int = LONG) -> str | None:
     if trial.not_packed is not None:
         return trial.not_packed
     return None if trial.is_exact_packed else "computes something else from a packed row"
+
+
+def shares_prompts(network: Network, longest: int = LONG) -> bool:
+    """Whether packed responses behind a prompt that is read once cost less than each row alone, and give the same.
+
+    Not on a GPU: there each response behind a shared prompt is several more kernel launches a layer, which may take
+    longer than the tokens that they save.
+    """
+    if inner_model(network).device.type != "cpu":
+        return False
+    trial = layout_trial(network, longest)
+    return isinstance(trial, LayoutTrial) and trial.is_exact_shared
 
 
 def unpacked_layout(network: Network, longest: int = LONG) -> Layout:

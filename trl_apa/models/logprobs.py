@@ -24,10 +24,12 @@ from trl_apa.rollout.batch import send
 TOKEN_FIELDS = (
     "input_ids",
     "position_ids",
+    "token_index",
     "predicting_index",
     "response_index",
     "attention_mask",
     "sequence_lengths",
+    "prompt_lengths",
     "row_groups",
     "encoder_input_ids",
     "encoder_attention_mask",
@@ -171,7 +173,7 @@ def response_states(trunk: nn.Module, tokens: Mapping[str, Any], **options: Any)
 
 def response_tokens(tokens: Mapping[str, Any]) -> Tensor:
     """The ids of the `M` response tokens, int64 `(M,)`."""
-    ids_M: Tensor = tokens["input_ids"].flatten()[tokens["predicting_index"] + 1]
+    ids_M: Tensor = tokens["input_ids"].flatten()[tokens["token_index"]]
     return ids_M
 
 
@@ -338,7 +340,8 @@ def _packed_inputs(network: Network, tokens: Mapping[str, Any]) -> dict[str, Any
         return {**inputs, **bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     # transformers hands on a mask of four dimensions as it is, instead of making one of N x N; it is not read.
     unread = torch.ones(UNREAD_MASK, dtype=torch.bool, device=device)
-    return {**inputs, "attention_mask": unread, "sequence_lengths": lengths}
+    shared = {"prompt_lengths": tokens["prompt_lengths"]} if "prompt_lengths" in tokens else {}
+    return {**inputs, "attention_mask": unread, "sequence_lengths": lengths, **shared}
 
 
 def last_hidden_states(output: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """A micro-batch without padding: all sequences in one row, each of which attends to itself alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +29,18 @@ def attend_per_sequence(
     dropout: float = 0.0,
     scaling: float | None = None,
     sequence_lengths: tuple[int, ...] | None = None,
+    prompt_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' SDPA attention, sequence by sequence where a row is packed: cost grows with the sum of squares.
 
+    A response without a prompt of its own also attends to the prompt that lies before it in the row.
+
     Args:
         module, query, key, value, attention_mask, dropout, scaling, kwargs: as transformers passes them.
         sequence_lengths: tokens of each sequence in the one row; None for a batch as any other.
+        prompt_lengths: of each sequence, how many tokens of the last one with a prompt it continues; 0 where it has
+            its own. None where no prompt is shared.
 
     Raises:
         ValueError: if the network has put something into the mask, which a packed row does not read.
@@ -48,8 +53,52 @@ def attend_per_sequence(
     if attention_mask is not None and attention_mask.shape != UNREAD_MASK:
         raise ValueError("its attention uses the mask for more than padding")
     sequences = zip(*(states.split(sequence_lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *states, None, dropout, scaling, **kwargs)[0] for states in sequences]
+    calls = behind_prompts(sequences, sequence_lengths, prompt_lengths or (0,) * len(sequence_lengths))
+    outputs = [sdpa_attention_forward(module, *inputs, dropout, scaling, **kwargs)[0] for inputs in calls]
     return torch.cat(outputs, dim=1), None
+
+
+def behind_prompts(
+    sequences: Iterable[tuple[Tensor, Tensor, Tensor]],
+    sequence_lengths: Sequence[int],
+    prompt_lengths: Sequence[int],
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Queries, keys, values and mask of each sequence; keys and values of a shared prompt come before its own.
+
+    Args:
+        sequences: queries, keys and values of the tokens of each, `(1, heads, tokens, width)`.
+        sequence_lengths, prompt_lengths: as for `attend_per_sequence`.
+
+    Returns:
+        The mask is what is added to the scores of a response behind a shared prompt, `(1, 1, queries, keys)`; None
+        where there is none, for SDPA's own.
+    """
+    mask: Tensor | None = None
+    with_prompt: tuple[Tensor, ...] = ()
+    of_prompt: tuple[Tensor, ...] = ()
+    longest_prompt = max(prompt_lengths)
+    for (query, key, value), length, prompt in zip(sequences, sequence_lengths, prompt_lengths, strict=True):
+        if prompt == 0:
+            with_prompt, of_prompt = (key, value), ()
+            yield query, key, value, None
+            continue
+        if mask is None:
+            behind = (number for number, shared in zip(sequence_lengths, prompt_lengths, strict=True) if shared)
+            mask = mask_behind_prompt(longest_prompt, max(behind), query)
+        if not of_prompt:  # once for all responses: the backward pass of each such cut fills a tensor with zeros
+            of_prompt = tuple(states[:, :, :prompt] for states in with_prompt)
+        key, value = (torch.cat(pair, dim=2) for pair in zip(of_prompt, (key, value), strict=True))
+        yield query, key, value, mask[:, :, :length, longest_prompt - prompt : longest_prompt + length]
+
+
+def mask_behind_prompt(prompt_length: int, length: int, query: Tensor) -> Tensor:
+    """0 where a response of `length` tokens sees a token of `prompt_length` and of itself, -inf where not.
+
+    Rows without the last tokens, and columns without the first of the prompt, are the mask of a shorter one. In the
+    type of `query`, so that SDPA makes no copies and all sequences keep the same mask for the backward pass.
+    """
+    mask = query.new_full((length, prompt_length + length), -torch.inf)
+    return mask.triu(prompt_length + 1)[None, None]
 
 
 AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)

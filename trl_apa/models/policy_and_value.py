@@ -98,11 +98,13 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         self,
         input_ids: Tensor,
         response_width: int,
+        token_index: Tensor,
         predicting_index: Tensor,
         response_index: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         sequence_lengths: tuple[int, ...] | None = None,
+        prompt_lengths: tuple[int, ...] | None = None,
         row_groups: tuple[tuple[int, int, int], ...] | None = None,
         encoder_input_ids: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
@@ -115,8 +117,8 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         """What the update reads of a micro-batch at its response tokens.
 
         Args:
-            input_ids, predicting_index, response_index, position_ids, attention_mask, sequence_lengths, row_groups,
-                encoder_input_ids, encoder_attention_mask: see `batch.lay_out`.
+            input_ids, token_index, predicting_index, response_index, position_ids, attention_mask, sequence_lengths,
+                prompt_lengths, row_groups, encoder_input_ids, encoder_attention_mask: see `batch.lay_out`.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
             with_policy, with_value: which of the two networks to run. With gradient, networks on one base run in one
@@ -136,10 +138,12 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         given = (
             input_ids,
             position_ids,
+            token_index,
             predicting_index,
             response_index,
             attention_mask,
             sequence_lengths,
+            prompt_lengths,
             row_groups,
             encoder_input_ids,
             encoder_attention_mask,

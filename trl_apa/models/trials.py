@@ -23,7 +23,7 @@ from trl_apa.models.logprobs import (
     trunk_and_head,
 )
 from trl_apa.models.network_parts import Network, inner_model, num_token_ids, rope_options, trunk_of
-from trl_apa.models.packing import attending_with, for_packed_rows, why_unsuitable
+from trl_apa.models.packing import PER_SEQUENCE, attending_with, for_packed_rows, why_unsuitable
 from trl_apa.rollout.batch import Layout, lay_out
 
 
@@ -73,6 +73,8 @@ class LayoutTrial:
         allowed: the same, or four times what `together` shows, which may be more in a deep network.
         allowed_leak: the same of `leak`.
         not_packed: why there was no packed row.
+        shared: all in one row in which one row and another response to its prompt share that prompt; or None.
+        shared_leak: the largest change of the other responses there when the one behind the prompt changes; or None.
     """
 
     lengths: tuple[int, ...]
@@ -86,6 +88,8 @@ class LayoutTrial:
     allowed: float
     allowed_leak: float
     not_packed: str | None = None
+    shared: Difference | None = None
+    shared_leak: float | None = None
 
     @property
     def is_repeatable(self) -> bool:
@@ -104,6 +108,13 @@ class LayoutTrial:
         if self.packed is None or self.leak is None:
             return False
         return self.packed.relative <= self.allowed and self.leak <= self.allowed_leak
+
+    @property
+    def is_exact_shared(self) -> bool:
+        if self.shared is None or self.shared_leak is None:
+            return False
+        exact = self.shared.relative <= self.allowed and self.shared_leak <= self.allowed_leak
+        return exact and self.is_exact_packed
 
 
 def boundaries(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -206,9 +217,11 @@ def in_layout(
     responses: Sequence[Tensor],
     pad_token_id: int,
     start: int | None = None,
+    prompts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The same of several rows in one of the layouts, by the functions that the trainer uses."""
-    return [states.float().cpu() for states in _states(network, layout, queries, responses, pad_token_id, start)]
+    states = _states(network, layout, queries, responses, pad_token_id, start, prompts)
+    return [of_row.float().cpu() for of_row in states]
 
 
 def _states(
@@ -218,8 +231,9 @@ def _states(
     responses: Sequence[Tensor],
     pad_token_id: int,
     start: int | None,
+    prompts: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    tokens = lay_out(layout, queries, responses, pad_token_id, start)
+    tokens = lay_out(layout, queries, responses, pad_token_id, start, prompts)
     width = max(len(response) for response in responses)
     base = inner_model(network)
     if base.get_output_embeddings() is None:
@@ -306,6 +320,7 @@ def try_layouts(
     padded = compared(in_layout(network, Layout.PADDED, queries, responses, pad_token_id, start))
     why_not = why_unsuitable(network, longest)
     in_one_row, leak, why_not = (None, None, why_not) if why_not else _packed(network, queries, responses, exact)
+    shared = None if in_one_row is None else _shared(network, queries, responses, expected, exact)
     return LayoutTrial(
         lengths=lengths,
         repeated=compared([alone(network, queries[-1], responses[-1], start)], first=-1),
@@ -319,6 +334,8 @@ def try_layouts(
         # Experts see the tokens of all sequences together, and an int8 kernel treats a column alike for all of them.
         allowed_leak=allowed if has_experts(base.config) or getattr(base, "is_quantized", False) else 0.0,
         not_packed=why_not,
+        shared=None if shared is None else shared[0],
+        shared_leak=None if shared is None else shared[1],
     )
 
 
@@ -375,6 +392,37 @@ def _packed(
     except Exception as error:  # a kernel that is not for this device, attention that reads the mask
         return None, None, f"could not be tried out: {error}"
     return outputs, difference(outputs[1:], changed[1:], None, exact).relative, None
+
+
+def _shared(
+    network: Network, queries: list[Tensor], responses: list[Tensor], expected: list[Tensor], exact: bool
+) -> tuple[Difference, float] | None:
+    """How far rows are from those alone where the last one and another response to its prompt share the prompt.
+
+    Returns:
+        Their difference from `expected`, and how far the other responses change with the one behind the prompt; None
+        where the network has other attention than `packing.attend_per_sequence`, or that fails.
+    """
+    base = inner_model(network)
+    if for_packed_rows(base) != PER_SEQUENCE:
+        return None
+    query, response = queries[-1], responses[-1]
+    # Shorter, so that their ends are not taken for each other's; the other row lies between the two of one prompt.
+    other = response.flip(0)[: max(1, len(response) - 1)]
+    rows, prompts = ([query, queries[0], query], [response, responses[0], other]), (0, 1, 0)
+    alone_each = [expected[-1], expected[0], alone(network, query, other)]
+    targets = None if base.get_output_embeddings() is None else rows[1]
+    changed_rows = rows[0], [response.flip(0), *rows[1][1:]]
+    try:
+        with attending_with(base, PER_SEQUENCE):
+            outputs = in_layout(network, Layout.SHARED, *rows, 0, prompts=prompts)
+            changed = in_layout(network, Layout.SHARED, *changed_rows, 0, prompts=prompts)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a kernel that takes no mask
+        return None
+    leak = difference(outputs[1:], changed[1:], None, exact).relative
+    return difference(alone_each, outputs, targets, exact), leak
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_apa.rollout.shared_prompts import have_common, prompts_worth_sharing
 from trl_apa.values import why_unreadable
 
 
@@ -20,12 +21,14 @@ UNMEASURED: Any = None
 class Layout(Enum):
     """How the rows of a micro-batch lie before a network.
 
+    SHARED: packed, with a prompt that several rows have in common read once.
     PACKED: concatenated in one row (`pack_tokens`), for a network that gets the sequence boundaries.
     PADDED: one a row, filled up with pads (`pad_tokens`).
     SEPARATE: rows of equal length together, without pads (`separate_tokens`).
     ONE_BY_ONE: the same, each row by itself.
     """
 
+    SHARED = "shared"
     PACKED = "packed"
     PADDED = "padded"
     SEPARATE = "separate"
@@ -58,6 +61,7 @@ class Rollouts:
         returns_BR: regression target of the value model, reward units.
         decoder_start_token_id: of an encoder-decoder, the token that its decoder reads before a response; None for a
             decoder alone, which reads the query there.
+        prompts: a number for each row, the same for rows with equal queries: see `equal_queries`.
     """
 
     queries: list[Tensor]
@@ -75,6 +79,7 @@ class Rollouts:
     advantages_BR: Tensor = UNMEASURED
     returns_BR: Tensor = UNMEASURED
     decoder_start_token_id: int | None = None
+    prompts: list[int] = UNMEASURED
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -93,6 +98,14 @@ class Rollouts:
         pair = [self.queries[row] for row in rows], [self.responses[row] for row in rows]
         return longest_row(*pair, self.decoder_start_token_id)
 
+    def share_prompts(self, rows: Sequence[int]) -> bool:
+        """Whether two of `rows` have a prompt that is worth reading once for both."""
+        return self.prompts is not None and have_common(self._worth_sharing(rows))
+
+    def _worth_sharing(self, rows: Sequence[int]) -> list[int]:
+        queries, responses = [self.queries[row] for row in rows], [self.responses[row] for row in rows]
+        return prompts_worth_sharing([self.prompts[row] for row in rows], queries, responses)
+
     def micro_batch(self, rows: Sequence[int], pad_token_id: int, layout: Layout = Layout.PADDED) -> dict[str, Any]:
         """Tokens, masks and targets of `rows`, trimmed to the longest query and response among them.
 
@@ -108,7 +121,8 @@ class Rollouts:
         index = send(torch.tensor(list(rows)), self.device)
         queries = [self.queries[row] for row in rows]
         responses = [self.responses[row] for row in rows]
-        batch = lay_out(layout, queries, responses, pad_token_id, self.decoder_start_token_id)
+        prompts = self._worth_sharing(rows) if layout is Layout.SHARED else None
+        batch = lay_out(layout, queries, responses, pad_token_id, self.decoder_start_token_id, prompts)
         width = max(len(response) for response in responses)
         batch["rows"] = index
         batch["response_mask"] = self.response_mask_BR[index, :width]
@@ -166,8 +180,14 @@ def lay_out(
     responses: Sequence[Tensor],
     pad_token_id: int,
     decoder_start_token_id: int | None = None,
+    prompts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """What a network reads to predict the responses, as `pack_tokens`, `pad_tokens` or `separate_tokens` gives it."""
+    """What a network reads to predict the responses, as `pack_tokens`, `pad_tokens` or `separate_tokens` gives it.
+
+    `prompts` is read by `Layout.SHARED` alone: see `pack_tokens`.
+    """
+    if layout is Layout.SHARED:
+        return pack_tokens(queries, responses, prompts)
     if layout is Layout.PACKED:
         return pack_tokens(queries, responses)
     if layout in (Layout.SEPARATE, Layout.ONE_BY_ONE):
@@ -213,23 +233,50 @@ def pad_tokens(
     }
 
 
-def pack_tokens(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[str, Any]:
+def pack_tokens(
+    queries: Sequence[Tensor], responses: Sequence[Tensor], prompts: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The same without padding, for a decoder alone: all queries and responses one behind the other, `N` tokens.
 
+    Rows that share a prompt lie together, the prompt before the first of their responses alone:
+    `[prompt | r1 | r2 | other prompt | r3]`.
+
+    Args:
+        queries, responses: `B` 1-D tensors of token ids.
+        prompts: rows with the same number have the same query, which is read once for all of them. By default none do.
+
     Returns:
-        `input_ids` and `position_ids`, int64 `(1, N)`, positions from 0 in each sequence; `sequence_lengths`, how many
-        tokens of it belong to each row, numbers known to the host; and what `response_index` gives.
+        `input_ids` and `position_ids`, int64 `(1, N)`, positions from 0 in each sequence, and from the end of its
+        prompt in a response without one; `sequence_lengths`, how many tokens belong to each row, numbers known to the
+        host; where prompts are shared `prompt_lengths`, how many tokens of the last sequence with a prompt come before
+        each response without one, 0 before the others; and what `response_index` gives.
     """
-    sequences = [torch.cat(pair).long() for pair in zip(queries, responses, strict=True)]
-    input_ids = torch.cat(sequences)
-    lengths = [len(sequence) for sequence in sequences]
-    ends = itertools.accumulate(lengths)
-    first_response_tokens = [end - len(response) for end, response in zip(ends, responses, strict=True)]
+    numbers = range(len(queries)) if prompts is None else prompts
+    of_prompt: dict[int, list[int]] = {}
+    for row, number in enumerate(numbers):
+        of_prompt.setdefault(number, []).append(row)
+    rows = [row for together in of_prompt.values() for row in together]
+    leads = {together[0] for together in of_prompt.values()}
+    parts, prompt_lengths, first_tokens, last_before = [], [], [], []
+    end = end_of_prompt = 0
+    for row in rows:
+        if row in leads:
+            end_of_prompt = end + len(queries[row])
+            parts.append(torch.cat([queries[row], responses[row]]))
+        else:
+            parts.append(responses[row])
+        prompt_lengths.append(0 if row in leads else len(queries[row]))
+        end += len(parts[-1])
+        first_tokens.append(end - len(responses[row]))
+        last_before.append(end_of_prompt - 1)
+    input_ids = torch.cat(parts).long()
+    ranges = [torch.arange(start, start + len(part)) for start, part in zip(prompt_lengths, parts, strict=True)]
     return {
         "input_ids": input_ids[None],
-        "position_ids": send(torch.cat([torch.arange(length) for length in lengths]), input_ids.device)[None],
-        "sequence_lengths": tuple(lengths),
-        **response_index(responses, first_response_tokens),
+        "position_ids": send(torch.cat(ranges), input_ids.device)[None],
+        "sequence_lengths": tuple(len(part) for part in parts),
+        **({"prompt_lengths": tuple(prompt_lengths)} if len(leads) < len(rows) else {}),
+        **response_index([responses[row] for row in rows], first_tokens, rows, last_before),
     }
 
 
@@ -271,7 +318,10 @@ def separate_tokens(
 
 
 def response_index(
-    responses: Sequence[Tensor], first_tokens: Sequence[int], rows: Sequence[int] | None = None
+    responses: Sequence[Tensor],
+    first_tokens: Sequence[int],
+    rows: Sequence[int] | None = None,
+    last_before: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Where the `M` response tokens of a layout are, computed from lengths alone: nothing waits for the device.
 
@@ -279,22 +329,28 @@ def response_index(
         responses: `B` 1-D tensors.
         first_tokens: where each begins in the flattened layout.
         rows: which row of `(B, R)` each is; by default they are in order.
+        last_before: where the last token before each response is; by default just before its first.
 
     Returns:
-        `predicting_index`: where in the flattened layout the states are that predict them, each one token earlier;
-        `response_index`: where they are in a flattened `(B, R)`. Both int64 `(M,)`.
+        `token_index`: where in the flattened layout they are; `predicting_index`: where the states are that predict
+        them, those of the token before; `response_index`: where they are in a flattened `(B, R)`. All int64 `(M,)`.
     """
     lengths = [len(response) for response in responses]
     width = max(lengths)
 
     def ranges(starts: Iterable[int]) -> Tensor:
         pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        return send(torch.cat(pieces), responses[0].device)
+        return torch.cat(pieces)
 
-    return {
-        "predicting_index": ranges(first - 1 for first in first_tokens),
+    predicting = ranges(first - 1 for first in first_tokens)
+    if last_before is not None:
+        predicting[list(itertools.accumulate([0, *lengths[:-1]]))] = torch.tensor(last_before)
+    indices = {
+        "token_index": ranges(first_tokens),
+        "predicting_index": predicting,
         "response_index": ranges(row * width for row in (range(len(lengths)) if rows is None else rows)),
     }
+    return {name: send(index, responses[0].device) for name, index in indices.items()}
 
 
 def pad_queries(

@@ -1,5 +1,6 @@
 """Rollouts to what their update needs: passes of the networks over them, and the stages of `preparation`."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from trl_apa.models.layouts import try_sampling_up_to
 from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts
+from trl_apa.rollout.shared_prompts import equal_queries
 from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
-from trl_apa.trainer.preparation import advantages_and_returns, plan_iteration, rewards_of_tokens
+from trl_apa.trainer.preparation import advantages_and_returns, in_reading_order, plan_iteration, rewards_of_tokens
 from trl_apa.trainer.statistics import StageTimer
 
 
@@ -40,8 +42,8 @@ class Experience(_BaseTrainer):
                 distributed = self.accelerator.num_processes > 1
                 rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(*given, distributed)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
-        packed = self._layouts(rollouts.longest()) is Layout.PACKED
-        plan = plan_iteration(rollouts, ended_B, self.args, stream, packed, self.processes.sum)
+        layout = self._layouts(rollouts.longest(), share=True)
+        plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
         self.run_state.begin_iteration(plan, self.state.global_step)
 
     def _noted_logprobs(self, rollouts: Rollouts) -> Tensor | None:
@@ -52,11 +54,12 @@ class Experience(_BaseTrainer):
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
-        """Fill in log pi_init and V; log pi_old where it is read; the KL where the reward is charged for it.
+        """Fill in equal prompts, log pi_init and V; log pi_old and the KL of the reward where they are read.
 
         Returns:
             Log-probs of the whole vocabulary under policy and pi_init, nats `(B, R, V)`, if an override reads them.
         """
+        rollouts.prompts = equal_queries(rollouts.queries)
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
         algorithm = self.args.algorithm
@@ -73,10 +76,12 @@ class Experience(_BaseTrainer):
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
         size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
-        order = rollouts.by_length(range(len(rollouts)))
+        layout_for = partial(self._layouts, packable=not full_kl)
+        by_length = rollouts.by_length(range(len(rollouts)))
+        order = in_reading_order(rollouts, by_length, size, layout_for(rollouts.longest(), share=True))
         for start in range(0, len(rollouts), size):
             rows = order[start : start + size]
-            layout = self._layouts(rollouts.longest(rows), packable=not full_kl)
+            layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
             batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)

@@ -91,12 +91,12 @@ class Iteration:
     def epochs_done(self) -> float:
         return self.steps_done / self.steps_per_epoch
 
-    def next_micro_batch(self, pad_token_id: int, layout_for: Callable[[int], Layout]) -> dict[str, Any]:
+    def next_micro_batch(self, pad_token_id: int, layout_for: Callable[..., Layout]) -> dict[str, Any]:
         """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step.
 
         Args:
             pad_token_id: what to fill with.
-            layout_for: tokens of the longest row to the layout of a micro-batch.
+            layout_for: tokens of the longest row, and whether rows `share` a prompt, to the layout of a micro-batch.
         """
         step, number = divmod(self.position, self.micro_batches_per_step)
         if number == 0:
@@ -105,7 +105,7 @@ class Iteration:
         start = number * self.micro_batch_size
         rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
-        layout = layout_for(self.rollouts.longest(rows))
+        layout = layout_for(self.rollouts.longest(rows), share=self.rollouts.share_prompts(rows))
         return {**self.rollouts.micro_batch(rows, pad_token_id, layout), "num_tokens": self.num_tokens[step]}
 
     def rewind(self, position: int, num_norms: int) -> None:

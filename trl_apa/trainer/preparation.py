@@ -1,6 +1,6 @@
 """Scores and values of an iteration to token rewards, advantages and a plan of optimizer steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.masking import masked_whiten
 from trl_apa.algorithms.rewards import kl_penalized_rewards, shape_scores, shaped_token_rewards
-from trl_apa.rollout.batch import Rollouts
+from trl_apa.rollout.batch import Layout, Rollouts
+from trl_apa.rollout.shared_prompts import meeting
 from trl_apa.trainer.iteration import Iteration
 from trl_apa.trainer.run_state import RunState
 
@@ -100,7 +101,7 @@ def plan_iteration(
     ended_B: Tensor,
     args: Any,
     stream: tuple[int, ...],
-    packed: bool,
+    layout: Layout,
     reduce_sum: Callable[[Tensor], Tensor],
 ) -> Iteration:
     """The optimizer steps of one iteration: for each epoch a shuffle, split into mini-batches.
@@ -108,20 +109,52 @@ def plan_iteration(
     Args:
         rollouts: with everything filled in.
         ended_B: bool, whether a response ended with EOS.
-        args: the trainer's options.
+        args: the trainer's options, of which `shuffle` says what is drawn.
         stream: what the shuffles depend on beside the epoch: seed, process, iteration.
-        packed: whether micro-batches of these rows go without padding.
+        layout: in which micro-batches of these rows are read, where they share prompts.
         reduce_sum: adds a tensor up over the processes.
     """
     mini_batch, micro_batch = args.backward_batch_size, args.per_device_train_batch_size
-    epochs = [mini_batches(len(rollouts), mini_batch, (*stream, epoch)) for epoch in range(args.num_epochs_per_batch)]
-    if micro_batch < mini_batch and not packed:
+    groups = rollouts.prompts if args.shuffles_groups else None
+    epochs = [
+        mini_batches(len(rollouts), mini_batch, (*stream, epoch), groups) for epoch in range(args.num_epochs_per_batch)
+    ]
+    if micro_batch < mini_batch:
         # Neighbours are read together; which rows share an optimizer step stays as drawn.
-        epochs = [[rollouts.by_length(rows) for rows in epoch] for epoch in epochs]
+        epochs = [[in_reading_order(rollouts, rows, micro_batch, layout) for rows in epoch] for epoch in epochs]
     return Iteration.begin(rollouts, ended_B, epochs, micro_batch, reduce_sum)
 
 
-def mini_batches(num_rows: int, size: int, stream: tuple[int, ...]) -> list[list[int]]:
-    """Rows of each optimizer step of an epoch, in an order that depends on `stream` alone."""
+def in_reading_order(rollouts: Rollouts, rows: list[int], size: int, layout: Layout) -> list[int]:
+    """`rows` in the order in which micro-batches of `size` cost least: rows of one prompt, or of similar length, meet.
+
+    Args:
+        rollouts: whose rows they are.
+        rows: which are read with the same weights.
+        size: rows of a micro-batch.
+        layout: of a micro-batch of rows that share prompts.
+    """
+    if layout is Layout.SHARED:
+        return meeting(rows, rollouts.prompts, size)
+    return rows if layout is Layout.PACKED else rollouts.by_length(rows)
+
+
+def mini_batches(
+    num_rows: int, size: int, stream: tuple[int, ...], groups: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Rows of each optimizer step of an epoch, in an order that depends on `stream` and `groups` alone.
+
+    Args:
+        num_rows: of the iteration.
+        size: rows of an optimizer step.
+        stream: what the order depends on.
+        groups: a number for each row; rows with the same number stay together, except where a step is full. By default
+            each row is drawn by itself.
+    """
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(hash(stream) % 2**63)).tolist()
+    if groups is not None:
+        first_place: dict[int, int] = {}
+        for place, row in enumerate(order):
+            first_place.setdefault(groups[row], place)
+        order.sort(key=lambda row: first_place[groups[row]])
     return [order[start : start + size] for start in range(0, num_rows, size)]

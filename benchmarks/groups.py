@@ -1,0 +1,75 @@
+"""CPU seconds of `step` on several responses to a prompt, read once or with each: `python -m benchmarks.groups`.
+
+As `benchmarks.speed` measures: each side in a process of its own on one thread, asked in turn, ratios within a turn.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.speed import ROOT, measure, ratios, sides
+from benchmarks.workload import SIZES, Workload
+
+
+GROUP = 8
+# Tokens of prompt and responses; from the fourth on reading the prompt once hardly pays, or does not.
+SHAPES = ((64, 32), (128, 32), (512, 128), (1, 32), (16, 32), (32, 128), (64, 512))
+OURS = ("ours", "ours, not shared")
+
+
+def share_of_tokens(workload: Workload) -> float:
+    """Tokens to read with each prompt once, over those with each response behind its own."""
+    queries, responses, _ = workload.rollouts()
+    prompts, answers = sum(map(len, queries)), sum(map(len, responses))
+    return (prompts / workload.rows_per_prompt + answers) / (prompts + answers)
+
+
+def workload_of(prompt: int, response: int, **options: object) -> Workload:
+    """Rollouts of groups; of long rows fewer, so that all take similar time."""
+    batch_size = 64 if prompt + response < 200 else 32
+    given = {"rows_per_prompt": GROUP, "prompt": prompt, "response": response, "shuffle": "groups", "epochs": 1}
+    return Workload(**{"batch_size": batch_size, "mini_batch_size": GROUP, **given, **options})
+
+
+def print_table(workloads: Sequence[Workload], repeats: int, classic_python: Path | None) -> None:
+    """A line for each workload."""
+    print(
+        f"{'model':<9} {'prompt':>6} {'response':>8} {'drawn':<6} {'tokens':>6}  {'shared / not shared':>19}"
+        f" {'ours / TRL 0.11.4':>18} {'CPU s':>7} {'MiB':>6} {'not shared':>10}"
+    )
+    for workload in workloads:
+        with sides(workload, OURS, classic_python) as running:
+            costs = measure(running, "step", repeats)
+        seconds = statistics.median(costs["ours"]["cpu"])
+        print(
+            f"{workload.size:<9} {workload.prompt:>6} {workload.response:>8} {workload.shuffle:<6}"
+            f" {share_of_tokens(workload):>6.0%}  {ratios(costs, *OURS):>19}"
+            f" {ratios(costs, 'ours', 'TRL 0.11.4'):>18} {seconds:>7.2f}"
+            f" {max(costs['ours']['peak']):>6.0f} {max(costs['ours, not shared']['peak']):>10.0f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classic-python", type=Path, default=ROOT / ".venv-parity/bin/python")
+    parser.add_argument("--sizes", nargs="+", default=["256 x 4"], choices=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: one small workload")
+    options = parser.parse_args()
+    if options.quick:
+        small = {"size": "32 x 2", "vocabulary": 64, "batch_size": 16}
+        print_table([workload_of(128, 8, **small)], 1, None)
+        return
+    classic = options.classic_python if options.classic_python.exists() else None
+    if classic is None:
+        print(f"without TRL 0.11.4: {options.classic_python} is not there; `make bench` makes it", file=sys.stderr)
+    workloads = [workload_of(*shape, size=size) for size in options.sizes for shape in SHAPES]
+    workloads += [workload_of(128, 32, size=size, shuffle="rows") for size in options.sizes]
+    print_table(workloads, options.repeats, classic)
+
+
+if __name__ == "__main__":
+    main()
