@@ -39,7 +39,9 @@ NAMES = tuple(MODELS)
 KINDS = [("separate", name) for name in ("gemma3", "mllama_text", "mistral3", "qwen2_5_vl")]
 KINDS += [("lora", "gemma3"), ("lora", "llama4"), ("adapter", "llama4_text"), ("adapter", "qwen3_5")]
 KINDS += [("head", "gemma4"), ("head", "qwen3_5_text")]
-KINDS = [(kind, name) for kind, name in KINDS if name in MODELS]
+# Its own forward pass, which `trl_apa` refuses by name then, asks for the outputs of an image that was not given.
+BROKEN = {"llama4"} if transformers.__version__ == "5.24.0" else set()
+KINDS = [(kind, name) for kind, name in KINDS if name in MODELS and name not in BROKEN]
 PROMPTS = [{"prompt": f"w{i} w{i + 1} w{2 * i}"} for i in range(2, 10)]
 
 
