@@ -257,7 +257,7 @@ def test_parts_of_a_composite_model_keep_their_attention(tmp_path, only):
     assert [config._attn_implementation, config.text_config._attn_implementation] == before
 
 
-@pytest.mark.parametrize("value_model", ["gpt2", "llama"])
+@pytest.mark.parametrize("value_model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_memory_is_predicted_for_the_networks_that_are_there(tmp_path, monkeypatch, value_model, only):
     only(memory.weights, memory.micro_batch)
     monkeypatch.setattr(memory, "SMALL", 4096)
@@ -402,6 +402,7 @@ def test_a_trainer_that_refuses_the_networks_is_the_finding(folder, capsys):
     assert "WRONG construction of the trainer" in printed and "adapter" in printed
 
 
+@pytest.mark.slow
 def test_the_command_checks_adapters_on_a_quantised_base(folder, capsys):
     arguments = [
         "--device",

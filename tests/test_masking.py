@@ -163,6 +163,7 @@ def _whiten_rows_of_rank(rank, x, mask):
     return shifted, unshifted, alone
 
 
+@pytest.mark.slow
 def test_two_ranks_whiten_with_the_statistics_of_the_union():
     x, mask = ragged(9, rows=5)
     ranks = run_in_two_processes(_whiten_rows_of_rank, x, mask)

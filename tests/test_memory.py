@@ -56,7 +56,7 @@ SMALL = LlamaConfig(
 )
 
 
-QUICK_CASES = {"full", "LoRA, a separate value model", "value adapter, accumulation", "4-bit base, value adapter"}
+QUICK_CASES = {"full", "LoRA, a separate value model", "4-bit base, value adapter"}
 
 
 @pytest.fixture(autouse=True)

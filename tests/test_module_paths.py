@@ -30,7 +30,7 @@ def test_an_older_path_is_the_module_itself(old):
     assert getattr(import_module(parent), name) is module
 
 
-@pytest.mark.parametrize("older_first", [True, False])
+@pytest.mark.parametrize("older_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_both_paths_give_one_class_whichever_is_imported_first(older_first):
     lines = [
         "from trl_apa.core import PPODecorators as older",

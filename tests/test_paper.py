@@ -55,6 +55,7 @@ def test_every_file_is_a_curve_of_a_figure():
     assert OF_THE_PAPER == [f"fig{number}" for number in range(2, 10)]
 
 
+@pytest.mark.slow
 def test_the_sweeps_run_at_full_size_too_and_every_curve_has_a_rate_in_small(tmp_path):
     for figure, _, label, curve in (found for name in FIGURES for found in curves_of(name)):
         parser = PARSERS[figure.command]()

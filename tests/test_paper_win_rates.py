@@ -181,6 +181,7 @@ def task(tmp_path_factory):
     return options, prepare(options, Report(Console(quiet=True)))
 
 
+@pytest.mark.slow
 def test_in_small_policies_are_judged_by_the_true_quality_of_their_answers(task, tmp_path):
     options, made = task
     assert held_out_prompts(options) == made.corpus.eval_prompts
