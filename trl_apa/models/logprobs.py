@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -354,7 +354,9 @@ def last_hidden_states(output: Any) -> Tensor:
     return of_layers[-1]
 
 
-_IS_HEAD_OF_TRUNK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# An attribute of a model. A table of models by weak reference would change under a compiler that looks its keys up by
+# their place.
+_IS_HEAD_OF_TRUNK = "_apa_is_head_of_trunk"
 _IS_HEAD_OF_EQUAL_TRUNK: dict[Hashable, bool] = {}
 _FORWARD_REPLACED: WeakSet[nn.Module] = WeakSet()
 
@@ -385,13 +387,13 @@ def trunk_and_head(model: Network) -> tuple[PreTrainedModel, Head] | None:
     trunk, head = trunk_of(base), base.get_output_embeddings()
     if trunk is base or head is None:
         return None
-    if base not in _IS_HEAD_OF_TRUNK:
+    if _IS_HEAD_OF_TRUNK not in vars(base):
         equal = identity_of(base) or object()
         if equal not in _IS_HEAD_OF_EQUAL_TRUNK:
             _IS_HEAD_OF_EQUAL_TRUNK[equal] = _is_head_of_trunk(base, trunk, head)
             torch.clear_autocast_cache()  # older torch would keep using the copies of weights made without gradient
-        _IS_HEAD_OF_TRUNK[base] = _IS_HEAD_OF_EQUAL_TRUNK[equal]
-    return (trunk, head) if _IS_HEAD_OF_TRUNK[base] else None
+        vars(base)[_IS_HEAD_OF_TRUNK] = _IS_HEAD_OF_EQUAL_TRUNK[equal]
+    return (trunk, head) if vars(base)[_IS_HEAD_OF_TRUNK] else None
 
 
 @torch.no_grad()
