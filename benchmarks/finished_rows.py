@@ -8,24 +8,17 @@ import time
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
+from benchmarks.workload import EOS, PAD, Workload
 from trl_apa.rollout import generation
 from trl_apa.rollout.generation import generate_responses
 
 
-EOS, VOCABULARY, LIMIT, NUM_PROMPTS, ROUNDS = 1, 8192, 64, 64, 3
+LIMIT, ROUNDS = 64, 3
 # Probability of EOS at each token: 0 gives responses that are all as long as the limit.
 KINDS = {"long tail": 1 / 28, "short": 1 / 8, "equal": 0.0}
 BATCH_SIZES = (4, 16, 64)
-
-
-def model() -> LlamaForCausalLM:
-    """12 million random weights."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-    special = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **special, max_position_embeddings=512)).eval()
 
 
 def end_with(probability: float, network: LlamaForCausalLM) -> torch.utils.hooks.RemovableHandle:
@@ -39,16 +32,10 @@ def end_with(probability: float, network: LlamaForCausalLM) -> torch.utils.hooks
     return network.lm_head.register_forward_hook(replace)
 
 
-def prompts() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(8, 97, (NUM_PROMPTS,), generator=generator).tolist()
-    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
-
-
 def seconds(network: LlamaForCausalLM, rows: list[Tensor], batch_size: int) -> tuple[float, list[Tensor]]:
     """CPU seconds, and the responses."""
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": EOS}
-    config = GenerationConfig(**options, pad_token_id=0, max_new_tokens=LIMIT)
+    config = GenerationConfig(**options, pad_token_id=PAD, max_new_tokens=LIMIT)
     torch.manual_seed(0)
     start = time.process_time()
     responses = generate_responses(network, rows, config, None, batch_size=batch_size)
@@ -57,7 +44,8 @@ def seconds(network: LlamaForCausalLM, rows: list[Tensor], batch_size: int) -> t
 
 def main() -> None:
     torch.set_num_threads(1)
-    network, rows = model(), prompts()
+    workload = Workload()
+    network, rows = workload.model().eval(), workload.rollouts()[0]
     possible = generation.rows_can_be_dropped
     print("| responses | batch | tokens, mean | every row to the longest, CPU s | finished rows left out | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")

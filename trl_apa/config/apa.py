@@ -15,7 +15,7 @@ from trl_apa.config import trl_0_12
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, option, switch
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
-from trl_apa.config.rates import PRETRAINED_RATE, DefaultRate, note_default_rate
+from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
 from trl_apa.config.trackers import check_project_kwargs, tracker_names, tracker_objects
 from trl_apa.config.vllm import VLLMOptions
@@ -306,10 +306,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     tracker_project_name: str | None = option(None, "Project in W&B, Trackio and Comet; the tracker's own if unset.")
     tracker_kwargs: Json = option(None, "JSON: for each tracker what opens its run.")
 
-    learning_rate: float = option(
-        DefaultRate(PRETRAINED_RATE),
-        "Initial learning rate; unless given, 3e-4 for a network whose adapters alone learn.",
-    )
+    learning_rate: float = learning_rate_option()
     lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
     logging_nan_inf_filter: bool | None = switch("Keep NaN out of the logged loss; by default with fp16 alone.")
     gradient_checkpointing: bool | None = switch("Trade compute for memory; off by default.")

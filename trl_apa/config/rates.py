@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trl_apa.config.fields import option
+
 
 # For pretrained weights, and for new weights alone (adapters, value heads): docs/results.md, "A real language model".
 PRETRAINED_RATE = 1.41e-5
@@ -11,6 +13,12 @@ _CHOSEN = "_chosen_learning_rate"
 
 class DefaultRate(float):
     """A default that can be told from the same number given by a user."""
+
+
+def learning_rate_option() -> Any:
+    """The field of a config."""
+    told = "Initial learning rate; unless given, 3e-4 for a network whose adapters alone learn."
+    return option(DefaultRate(PRETRAINED_RATE), told)
 
 
 def default_rate(new_weights_alone: bool) -> float:

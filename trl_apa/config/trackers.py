@@ -27,7 +27,9 @@ def tracker_names(trackers: Any) -> str | list[str] | None:
         if isinstance(tracker, type) and issubclass(tracker, GeneralTracker):
             raise ValueError(f"log_with has the class {tracker.__name__}; it should be an object of it")
     # An enum's member is a text too, which would not be written as one.
-    names = [getattr(tracker, "value", tracker) for tracker in _listed(trackers) if not _is_object(tracker)]
+    names = [
+        getattr(tracker, "value", tracker) for tracker in _listed(trackers) if not isinstance(tracker, GeneralTracker)
+    ]
     if not isinstance(trackers, list | tuple):
         return names[0] if names else None
     return names or None
@@ -43,10 +45,6 @@ def check_project_kwargs(project_kwargs: Any) -> None:
     known = ProjectConfiguration.__dataclass_fields__
     if not isinstance(project_kwargs, Mapping) or not set(project_kwargs) <= set(known):
         raise ValueError(f"project_kwargs={project_kwargs!r}: it should be a dict of {', '.join(known)}")
-
-
-def _is_object(tracker: Any) -> bool:
-    return isinstance(tracker, GeneralTracker)
 
 
 def _listed(trackers: Any) -> list[Any]:

@@ -150,17 +150,18 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
 
 def trains_its_adapter_only(policy: PeftModel) -> bool:
     """Whether nothing of the base is trained with the adapter: no bias, no norm."""
-    of_adapters = (f".{policy.base_model.prefix}", ".modules_to_save.", ".trainable_tokens_delta.")
-    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    return all(any(part in name for part in of_adapters) for name in trained)
+    return _trains_only(policy, f".{policy.base_model.prefix}", ".modules_to_save.", ".trainable_tokens_delta.")
 
 
 def trains_added_weights_alone(network: nn.Module) -> bool:
     """Whether training changes weights of adapters and no pretrained weight, nor a copy of one (`modules_to_save`)."""
-    if not isinstance(network, PeftModel):
-        return not any(parameter.requires_grad for parameter in network.parameters())
-    prefix = f".{network.base_model.prefix}"
-    return all(prefix in name for name, parameter in network.named_parameters() if parameter.requires_grad)
+    prefixes = [f".{network.base_model.prefix}"] if isinstance(network, PeftModel) else []
+    return _trains_only(network, *prefixes)
+
+
+def _trains_only(network: nn.Module, *parts_of_names: str) -> bool:
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return all(any(part in name for part in parts_of_names) for name in trained)
 
 
 def parts_tied_weights(policy: PeftModel) -> bool:

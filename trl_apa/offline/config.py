@@ -8,7 +8,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_apa._trl import _BaseConfig
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, option
-from trl_apa.config.rates import PRETRAINED_RATE, DefaultRate, note_default_rate
+from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.redaction import RedactedOptions
 
 
@@ -127,10 +127,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         None, "Options in which a resumed checkpoint may differ although they define its run."
     )
 
-    learning_rate: float = option(
-        DefaultRate(PRETRAINED_RATE),
-        "Initial learning rate; unless given, 3e-4 for a network whose adapters alone learn.",
-    )
+    learning_rate: float = learning_rate_option()
     lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
     gradient_checkpointing: bool = option(False, "Trade compute for memory.")
 

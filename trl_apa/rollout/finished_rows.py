@@ -100,7 +100,7 @@ class _UntilSomeEnd(StoppingCriteria):
 
 
 def generate_dropping_finished(
-    model: Network, inputs: dict[str, Tensor], config: GenerationConfig, lengths: Any, noter: LogprobNoter | None
+    model: Network, inputs: dict[str, Tensor], config: GenerationConfig, lengths: Any, noter: LogprobNoter
 ) -> Tensor:
     """What `model.generate` returns, from the same random numbers; rows are left out of the batch once they ended.
 
@@ -125,15 +125,14 @@ def generate_dropping_finished(
     tokens_AT, cache, kept = prompts_BP, None, alive
     while True:
         choice.rows = alive
-        if noter is not None:
-            noter.rows = (alive, num_rows)
+        noter.rows = (alive, num_rows)
         ends = lengths.of_rows(alive)
         until = _UntilSomeEnd(ends, max(FEWEST_DROPPED, math.ceil(DROPPED_SHARE * len(alive))))
         greedy.max_new_tokens = limit - (tokens_AT.shape[1] - width)
         options = {
             "generation_config": greedy,
             "logits_processor": LogitsProcessorList([choice]),
-            "stopping_criteria": StoppingCriteriaList([until, *([] if noter is None else [noter])]),
+            "stopping_criteria": StoppingCriteriaList([until, noter]),
         }
         if cache is None:
             output = model.generate(**inputs, **options)

@@ -177,11 +177,11 @@ def generate_responses(
         criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
-        noting = nullcontext() if notes is None else notes.noting(model, sampling, model_inputs)
+        noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, model_inputs)
         with torch.no_grad(), neutral_generation_config(model), noting as noter:
             tokens_BT = _tokens_of_batch(model, inputs, sampling, lengths, noter, model_inputs)
         cut = lengths.cut(tokens_BT)
-        if notes is not None and noter is not None:
+        if notes is not None:
             notes.keep(batch, cut, noter.logprobs(tokens_BT.shape[1] - width))
         if not remove_padding:
             cut = list(lengths.padded(tokens_BT, pad_token_id))
@@ -195,7 +195,7 @@ def _tokens_of_batch(
     inputs: dict[str, Tensor],
     sampling: GenerationConfig,
     lengths: ResponseLengths,
-    noter: LogprobNoter | None,
+    noter: LogprobNoter,
     model_inputs: dict[str, Any],
 ) -> Tensor:
     """Prompts and what was sampled, `(B, T)`; rows that have ended are left out of the batch where nothing forbids it.
@@ -203,15 +203,11 @@ def _tokens_of_batch(
     What a caller brings (a logits processor, a stopping criterion) may count on the complete batch.
     """
     num_rows, width = inputs["input_ids"].shape
-    alone = not lengths.given and not model_inputs and options_allow_dropping(sampling)
-    if (
-        alone
-        and num_rows > FEWEST_DROPPED
-        and sampling.use_cache
-        and rows_can_be_dropped(model, width + sampling.max_new_tokens)
-    ):
+    drops = num_rows > FEWEST_DROPPED and sampling.use_cache and options_allow_dropping(sampling)
+    drops = drops and not lengths.given and not model_inputs
+    if drops and rows_can_be_dropped(model, width + sampling.max_new_tokens):
         return generate_dropping_finished(model, inputs, sampling, lengths, noter)
-    criteria = StoppingCriteriaList([lengths, *([] if noter is None else [noter])])
+    criteria = StoppingCriteriaList([lengths, noter])
     tokens_BT: Tensor = model.generate(
         **inputs, generation_config=sampling, stopping_criteria=criteria, **model_inputs
     )

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from trl_apa.models.logprobs import token_logprobs
 from trl_apa.models.network_parts import Network, inner_model
+from trl_apa.rollout.shared_prompts import token_keys
 
 
 # Options under which a call of `generate` gives more tokens than one a forward pass, or its forward is compiled.
@@ -21,13 +22,13 @@ class LogprobNoter(StoppingCriteria):
     """Reads the logits of each forward pass of `generate`, then which token was taken of each row; ends no row.
 
     Logits are the model's own, before processors change them (a top-k, a repetition penalty): `step` takes its
-    log-probs from the same distribution.
+    log-probs from the same distribution. Unless it is a forward hook of the model, it sees and notes nothing.
 
     Args:
         temperature: at which the update takes its log-probs.
     """
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float = 1.0):
         self.temperature = temperature
         # Which rows of how many are asked, where rows that have ended are left out.
         self.rows: tuple[Tensor, int] | None = None
@@ -118,6 +119,8 @@ class SampledLogprobs:
             like_BR: of the shape and on the device of the result.
         """
         kept, self._kept = self._kept, OrderedDict()
+        if not kept:
+            return None
         by_query: dict[bytes, list[tuple[bytes, Tensor]]] = {}
         for (query, response), logprobs_R in kept.items():
             by_query.setdefault(query, []).append((response, logprobs_R))
@@ -134,9 +137,5 @@ class SampledLogprobs:
 
 
 def _keys(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[tuple[bytes, bytes]]:
-    """The tokens of each pair as bytes, after one copy from the device."""
-    rows = [*queries, *responses]
-    device = rows[0].device
-    tokens = torch.cat([row.long().to(device) for row in rows]).cpu()
-    parts = [part.numpy().tobytes() for part in tokens.split([len(row) for row in rows])]
-    return list(zip(parts[: len(queries)], parts[len(queries) :], strict=True))
+    keys = token_keys([*queries, *responses])
+    return list(zip(keys[: len(queries)], keys[len(queries) :], strict=True))

@@ -232,7 +232,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=callbacks,
-                optimizers=(optimizer, lr_scheduler),
+                optimizers=(optimizer, given_scheduler(lr_scheduler)),
             )
         check_fp16(args, self.accelerator)
         check_engine(self.accelerator, args, module, optimizer, lr_scheduler)
@@ -248,7 +248,6 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         if not is_sharded(self.accelerator):
             # There to be read before the first step, as accelerate wraps it; sharded weights are not there yet.
             self.optimizer = wrapped_optimizer(self.create_optimizer(), self.accelerator)
-        self.lr_scheduler = given_scheduler(self.lr_scheduler)
         if self.ref_model is not None:
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
             answer_as_classic(self.ref_model)

@@ -127,12 +127,12 @@ def connect_reporters(trainer: Any) -> None:
     """Let `accelerator.log`, `get_tracker` and `end_training` reach the reporters that they do not know yet."""
     trackers = trainer.accelerator.trackers
     known = [tracker.callback for tracker in trackers if isinstance(tracker, ReporterTracker)]
-    folder = _logging_folder(trainer.args)
+    project = _project_configuration(trainer.args)
     for callback in trainer.callback_handler.callbacks:
         if tracker_of(callback) is not None and callback not in known:
             trackers.append(ReporterTracker(callback, trainer))
-            if tracker_of(callback) == "tensorboard" and folder is not None:
-                callback.logging_dir = folder
+            if tracker_of(callback) == "tensorboard" and project is not None and project.logging_dir is not None:
+                callback.logging_dir = project.logging_dir
 
 
 def connect_tracker_objects(trainer: Any) -> None:
@@ -141,8 +141,8 @@ def connect_tracker_objects(trainer: Any) -> None:
     An object that fails here is left out, with a warning.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    if args.project_kwargs:
-        accelerator.project_configuration = ProjectConfiguration(**args.project_kwargs)
+    if (project := _project_configuration(args)) is not None:
+        accelerator.project_configuration = project
     for tracker in tracker_objects(args.log_with):
         callback = TrackerObject(tracker)
         trainer.add_callback(callback)
@@ -154,12 +154,9 @@ def connect_tracker_objects(trainer: Any) -> None:
             accelerator.trackers.append(tracker)
 
 
-def _logging_folder(args: Any) -> str | None:
-    """Where `project_kwargs` says that logs lie."""
-    if not args.project_kwargs:
-        return None
-    folder: str | None = ProjectConfiguration(**args.project_kwargs).logging_dir
-    return folder
+def _project_configuration(args: Any) -> ProjectConfiguration | None:
+    """What `project_kwargs` says, if it says something."""
+    return ProjectConfiguration(**args.project_kwargs) if args.project_kwargs else None
 
 
 def _plain(value: Any) -> Any:
