@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from tests.tiny import tiny_rollouts, tiny_trainer
 from trl_apa import APAConfig
+from trl_apa.algorithms import ALGORITHMS
 from trl_apa.config.checks import LIMITS
 from trl_apa.offline import OfflineConfig
 
@@ -40,10 +41,11 @@ def test_defaults_are_the_papers():
 def test_loss_type_changes_nothing_but_what_its_loss_reads():
     names = {field.name for field in dataclasses.fields(APAConfig)}
     own = {"loss_type", "kl_coef", "cliprange", "adap_kl_ctrl", "target", "horizon", "kl_penalty", "logging_dir"}
-    own |= {"ratio_threshold", "init_kl_coef"}
-    apa, awr, ppo = (config(loss_type=loss_type) for loss_type in ("apa", "awr", "ppo"))
+    own |= {"ratio_threshold", "init_kl_coef", "cliprange_high", "loss_aggregation", "kl_in"}
+    apa, *others = (config(loss_type=loss_type) for loss_type in ALGORITHMS)
     for name in names - own:
-        assert getattr(apa, name) == getattr(awr, name) == getattr(ppo, name), name
+        for other in others:
+            assert getattr(apa, name) == getattr(other, name), name
 
 
 def test_classic_names_are_understood_and_can_be_read_back():

@@ -25,6 +25,7 @@ from transformers import (
 import trl_apa
 from tests.fake_vllm import install
 from tests.tiny import byte_tokenizer, lora_config, tiny_rollouts, tiny_trainer
+from trl_apa.algorithms import ALGORITHMS
 from trl_apa.cli import COMMANDS
 from trl_apa.trainer.reporting import reward_statistics
 
@@ -53,7 +54,7 @@ MODULES = {
     for path in ROOT.glob(f"trl_apa/{stage}/*.py")
 } | {"models": "trl_apa.models", "redaction": "trl_apa.redaction", "algorithms": "trl_apa.algorithms"}
 del MODULES["__init__"], MODULES["apa"]
-LOSS_TYPES = ("apa", "awr", "ppo")
+LOSS_TYPES = tuple(ALGORITHMS)
 MODEL_NAME = "EleutherAI/pythia-160m"
 README_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -198,7 +199,8 @@ def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     logged = trainer.state.log_history[-1]
     generated = trainer.step(queries, trainer.generate(queries, return_prompt=False, max_new_tokens=5), scores)
     trainer = tiny_trainer(tmp_path, loss_type=loss_type, exact_kl=False)
-    at_first_visits = set() if loss_type == "ppo" else {"objective/kl_at_first_visits"}
+    known = ALGORITHMS[loss_type].needs_old_logprobs
+    at_first_visits = set() if known else {"objective/kl_at_first_visits"}
     assert trainer.step(queries, responses, scores).keys() - stats.keys() == at_first_visits
     differences = generated.keys() - stats.keys()
     assert documented["Only for some responses"] == differences | {"objective/kl_at_first_visits"}

@@ -9,9 +9,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from trl_apa.algorithms.losses import Stats, apa_loss, awr_loss, ppo_loss
+from trl_apa.algorithms.policy_gradient import cispo_loss, grpo_loss, kl_loss, rloo_loss
+from trl_apa.algorithms.regression import response_regression_loss
 
 
+# Options of a KL penalty in the reward. In the loss the default of `kl_penalty` is k3.
 KL_CONTROL = {"adap_kl_ctrl": True, "target": 6.0, "horizon": 10000.0, "kl_penalty": "kl"}
+# Where KL is charged by default: in GRPO's loss, in RLOO's reward.
+KL_IN_LOSS = {**KL_CONTROL, "kl_in": "loss", "adap_kl_ctrl": False}
+KL_IN_REWARD = {**KL_CONTROL, "kl_in": "reward", "adap_kl_ctrl": False}
 
 
 class PolicyTokens(NamedTuple):
@@ -26,6 +32,8 @@ class PolicyTokens(NamedTuple):
             micro-batches add up to the step.
         old_logprobs_BR: the same tokens under the policy that sampled them, nats; None unless the algorithm asks for
             them with `needs_old_logprobs`.
+        num_responses: responses with a counted token of the optimizer step on all processes, 0-D: the denominator of
+            means over responses.
     """
 
     logprobs_BR: Tensor
@@ -34,20 +42,22 @@ class PolicyTokens(NamedTuple):
     response_mask_BR: Tensor
     num_tokens: Tensor
     old_logprobs_BR: Tensor | None = None
+    num_responses: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What differs between APA, AWR, PPO and an algorithm of your own.
+    """What differs between the algorithms of this package and one of your own.
 
     Args:
         loss: takes [`PolicyTokens`] and the trainer's config; returns the loss (0-D) and 0-D statistics, all divided
-            by `num_tokens`. Statistics appear as `apa/policy/NAME`.
+            by `num_tokens` or `num_responses`. Statistics appear as `apa/policy/NAME`.
         kl_coef: default of the option `kl_coef`.
         options: options among `SELECTIVE_OPTIONS` that it reads, with their defaults. With `ratio_threshold` the loss
             returns a statistic `ratio`, and a mini-batch above the threshold is skipped.
         kl_in_reward: whether the reward of each token is charged `kl_coef` times its KL, and a controller may adapt
-            `kl_coef`. The options of that penalty are then among `options`.
+            `kl_coef`. The options of that penalty are then among `options`; with `kl_in` among them that option
+            decides.
         needs_old_logprobs: whether the loss reads `old_logprobs_BR`, for which rollouts are evaluated once more.
         classic_statistics: whether the entropy is the mean over all epochs, as in TRL <= 0.11, and early stopping
             looks at the sign of the KL.
@@ -59,6 +69,11 @@ class Algorithm:
     kl_in_reward: bool = False
     needs_old_logprobs: bool = False
     classic_statistics: bool = False
+
+    @property
+    def prices_kl(self) -> bool:
+        """Whether `kl_coef` is the price of KL, which may be 0; else it is the lambda of a policy to be fitted."""
+        return self.kl_in_reward or "kl_in" in self.options
 
     def __post_init__(self) -> None:
         options = {**KL_CONTROL, **self.options} if self.kl_in_reward else dict(self.options)
@@ -81,15 +96,54 @@ def _awr(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
 
 
 def _ppo(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
-    assert tokens.old_logprobs_BR is not None  # needs_old_logprobs
-    return ppo_loss(
-        tokens.logprobs_BR,
-        tokens.old_logprobs_BR,
-        tokens.advantages_BR,
-        tokens.response_mask_BR,
-        args.cliprange,
-        tokens.num_tokens,
+    loss, stats = ppo_loss(*_with_old_logprobs(tokens), args.cliprange, tokens.num_tokens)
+    return _plus_kl(loss, stats, tokens, args)
+
+
+def _grpo(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
+    counts = tokens.num_tokens, tokens.num_responses, args.max_completion_length
+    loss, stats = grpo_loss(
+        *_with_old_logprobs(tokens), args.cliprange, args.cliprange_high, args.loss_aggregation, *counts
     )
+    return _plus_kl(loss, stats, tokens, args, args.loss_aggregation)
+
+
+def _cispo(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
+    loss, stats = cispo_loss(*_with_old_logprobs(tokens), args.cliprange_high, tokens.num_tokens)
+    return _plus_kl(loss, stats, tokens, args)
+
+
+def _rloo(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
+    counts = tokens.num_tokens, tokens.num_responses
+    loss, stats = rloo_loss(*_with_old_logprobs(tokens), args.cliprange, args.cliprange_high, *counts)
+    return _plus_kl(loss, stats, tokens, args, "sum")
+
+
+def _mirror_descent(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
+    return response_regression_loss(*_with_old_logprobs(tokens), args.kl_coef, tokens.num_responses)
+
+
+def _response_apa(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
+    read = tokens.logprobs_BR, tokens.ref_logprobs_BR, tokens.advantages_BR, tokens.response_mask_BR
+    return response_regression_loss(*read, args.kl_coef, tokens.num_responses)
+
+
+def _with_old_logprobs(tokens: PolicyTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What losses with a ratio to the rollout policy read first."""
+    assert tokens.old_logprobs_BR is not None  # needs_old_logprobs
+    return tokens.logprobs_BR, tokens.old_logprobs_BR, tokens.advantages_BR, tokens.response_mask_BR
+
+
+def _plus_kl(
+    loss: Tensor, stats: Stats, tokens: PolicyTokens, args: Any, aggregation: str = "dapo"
+) -> tuple[Tensor, Stats]:
+    """The loss and, unless the reward is charged for KL, `kl_coef` times the KL, aggregated as the loss is."""
+    if args.kl_in_reward or args.kl_coef == 0:
+        return loss, stats
+    read = tokens.logprobs_BR, tokens.ref_logprobs_BR, tokens.response_mask_BR
+    counts = tokens.num_tokens, tokens.num_responses, args.max_completion_length
+    kl = kl_loss(*read, args.kl_penalty, aggregation, *counts)
+    return loss + args.kl_coef * kl, {**stats, "kl_loss": kl.detach()}
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -98,18 +152,33 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm(
         _ppo,
         kl_coef=0.05,
-        options={"cliprange": 0.2, "ratio_threshold": 10.0},
+        options={"cliprange": 0.2, "ratio_threshold": 10.0, "kl_in": "reward"},
         kl_in_reward=True,
         needs_old_logprobs=True,
         classic_statistics=True,
     ),
+    "grpo": Algorithm(
+        _grpo,
+        kl_coef=0.0,
+        options={"cliprange": 0.2, "cliprange_high": None, "loss_aggregation": "dapo", **KL_IN_LOSS},
+        needs_old_logprobs=True,
+    ),
+    "cispo": Algorithm(_cispo, kl_coef=0.0, options={"cliprange_high": 4.0, **KL_IN_LOSS}, needs_old_logprobs=True),
+    "rloo": Algorithm(
+        _rloo,
+        kl_coef=0.05,
+        options={"cliprange": 0.2, "cliprange_high": None, **KL_IN_REWARD},
+        needs_old_logprobs=True,
+    ),
+    "mirror_descent": Algorithm(_mirror_descent, kl_coef=0.2, needs_old_logprobs=True),
+    "response_apa": Algorithm(_response_apa, kl_coef=0.2),
 }
 # Options that only some algorithms read.
 SELECTIVE_OPTIONS = tuple(dict.fromkeys(name for algorithm in ALGORITHMS.values() for name in algorithm.options))
 
 
 def algorithm_of(loss_type: str) -> Algorithm:
-    """The algorithm that `loss_type` names: `"apa"`, `"awr"`, `"ppo"`, or `"module:name"` of an [`Algorithm`].
+    """The algorithm that `loss_type` names, one of `ALGORITHMS`, or `"module:name"` of an [`Algorithm`].
 
     Raises:
         ValueError: naming `loss_type`, if there is no such algorithm.

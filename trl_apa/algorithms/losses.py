@@ -54,7 +54,7 @@ def apa_loss(
         ValueError: if `kl_coef` is not positive and finite, a shape is not the mask's `(B, R)`, or the mask is not
             bool.
     """
-    _check_positive("kl_coef", kl_coef)
+    check_positive("kl_coef", kl_coef)
     check_response_tensors(
         response_mask_BR, logprobs_BR=logprobs_BR, ref_logprobs_BR=ref_logprobs_BR, advantages_BR=advantages_BR
     )
@@ -101,7 +101,7 @@ def awr_loss(
         ValueError: if `kl_coef` is not positive and finite, a shape is not the mask's `(B, R)`, or the mask is not
             bool.
     """
-    _check_positive("kl_coef", kl_coef)
+    check_positive("kl_coef", kl_coef)
     check_response_tensors(response_mask_BR, logprobs_BR=logprobs_BR, advantages_BR=advantages_BR)
     logprobs = keep_counted(logprobs_BR, response_mask_BR)
     weight = torch.exp(keep_counted(advantages_BR.detach(), response_mask_BR) / kl_coef)
@@ -143,7 +143,7 @@ def ppo_loss(
         ValueError: if `cliprange` is not positive and finite, a shape is not the mask's `(B, R)`, or the mask is not
             bool.
     """
-    _check_positive("cliprange", cliprange)
+    check_positive("cliprange", cliprange)
     check_response_tensors(
         response_mask_BR, logprobs_BR=logprobs_BR, old_logprobs_BR=old_logprobs_BR, advantages_BR=advantages_BR
     )
@@ -199,7 +199,7 @@ def value_loss(
     error = (values - returns).square()
     worst = error
     if cliprange is not None:
-        _check_positive("cliprange", cliprange)
+        check_positive("cliprange", cliprange)
         if old_values_BR is None:
             raise ValueError("old_values_BR is None, it should be given with cliprange: V is clipped around it")
         check_response_tensors(response_mask_BR, old_values_BR=old_values_BR)
@@ -267,7 +267,7 @@ def log_normalizer(advantages_BR: Tensor, response_mask_BR: Tensor, kl_coef: flo
         ValueError: if `kl_coef` is not positive and finite, the shape is not the mask's `(B, R)`, or the mask is not
             bool.
     """
-    _check_positive("kl_coef", kl_coef)
+    check_positive("kl_coef", kl_coef)
     check_response_tensors(response_mask_BR, advantages_BR=advantages_BR)
     exponent = keep_counted(advantages_BR.detach(), response_mask_BR) / kl_coef
     count = response_mask_BR.sum()
@@ -276,6 +276,6 @@ def log_normalizer(advantages_BR: Tensor, response_mask_BR: Tensor, kl_coef: flo
     return torch.where(count > 0, log_mean, torch.zeros_like(log_mean))
 
 
-def _check_positive(name: str, number: float) -> None:
+def check_positive(name: str, number: float) -> None:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} is {number}, it should be finite and positive")

@@ -86,7 +86,7 @@ def _loss(subject: Subject, rows: Sequence[int], num_tokens: Tensor, networks: d
     loss = torch.zeros((), device=mask_BR.device)
     if "logprobs" in outputs:
         anchor = outputs["logprobs"].detach()
-        kl_coef = subject.args.kl_coef
+        kl_coef = subject.args.kl_coef or 1.0  # that of a policy gradient may be 0
         loss = loss + apa_loss(outputs["logprobs"], anchor, targets_BR, mask_BR, kl_coef, num_tokens)[0]
     if "values" in outputs:
         before = outputs["values"].detach()

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
-from trl_apa.algorithms import SELECTIVE_OPTIONS, Algorithm, algorithm_of
+from trl_apa.algorithms import ALGORITHMS, SELECTIVE_OPTIONS, Algorithm, algorithm_of
+from trl_apa.algorithms.policy_gradient import AGGREGATIONS
 from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
@@ -27,6 +28,7 @@ from trl_apa.trainer.reporting import check_trackers
 POSITIVE = (
     "batch_size",
     "cliprange",
+    "cliprange_high",
     "cliprange_value",
     "compare_steps",
     "generation_batch_size",
@@ -66,13 +68,16 @@ ALIASES = {
 }
 # Those of them that are not given a value for scripts to read.
 NOT_READ_BACK = ("log_with", "local_batch_size")
+# Of the penalty in the reward alone.
+OF_KL_CONTROL = ("adap_kl_ctrl", "target", "horizon")
 TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name", "project_kwargs")
 # Objects, which a command line and a config file write as JSON.
 JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs", "project_kwargs")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
-    *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value"),
-    *("adap_kl_ctrl", "target", "horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
+    *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_high", "cliprange_value"),
+    *("loss_aggregation", "kl_in", "adap_kl_ctrl", "target", "horizon", "kl_penalty", "ratio_threshold"),
+    *("early_stopping", "target_kl"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("reward_weights", "num_unfrozen_layers", "seed"),
     *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_epochs_per_batch"),
@@ -100,12 +105,14 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
             Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
-            KL penalty in the reward; or `"module:name"` of an algorithm of your own (`docs/extending.md`). Nothing
-            else changes with it.
+            KL penalty in the reward; `"grpo"`, `"cispo"`, `"rloo"`, `"mirror_descent"` or `"response_apa"`
+            (`docs/algorithm.md` compares them); or `"module:name"` of an algorithm of your own
+            (`docs/extending.md`). Nothing else changes with it.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
-            `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`, in reward
-            units per nat: small scores want a smaller one (`docs/rewards.md`).
+            `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses. For PPO it is the initial
+            coefficient of the KL penalty, `0.05`, in reward units per nat: small scores want a smaller one
+            (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO, `0.0`, that of the KL in the loss.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -134,21 +141,31 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         num_epochs_per_batch (`int`, *optional*, defaults to `2`):
             Passes over the rollouts of an iteration. Classic: `ppo_epochs`.
         cliprange (`float`, *optional*):
-            PPO only: clip range of the ratio. Defaults to `0.2`.
+            PPO, GRPO, RLOO: clip range of the ratio. Defaults to `0.2`.
+        cliprange_high (`float`, *optional*):
+            GRPO, RLOO, CISPO: clip range above 1, where it is another one. Defaults to `cliprange`, for CISPO, which
+            has this one alone, to `4.0`.
+        loss_aggregation (`str`, *optional*):
+            GRPO only: `"dapo"`, the mean over tokens, `"grpo"`, over responses of each one's mean, or `"dr_grpo"`,
+            over responses of the sum divided by `max_completion_length`. Defaults to `"dapo"`.
+        kl_in (`str`, *optional*):
+            Policy gradients: whether `"reward"` or `"loss"` is charged `kl_coef` for KL. Defaults to the reward for
+            PPO and RLOO, to the loss for GRPO and CISPO.
         cliprange_value (`float`, *optional*):
             If set, values are clipped to within it of their old selves in the value loss, as PPO2 does.
         init_kl_coef (`float`, *optional*):
             PPO only, classic's name for `kl_coef` there.
         adap_kl_ctrl (`bool`, *optional*):
-            PPO only: adapt the coefficient so that KL stays near `target`. Defaults to `True`; in a script for TRL
-            0.12 to 1.12, which had no controller, to `False`.
+            With KL in the reward: adapt the coefficient so that KL stays near `target`. Defaults to `True` for PPO,
+            in a script for TRL 0.12 to 1.12, which had no controller, and for the others to `False`.
         target (`float`, *optional*):
-            PPO only: KL in nats per sequence that the controller aims at. Defaults to `6.0`.
+            With KL in the reward: KL in nats per sequence that the controller aims at. Defaults to `6.0`.
         horizon (`float`, *optional*):
-            PPO only: responses over which the controller reacts. Defaults to `10000`.
+            With KL in the reward: responses over which the controller reacts. Defaults to `10000`.
         kl_penalty (`str`, *optional*):
-            PPO only: the KL in the reward: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or `"k3"`, or
-            `"full"`, the exact sum over the vocabulary. Defaults to `"kl"`.
+            Policy gradients: the KL that is charged: an estimate from the sampled token, `"kl"`, `"abs"`, `"mse"` or
+            `"k3"`, or, in the reward, `"full"`, the exact sum over the vocabulary. Defaults to `"kl"` in the reward,
+            to `"k3"` in the loss.
         max_prompt_length (`int`, *optional*):
             In `train`, only the last tokens of a longer prompt are kept; of chat messages the last complete turns, and
             the system message. Defaults to all.
@@ -252,7 +269,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     _default_batch_size: ClassVar[int] = 64
     _largest_mini_batch: ClassVar[int] = 8
 
-    loss_type: str = option("apa", "Policy loss: 'apa', 'awr', 'ppo', or module:name of an Algorithm.")
+    loss_type: str = option("apa", f"Policy loss: {', '.join(ALGORITHMS)}, or module:name of an Algorithm.")
     kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
     gamma: float = option(1.0, "Discount a token.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
@@ -266,13 +283,16 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     batch_size: int = option(None, "Rollouts of one process in one iteration.")
     per_device_train_batch_size: int = option(None, "Rollouts a forward pass of the update.")
     num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
-    cliprange: float | None = option(None, "PPO only: clip range of the ratio.")
+    cliprange: float | None = option(None, "PPO, GRPO, RLOO: clip range of the ratio.")
+    cliprange_high: float | None = option(None, "GRPO, RLOO, CISPO: clip range above 1, if it is another one.")
+    loss_aggregation: str | None = option(None, "GRPO only: 'dapo', 'grpo' or 'dr_grpo'.")
+    kl_in: str | None = option(None, "Policy gradients: charge 'reward' or 'loss' for KL.")
     cliprange_value: float | None = option(None, "Clip range of the values in the value loss; none by default.")
     init_kl_coef: float | None = option(None, "PPO only: classic's name of kl_coef.")
-    adap_kl_ctrl: bool | None = switch("PPO only: adapt the KL coefficient.")
-    target: float | None = option(None, "PPO only: KL that the controller aims at, nats per sequence.")
-    horizon: float | None = option(None, "PPO only: responses over which the controller reacts.")
-    kl_penalty: str | None = option(None, "PPO only: KL in the reward: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    adap_kl_ctrl: bool | None = switch("With KL in the reward: adapt the coefficient.")
+    target: float | None = option(None, "With KL in the reward: what the controller aims at, nats per sequence.")
+    horizon: float | None = option(None, "With KL in the reward: responses over which the controller reacts.")
+    kl_penalty: str | None = option(None, "Policy gradients: the KL charged: 'kl', 'abs', 'mse', 'k3', 'full'.")
     max_prompt_length: int | None = option(None, "train(): keep the last tokens of a prompt; all by default.")
     num_generations: int = option(1, "train(): responses to each prompt of an iteration.")
     shuffle: str | None = option(None, "Draw 'rows' or 'groups' of a prompt into optimizer steps.")
@@ -386,6 +406,13 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         return option in self.algorithm.options
 
     @property
+    def kl_in_reward(self) -> bool:
+        """Whether the reward of each token is charged `kl_coef` times its KL."""
+        if not self.reads("kl_in"):
+            return self.algorithm.kl_in_reward
+        return (self.kl_in or self.algorithm.options["kl_in"]) == "reward"
+
+    @property
     def shuffles_groups(self) -> bool:
         """Whether rollouts with the same prompt are drawn into optimizer steps together."""
         return self.shuffle == "groups" if self.shuffle is not None else self.num_generations > 1
@@ -487,7 +514,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 setattr(self, alias, getattr(self, name))
 
     def _name_of_ours(self, name: str) -> str:
-        if name == "init_kl_coef" and not self.algorithm.kl_in_reward:
+        if name == "init_kl_coef" and not self.kl_in_reward:
             return name  # lambda of APA and AWR has another meaning
         return super()._name_of_ours(name)
 
@@ -516,7 +543,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         elif ours == "kl_coef":
             if self.kl_coef is None:
                 self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
-            if self.algorithm.kl_in_reward:
+            if self.kl_in_reward:
                 self.init_kl_coef = self.kl_coef
         elif ours == "init_kl_coef":
             self._warn_without_effect(ours)
@@ -536,7 +563,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         for name in SELECTIVE_OPTIONS:
             self._fill_selective_option(name)
         default = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
-        if not self.algorithm.kl_in_reward:
+        if not self.kl_in_reward:
             self._warn_without_effect("init_kl_coef")
             self._warn_without_effect("kl_estimator")
         elif self.init_kl_coef is not None and self.kl_coef in (None, default):
@@ -545,25 +572,29 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             raise ValueError(f"init_kl_coef={self.init_kl_coef} and kl_coef={self.kl_coef}: set one of them")
         if self.kl_coef is None:
             self.kl_coef = default
-        if self.algorithm.kl_in_reward:
+        if self.kl_in_reward:
             self.init_kl_coef = self.kl_coef
 
     def _fill_selective_option(self, name: str) -> None:
         if not self.reads(name):
             self._warn_without_effect(name)
+        elif name in OF_KL_CONTROL and not self.kl_in_reward:
+            self._warn_without_effect(name)
         elif getattr(self, name) is None:
-            setattr(self, name, self.algorithm.options[name])
+            in_loss = name == "kl_penalty" and not self.kl_in_reward
+            setattr(self, name, "k3" if in_loss else self.algorithm.options[name])
 
     def _warn_without_effect(self, name: str) -> None:
-        if getattr(self, name) is not None:
-            warnings.warn(
-                f"{name}={getattr(self, name)!r} has no effect with loss_type={self.loss_type!r}: only 'ppo' reads it",
-                UserWarning,
-                stacklevel=5,
-            )
+        if getattr(self, name) is None:
+            return
+        setting, readers = f"loss_type={self.loss_type!r}", readers_of(name)
+        if name in OF_KL_CONTROL and self.reads(name):
+            setting, readers = "kl_in='loss'", "only kl_in='reward' reads it"
+        text = f"{name}={getattr(self, name)!r} has no effect with {setting}: {readers}"
+        warnings.warn(text, UserWarning, stacklevel=5)
 
     def _check_ranges(self) -> None:
-        positive = POSITIVE if self.algorithm.kl_in_reward else [*POSITIVE, "kl_coef"]
+        positive = POSITIVE if self.algorithm.prices_kl else [*POSITIVE, "kl_coef"]
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -589,6 +620,13 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             )
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
+        if self.kl_in not in (None, "reward", "loss"):
+            raise ValueError(f"kl_in={self.kl_in!r}: it should be 'reward' or 'loss'")
+        if self.reads("kl_penalty") and self.kl_penalty == "full" and not self.kl_in_reward:
+            raise ValueError("kl_penalty='full' needs kl_in='reward': in the loss only sampled tokens are known")
+        if self.loss_aggregation not in (None, *AGGREGATIONS[:3]):
+            names = ", ".join(AGGREGATIONS[:3])
+            raise ValueError(f"loss_aggregation={self.loss_aggregation!r}: it should be one of {names}")
 
     def _check_hub_options(self) -> None:
         self._parse_json("push_to_hub_if_best_kwargs")
@@ -598,6 +636,14 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         if given and "repo_id" not in given:
             names = ", ".join(without_secrets(list(map(str, given))))
             raise ValueError(f"push_to_hub_if_best_kwargs has {names}: it should have a repo_id")
+
+
+def readers_of(name: str) -> str:
+    """Which losses read an option, in words."""
+    charged = name in ("init_kl_coef", "kl_estimator")
+    readers = [loss for loss, algorithm in ALGORITHMS.items() if ("kl_in" if charged else name) in algorithm.options]
+    *first, last = map(repr, readers)
+    return f"only {', '.join(first)} and {last} read it" if first else f"only {last} reads it"
 
 
 def _backward_batch_size(config: APAConfig) -> int:

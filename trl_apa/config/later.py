@@ -102,7 +102,7 @@ FIXED: dict[str, Fixed] = {
     **_fixed(
         Moment.TRAINER,
         "set it before the trainer is made",
-        *("num_unfrozen_layers", "model_adapter_name", "ref_adapter_name", "padding_free", "stop_token_id"),
+        *("num_unfrozen_layers", "model_adapter_name", "ref_adapter_name", "padding_free", "stop_token_id", "kl_in"),
         *("reward_weights", "skip_unscored", "reward_timeout", "remove_unused_columns"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "use_liger_kernel", "liger_kernel_config", "parallelism_config"),
@@ -211,7 +211,7 @@ class OptionsSetLater:
 
     def _check_not_fixed(self, name: str, value: Any) -> None:
         fixed = FIXED.get(name) or FIXED.get(self._name_of_ours(name))
-        if fixed is None or (fixed.of_kl_penalty and not self.algorithm.kl_in_reward):  # type: ignore[attr-defined]  # of the config
+        if fixed is None or (fixed.of_kl_penalty and not self.kl_in_reward):  # type: ignore[attr-defined]  # of the config
             return
         since = self._moment_reached(fixed)
         if since not in (None, Moment.CONFIG):

@@ -120,7 +120,7 @@ def translate(config: "APAConfig") -> None:
             raise ValueError(f"kl_estimator={config.kl_estimator!r} and kl_penalty={config.kl_penalty!r}: set one")
         if config.reads("kl_penalty"):
             config.kl_penalty = penalty
-    if config.algorithm.kl_in_reward and _is_trl_0_12(config):
+    if config.kl_in_reward and _is_trl_0_12(config):
         # Those trainers had no controller.
         if config.adap_kl_ctrl is None:
             config.adap_kl_ctrl = False

@@ -304,12 +304,12 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         args = self.args
         kl_ctl = (
             AdaptiveKLController(args.kl_coef, args.target, args.horizon)
-            if args.algorithm.kl_in_reward and args.adap_kl_ctrl
+            if args.kl_in_reward and args.adap_kl_ctrl
             else FixedKLController(args.kl_coef)
         )
         running_scores = RunningMoments(distributed=self.accelerator.num_processes > 1)
         self.run_state = RunState(kl_ctl, running_scores, args.global_batch_size)
-        self.drift = DriftWatch(f"{'init_kl_coef' if args.algorithm.kl_in_reward else 'kl_coef'}={args.kl_coef}")
+        self.drift = DriftWatch(f"{'init_kl_coef' if args.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
         self._sampled_logprobs = SampledLogprobs()
         self._clear_gradient_norms()
@@ -659,7 +659,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             everywhere.sampling_logprobs_BR if everywhere.old_logprobs_BR is None else everywhere.old_logprobs_BR
         )
         logprobs_BR = logprobs_BR if known_BR is None else known_BR
-        kl_coef = None if args.algorithm.kl_in_reward else args.kl_coef
+        kl_coef = None if args.algorithm.prices_kl else args.kl_coef
         stats: dict[str, Any] = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)
         stats.update(rollout_arrays(everywhere, logprobs_BR, lengths_B))
         stats.update(record.mean_losses(self.processes.sum))

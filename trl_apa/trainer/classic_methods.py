@@ -59,7 +59,7 @@ class ClassicMethods(_BaseTrainer):
         """Raise an error for an override that these options and networks never call."""
         check_instance(self, OWN_METHODS)
         args = self.args
-        if self._calls("_kl_penalty") and not self._calls("compute_rewards") and not args.algorithm.kl_in_reward:
+        if self._calls("_kl_penalty") and not self._calls("compute_rewards") and not args.kl_in_reward:
             raise ValueError(
                 f"_kl_penalty is overridden, but with loss_type={args.loss_type!r} no KL is in the reward, so that it "
                 "would have no effect; override compute_rewards, or set loss_type='ppo'"
@@ -88,7 +88,7 @@ class ClassicMethods(_BaseTrainer):
             kls = torch.stack([self._kl_penalty(*row) for row in rows])
         else:
             kls = self._kl_penalty(logprobs, ref_logprobs)
-        kl_coef = self.kl_ctl.value if self.args.algorithm.kl_in_reward else 0.0
+        kl_coef = self.kl_ctl.value if self.args.kl_in_reward else 0.0
         non_score_rewards = -kl_coef * kls
         return non_score_rewards + token_rewards(scores_B, masks.bool()), non_score_rewards, kls
 

@@ -63,15 +63,15 @@ class Experience(_BaseTrainer):
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
         rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
         algorithm = self.args.algorithm
-        needs_old = algorithm.needs_old_logprobs or algorithm.kl_in_reward or self.args.early_stopping
+        needs_old = algorithm.needs_old_logprobs or self.args.kl_in_reward or self.args.early_stopping
         rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self._calls("loss")
         needs_old = needs_old or (self.args.exact_kl and rollouts.sampling_logprobs_BR is None)
-        full_kl = algorithm.kl_in_reward and self.args.kl_penalty == "full"
+        full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
         if needs_old:
             rollouts.old_logprobs_BR = blank_BR.clone()
-        if algorithm.kl_in_reward:
+        if self.args.kl_in_reward:
             rollouts.kl_penalty_BR = blank_BR.clone()
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
@@ -99,7 +99,7 @@ class Experience(_BaseTrainer):
                         kept[index, :width] = found.float()
                 else:
                     rollouts.kl_penalty_BR[index, :width] = kl_full(*logprobs_BRV).float()
-        if algorithm.kl_in_reward and not full_kl and not rewards_overridden:
+        if self.args.kl_in_reward and not full_kl and not rewards_overridden:
             rollouts.kl_penalty_BR = kl_estimate(
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )

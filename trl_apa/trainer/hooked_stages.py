@@ -151,7 +151,7 @@ def statistics_by_override(trainer: Any, iteration: Iteration) -> dict[str, Any]
     kl_coef = trainer.kl_ctl.value
     non_score_rewards = rollouts.non_score_rewards_BR
     if non_score_rewards is None:
-        non_score_rewards = -(kl_coef if trainer.args.algorithm.kl_in_reward else 0.0) * kls
+        non_score_rewards = -(kl_coef if trainer.args.kl_in_reward else 0.0) * kls
     rows = kept_B.nonzero().flatten().tolist()
     stats = trainer.record_step_stats(
         kl_coef=kl_coef,

@@ -22,6 +22,7 @@ class Iteration:
         ended_B: bool, whether a response ended with EOS.
         plan: the rows of each optimizer step, an epoch after the other.
         num_tokens: counted tokens of each optimizer step on all processes, float32 `(len(plan),)`.
+        num_responses: responses with a counted token, likewise; None in an iteration that an older version saved.
         steps_per_epoch: optimizer steps of one pass over the rollouts.
         micro_batch_size: rows a forward pass.
         record: what the passes leave behind for the statistics.
@@ -38,6 +39,7 @@ class Iteration:
     record: UpdateRecord
     position: int = 0
     stopped: bool = False
+    num_responses: Tensor | None = None
 
     @classmethod
     def begin(
@@ -55,9 +57,11 @@ class Iteration:
         """
         plan = [rows for epoch in epochs for rows in epoch]
         counts_B = rollouts.response_mask_BR.sum(dim=1)
-        num_tokens = reduce_sum(torch.stack([counts_B[rows].sum() for rows in plan])).clamp(min=1)
+        counts = torch.stack([torch.stack([counts_B[rows].sum(), (counts_B[rows] > 0).sum()]) for rows in plan])
+        num_tokens, num_responses = reduce_sum(counts).clamp(min=1).unbind(dim=1)
         record = UpdateRecord.empty(rollouts.response_mask_BR)
-        return cls(rollouts, ended_B, plan, num_tokens, len(epochs[0]), micro_batch_size, record)
+        sizes = len(epochs[0]), micro_batch_size
+        return cls(rollouts, ended_B, plan, num_tokens, *sizes, record, num_responses=num_responses)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -92,7 +96,7 @@ class Iteration:
         return self.steps_done / self.steps_per_epoch
 
     def next_micro_batch(self, pad_token_id: int, layout_for: Callable[..., Layout]) -> dict[str, Any]:
-        """The next rows of the plan as `Rollouts.micro_batch` gives them, and `num_tokens` of their optimizer step.
+        """The next rows of the plan as `Rollouts.micro_batch` gives them, with the counts of their optimizer step.
 
         Args:
             pad_token_id: what to fill with.
@@ -106,7 +110,10 @@ class Iteration:
         rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
         layout = layout_for(self.rollouts.longest(rows), share=self.rollouts.share_prompts(rows))
-        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), "num_tokens": self.num_tokens[step]}
+        counts = {"num_tokens": self.num_tokens[step]}
+        if self.num_responses is not None:
+            counts["num_responses"] = self.num_responses[step]
+        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), **counts}
 
     def rewind(self, position: int, num_norms: int) -> None:
         """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.

@@ -32,7 +32,7 @@ def rewards_of_tokens(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state:
     rewards_BR = shaped_token_rewards(
         scores_B, rollouts.response_mask_BR, rollouts.given_rewards_BR, std=std, mean=mean, clip=args.score_clip
     )
-    if args.algorithm.kl_in_reward:
+    if args.kl_in_reward:
         mask_BR = rollouts.response_mask_BR
         rewards_BR = kl_penalized_rewards(rewards_BR, rollouts.kl_penalty_BR, mask_BR, run_state.kl_ctl.value)
     return rewards_BR

@@ -175,6 +175,7 @@ class Update(_BaseTrainer):
             mask,
             num_tokens,
             batch.get("old_logprobs") if self.args.algorithm.needs_old_logprobs else None,
+            batch.get("num_responses"),
         )
         loss, stats = self.args.algorithm.loss(tokens, self.args)
         if not SHIFT <= stats.keys():
