@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.test_advantages import naive_baselines
+from tests.test_docs import ROOT, fenced
 from tests.test_training import PROMPTS, StopAt, logged, parameters, trainer_for
 from tests.test_update import SPLITS, assert_same, row_logprobs
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
@@ -387,6 +389,36 @@ def test_an_estimator_that_returns_something_else_is_named(tmp_path, name, text)
     trainer = learner(tmp_path, advantage_estimator=f"{HERE}:{name}")
     with pytest.raises(ValueError, match=f"advantage_estimator='{HERE}:{name}' {text}"):
         trainer.step(*grouped_rollouts())
+
+
+@pytest.fixture
+def to_go(tmp_path, monkeypatch):
+    """The module of `docs/extending.md`, importable as a user's is; returns its option's value."""
+    module, script = fenced(ROOT / "docs" / "extending.md", "python")[2:4]
+    (tmp_path / "to_go.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    namespace = {}
+    exec(script, namespace)
+    yield namespace["config"].advantage_estimator
+    sys.modules.pop("to_go", None)
+
+
+def test_an_estimator_of_the_users_credits_each_token_with_the_rewards_from_it_on(tmp_path, to_go):
+    """PPO's KL is charged token by token, and the rest is whitened over all tokens: REINFORCE++."""
+    options = {"loss_type": "ppo", "kl_coef": 0.5, "adap_kl_ctrl": False}
+    trainer = learner(tmp_path, advantage_estimator=to_go, **options)
+    assert trainer.model.value_model is None
+    trainer.step(*grouped_rollouts(seed=1))
+    stats = trainer.step(*grouped_rollouts())
+    kl_BR = torch.tensor(stats["objective/logprobs"] - stats["objective/ref_logprobs"]).double()
+    raw = []
+    for row, (response, score) in enumerate(zip(*grouped_rollouts()[1:], strict=True)):
+        rewards = [-0.5 * float(kl) for kl in kl_BR[row, : len(response)]]
+        rewards[-1] += float(score)
+        raw += [sum(rewards[t:]) for t in range(len(rewards))]
+    raw = torch.tensor(raw)
+    expected = (raw - raw.mean()) / (raw.var() + 1e-8).sqrt()
+    torch.testing.assert_close(torch.tensor(stats["apa/policy/advantages"]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_an_estimator_of_the_users_may_have_a_value_model(tmp_path):
