@@ -49,6 +49,8 @@ CASES = {
         LARGE_VOCABULARY, **{**FULL, **SHORT, "micro_batch_size": 8, "max_new_tokens": 70}
     ),
     "full, a head for values": Setup(GPT2, **FULL, value="head", gradient_checkpointing=False),
+    "full, no value model": Setup(GPT2, **FULL, value=None, gradient_checkpointing=False),
+    "LoRA, no value model": Setup(LLAMA, **IN_FLOAT32, value=None),
     "one unfrozen layer": Setup(LLAMA, **FULL, num_unfrozen_layers=1, gradient_checkpointing=False),
 }
 
@@ -104,6 +106,7 @@ def build_trainer(setup: Setup, folder: str | Path) -> APATrainer:
         max_completion_length=setup.max_new_tokens,
         num_unfrozen_layers=setup.num_unfrozen_layers,
         optim="adamw_torch_fused",
+        advantage_estimator="batch" if setup.value is None else "gae",
     )
     lora = LoraConfig(r=setup.lora_r, target_modules=setup.lora_target_modules, task_type="CAUSAL_LM")
     return APATrainer(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_apa.algorithms.advantages import gae
+from trl_apa.algorithms.advantages import batch_advantages, gae, group_advantages, leave_one_out_advantages
 from trl_apa.algorithms.rewards import token_rewards
 
 
@@ -185,3 +185,122 @@ def test_errors():
             gae(rewards, values, mask, gamma, 0.95)
     with pytest.raises(ValueError, match="gae_lambda is 2"):
         gae(rewards, values, mask, 1.0, 2.0)
+
+
+# Four rows of a prompt 7, three of a prompt 3, of which one was skipped; rewards token by token, NaN behind the mask.
+NAN = math.nan
+DENSE = torch.tensor([[1.0, 2.0, NAN], [0.0, NAN, 1.0], [4.0, 5.0, NAN], [NAN, 5.0, NAN], [0.0, 0.0, 2.0]])
+COUNTED = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 0], [0, 1, 0], [1, 1, 1]]).bool()
+SKIPPED = torch.tensor([[9.0, 9.0, 9.0]]), torch.zeros(1, 3).bool()
+PROMPTS = torch.tensor([7, 7, 3, 7, 3, 3])
+
+
+def dense_rows():
+    """Rewards of sum 3, 1, 9, 5, 2 and a skipped row; prompts 7, 7, 3, 7, 3, 3."""
+    return torch.cat([DENSE, SKIPPED[0]]), torch.cat([COUNTED, SKIPPED[1]]), PROMPTS
+
+
+def on_tokens(numbers, mask):
+    return torch.where(mask, torch.tensor(numbers)[:, None], torch.zeros(()))
+
+
+def test_group_hand_worked():
+    rewards, mask, prompts = dense_rows()
+    # Prompt 7: sums 3, 1, 5, mean 3. Prompt 3: sums 9, 2, mean 5.5; the skipped row is no member.
+    expected = on_tokens([0.0, -2.0, 3.5, 2.0, -3.5, 0.0], mask)
+    assert torch.equal(group_advantages(rewards, mask, prompts), expected)
+    # Unbiased standard deviations: sqrt((0 + 4 + 4) / 2) = 2, and sqrt(2 * 3.5^2 / 1) = 3.5 sqrt(2).
+    divisors = torch.tensor([2.0, 2.0, 3.5 * math.sqrt(2), 2.0, 3.5 * math.sqrt(2), 1.0])[:, None] + 1e-4
+    torch.testing.assert_close(group_advantages(rewards, mask, prompts, "std"), expected / divisors)
+
+
+def test_leave_one_out_hand_worked():
+    rewards, mask, prompts = dense_rows()
+    # Prompt 7: 3 - (1 + 5) / 2 = 0, 1 - (3 + 5) / 2 = -3, 5 - (3 + 1) / 2 = 3. Prompt 3: 9 - 2 and 2 - 9.
+    expected = on_tokens([0.0, -3.0, 7.0, 3.0, -7.0, 0.0], mask)
+    assert torch.equal(leave_one_out_advantages(rewards, mask, prompts), expected)
+
+
+def test_batch_hand_worked():
+    rewards, mask, _ = dense_rows()
+    # Sums 3, 1, 9, 5, 2: mean 4 over the five rows that were not skipped.
+    assert torch.equal(batch_advantages(rewards, mask), on_tokens([-1.0, -3.0, 5.0, 1.0, -2.0, 0.0], mask))
+
+
+@pytest.mark.parametrize("estimate", [group_advantages, leave_one_out_advantages])
+def test_a_response_whose_siblings_were_skipped_has_no_advantage(estimate):
+    rewards, mask = torch.tensor([[5.0], [1.0], [2.0]]), torch.tensor([[True], [False], [True]])
+    assert torch.equal(estimate(rewards, mask, torch.tensor([4, 4, 5])), torch.zeros(3, 1))
+
+
+def naive_baselines(rewards, mask, prompts, kind):
+    """Row by row in Python floats."""
+    totals = [sum(r for r, m in zip(row, kept, strict=True) if m) for row, kept in zip(rewards, mask, strict=True)]
+    rows = range(len(totals))
+    advantages = []
+    for i in rows:
+        same = [j for j in rows if any(mask[j]) and (kind == "batch" or prompts[j] == prompts[i])]
+        members = [j for j in same if kind != "leave_one_out" or j != i]
+        if not any(mask[i]) or not members:
+            advantages.append(0.0)
+            continue
+        advantage = totals[i] - sum(totals[j] for j in members) / len(members)
+        if kind == "std":
+            mean = sum(totals[j] for j in same) / len(same)
+            variance = sum((totals[j] - mean) ** 2 for j in same) / max(len(same) - 1, 1)
+            advantage /= math.sqrt(variance) + 1e-4
+        advantages.append(advantage)
+    return torch.tensor(advantages, dtype=torch.float64)[:, None] * torch.tensor(mask)
+
+
+BASELINES = {
+    "group": group_advantages,
+    "std": lambda *rows: group_advantages(*rows, "std"),
+    "leave_one_out": leave_one_out_advantages,
+    "batch": lambda rewards, mask, prompts: batch_advantages(rewards, mask),
+}
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("seed", range(3))
+def test_baselines_equal_a_slow_loop(kind, seed):
+    rewards, _, mask = ragged(seed, rows=12, columns=4)
+    mask[3] = False
+    prompts = torch.randint(0, 4, (12,), generator=torch.Generator().manual_seed(seed)) - 2**62
+    expected = naive_baselines(rewards.tolist(), mask.tolist(), prompts.tolist(), kind)
+    torch.testing.assert_close(BASELINES[kind](rewards, mask, prompts), expected)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_baselines_do_not_depend_on_padding_row_order_dtype_or_what_is_behind_the_mask(kind):
+    rewards, _, mask = ragged(5, rows=8)
+    rewards, prompts = rewards.float(), torch.tensor([0, 1, 0, 1, 2, 2, 2, 0])
+    expected = BASELINES[kind](rewards, mask, prompts)
+    assert expected.dtype == torch.float32 and not expected.requires_grad
+    garbage = torch.where(mask, rewards, torch.tensor(torch.inf)).requires_grad_()
+    assert torch.equal(BASELINES[kind](garbage, mask, prompts), expected)
+    wider = torch.nn.functional.pad(rewards, (0, 3), value=torch.nan), torch.nn.functional.pad(mask, (0, 3))
+    assert torch.equal(BASELINES[kind](*wider, prompts)[:, :7], expected)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(BASELINES[kind](rewards[order], mask[order], prompts[order]), expected[order])
+    assert BASELINES[kind](rewards.bfloat16(), mask, prompts).dtype == torch.float32
+
+
+def test_leave_one_out_is_the_group_difference_times_k_over_k_minus_1():
+    rewards, _, _ = ragged(1, rows=8, columns=3)
+    mask, prompts = torch.ones_like(rewards).bool(), torch.arange(8) // 4
+    expected = group_advantages(rewards, mask, prompts) * 4 / 3
+    torch.testing.assert_close(leave_one_out_advantages(rewards, mask, prompts), expected)
+
+
+def test_baselines_refuse_what_they_cannot_read():
+    rewards, mask, prompts = dense_rows()
+    with pytest.raises(ValueError, match=r"normalization is 'batch', it should be one of none, std"):
+        group_advantages(rewards, mask, prompts, "batch")
+    for estimate in (group_advantages, leave_one_out_advantages):
+        with pytest.raises(ValueError, match=r"prompts_B has shape \(5,\), it should be \(6,\)"):
+            estimate(rewards, mask, prompts[:5])
+        with pytest.raises(ValueError, match="rewards_BR has shape"):
+            estimate(rewards[:, :2], mask, prompts)
+    with pytest.raises(ValueError, match="dtype"):
+        batch_advantages(rewards, mask.int())

@@ -56,6 +56,14 @@ def checked(folder, model=None, trainer_kwargs=None, **options):
 # ---- where all is right ----
 
 
+def test_without_a_value_model_what_is_there_is_checked(folder, capsys):
+    arguments = [folder, "--device", "cpu", "--max_completion_length", "8", "--advantage_estimator", "group"]
+    assert main(["check", *arguments, "--json"]) == 0
+    names = {finding["name"] for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert not [name for name in names if "value" in name]
+    assert {"saved and resumed", "gradient of the policy, split into micro-batches"} < names
+
+
 @pytest.mark.parametrize(
     ("family", "trainer_kwargs"),
     [

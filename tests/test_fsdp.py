@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+WITHOUT_CRITIC = {"advantage_estimator": "batch", "gamma": 1.0, "whiten_advantages": False}
 CLIPPED_APART = {"max_grad_norm": 0.5, "value_max_grad_norm": 0.05}
 
 
@@ -71,6 +72,7 @@ def everything(rank, folder, base):
         ],
         "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
         "clipped apart": stepped(with_fsdp, f"{folder}/apart", rows, config=ACCUMULATED | CLIPPED_APART)[1],
+        "without a critic": stepped(with_fsdp, f"{folder}/no-critic", rows, config=ACCUMULATED | WITHOUT_CRITIC)[1],
         "train": trained_in_parts(with_fsdp, f"{folder}/train", base, state_dict_type="SHARDED_STATE_DICT"),
         "bf16": in_half_precision(f"{folder}/bf16", rows),
     }
@@ -113,6 +115,14 @@ def test_so_they_do_where_each_network_has_a_clip_of_its_own(ranks, folder):
     assert expected["stats"]["apa/grad_norm/policy"] > 0.5 and expected["stats"]["apa/grad_norm/value"] > 0.05
     for rank in ranks:
         assert_equal_outcome(rank["clipped apart"], expected)
+
+
+def test_so_they_do_without_a_critic(ranks, folder):
+    _, expected = stepped(alone, folder / "no-critic-alone", config=WITHOUT_CRITIC)
+    assert not any(name.startswith("value_model") for name in expected["weights"])
+    for rank in ranks:
+        assert_equal_outcome(rank["without a critic"], expected)
+    assert not (folder / "no-critic" / "saved" / "value_model").exists()
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder):

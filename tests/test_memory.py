@@ -56,7 +56,7 @@ SMALL = LlamaConfig(
 )
 
 
-QUICK_CASES = {"full", "LoRA, a separate value model", "4-bit base, value adapter"}
+QUICK_CASES = {"full", "LoRA, no value model", "LoRA, a separate value model", "4-bit base, value adapter"}
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +188,24 @@ def test_networks_are_counted_where_they_are():
     small = LlamaConfig(**{**SMALL.to_dict(), "hidden_size": 32})
     other = predict(replace(setup, value=small)).update
     assert 0 < other["weights: value"] < separate["weights: value"]
+
+
+def test_without_a_value_model_nothing_of_it_is_planned_for(tmp_path, capsys):
+    setup = Setup(SMALL, lora_r=0, dtype=torch.float32, max_length=32, max_new_tokens=8)
+    separate, without = predict(setup), predict(replace(setup, value=None))
+    assert "weights: value" not in without.update and "adapters and heads" not in without.update
+    # The trunk of the value model, which has no vocabulary head of 64 * 1000, and two moments of it and of its head.
+    saved = separate.update["weights: value"] + separate.update["adapters and heads"]
+    assert separate.update["weights: value"] == pytest.approx(separate.update["weights: policy"] - 4 * 64000, rel=0.01)
+    assert separate.update["optimizer"] - without.update["optimizer"] == pytest.approx(2 * saved, rel=0.01)
+    assert without.peak < 0.7 * separate.peak
+    changes = dict(advice._options(setup))
+    assert changes["no value model: advantage_estimator='group', say"] == {"value": None}
+    assert not [text for text, _ in advice._options(replace(setup, lora_r=8, value=None)) if "value model" in text]
+    SMALL.save_pretrained(tmp_path)
+    assert run("--model", tmp_path, "--value", "none", "--generation-batch", 1) == 0
+    printed = capsys.readouterr().out
+    assert "weights: policy" in printed and "weights: value" not in printed
 
 
 @pytest.mark.slow

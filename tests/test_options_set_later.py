@@ -20,8 +20,8 @@ from trl_apa.config.sizes import SIZES
 # What is read where it is used. An option that is neither here nor fixed nor another name has not been decided.
 TAKE_EFFECT = {
     *("batch_size", "num_epochs_per_batch", "num_generations", "shuffle", "generation_batch_size"),
-    *("gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_value", "kl_penalty", "ratio_threshold"),
-    *("cliprange_high", "loss_aggregation"),
+    *("gamma", "gae_lambda", "group_normalization", "vf_coef", "cliprange", "cliprange_high", "cliprange_value"),
+    *("loss_aggregation", "kl_penalty", "ratio_threshold"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("early_stopping", "target_kl", "max_kl", "exact_kl", "value_max_grad_norm", "optimize_device_cache"),
     *("max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "stop_strings"),

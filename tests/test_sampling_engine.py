@@ -119,7 +119,7 @@ def test_gradient_checkpointing_is_off_while_an_engine_calls_the_policy(tmp_path
 
 def test_the_engine_of_the_page_on_extending_runs(tmp_path):
     """Sampled from the policy's own network, in equal parts: as likely as the trainer's own sampling."""
-    block = fenced(ROOT / "docs" / "extending.md", "python")[2]
+    (block,) = [b for b in fenced(ROOT / "docs" / "extending.md", "python") if "class OneByOne" in b]
     namespace = {}
     exec(block, namespace)
     trainer = trainer_for(tmp_path, sampler=namespace["OneByOne"](), max_completion_length=5)

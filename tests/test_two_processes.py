@@ -62,6 +62,29 @@ def step_on_half_of_groups(rank, folder):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, seen
 
 
+def step_on_half_without_critic(rank, folder, name, whiten):
+    """`step_on_half_of_groups` without a value model; one of the prompts has rows on both ranks."""
+    options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": "ppo", **ACCUMULATED}
+    trainer = without_critic(folder, batch_size=4, **options)
+    halves = [[column[row] for row in rows_of(rank)] for column in rollouts_of_groups()]
+    stats = [trainer.step(*halves) for _ in range(2)][-1]
+    if name == "batch":
+        return parameters(trainer), stats, ""
+    queries, responses, scores = halves
+    lone = [*queries[:2], torch.tensor([9, 9]), queries[3]] if rank == 1 else queries
+    with pytest.raises(ValueError) as refused:
+        trainer.step(lone, responses, scores)
+    return parameters(trainer), stats, str(refused.value)
+
+
+def without_critic(folder, **config):
+    options = {"optim": "sgd", "learning_rate": 0.1, "ppo_epochs": 2, "scale_rewards": True, **config}
+    return APATrainer(tiny_config(folder, **options), tiny_model(), tokenizer=tiny_tokenizer())
+
+
+WITHOUT_CRITIC = [("group", True), ("leave_one_out", False), ("batch", False)]
+
+
 def noting_layouts(seen):
     def micro_batch(self, rows, pad_token_id, layout, original=Rollouts.micro_batch):
         seen.append(layout)
@@ -240,6 +263,14 @@ def sample_here(folder, stop=None, resume=None):
     return parameters(trainer), trainer.optimizer.state_dict(), logged(trainer, "train_loss")[:-1]
 
 
+def train_without_critic(folder):
+    options = {"advantage_estimator": "group", "num_generations": 2, "top_k": 0}
+    complete = train_here(f"{folder}/no-critic", 2, **options)
+    train_here(f"{folder}/no-critic-stopped", 2, StopAt(3), **options)
+    checkpoint = f"{folder}/no-critic-stopped/checkpoint-3"
+    return complete[0], train_here(f"{folder}/no-critic-stopped", 2, resume=checkpoint, **options)[0]
+
+
 def train_on_two_ranks(rank, folder):
     whole = train_here(f"{folder}/whole", 2)
     train_here(f"{folder}/cut", 2, StopAt(3))
@@ -286,6 +317,9 @@ def everything(rank, folder):
     rows, own = rows_of(rank), f"{folder}/{rank}"
     results = {loss_type: step_on_half(rank, f"{own}/{loss_type}", loss_type) for loss_type in ("apa", "awr", "ppo")}
     results["groups"] = step_on_half_of_groups(rank, f"{own}/groups")
+    for name, whiten in WITHOUT_CRITIC:
+        results[name, whiten] = step_on_half_without_critic(rank, f"{own}/{name}", name, whiten)
+    results["train without critic"] = train_without_critic(folder)
     results["overridden"] = step_on_half_by_overrides(rank, f"{own}/overridden")
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
     results["on one base, accumulated"] = on_one_base(tiny_config, f"{folder}/accumulated", rows, **ACCUMULATED)
@@ -337,6 +371,29 @@ def test_two_ranks_that_read_common_prompts_once_equal_one_process_that_does_not
     for weights, seen in (rank["groups"] for rank in ranks):
         assert set(seen) == {Layout.SHARED}
         assert_same(weights, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("name", "whiten"), WITHOUT_CRITIC)
+def test_two_ranks_without_a_critic_equal_one_process(tmp_path, ranks, name, whiten):
+    """The responses to a prompt are compared wherever they are; a prompt with one row is refused by both ranks."""
+    options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": "ppo", "mini_batch_size": 8}
+    single = without_critic(tmp_path, batch_size=8, **options)
+    stats = [single.step(*rollouts_of_groups()) for _ in range(2)][-1]
+    for weights, rank_stats, _ in (rank[name, whiten] for rank in ranks):
+        assert_same(weights, parameters(single), tolerance=1e-5)
+        assert rank_stats.keys() == stats.keys()
+        for statistic, value in stats.items():
+            if not statistic.startswith("time/"):
+                assert rank_stats[statistic] == pytest.approx(value, rel=1e-3, abs=1e-4), statistic
+    if name != "batch":
+        first, second = (rank[name, whiten][2] for rank in ranks)
+        assert "(the first: of another process)" in first and "(the first: queries[2], 'w9 w9')" in second
+
+
+def test_two_ranks_without_a_critic_go_on_with_the_same_bits(ranks, folder):
+    for complete, resumed in (rank["train without critic"] for rank in ranks):
+        assert_same(resumed, complete, tolerance=1e-30)
+    assert not (folder / "no-critic-stopped" / "checkpoint-3" / "value_model").exists()
 
 
 def test_two_ranks_equal_one_process_where_overrides_are_called(tmp_path, ranks):

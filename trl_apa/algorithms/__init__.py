@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from trl_apa.algorithms.losses import Stats, apa_loss, awr_loss, ppo_loss
+from trl_apa.algorithms.named import imported
 from trl_apa.algorithms.policy_gradient import cispo_loss, grpo_loss, kl_loss, rloo_loss
 from trl_apa.algorithms.regression import response_regression_loss
 
@@ -185,16 +185,7 @@ def algorithm_of(loss_type: str) -> Algorithm:
     """
     if loss_type in ALGORITHMS:
         return ALGORITHMS[loss_type]
-    module, separator, name = loss_type.partition(":")
-    if not separator:
-        known = ", ".join(ALGORITHMS)
-        raise ValueError(f"loss_type={loss_type!r}: it should be one of {known}, or module:name of an Algorithm")
-    try:
-        algorithm = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"loss_type={loss_type!r} cannot be imported: {error}") from error
-    if not isinstance(algorithm, Algorithm):
-        raise ValueError(f"loss_type={loss_type!r} is a {type(algorithm).__name__}: it should be an Algorithm")
+    algorithm = imported("loss_type", loss_type, Algorithm, ALGORITHMS)
     unknown = [name for name in algorithm.options if name not in SELECTIVE_OPTIONS]
     if unknown:
         raise ValueError(

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from trl_apa.algorithms.masking import check_response_tensors, keep_counted
+from trl_apa.algorithms.masking import at_least_float32, check_response_tensors, keep_counted
+
+
+# Added to the standard deviation of a group, as TRL's GRPO does.
+GROUP_EPSILON = 1e-4
+GROUP_NORMALIZATIONS = ("none", "std")
 
 
 def gae(
@@ -52,3 +57,120 @@ def gae(
         next_advantage_B = torch.where(counted_B, advantage_B, next_advantage_B)
         advantages[:, t] = torch.where(counted_B, advantage_B, torch.zeros_like(advantage_B))
     return advantages, advantages + values
+
+
+def group_advantages(
+    rewards_BR: Tensor, response_mask_BR: Tensor, prompts_B: Tensor, normalization: str = "none"
+) -> Tensor:
+    """
+    A response's reward minus the mean reward of its prompt's responses, on each of its tokens: GRPO (Shao et al. 2024,
+    arXiv 2402.03300, section 4.1.2), without its division as Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+
+        R_i = sum over the tokens of response i of its rewards
+        Adv_i = R_i - mean_j R_j,   with "std":  Adv_i / (std_j R_j + 1e-4)
+
+    `j` runs over the responses to the prompt of `i` that have a counted token, `i` among them.
+
+    Args:
+        rewards_BR (`Tensor` `(B, R)`): reward of each token, reward units. Only counted tokens are read.
+        response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
+        prompts_B (`Tensor` `(B,)`): integers, the same for responses to one prompt.
+        normalization (`str`, *optional*, defaults to `"none"`): "std" divides by the group's unbiased standard
+            deviation, as TRL's `scale_rewards="group"` does.
+
+    Returns:
+        `(B, R)`, reward units, or without unit with "std"; at least float32, detached, 0 behind the mask and where a
+        response is alone.
+
+    Raises:
+        ValueError: if shapes do not fit, the mask is not bool, or `normalization` is another text.
+    """
+    if normalization not in GROUP_NORMALIZATIONS:
+        raise ValueError(f"normalization is {normalization!r}, it should be one of {', '.join(GROUP_NORMALIZATIONS)}")
+    total_B, counted_B = _sequence_rewards(rewards_BR, response_mask_BR)
+    group_B, num_groups = _group_numbers(prompts_B, response_mask_BR)
+    count_B = _sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups)
+    deviation_B = total_B - _sum_of_group(total_B, group_B, num_groups) / count_B.clamp(min=1)
+    deviation_B = torch.where(counted_B, deviation_B, torch.zeros_like(deviation_B))
+    if normalization == "std":
+        squares_B = _sum_of_group(deviation_B.square(), group_B, num_groups)
+        deviation_B = deviation_B / ((squares_B / (count_B - 1).clamp(min=1)).sqrt() + GROUP_EPSILON)
+    return _on_each_token(deviation_B, rewards_BR, response_mask_BR)
+
+
+def leave_one_out_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, prompts_B: Tensor) -> Tensor:
+    """
+    A response's reward minus the mean reward of the *other* responses to its prompt, on each of its tokens: RLOO
+    (Ahmadian et al. 2024, arXiv 2402.14740, section 3; Kool et al. 2019).
+
+        R_i = sum over the tokens of response i of its rewards
+        Adv_i = R_i - 1 / (k - 1) sum_{j != i} R_j
+
+    `k` counts the responses to the prompt that have a counted token.
+
+    Args:
+        rewards_BR, response_mask_BR, prompts_B: as for `group_advantages`.
+
+    Returns:
+        `(B, R)`, reward units, at least float32, detached, 0 behind the mask and where a response is alone.
+
+    Raises:
+        ValueError: if shapes do not fit, or the mask is not bool.
+    """
+    total_B, counted_B = _sequence_rewards(rewards_BR, response_mask_BR)
+    group_B, num_groups = _group_numbers(prompts_B, response_mask_BR)
+    count_B = _sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups)
+    others_B = _sum_of_group(total_B, group_B, num_groups) - total_B
+    advantage_B = total_B - others_B / (count_B - 1).clamp(min=1)
+    advantage_B = torch.where(counted_B & (count_B > 1), advantage_B, torch.zeros_like(advantage_B))
+    return _on_each_token(advantage_B, rewards_BR, response_mask_BR)
+
+
+def batch_advantages(rewards_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+    """
+    A response's reward minus the mean reward of all responses, on each of its tokens: REINFORCE with the batch's mean
+    as baseline, as in REINFORCE++ (Hu 2025, arXiv 2501.03262), which then whitens it over the batch.
+
+        R_i = sum over the tokens of response i of its rewards,   Adv_i = R_i - mean_j R_j
+
+    Args:
+        rewards_BR, response_mask_BR: as for `group_advantages`.
+
+    Returns:
+        `(B, R)`, reward units, at least float32, detached, 0 behind the mask.
+
+    Raises:
+        ValueError: if shapes do not fit, or the mask is not bool.
+    """
+    return group_advantages(
+        rewards_BR,
+        response_mask_BR,
+        torch.zeros(len(response_mask_BR), dtype=torch.long, device=response_mask_BR.device),
+    )
+
+
+def _sequence_rewards(rewards_BR: Tensor, response_mask_BR: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of each response's rewards, in float64 where the device has it, and whether it has a counted token."""
+    check_response_tensors(response_mask_BR, rewards_BR=rewards_BR)
+    accumulator = torch.float32 if rewards_BR.device.type == "mps" else torch.float64
+    counted = keep_counted(rewards_BR.detach(), response_mask_BR)
+    return counted.to(accumulator).sum(dim=1), response_mask_BR.any(dim=1)
+
+
+def _group_numbers(prompts_B: Tensor, response_mask_BR: Tensor) -> tuple[Tensor, int]:
+    """The prompts numbered from 0, and how many there are."""
+    if prompts_B.shape != response_mask_BR.shape[:1]:
+        raise ValueError(f"prompts_B has shape {tuple(prompts_B.shape)}, it should be ({len(response_mask_BR)},)")
+    different, group_B = prompts_B.unique(return_inverse=True)
+    return group_B, len(different)
+
+
+def _sum_of_group(x_B: Tensor, group_B: Tensor, num_groups: int) -> Tensor:
+    """For each row the sum of `x_B` over the rows of its group."""
+    sums_G = x_B.new_zeros(num_groups).index_add(0, group_B, x_B)
+    return sums_G[group_B]
+
+
+def _on_each_token(advantage_B: Tensor, rewards_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+    advantages_BR = keep_counted(advantage_B[:, None].expand_as(response_mask_BR), response_mask_BR)
+    return advantages_BR.to(at_least_float32(rewards_BR[:0]).dtype)

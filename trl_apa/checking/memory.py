@@ -15,7 +15,7 @@ from trl_apa.memory import Setup, predict
 from trl_apa.memory.measuring import peak_of
 from trl_apa.memory.prediction import forward_and_backward
 from trl_apa.memory.pretending import scales_of
-from trl_apa.models import PolicyAndValue
+from trl_apa.models import PolicyAndValue, ValueModel
 from trl_apa.models.adapters import trains_its_adapter_only
 from trl_apa.models.network_parts import inner_model, text_trunk
 from trl_apa.models.trials import ordinary_tokens
@@ -156,10 +156,13 @@ def _check_plain_lora(peft_config: PeftConfig) -> None:
 
 def _value(module: PolicyAndValue) -> Any:
     """The value model in the planner's terms."""
+    if module.value_model is None:
+        return None
     if module.value_is_a_head:
         return "head"
     if module.base_is_shared:
         return "adapter"
+    assert isinstance(module.value_model, ValueModel)  # no head and no adapter
     policy, network = inner_model(module.policy), inner_model(module.value_model.network)
     if network.get_input_embeddings().weight.dtype != policy.get_input_embeddings().weight.dtype:
         raise ValueError("a value model in another precision than the policy")

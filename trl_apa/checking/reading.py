@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_apa.checking.report import Finding, compared, skipped
 from trl_apa.checking.subject import Subject
+from trl_apa.models import ValueModel
 from trl_apa.models.layouts import layout_trial, sampling_trial
 from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.packing import attending_with
@@ -27,7 +28,7 @@ ONE_BY_ONE = "the trainer reads rows one by one instead, or batched by equal len
 def layouts(subject: Subject) -> Iterator[Finding]:
     """Compares each network's own plain forward pass of two rows alone with the other ways of reading them."""
     networks: dict[str, Network] = {"log-probs": subject.policy}
-    if not subject.module.value_is_a_head and not subject.module.base_is_shared:
+    if isinstance(subject.module.value_model, ValueModel):
         networks["values"] = subject.module.value_model.network
     for what, network in networks.items():
         with subject.around():

@@ -94,8 +94,10 @@ class Subject:
             return in_layout(self.policy, self.layout, *rows)
 
     @torch.no_grad()
-    def values(self) -> Tensor:
-        """What the value model says of the responses, `(B, R)`, 0 behind the end of each, on the CPU."""
+    def values(self) -> Tensor | None:
+        """Values of the response tokens, `(B, R)`, 0 behind the end of each, on the CPU, if there is a value model."""
+        if self.module.value_model is None:
+            return None
         rows = (self.queries, self.responses, self.pad_token_id, self.decoder_start_token_id)
         mask_BR = response_mask(self.responses, device=self.queries[0].device)
         with self.around():
@@ -146,7 +148,7 @@ def _of_a_checkpoint(module: PolicyAndValue) -> list[Tensor]:
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.requires_grad or not is_peft_model(network):
                 tensors.setdefault(id(tensor), tensor)
-    for parameter in module.value_model.parameters():
+    for parameter in () if module.value_model is None else module.value_model.parameters():
         if parameter.requires_grad:
             tensors.setdefault(id(parameter), parameter)
     return list(tensors.values())

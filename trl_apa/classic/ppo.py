@@ -1,5 +1,6 @@
 """PPO as classic scripts knew it: the same trainer with classic's defaults, one option away from APA."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,11 +36,18 @@ class PPOTrainer(APATrainer):
     """[`APATrainer`] under the name that classic scripts import; [`PPOConfig`] makes it PPO.
 
     With PPO's loss and a value-head wrapper as `model`, that head is the critic, as in classic.
-    `value_model="separate"` takes a network of its own, as [`APATrainer`] and the other losses do.
+    `value_model="separate"` takes a network of its own, as [`APATrainer`] and the other losses do. With an
+    `advantage_estimator` that needs no values there is no critic, and a warning says that the head is not trained.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo", "rlhf"]
     _name = "PPO"
 
     def _default_critic(self, args: APAConfig, model: Any) -> str | None:
-        return "head" if args.loss_type == "ppo" and isinstance(model, ValueHeadWrapper) else None
+        if args.loss_type != "ppo" or not isinstance(model, ValueHeadWrapper):
+            return None
+        if not args.estimator.needs_values:
+            text = f"the value head of model is not trained: advantage_estimator={args.advantage_estimator!r}"
+            warnings.warn(f"{text} needs no values", UserWarning, stacklevel=3)
+            return None
+        return "head"

@@ -19,12 +19,12 @@ def loss_statistics(
     old_logprobs_BR: Tensor,
     logprobs_BR: Tensor,
     logits_BRV: Tensor | None,
-    values_BR: Tensor,
-    vpreds_BR: Tensor,
+    values_BR: Tensor | None,
+    vpreds_BR: Tensor | None,
     advantages_BR: Tensor,
-    returns_BR: Tensor,
+    returns_BR: Tensor | None,
 ) -> dict[str, Tensor]:
-    """What classic's `loss` reports beside the losses: `policy/...`, `returns/...`, `val/...`.
+    """What classic's `loss` reports beside the losses: `policy/...`, and with a critic `returns/...`, `val/...`.
 
     Args:
         mask_BR: bool, True = a token that counts.
@@ -38,16 +38,19 @@ def loss_statistics(
     if logits_BRV is not None:
         entropy_BR = entropy_from_logits(logits_BRV).expand_as(mask_BR)  # of what a script gives, perhaps one a row
         stats["policy/entropy"] = masked_mean(entropy_BR, mask_BR)
+    if values_BR is not None and vpreds_BR is not None and returns_BR is not None:
+        stats |= {
+            "returns/mean": masked_mean(returns_BR, mask_BR),
+            "returns/var": masked_var(returns_BR, mask_BR),
+            "val/vpred": masked_mean(vpreds_BR, mask_BR),
+            "val/mean": masked_mean(values_BR, mask_BR),
+            "val/var": masked_var(values_BR, mask_BR),
+        }
     return {
         **stats,
         "policy/advantages": advantages_BR,
         "policy/advantages_mean": masked_mean(advantages_BR, mask_BR),
         "policy/ratio": torch.exp(logprobs_BR - old_logprobs_BR),
-        "returns/mean": masked_mean(returns_BR, mask_BR),
-        "returns/var": masked_var(returns_BR, mask_BR),
-        "val/vpred": masked_mean(vpreds_BR, mask_BR),
-        "val/mean": masked_mean(values_BR, mask_BR),
-        "val/var": masked_var(values_BR, mask_BR),
     }
 
 

@@ -44,6 +44,7 @@ class CheckArguments:
     bf16: bool = option(False, "Compute in bfloat16 (autocast).")
     attn_implementation: str | None = option(None, "Attention: sdpa, eager, flash_attention_2, ...")
     value_model: str = option("separate", "The value model: separate, adapter, head, or a checkpoint.")
+    advantage_estimator: str = option("gae", "Of the run that is meant; 'group', say, has no value model.")
     max_prompt_length: int | None = option(None, "Longest prompt of the run that is meant, tokens.")
     max_completion_length: int = option(64, "Longest response, tokens.")
     gradient_checkpointing: bool = option(False, "Keep each layer's input only and compute the rest twice.")
@@ -93,6 +94,7 @@ class CheckArguments:
             bf16=self.bf16,
             batch_size=4,
             mini_batch_size=1,
+            advantage_estimator=self.advantage_estimator,
             gradient_checkpointing=self.gradient_checkpointing,
             max_prompt_length=self.max_prompt_length,
             max_completion_length=self.max_completion_length,
@@ -149,7 +151,7 @@ def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report
                 arguments.config(folder),
                 model,
                 processing_class=tokenizer,
-                value_model=arguments.value_model,
+                value_model=None if arguments.value_model == "separate" else arguments.value_model,
                 peft_config=arguments.peft_config(),
             )
         except ValueError as error:

@@ -43,7 +43,10 @@ class MemoryArguments:
     lora_r: int = option(16, "Rank of the adapters; 0: no adapters, all weights are trained.")
     lora_target_modules: list[str] | None = option(["all-linear"], "Layers with adapters; 'default' is peft's choice.")
     num_unfrozen_layers: int | None = option(None, "Without adapters: train only so many of the highest layers.")
-    value: str = option("separate", "The value model: separate, adapter, head, or a model as for --model.")
+    value: str = option(
+        "separate",
+        "The value model: separate, adapter, head, none (advantages without one), or a model as for --model.",
+    )
     reference: str = option(
         "auto",
         "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.",
@@ -83,7 +86,7 @@ class MemoryArguments:
             lora_r=self.lora_r,
             lora_target_modules=alone.get(targets[0], targets) if len(targets) == 1 else targets,
             num_unfrozen_layers=self.num_unfrozen_layers,
-            value=_network(self.value, NETWORKS["value"]),
+            value=None if self.value == "none" else _network(self.value, NETWORKS["value"]),
             reference=self.reference,
             reward=None if self.reward == "none" else _network(self.reward, NETWORKS["reward"]),
             micro_batch_size=self.batch,

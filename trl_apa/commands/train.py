@@ -129,7 +129,8 @@ def _trainer(
             rows,
             eval_dataset=held_out,
             reward_funcs=scorers,
-            value_model=others.value_model,
+            # The default as if it was not given: without values a value model that is given warns.
+            value_model=None if others.value_model == "separate" else others.value_model,
             peft_config=get_peft_config(model),
         )
     print_lines(trainer, APA_COLUMNS)
@@ -145,6 +146,7 @@ def _save(trainer: APATrainer) -> None:
     config = trainer.args
     trainer.save_pretrained(config.output_dir)
     trainer.save_state()
-    trainer.accelerator.print(f"policy, tokenizer, value_model/ and trainer_state.json are in {config.output_dir}")
+    values = "" if trainer.model.value_model is None else ", value_model/"
+    trainer.accelerator.print(f"policy, tokenizer{values} and trainer_state.json are in {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub()

@@ -10,9 +10,16 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import ALGORITHMS, SELECTIVE_OPTIONS, Algorithm, algorithm_of
+from trl_apa.algorithms.estimators import AdvantageEstimator, estimator_of
 from trl_apa.algorithms.policy_gradient import AGGREGATIONS
 from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
+from trl_apa.config.by_estimator import (
+    BY_ESTIMATOR,
+    check_group_normalization,
+    estimator_reads,
+    fill_by_estimator,
+)
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, option, switch
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
@@ -75,9 +82,9 @@ TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name", "proje
 JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs", "project_kwargs")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
-    *("loss_type", "kl_coef", "gamma", "gae_lambda", "vf_coef", "cliprange", "cliprange_high", "cliprange_value"),
-    *("loss_aggregation", "kl_in", "adap_kl_ctrl", "target", "horizon", "kl_penalty", "ratio_threshold"),
-    *("early_stopping", "target_kl"),
+    *("loss_type", "advantage_estimator", "group_normalization", "kl_coef", "gamma", "gae_lambda", "vf_coef"),
+    *("cliprange", "cliprange_high", "cliprange_value", "loss_aggregation", "kl_in", "adap_kl_ctrl", "target"),
+    *("horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("reward_weights", "num_unfrozen_layers", "seed"),
     *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_epochs_per_batch"),
@@ -113,6 +120,12 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses. For PPO it is the initial
             coefficient of the KL penalty, `0.05`, in reward units per nat: small scores want a smaller one
             (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO, `0.0`, that of the KL in the loss.
+        advantage_estimator (`str`, *optional*, defaults to `"gae"`):
+            How rewards become advantages: `"gae"`, with a value model; without one `"group"`, a response's reward
+            minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others, or `"batch"`,
+            minus the mean of the iteration; or `"module:name"` of an estimator of your own (`docs/extending.md`).
+        group_normalization (`str`, *optional*, defaults to `"none"`):
+            With `advantage_estimator="group"`: `"std"` divides by the standard deviation of the prompt's rewards.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -271,6 +284,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
 
     loss_type: str = option("apa", f"Policy loss: {', '.join(ALGORITHMS)}, or module:name of an Algorithm.")
     kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
+    advantage_estimator: str = option(
+        "gae", "'gae', 'group', 'leave_one_out', 'batch', or module:name; all but gae need no value model."
+    )
+    group_normalization: str | None = option(None, "With advantage_estimator='group': 'none', or 'std' of the group.")
     gamma: float = option(1.0, "Discount a token.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
     vf_coef: float = option(1.0, "Weight of the value loss.")
@@ -366,9 +383,12 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             check_finite_options(self)
             self._translate_classic_only()
             algorithm_of(self.loss_type)
+            estimator_of(self.advantage_estimator)
             trl_0_12.translate(self)
             self._translate_aliases()
             self._fill_by_loss_type()
+            for name in BY_ESTIMATOR:
+                fill_by_estimator(self, name)
             self._check_ranges()
             self._check_hub_options()
             self._check_vllm()
@@ -401,9 +421,14 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         """What `loss_type` names."""
         return algorithm_of(self.loss_type)
 
+    @property
+    def estimator(self) -> AdvantageEstimator:
+        """What `advantage_estimator` names."""
+        return estimator_of(self.advantage_estimator)
+
     def reads(self, option: str) -> bool:
-        """Whether the algorithm reads an option that only some algorithms read."""
-        return option in self.algorithm.options
+        """Whether algorithm and estimator read an option that only some of them read."""
+        return estimator_reads(self, option) if option in BY_ESTIMATOR else option in self.algorithm.options
 
     @property
     def kl_in_reward(self) -> bool:
@@ -540,6 +565,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             self._warn_of_classic_only(ours)
         elif ours in SELECTIVE_OPTIONS:
             self._fill_selective_option(ours)
+        elif ours in BY_ESTIMATOR:
+            fill_by_estimator(self, ours)
         elif ours == "kl_coef":
             if self.kl_coef is None:
                 self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
@@ -602,7 +629,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         if self.shuffle not in (None, "rows", "groups"):
             raise ValueError(f"shuffle={self.shuffle!r}: it should be 'rows' or 'groups'")
         check_optimizer_options(self)
-        if self.value_max_grad_norm is not None and not self.max_grad_norm:
+        if self.value_max_grad_norm is not None and self.reads("value_max_grad_norm") and not self.max_grad_norm:
             raise ValueError(
                 f"value_max_grad_norm={self.value_max_grad_norm} needs max_grad_norm for the policy: set that to inf "
                 "to leave the policy unclipped"
@@ -616,8 +643,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
         if not isinstance(self.scale_rewards, bool):
             raise ValueError(
-                f"scale_rewards={self.scale_rewards!r}: it should be True or False, not one of GRPO's values"
+                f"scale_rewards={self.scale_rewards!r}: it should be True or False. GRPO's 'group' and 'none' are "
+                "group_normalization='std' and 'none', with advantage_estimator='group'"
             )
+        check_group_normalization(self)
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
         if self.kl_in not in (None, "reward", "loss"):

@@ -51,7 +51,16 @@ FIXED: dict[str, Fixed] = {
     **_fixed(
         Moment.CONFIG,
         "give it when the config is made",
-        *("loss_type", "bf16", "fp16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend"),
+        *(
+            "loss_type",
+            "advantage_estimator",
+            "bf16",
+            "fp16",
+            "tf32",
+            "use_cpu",
+            "torch_compile",
+            "torch_compile_backend",
+        ),
         *("torch_compile_mode", "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "ddp_backend"),
         *("ddp_timeout", "world_size"),
     ),

@@ -69,6 +69,8 @@ def _options(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "optimizer: adamw_8bit", {"optimizer": "adamw_8bit"}
     if setup.world_size > 1 and setup.sharding == "ddp":
         yield "divide the weights: fsdp2", {"sharding": "fsdp2"}
+    if setup.value is not None:
+        yield "no value model: advantage_estimator='group', say", {"value": None}
     if setup.lora_r:
         yield from _on_one_base(setup)
     else:
@@ -77,7 +79,7 @@ def _options(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _on_one_base(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
-    if setup.value not in ("adapter", "head"):
+    if setup.value not in ("adapter", "head", None):
         yield "value model: an adapter on the policy's base", {"value": "adapter"}
     if setup.reward not in (None, "adapter"):
         yield "reward model: an adapter on the policy's base", {"reward": "adapter"}

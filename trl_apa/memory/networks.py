@@ -81,7 +81,9 @@ def language_model(config: PretrainedConfig, setup: Setup) -> PreTrainedModel:
     return model if setup.quantization is None else quantised(model, setup.quantization)
 
 
-def _value_model(setup: Setup, policy: Network) -> Critic:
+def _value_model(setup: Setup, policy: Network) -> Critic | None:
+    if setup.value is None:
+        return None
     if isinstance(setup.value, PretrainedConfig):
         # As from a name: in float32, and all of it trained.
         return ValueModel.on_trunk(AutoModel.from_config(setup.value, dtype=torch.float32))

@@ -44,7 +44,7 @@ class Prediction:
 
     Args:
         generation: while responses are sampled.
-        update: while the policy and the value model learn from them.
+        update: while the policy and the value model, if there is one, learn from them.
     """
 
     generation: dict[str, int]
@@ -106,7 +106,8 @@ def _lasting(module: PolicyAndValue, reference: nn.Module | None, setup: Setup) 
 
 
 def _weights(module: PolicyAndValue) -> dict[str, int]:
-    policy, value = weight_bytes(module.policy), weight_bytes(module.value_model, beside=module.policy)
+    policy = weight_bytes(module.policy)
+    value = 0 if module.value_model is None else weight_bytes(module.value_model, beside=module.policy)
     small = {"policy": 0, "value_model": 0}
     for name, parameter in module.named_parameters():
         owner, _, inside = name.partition(".")

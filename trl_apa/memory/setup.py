@@ -14,7 +14,7 @@ REFERENCES = ("auto", "base", "adapter", "copy")
 ATTENTIONS = ("eager", "sdpa", "flash")
 # Of networks that are not given as a config.
 NETWORKS: dict[str, tuple[str | None, ...]] = {
-    "value": ("separate", "adapter", "head"),
+    "value": ("separate", "adapter", "head", None),
     "reward": (None, "adapter", "separate"),
 }
 
@@ -30,8 +30,8 @@ class Setup:
         autocast: what the forward passes compute in; None means in `dtype`.
         lora_r: rank of the adapters; 0 trains the weights themselves.
         lora_target_modules: which layers get adapters, "all-linear" or names; None means peft's choice for the family.
-        value: "separate", "adapter" (on the policy's base), "head" (on the policy's hidden states), or a config of
-            another architecture.
+        value: "separate", "adapter" (on the policy's base), "head" (on the policy's hidden states), a config of
+            another architecture, or None: advantages without a value model.
         reference: "base" (the policy's base, adapters off), "adapter" (a frozen copy of an SFT adapter), "copy" (a
             whole frozen copy); "auto" is "base" with adapters and "copy" without.
         reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape),
@@ -56,7 +56,7 @@ class Setup:
     autocast: torch.dtype | None = torch.bfloat16
     lora_r: int = 16
     lora_target_modules: str | Sequence[str] | None = "all-linear"
-    value: str | PretrainedConfig = "separate"
+    value: str | PretrainedConfig | None = "separate"
     reference: str = "auto"
     reward: str | PretrainedConfig | None = None
     num_unfrozen_layers: int | None = None

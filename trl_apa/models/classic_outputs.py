@@ -23,12 +23,12 @@ class ClassicOutputs(NamedTuple):
     Args:
         logits: at every position (of the decoder, if there are two stacks), float32 `(B, T, V)`.
         loss: the language model's, nats a token; None without `labels`.
-        values: reward units, float32 `(B, T)`.
+        values: reward units, float32 `(B, T)`; None without a critic.
     """
 
     logits: Tensor
     loss: Tensor | None
-    values: Tensor
+    values: Tensor | None
 
 
 def classic_outputs(
@@ -54,7 +54,7 @@ def classic_outputs(
     options: dict[str, Any] = {"return_dict": True}
     if module.value_is_a_head:
         options["output_hidden_states"] = True
-    elif past_key_values is not None:
+    elif past_key_values is not None and module.value_model is not None:
         raise ValueError(
             "past_key_values holds what the policy has read, and the value model would have to read that too; give "
             "the complete input_ids, or train with value_model='head'"
@@ -62,7 +62,10 @@ def classic_outputs(
     if past_key_values is not None:
         options["past_key_values"] = past_key_values
     output = module.policy(**{**inputs, **options})
-    if module.value_is_a_head:
+    values_BT: Tensor | None
+    if module.value_model is None:
+        values_BT = None
+    elif module.value_is_a_head:
         values_BT = module.value_model(last_hidden_states(output))
     elif module.base_is_shared:
         recomputed = module.training and module.is_gradient_checkpointing

@@ -39,8 +39,8 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
 
     Args:
         policy: a language model, with or without PEFT adapters.
-        value_model: a network of its own, one whose adapter lies on the policy's base, or a head that reads the
-            policy's hidden states.
+        value_model: a network of its own, one whose adapter lies on the policy's base, a head that reads the policy's
+            hidden states, or None: advantages that need no values.
         reward_adapter (*optional*): a reward model on the policy's base, for `compute_reward_score`.
     """
 
@@ -50,12 +50,12 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
     def __init__(
         self,
         policy: Network,
-        value_model: Critic,
+        value_model: Critic | None,
         reward_adapter: RewardAdapter | None = None,
     ):
         super().__init__()
         self.policy: Network = settle_quantization(policy)
-        self.value_model = settle_quantization(value_model)
+        self.value_model = None if value_model is None else settle_quantization(value_model)
         self.reward_adapter = reward_adapter
         self.eval()
 
@@ -121,8 +121,8 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
                 prompt_lengths, row_groups, encoder_input_ids, encoder_attention_mask: see `batch.lay_out`.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
-            with_policy, with_value: which of the two networks to run. With gradient, networks on one base run in one
-                pass each: see `passes`.
+            with_policy, with_value: which of the two networks to run, as far as they are there. With gradient,
+                networks on one base run in one pass each: see `passes`.
             with_entropy: also the policy's entropy, without gradient.
             with_logits: also the policy's logits; not of a packed layout.
 
@@ -152,6 +152,7 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
             name: field for name, field in zip(TOKEN_FIELDS, given, strict=True) if field is not None
         }
         outputs: dict[str, Tensor] = {}
+        with_value = with_value and self.value_model is not None
         reads_policy = with_value and self.value_is_a_head
         hidden_BRH = None
         if with_policy or reads_policy:
@@ -169,13 +170,14 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         return outputs
 
     def _values(self, tokens: dict[str, Any], response_width: int, hidden_BRH: Tensor | None) -> Tensor:
+        value_model: Any = self.value_model
         values_BR: Tensor
         if self.value_is_a_head:
-            values_BR = self.value_model(hidden_BRH)
+            values_BR = value_model(hidden_BRH)
         elif self.base_is_shared:
-            values_BR = self.value_model(self.policy, tokens, response_width)
+            values_BR = value_model(self.policy, tokens, response_width)
         else:
-            values_BR = self.value_model(tokens, response_width)
+            values_BR = value_model(tokens, response_width)
         return values_BR
 
     @property
@@ -208,8 +210,8 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
             yield
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained of each network: `policy` and `value`."""
-        of_value = list(self.value_model.parameters())
+        """What is trained of each network: `policy` and `value`, which is empty without a value model."""
+        of_value = [] if self.value_model is None else list(self.value_model.parameters())
         if self.base_is_shared:
             of_value += adapter_parameters(self.policy, VALUE_ADAPTER).values()
         known = {id(parameter) for parameter in of_value}
@@ -380,6 +382,8 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         if not kwargs.get("is_main_process", True):
             return
         folder = Path(path) / VALUE_MODEL_FOLDER
+        if self.value_model is None:
+            return
         if isinstance(self.value_model, PolicyValueHead):
             self.value_model.save_pretrained(path, value_state, for_classic=self.is_peft_model)
         elif isinstance(self.value_model, AdapterValueModel):
@@ -395,6 +399,8 @@ def load_policy_and_value(module: PolicyAndValue, path: str | Path) -> None:
         ValueError, RuntimeError: if they are another model's.
     """
     load_network(module.policy, path)
+    if module.value_model is None:
+        return
     folder = Path(path) if module.value_is_a_head else Path(path) / VALUE_MODEL_FOLDER
     if isinstance(module.value_model, AdapterValueModel):
         module.value_model.load_weights(module.policy, folder)

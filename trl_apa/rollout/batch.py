@@ -50,7 +50,8 @@ class Rollouts:
         scores_B: one score a response, reward units.
         given_rewards_BR: the part of the scores that reward functions gave token by token, reward units.
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
-        values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units.
+        values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units;
+            None without one.
         old_logprobs_BR: log pi_old of the sampled tokens, nats, from a pass over the rollouts that only PPO, early
             stopping and the exact KL of responses from elsewhere need.
         sampling_logprobs_BR: the same when they were sampled, nats; None unless `generate` noted all of them.
@@ -58,7 +59,7 @@ class Rollouts:
         rewards_BR: reward of each token, reward units.
         non_score_rewards_BR: the part of them that is no score, where an override of `compute_rewards` says so.
         advantages_BR: the estimate of Adv(s, a), whitened if so configured.
-        returns_BR: regression target of the value model, reward units.
+        returns_BR: regression target of the value model, reward units; None without one.
         decoder_start_token_id: of an encoder-decoder, the token that its decoder reads before a response; None for a
             decoder alone, which reads the query there.
         prompts: a number for each row, the same for rows with equal queries: see `equal_queries`.
@@ -77,7 +78,7 @@ class Rollouts:
     rewards_BR: Tensor = UNMEASURED
     non_score_rewards_BR: Tensor | None = None
     advantages_BR: Tensor = UNMEASURED
-    returns_BR: Tensor = UNMEASURED
+    returns_BR: Tensor | None = UNMEASURED
     decoder_start_token_id: int | None = None
     prompts: list[int] = UNMEASURED
 

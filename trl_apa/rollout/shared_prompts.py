@@ -1,5 +1,6 @@
 """Rows that have a prompt in common: which they are, and micro-batches in which they meet."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +24,12 @@ def equal_queries(queries: Sequence[Tensor]) -> list[int]:
     """A number for each query, counted from 0, the same for equal ones."""
     numbers: dict[bytes, int] = {}
     return [numbers.setdefault(key, len(numbers)) for key in token_keys(queries)]
+
+
+def query_keys(queries: Sequence[Tensor]) -> Tensor:
+    """8 bytes of a hash of each query, int64 `(B,)` on the CPU: the same for equal queries on all processes."""
+    digests = [hashlib.blake2b(key, digest_size=8).digest() for key in token_keys(queries)]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
 def prompts_worth_sharing(equal: Sequence[int], queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[int]:

@@ -51,6 +51,7 @@ from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
 from trl_apa.trainer.drift import DriftWatch
+from trl_apa.trainer.estimation import check_groups
 from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
@@ -628,6 +629,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                     check_positions(queries, lengths, network, "queries + responses", name)
 
         self.processes.together(check)
+        check_groups(queries, self.args, tokenizer, self.accelerator)
 
     def _collect(
         self, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor], response_masks: Any
@@ -667,7 +669,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             stats["apa/policy/unexplained"] = stats["apa/policy/residual_sq"] / max(
                 stats["apa/policy/target_sq"], 1e-8
             )
-        stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
+        if "apa/val/error" in stats:
+            stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
         stats["objective/kl_coef"] = self.kl_ctl.value
         if known_BR is None:
@@ -732,7 +735,7 @@ def _check_objects(args: APAConfig, optimizer: Any, dataset: Any, data_collator:
     check_has("dataset", dataset, "__getitem__", "__iter__")
     check_has("data_collator", data_collator, "__call__")
     check_has("lr_scheduler", lr_scheduler, "step")
-    if args.value_learning_rate is not None and lr_scheduler is not None:
+    if args.value_learning_rate is not None and args.estimator.needs_values and lr_scheduler is not None:
         raise ValueError(
             "value_learning_rate adds a parameter group that lr_scheduler does not have; pass only one of them"
         )

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa._trl import is_peft_model
 from trl_apa.config.apa import APAConfig
+from trl_apa.config.by_estimator import estimates_with_values
 from trl_apa.models import (
     PolicyAndValue,
     ValueModel,
@@ -24,6 +25,7 @@ from trl_apa.models import (
     without_value_head,
 )
 from trl_apa.models.adapter_kinds import check_adapters
+from trl_apa.models.critic import Critic
 from trl_apa.models.gguf import load_tokenizer
 from trl_apa.models.network_checks import check_has_positions, check_reads
 from trl_apa.models.network_parts import Network
@@ -40,7 +42,7 @@ class Networks(NamedTuple):
     """What a trainer works with.
 
     Args:
-        module: policy and value model.
+        module: policy and value model, if there is one.
         reference: pi_init, or None if it is inside the policy.
         tokenizer: the policy's.
     """
@@ -89,20 +91,20 @@ def assemble(
     select_adapter(policy, args.model_adapter_name)
     if is_peft_model(policy):
         check_adapters(policy)
-    value_model = resolve_value_model(value_model, policy, value_head_of(given, policy))
+    critic = _value_model(args, value_model, policy, given)
     if args.num_unfrozen_layers is not None:
         if num_shared_layers is not None:
             raise ValueError("num_unfrozen_layers and num_shared_layers set the same thing: pass one of them")
         num_frozen = freeze_all_but(args.num_unfrozen_layers, policy)
         num_shared_layers = num_frozen if ref_model is None else None
-        if isinstance(value_model, ValueModel) and not is_peft_model(value_model.network):
-            freeze_all_but(args.num_unfrozen_layers, value_model.network, "value_model")
-    others = {"value_model": getattr(value_model, "network", None), "ref_model": ref_model}
+        if isinstance(critic, ValueModel) and not is_peft_model(critic.network):
+            freeze_all_but(args.num_unfrozen_layers, critic.network, "value_model")
+    others = {"value_model": getattr(critic, "network", None), "ref_model": ref_model}
     for argument, network in others.items():
         if network is not None:
             check_reads(argument, network, policy, tokenizer)
             check_has_positions(argument, network, policy, args.max_prompt_length, args.max_completion_length)
-    module = PolicyAndValue(policy, value_model, reward_adapter_of(given))
+    module = PolicyAndValue(policy, critic, reward_adapter_of(given))
     if any(is_partitioned(parameter) for parameter in module.parameters()):
         use_one_precision(module)  # DeepSpeed has a float32 copy of the trained weights
     else:
@@ -113,5 +115,23 @@ def assemble(
         choose_learning_rate(args, module)
     reference = choose_reference(policy, ref_model, num_shared_layers, args.ref_adapter_name)
     module.eval()  # what was added to it since it was made, pi_init's adapter say
-    add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)
+    if critic is not None:
+        add_value_parameters(optimizer, module.trainable_parameters()["value"], args.value_learning_rate)
     return Networks(module, reference, tokenizer)
+
+
+def _value_model(args: Any, value_model: Any, policy: Network, given: Any) -> Critic | None:
+    """The value model, if the estimator of the options needs one.
+
+    Args:
+        args, value_model: see `assemble`; options of offline learning have no estimator and always a value model.
+        policy: the language model that is aligned.
+        given: what it was made of, a wrapper with a value head perhaps.
+    """
+    if estimates_with_values(args):
+        return resolve_value_model(value_model, policy, value_head_of(given, policy))
+    if value_model is not None:
+        what = repr(value_model) if isinstance(value_model, str) else f"a {type(value_model).__name__}"
+        text = f"value_model={what} has no effect with advantage_estimator={args.advantage_estimator!r}"
+        warnings.warn(f"{text}, which needs no values", UserWarning, stacklevel=4)
+    return None

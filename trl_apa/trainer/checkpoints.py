@@ -299,7 +299,8 @@ def _problems(folder: Path, manifest: dict[str, Any] | None) -> Iterator[str]:
     if manifest is not None and not manifest["resumable"]:
         yield "it was written with save_only_model=True, without optimizer and random state"
         return
-    yield from missing_files(folder)
+    # One of 0.1.0, without a manifest, always has a value model.
+    yield from missing_files(folder, with_value_model=manifest is None or manifest.get("value_model", True))
     yield from _wrong_steps(folder, manifest)
     with ThreadPoolExecutor(WORKERS) as pool:
         for name, record in zip(records, pool.map(lambda name: _record(folder / name), records), strict=True):
@@ -320,8 +321,13 @@ def _wrong_steps(folder: Path, manifest: dict[str, Any] | None) -> Iterator[str]
         yield f"{MANIFEST} is of step {manifest['step']}, {TRAINER_STATE_NAME} of step {step}"
 
 
-def missing_files(folder: Path) -> Iterator[str]:
-    """Files that any checkpoint must have; with sharded weights, only the trainer's own files."""
+def missing_files(folder: Path, with_value_model: bool = True) -> Iterator[str]:
+    """Files that any checkpoint must have; with sharded weights, only the trainer's own files.
+
+    Args:
+        folder: of the checkpoint.
+        with_value_model: whether the run has one.
+    """
     # Each node has the files of its own processes: each process looks for its own.
     yield from _absent(folder, TRAINER_STATE_NAME)
     for pattern, name in ((PROCESS_STATE.format(process="*"), PROCESS_STATE.format(process=0)), RANDOM_STATES):
@@ -333,7 +339,7 @@ def missing_files(folder: Path) -> Iterator[str]:
     yield from _absent(folder, OPTIMIZER_NAME, SCHEDULER_NAME)
     yield from _absent_network(folder)
     value_model = folder / VALUE_MODEL_FOLDER
-    if not (folder / CLASSIC_HEAD_WEIGHTS).is_file():
+    if with_value_model and not (folder / CLASSIC_HEAD_WEIGHTS).is_file():
         if not value_model.is_dir():
             yield f"{VALUE_MODEL_FOLDER}/ is missing"
             return

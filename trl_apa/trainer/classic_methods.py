@@ -11,6 +11,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.algorithms import PolicyTokens
+from trl_apa.algorithms.estimators import RewardedRows
 from trl_apa.algorithms.kl import kl_estimate, kl_full
 from trl_apa.algorithms.losses import value_loss
 from trl_apa.algorithms.masking import keep_counted
@@ -22,8 +23,8 @@ from trl_apa.config.apa import APAConfig
 from trl_apa.models import reference_policy
 from trl_apa.rollout.batch import without_start_tokens
 from trl_apa.rollout.prompts import prompt_dataloader, without_unused_columns
+from trl_apa.trainer.estimation import advantages_and_returns
 from trl_apa.trainer.options_in_use import OptionsInUse
-from trl_apa.trainer.preparation import advantages_and_returns
 from trl_apa.trainer.validation import check_step_inputs, check_type
 
 
@@ -59,6 +60,11 @@ class ClassicMethods(_BaseTrainer):
         """Raise an error for an override that these options and networks never call."""
         check_instance(self, OWN_METHODS)
         args = self.args
+        if self._calls("compute_advantages") and not args.estimator.needs_values:
+            raise ValueError(
+                f"compute_advantages is overridden, and advantage_estimator={args.advantage_estimator!r} has no values"
+                " for it; leave the option out, or give the option an AdvantageEstimator in place of the override"
+            )
         if self._calls("_kl_penalty") and not self._calls("compute_rewards") and not args.kl_in_reward:
             raise ValueError(
                 f"_kl_penalty is overridden, but with loss_type={args.loss_type!r} no KL is in the reward, so that it "
@@ -103,22 +109,32 @@ class ClassicMethods(_BaseTrainer):
         Args:
             values, rewards: reward units, `(B, R)`.
             mask: `(B, R)`.
+
+        Raises:
+            ValueError: if the estimator of the options reads no values, or reads which rows have the same prompt.
         """
-        counted = mask.bool()
-        distributed = self.accelerator.num_processes > 1
-        advantages, returns = advantages_and_returns(rewards, values, counted, self.args, distributed)
+        counted, estimator = mask.bool(), self.args.estimator
+        if not estimator.needs_values or estimator.needs_groups:
+            raise ValueError(
+                f"compute_advantages gets values and no prompts, but advantage_estimator="
+                f"{self.args.advantage_estimator!r} reads others; call its function in trl_apa.algorithms.advantages"
+            )
+        advantages, returns = advantages_and_returns(
+            RewardedRows(rewards, counted, values), self.args, self.accelerator
+        )
+        assert returns is not None  # needs_values
         return keep_counted(values, counted), advantages, returns
 
     def loss(
         self,
         old_logprobs: Tensor,
-        values: Tensor,
+        values: Tensor | None,
         logits: Tensor | None,
-        vpreds: Tensor,
+        vpreds: Tensor | None,
         logprobs: Tensor,
         mask: Tensor,
         advantages: Tensor,
-        returns: Tensor,
+        returns: Tensor | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The policy's loss of `args.loss_type` and `vf_coef` times the value loss, means over the counted tokens.
 
@@ -126,7 +142,8 @@ class ClassicMethods(_BaseTrainer):
             old_logprobs, values: when the rollouts were evaluated, nats and reward units, `(B, R)`.
             logits: over the temperature, `(B, R, V)`; for the entropy alone.
             vpreds, logprobs: the same as they are now, with gradient.
-            mask, advantages, returns: `(B, R)`.
+            mask, advantages, returns: `(B, R)`. Without a value model `values`, `vpreds` and `returns` are None, and
+                the value loss is 0.
 
         Returns:
             Both losses, 0-D, and statistics under classic's names (`policy/...`, `val/...`).
@@ -145,7 +162,10 @@ class ClassicMethods(_BaseTrainer):
         num_tokens = counted.sum().clamp(min=1)
         tokens = PolicyTokens(logprobs, ref_logprobs, advantages, counted, num_tokens, old_logprobs)
         policy_term, policy_stats = args.algorithm.loss(tokens, args)
-        value_term, value_stats = value_loss(vpreds, returns, counted, values, args.cliprange_value)
+        value_term = torch.zeros_like(policy_term)
+        value_stats: dict[str, Tensor] = {}
+        if vpreds is not None and returns is not None:
+            value_term, value_stats = value_loss(vpreds, returns, counted, values, args.cliprange_value)
         stats = {
             "loss/policy": policy_term.detach(),
             "loss/value": value_term.detach(),
@@ -293,6 +313,9 @@ class ClassicMethods(_BaseTrainer):
             raise ValueError(
                 f"config has loss_type={config.loss_type!r}, this trainer {self.args.loss_type!r}: make a new trainer"
             )
+        if config.advantage_estimator != self.args.advantage_estimator:
+            given, own = config.advantage_estimator, self.args.advantage_estimator
+            raise ValueError(f"config has advantage_estimator={given!r}, this trainer {own!r}: make a new trainer")
         self.args = config
         self._note_what_scripts_read()
         self._follow_options(self._options_in_use.counts_episodes)

@@ -15,8 +15,9 @@ from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries
+from trl_apa.trainer.estimation import estimate_advantages
 from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
-from trl_apa.trainer.preparation import advantages_and_returns, in_reading_order, plan_iteration, rewards_of_tokens
+from trl_apa.trainer.preparation import in_reading_order, plan_iteration, rewards_of_tokens
 from trl_apa.trainer.statistics import StageTimer
 
 
@@ -38,9 +39,7 @@ class Experience(_BaseTrainer):
             if self._calls("compute_advantages"):
                 advantages_by_override(self, rollouts)
             else:
-                given = (rollouts.rewards_BR, rollouts.values_BR, rollouts.response_mask_BR, self.args)
-                distributed = self.accelerator.num_processes > 1
-                rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(*given, distributed)
+                estimate_advantages(rollouts, self.args, self.accelerator)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self._layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
@@ -54,21 +53,23 @@ class Experience(_BaseTrainer):
 
     @torch.no_grad()
     def _evaluate_rollouts(self, rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
-        """Fill in equal prompts, log pi_init and V; log pi_old and the KL of the reward where they are read.
+        """Fill in equal prompts and log pi_init; V, log pi_old and the KL of the reward where they are read.
 
         Returns:
             Log-probs of the whole vocabulary under policy and pi_init, nats `(B, R, V)`, if an override reads them.
         """
         rollouts.prompts = equal_queries(rollouts.queries)
         blank_BR = torch.zeros_like(rollouts.response_mask_BR, dtype=torch.float32)
-        rollouts.ref_logprobs_BR, rollouts.values_BR = blank_BR.clone(), blank_BR.clone()
-        algorithm = self.args.algorithm
+        rollouts.ref_logprobs_BR = blank_BR.clone()
+        algorithm, needs_values = self.args.algorithm, self.args.estimator.needs_values
         needs_old = algorithm.needs_old_logprobs or self.args.kl_in_reward or self.args.early_stopping
         rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self._calls("loss")
         needs_old = needs_old or (self.args.exact_kl and rollouts.sampling_logprobs_BR is None)
         full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
+        if needs_values:
+            rollouts.values_BR = blank_BR.clone()
         if needs_old:
             rollouts.old_logprobs_BR = blank_BR.clone()
         if self.args.kl_in_reward:
@@ -84,8 +85,10 @@ class Experience(_BaseTrainer):
             layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
             batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
             index, width = batch["rows"], batch["response_mask"].shape[1]
-            outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
-            rollouts.values_BR[index, :width] = outputs["values"].float()
+            if needs_values or needs_old:
+                outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
+            if needs_values:
+                rollouts.values_BR[index, :width] = outputs["values"].float()
             ref_outputs = self._reference_outputs(batch, with_logits=full_kl)
             rollouts.ref_logprobs_BR[index, :width] = ref_outputs["logprobs"].float()
             if needs_old:

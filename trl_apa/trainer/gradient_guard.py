@@ -59,7 +59,7 @@ class GradientGuard(_BaseTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip both networks together, or each by itself with `value_max_grad_norm`; the norm of both before that."""
-        if self.args.value_max_grad_norm is None:
+        if self.args.value_max_grad_norm is None or not self.args.reads("value_max_grad_norm"):
             self._note_gradient_norms()
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
@@ -87,6 +87,8 @@ class GradientGuard(_BaseTrainer):
         if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             module = self.accelerator.unwrap_model(self.model)
             for name, parameters in module.trainable_parameters().items():
+                if name == "value" and module.value_model is None:
+                    continue
                 norms[f"apa/grad_norm/{name}"] = gradient_norm(parameters).to(self.accelerator.device)
         self.run_state.iteration.record.grad_norms.append(norms)
 

@@ -106,7 +106,8 @@ def loss_by_override(
 
     Args:
         trainer: an `APATrainer`.
-        outputs: `logprobs`, `values`, `logits`, with gradient.
+        outputs: `logprobs`, `values`, `logits`, with gradient; without a value model the override gets None for values
+            and returns.
         batch: of `Iteration.next_micro_batch`.
     """
     mask_BR = batch["response_mask"]
@@ -114,13 +115,13 @@ def loss_by_override(
     try:
         returned = trainer.loss(
             batch["old_logprobs"],
-            batch["values"],
+            batch.get("values"),
             outputs["logits"],
-            outputs["values"],
+            outputs.get("values"),
             outputs["logprobs"],
             mask_BR.long(),
             batch["advantages"],
-            batch["returns"],
+            batch.get("returns"),
         )
     finally:
         trainer._ref_logprobs_of_loss = None
@@ -186,6 +187,8 @@ def _train_statistics(iteration: Iteration, mask: Tensor, kept_B: Tensor) -> dic
         "policy/advantages_mean": masked_mean(iteration.rollouts.advantages_BR[kept_B], mask),
     }
     for name, tensor_BR in (("returns", iteration.rollouts.returns_BR), ("val", iteration.rollouts.values_BR)):
+        if tensor_BR is None:
+            continue
         of_rollouts |= {f"{name}/mean": masked_mean(tensor_BR[kept_B], mask)}
         of_rollouts |= {f"{name}/var": masked_var(tensor_BR[kept_B], mask)}
     fixed = {name: value.expand(len(steps), 1) for name, value in of_rollouts.items()}

@@ -18,7 +18,7 @@ class Iteration:
     It can be saved and restored at any point: see `state_dict`.
 
     Args:
-        rollouts: with log pi_init, values, advantages and returns filled in.
+        rollouts: with log pi_init and advantages, and with a value model values and returns, filled in.
         ended_B: bool, whether a response ended with EOS.
         plan: the rows of each optimizer step, an epoch after the other.
         num_tokens: counted tokens of each optimizer step on all processes, float32 `(len(plan),)`.

@@ -92,11 +92,13 @@ def choose_learning_rate(args: Any, module: PolicyAndValue) -> None:
         )
 
 
-def value_learning_rate(args: Any, value_model: Critic) -> float | None:
-    """The value model's own rate; None if it is the policy's.
+def value_learning_rate(args: Any, value_model: Critic | None) -> float | None:
+    """The value model's own rate; None if it is the policy's, or if there is no value model.
 
     Where neither rate was given, a value model that is a network of its own has the default for what it trains.
     """
+    if value_model is None:
+        return None
     given: float | None = args.value_learning_rate
     if given is not None or not rate_is_default(args) or not isinstance(value_model, ValueModel):
         return given

@@ -1,4 +1,4 @@
-"""Scores and values of an iteration to token rewards, advantages and a plan of optimizer steps."""
+"""Scores of an iteration to token rewards, and its rollouts to a plan of optimizer steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_apa.algorithms.advantages import gae
-from trl_apa.algorithms.masking import masked_whiten
 from trl_apa.algorithms.rewards import kl_penalized_rewards, shape_scores, shaped_token_rewards
 from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.shared_prompts import meeting
@@ -72,28 +70,6 @@ def _scale(args: Any, run_state: RunState) -> tuple[float | None, float | None]:
     if not args.scale_rewards:
         return None, None
     return run_state.running_scores.std, run_state.running_scores.mean if args.center_rewards else None
-
-
-def advantages_and_returns(
-    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, args: Any, distributed: bool
-) -> tuple[Tensor, Tensor]:
-    """GAE over the counted tokens, whitened over all processes if the options say so.
-
-    Args:
-        rewards_BR, values_BR: reward units.
-        mask_BR: bool, True = a token that counts.
-        args: the trainer's options.
-        distributed: whether whitening is over several processes.
-
-    Returns:
-        Advantages (reward units, or whitened) and returns (reward units), `(B, R)`.
-    """
-    if args.whiten_rewards:
-        rewards_BR = masked_whiten(rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, args.gamma, args.gae_lambda)
-    if args.whiten_advantages:
-        advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
-    return advantages_BR, returns_BR
 
 
 def plan_iteration(

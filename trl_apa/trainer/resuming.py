@@ -515,6 +515,7 @@ class ResumableRuns(_BaseTrainer):
             "version": version("trl-apa"),
             "step": step,
             "resumable": not self.args.save_only_model,
+            "value_model": self.accelerator.unwrap_model(self.model).value_model is not None,
             "run": run.as_dict(),
             "learns_from": self._description if self.is_in_train else self._describe_run(),
             "options": self._options(),

@@ -94,12 +94,9 @@ def gather_rollouts(
         The rollouts without queries and responses, `logprobs_BR` and `entropy_BR`. Rows without a counted token are
         still among them: see `counted_rows`.
     """
-    names = ["ref_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"]
-    names += [
-        name
-        for name in ("old_logprobs_BR", "sampling_logprobs_BR", "kl_penalty_BR", "non_score_rewards_BR")
-        if getattr(rollouts, name) is not None
-    ]
+    names = ["ref_logprobs_BR", "rewards_BR", "advantages_BR"]
+    optional = ("values_BR", "returns_BR", "old_logprobs_BR", "sampling_logprobs_BR", "kl_penalty_BR")
+    names += [name for name in (*optional, "non_score_rewards_BR") if getattr(rollouts, name) is not None]
     fields = [getattr(rollouts, name) for name in names] + [record.logprobs_BR, record.entropy_BR]
     stacked_BRF = torch.stack([rollouts.response_mask_BR.float(), *fields], dim=-1)
     stacked_BRF = accelerator.gather(accelerator.pad_across_processes(stacked_BRF, dim=1))
@@ -134,7 +131,8 @@ def rollout_statistics(
     """Statistics of one iteration's rollouts, gathered from all processes.
 
     Args:
-        rollouts: with scores, rewards, ref_logprobs, values, advantages, returns; queries and responses are not read.
+        rollouts: with scores, rewards, ref_logprobs, advantages, and with a value model values and returns; queries
+            and responses are not read.
         logprobs_BR, entropy_BR: of the policy, nats.
         query_lengths_B: tokens.
         ended_B: bool, whether a response ended with EOS.
@@ -155,10 +153,6 @@ def rollout_statistics(
         "apa/policy/advantages_mean": masked_mean(rollouts.advantages_BR, mask),
         "apa/mean_scores": rollouts.scores_B.mean(),
         "apa/std_scores": unbiased_std(rollouts.scores_B),
-        "apa/returns/mean": masked_mean(returns, mask),
-        "apa/returns/var": masked_var(returns, mask),
-        "apa/val/mean": masked_mean(values, mask),
-        "apa/val/var": masked_var(values, mask),
         "tokens/queries_len_mean": query_lengths_B.float().mean(),
         "tokens/queries_len_std": unbiased_std(query_lengths_B.float()),
         "tokens/responses_len_mean": lengths_B.mean(),
@@ -166,6 +160,10 @@ def rollout_statistics(
         "tokens/eos_share": ended_B.float().mean(),
         "tokens/counted": masked_sum(torch.ones_like(k1_BR), mask),
     }
+    for name, tensor_BR in (("returns", returns), ("val", values)):
+        if tensor_BR is not None:
+            stats[f"apa/{name}/mean"] = masked_mean(tensor_BR, mask)
+            stats[f"apa/{name}/var"] = masked_var(tensor_BR, mask)
     if kl_coef is not None:
         stats["apa/policy/log_normalizer"] = log_normalizer(rollouts.advantages_BR, mask, kl_coef)
     # One wait for the device instead of one a statistic.

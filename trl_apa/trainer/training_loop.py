@@ -151,6 +151,11 @@ class TrainingLoop(ResumableRuns):
             )
         args = self.args
         args.check_sizes()
+        if args.estimator.needs_groups and args.num_generations == 1:
+            raise ValueError(
+                f"num_generations=1, but advantage_estimator={args.advantage_estimator!r} compares the responses to a "
+                "prompt: set num_generations to 2 or more"
+            )
         self._source = PromptSource(
             self.train_dataset,
             args.batch_size // args.num_generations,

@@ -107,7 +107,7 @@ class Update(_BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Policy loss plus `vf_coef` times value loss of one micro-batch, as its share of the optimizer step's mean.
+        """Policy loss plus `vf_coef` times value loss, if any, of a micro-batch, as its share of the step's mean.
 
         Multiplied by the number of processes, because distributed engines average gradients over them.
         """
@@ -123,7 +123,7 @@ class Update(_BaseTrainer):
         if networks["with_policy"]:
             policy_loss, stats = self._policy_terms(outputs, inputs)
             terms.append(policy_loss)
-        if networks["with_value"]:
+        if "values" in outputs:
             v_loss, v_stats = self._value_terms(outputs["values"], inputs)
             terms.append(args.vf_coef * v_loss)
             stats = stats | v_stats
@@ -153,13 +153,14 @@ class Update(_BaseTrainer):
         if not networks["with_value"]:
             self._outputs_of_policy = {name: outputs[name].detach() for name in ("logprobs", "logits")}
         with torch.no_grad():
-            stats = self._policy_terms(outputs, batch)[1] | self._value_terms(outputs["values"], batch)[1]
+            stats = self._policy_terms(outputs, batch)[1]
+            if "values" in outputs:
+                stats |= self._value_terms(outputs["values"], batch)[1]
         policy_term, value_term, own_stats = loss_by_override(self, outputs, batch)
         loss = policy_term + value_term
-        terms = {
-            "apa/loss/policy": policy_term.detach(),
-            "apa/loss/value": value_term.detach() / (self.args.vf_coef or 1.0),
-        }
+        terms = {"apa/loss/policy": policy_term.detach()}
+        if "values" in outputs:
+            terms["apa/loss/value"] = value_term.detach() / (self.args.vf_coef or 1.0)
         self.run_state.iteration.record.add({**stats, **own_stats, **terms, "apa/loss/total": loss.detach()})
         return loss
 

@@ -70,7 +70,7 @@ def check_networks_are_apart(module: PolicyAndValue, ref_model: Network | None) 
     trained = {id(p) for p in module.trainable_parameters()["policy"]}
     if ref_model is not None and trained & {id(p) for p in ref_model.parameters()}:
         raise ValueError("ref_model shares trainable parameters with model; pass a copy, or leave it out")
-    if {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:
+    if value_model is not None and {id(p) for p in policy.parameters()} & {id(p) for p in value_model.parameters()}:
         raise ValueError("value_model shares parameters with model; it should be a network of its own")
 
 

@@ -1,0 +1,54 @@
+"""Options that follow from `advantage_estimator`: filled in where it reads them, and a warning where nothing does."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from trl_apa.algorithms.advantages import GROUP_NORMALIZATIONS
+from trl_apa.algorithms.estimators import ESTIMATOR_OPTIONS, ESTIMATORS
+
+
+if TYPE_CHECKING:
+    from trl_apa.config.apa import APAConfig
+
+# Options that are read only where there is a value model.
+VALUE_OPTIONS = ("vf_coef", "cliprange_value", "value_learning_rate", "value_max_grad_norm")
+BY_ESTIMATOR = (*ESTIMATOR_OPTIONS, *VALUE_OPTIONS)
+
+
+def estimator_reads(config: "APAConfig", option: str) -> bool:
+    """Whether the estimator of a config, or the value model that it needs, reads one of `BY_ESTIMATOR`."""
+    estimator = config.estimator
+    return estimator.needs_values if option in VALUE_OPTIONS else option in estimator.options
+
+
+def estimates_with_values(config: Any) -> bool:
+    """Whether a run with these options has a value model; an offline config, without an estimator, has one."""
+    return not hasattr(config, "estimator") or bool(config.estimator.needs_values)
+
+
+def fill_by_estimator(config: "APAConfig", option: str) -> None:
+    """Fill in one of `BY_ESTIMATOR` if it is read and not set; warn if it is not read and not at its default."""
+    value = getattr(config, option)
+    if estimator_reads(config, option):
+        if option == "group_normalization" and value is None:
+            config.group_normalization = GROUP_NORMALIZATIONS[0]
+    elif value != type(config).__dataclass_fields__[option].default:
+        text = f"{option}={value!r} has no effect with advantage_estimator={config.advantage_estimator!r}"
+        warnings.warn(f"{text}: {_who_reads(option)}", UserWarning, stacklevel=5)
+
+
+def check_group_normalization(config: "APAConfig") -> None:
+    """
+    Raises:
+        ValueError: if `group_normalization` is another text than it should be.
+    """
+    given = config.group_normalization
+    if given not in (None, *GROUP_NORMALIZATIONS):
+        raise ValueError(f"group_normalization={given!r}: it should be one of {', '.join(GROUP_NORMALIZATIONS)}")
+
+
+def _who_reads(option: str) -> str:
+    if option in VALUE_OPTIONS:
+        return "there is no value model"
+    names = [repr(name) for name, estimator in ESTIMATORS.items() if option in estimator.options]
+    return f"only {' and '.join(names)} reads it"

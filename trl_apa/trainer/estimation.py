@@ -1,0 +1,113 @@
+"""Token rewards to advantages and returns, by the estimator of the options and over the rows that it needs."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trl_apa.algorithms.estimators import RewardedRows, check_estimates
+from trl_apa.algorithms.masking import masked_whiten
+from trl_apa.rollout.batch import Rollouts
+from trl_apa.rollout.shared_prompts import query_keys
+
+
+# Characters of a prompt that a message shows.
+SHOWN = 60
+
+
+def estimate_advantages(rollouts: Rollouts, args: Any, accelerator: Accelerator) -> None:
+    """Fill in advantages and, with a value model, returns.
+
+    Args:
+        rollouts: with token rewards, and values where the estimator needs them.
+        args: the trainer's options.
+        accelerator: of the run.
+    """
+    prompts_B = query_keys(rollouts.queries).to(rollouts.device) if args.estimator.needs_groups else None
+    rows = RewardedRows(rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.values_BR, prompts_B)
+    rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rows, args, accelerator)
+
+
+def advantages_and_returns(rows: RewardedRows, args: Any, accelerator: Accelerator) -> tuple[Tensor, Tensor | None]:
+    """What the estimator says, whitened over all processes if the options say so.
+
+    Args:
+        rows: of this process.
+        args: the trainer's options.
+        accelerator: of the run.
+
+    Returns:
+        Advantages (reward units, or whitened) and returns (reward units; None without a value model), `(B, R)`.
+
+    Raises:
+        ValueError: naming `advantage_estimator`, if it returns something else than it should.
+    """
+    mask_BR, distributed = rows.response_mask_BR, accelerator.num_processes > 1
+    if args.whiten_rewards:
+        rewards_BR = masked_whiten(rows.rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
+        rows = rows._replace(rewards_BR=rewards_BR)
+    estimator, own = args.estimator, (slice(None), slice(None))
+    if distributed and not estimator.row_by_row:
+        first = accelerator.process_index * len(mask_BR)
+        own = slice(first, first + len(mask_BR)), slice(mask_BR.shape[1])
+        rows = rows_of_all_processes(rows, accelerator)
+    estimates = estimator.estimate(rows, args)
+    advantages_BR, returns_BR = check_estimates(args.advantage_estimator, estimator, estimates, rows.response_mask_BR)
+    advantages_BR = advantages_BR[own]
+    if args.whiten_advantages:
+        advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)
+    return advantages_BR, None if returns_BR is None else returns_BR[own]
+
+
+def rows_of_all_processes(rows: RewardedRows, accelerator: Accelerator) -> RewardedRows:
+    """The rows of the first process, then those of the second, ..., as wide as the widest."""
+
+    def gathered(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else accelerator.gather(accelerator.pad_across_processes(tensor, dim=1))
+
+    # Not as bool, which not every backend sends.
+    mask_BR = gathered(rows.response_mask_BR.int())
+    prompts_B = None if rows.prompts_B is None else accelerator.gather(rows.prompts_B)
+    rewards_BR, values_BR = gathered(rows.rewards_BR), gathered(rows.values_BR)
+    assert rewards_BR is not None and mask_BR is not None  # they never are
+    return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B)
+
+
+def check_groups(
+    queries: list[Tensor], args: Any, tokenizer: PreTrainedTokenizerBase | None, accelerator: Accelerator
+) -> None:
+    """Refuse an iteration in which a prompt has one row, if advantages are differences within a prompt's rows.
+
+    To be called by all processes, with queries that `check_step_inputs` has accepted.
+
+    Args:
+        queries: of this process, 1-D token ids.
+        args: the trainer's options.
+        tokenizer: shows the prompt in the message.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: on all processes, naming `queries`, the first such row and its prompt.
+    """
+    if not args.estimator.needs_groups:
+        return
+    keys_B = query_keys(queries)
+    _, index, counts = accelerator.gather(keys_B.to(accelerator.device)).unique(
+        return_inverse=True, return_counts=True
+    )
+    alone = (counts[index] == 1).cpu()
+    if not alone.any():
+        return
+    first = accelerator.process_index * len(queries)
+    own = alone[first : first + len(queries)].nonzero().flatten().tolist()
+    where = "of another process"
+    if own:
+        tokens = queries[own[0]].tolist()
+        text = repr(tokens) if tokenizer is None else repr(tokenizer.decode(tokens))
+        where = f"queries[{own[0]}], {text if len(text) <= SHOWN else f'{text[:SHOWN]}...'}"
+    raise ValueError(
+        f"queries has {len(counts)} different prompts in {len(alone)} rows, {int(alone.sum())} of them in one row "
+        f"only (the first: {where}), but advantage_estimator={args.advantage_estimator!r} compares the responses to a "
+        "prompt: give step each query twice or more, or set advantage_estimator='batch' or 'gae'"
+    )
