@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_apa.algorithms.advantages import batch_advantages, gae, group_advantages, leave_one_out_advantages
+from trl_apa.algorithms.advantages import (
+    batch_advantages,
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    log_mean_exp_advantages,
+)
 from trl_apa.algorithms.rewards import token_rewards
 
 
@@ -221,6 +227,30 @@ def test_leave_one_out_hand_worked():
     assert torch.equal(leave_one_out_advantages(rewards, mask, prompts), expected)
 
 
+def test_log_mean_exp_hand_worked():
+    # One prompt, rewards 0 and log 3, tau 1: log((1 + 3) / 2) = log 2
+    rewards, mask = torch.tensor([[0.0], [math.log(3)]]), torch.ones(2, 1, dtype=torch.bool)
+    found = log_mean_exp_advantages(rewards, mask, torch.tensor([4, 4]), 1.0)
+    torch.testing.assert_close(found, torch.tensor([[-math.log(2)], [math.log(1.5)]]))
+    # With exact Z, exp(Adv / tau) has mean 1: what makes pi exp(Adv / tau) a policy.
+    assert found.exp().mean().item() == pytest.approx(1.0)
+
+
+def test_log_mean_exp_lies_between_the_mean_and_the_best():
+    """A large tau gives the group's difference, a small one the distance to the best. Nothing overflows."""
+    rewards, mask, prompts = dense_rows()
+    group = group_advantages(rewards, mask, prompts)
+    torch.testing.assert_close(log_mean_exp_advantages(rewards, mask, prompts, 1e5), group, rtol=0, atol=1e-3)
+    # Prompt 7: best 5. Prompt 3: best 9.
+    best = on_tokens([-2.0, -4.0, 0.0, 0.0, -7.0, 0.0], mask)
+    torch.testing.assert_close(log_mean_exp_advantages(rewards, mask, prompts, 1e-4), best, rtol=0, atol=1e-3)
+    large = log_mean_exp_advantages(1e6 * rewards, mask, prompts, 1.0)
+    assert torch.isfinite(large).all()
+    for kl_coef in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="kl_coef is"):
+            log_mean_exp_advantages(rewards, mask, prompts, kl_coef)
+
+
 def test_batch_hand_worked():
     rewards, mask, _ = dense_rows()
     # Sums 3, 1, 9, 5, 2: mean 4 over the five rows that were not skipped.
@@ -245,6 +275,8 @@ def naive_baselines(rewards, mask, prompts, kind):
             advantages.append(0.0)
             continue
         advantage = totals[i] - sum(totals[j] for j in members) / len(members)
+        if kind == "log_mean_exp":
+            advantage = totals[i] - 0.3 * math.log(sum(math.exp(totals[j] / 0.3) for j in members) / len(members))
         if kind == "std":
             mean = sum(totals[j] for j in same) / len(same)
             variance = sum((totals[j] - mean) ** 2 for j in same) / max(len(same) - 1, 1)
@@ -257,6 +289,7 @@ BASELINES = {
     "group": group_advantages,
     "std": lambda *rows: group_advantages(*rows, "std"),
     "leave_one_out": leave_one_out_advantages,
+    "log_mean_exp": lambda *rows: log_mean_exp_advantages(*rows, 0.3),
     "batch": lambda rewards, mask, prompts: batch_advantages(rewards, mask),
 }
 

@@ -24,7 +24,7 @@ from transformers import (
 
 import trl_apa
 from tests.fake_vllm import install
-from tests.tiny import byte_tokenizer, lora_config, tiny_rollouts, tiny_trainer
+from tests.tiny import byte_tokenizer, lora_config, tiny_pairs, tiny_trainer
 from trl_apa.algorithms import ALGORITHMS
 from trl_apa.cli import COMMANDS
 from trl_apa.trainer.reporting import reward_statistics
@@ -189,12 +189,15 @@ def documented_statistics():
 def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     documented = documented_statistics()
     trainer = tiny_trainer(tmp_path, loss_type=loss_type)
-    queries, responses, scores = tiny_rollouts()
+    queries, responses, scores = tiny_pairs()
     stats = trainer.step(queries, responses, scores)
     own = {name for name in stats if "ppo/" not in name}
     arrays = {name for name in own if not isinstance(stats[name], float)}
     assert documented["Arrays"] == arrays
-    assert documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`'] == own - arrays
+    expected = documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`']
+    if trainer.args.estimator.needs_values:
+        expected |= documented["Only with a value model"]
+    assert expected == own - arrays
     trainer.log_stats(stats, {"query": ["q"] * 4, "response": ["r"] * 4}, scores)
     logged = trainer.state.log_history[-1]
     generated = trainer.step(queries, trainer.generate(queries, return_prompt=False, max_new_tokens=5), scores)

@@ -10,8 +10,9 @@ from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
 from tests.test_losses import make_batch
-from tests.test_update import assert_same, learner, parameters_after_step
-from tests.tiny import tiny_config, tiny_rollouts, tiny_trainer
+from tests.test_update import assert_same, parameters_after_step
+from tests.tiny import tiny_config, tiny_pairs, tiny_trainer
+from trl_apa.algorithms import ALGORITHMS
 from trl_apa.algorithms.kl import kl_estimate
 from trl_apa.algorithms.losses import ppo_loss
 from trl_apa.algorithms.policy_gradient import aggregated, cispo_loss, grpo_loss, kl_loss, rloo_loss
@@ -322,21 +323,23 @@ NEW = ("grpo", "cispo", "rloo", "mirror_descent", "response_apa")
 @pytest.mark.parametrize("loss_type", NEW)
 def test_the_split_into_micro_batches_changes_nothing(tmp_path, loss_type):
     options = {"loss_type": loss_type, "kl_coef": 0.3, "ppo_epochs": 2, "batch_size": 4, "max_grad_norm": 0.0}
-    by_four = learner(tmp_path, mini_batch_size=4, **options)
-    by_one = learner(tmp_path, mini_batch_size=1, gradient_accumulation_steps=4, **options)
+    options |= {"optim": "sgd", "learning_rate": 0.1}
+    by_four = tiny_trainer(tmp_path, mini_batch_size=4, **options)
+    by_one = tiny_trainer(tmp_path, mini_batch_size=1, gradient_accumulation_steps=4, **options)
     before = {name: p.detach().clone() for name, p in by_four.model.named_parameters()}
-    expected = parameters_after_step(by_four, *tiny_rollouts())
+    expected = parameters_after_step(by_four, *tiny_pairs())
     assert max(float((expected[name] - before[name]).abs().max()) for name in expected) > 1e-2
-    assert_same(parameters_after_step(by_one, *tiny_rollouts()), expected, tolerance=1e-5)
+    assert_same(parameters_after_step(by_one, *tiny_pairs()), expected, tolerance=1e-5)
 
 
 def test_ppo_with_its_clip_and_grpo_over_tokens_make_the_same_step(tmp_path):
     """Where nothing else differs: no penalty, the same advantages, the same skipping of mini-batches."""
-    options = {"kl_coef": 0.0, "ppo_epochs": 3}
+    options = {"kl_coef": 0.0, "ppo_epochs": 3, "advantage_estimator": "group", "whiten_advantages": True}
+    options["group_normalization"] = "std"
     ppo = tiny_trainer(tmp_path, loss_type="ppo", adap_kl_ctrl=False, **options)
     grpo_ = tiny_trainer(tmp_path, loss_type="grpo", **options)
-    expected = parameters_after_step(ppo, *tiny_rollouts())
-    assert_same(parameters_after_step(grpo_, *tiny_rollouts()), expected, tolerance=1e-30)
+    expected = parameters_after_step(ppo, *tiny_pairs())
+    assert_same(parameters_after_step(grpo_, *tiny_pairs()), expected, tolerance=1e-30)
 
 
 def test_kl_in_the_loss_and_in_the_reward(tmp_path):
@@ -344,8 +347,8 @@ def test_kl_in_the_loss_and_in_the_reward(tmp_path):
 
     def after_two_steps(**options):
         trainer = tiny_trainer(tmp_path, mini_batch_size=4, learning_rate=1e-3, **options)
-        trainer.step(*tiny_rollouts())
-        stats = trainer.step(*tiny_rollouts())
+        trainer.step(*tiny_pairs())
+        stats = trainer.step(*tiny_pairs())
         return torch.cat([p.detach().flatten() for p in trainer.model.policy.parameters()]), stats
 
     for loss_type in ("ppo", "grpo", "cispo", "rloo"):
@@ -361,6 +364,10 @@ def test_kl_in_the_loss_and_in_the_reward(tmp_path):
         assert in_reward[1]["apa/mean_non_score_reward"] < 0 == in_loss[1]["apa/mean_non_score_reward"]
 
 
+def made(tmp_path):
+    return [(loss_type, tiny_config(tmp_path, loss_type=loss_type)) for loss_type in ALGORITHMS]
+
+
 def test_options_of_the_policy_gradients(tmp_path):
     config = tiny_config(tmp_path, loss_type="grpo")
     assert (config.kl_coef, config.kl_in, config.kl_penalty, config.loss_aggregation) == (0.0, "loss", "k3", "dapo")
@@ -368,6 +375,16 @@ def test_options_of_the_policy_gradients(tmp_path):
     charged = tiny_config(tmp_path, loss_type="grpo", kl_in="reward", kl_coef=0.1)
     assert (charged.kl_penalty, charged.adap_kl_ctrl, charged.init_kl_coef) == ("kl", False, 0.1)
     assert tiny_config(tmp_path, loss_type="rloo").kl_in_reward
+    chosen = {name: (c.advantage_estimator, c.group_normalization, c.whiten_advantages) for name, c in made(tmp_path)}
+    assert chosen == {
+        **dict.fromkeys(("apa", "awr", "ppo"), ("gae", None, True)),
+        **dict.fromkeys(("grpo", "cispo"), ("group", "std", False)),
+        "rloo": ("leave_one_out", None, False),
+        "mirror_descent": ("group", "none", False),
+        "response_apa": ("group_log_mean_exp", None, False),
+    }
+    own = tiny_config(tmp_path, loss_type="grpo", advantage_estimator="gae", whiten_advantages=True)
+    assert (own.advantage_estimator, own.group_normalization, own.whiten_advantages) == ("gae", None, True)
     ppo = tiny_config(tmp_path, loss_type="ppo")
     assert (ppo.kl_in, ppo.kl_penalty, ppo.adap_kl_ctrl) == ("reward", "kl", True)
     with pytest.warns(UserWarning, match="target=3.0 has no effect with kl_in='loss': only kl_in='reward' reads it"):
@@ -384,6 +401,7 @@ def test_options_of_the_policy_gradients(tmp_path):
         ({"loss_type": "grpo", "kl_penalty": "full"}, "kl_penalty='full' needs kl_in='reward'"),
         ({"loss_type": "grpo", "cliprange_high": 0.0}, "cliprange_high=0.0: it should be greater than 0"),
         ({"loss_type": "mirror_descent", "kl_coef": 0.0}, "kl_coef=0.0: it should be greater than 0"),
+        ({"loss_type": "grpo", "advantage_estimator": "group_log_mean_exp"}, "kl_coef=0.0 has no log mean exp"),
     ],
 )
 def test_options_that_do_not_fit_are_named(tmp_path, options, message):

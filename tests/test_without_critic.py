@@ -346,7 +346,7 @@ def test_defaults_do_not_warn_and_are_filled_in(tmp_path, config):
     [
         (
             {"advantage_estimator": "rloo"},
-            "it should be one of gae, group, leave_one_out, batch, or module:name of an ",
+            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, or module:name of an ",
         ),
         ({"advantage_estimator": f"{HERE}:NOTHING"}, "cannot be imported"),
         ({"advantage_estimator": f"{HERE}:HERE"}, "is a str: it should be an AdvantageEstimator"),

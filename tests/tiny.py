@@ -100,6 +100,13 @@ def tiny_trainer(tmp_path, model=None, trainer_kwargs=None, **config):
     return APATrainer(tiny_config(tmp_path, **config), model, tokenizer=tiny_tokenizer(), **(trainer_kwargs or {}))
 
 
+def tiny_pairs(num_rows=4, seed=0):
+    """`tiny_rollouts`, each query asked twice: rows 0 and 2, 1 and 3, ..."""
+    queries, *rest = tiny_rollouts(num_rows, seed)
+    half = queries[: num_rows // 2]
+    return [*half, *half], *rest
+
+
 def tiny_rollouts(num_rows=4, seed=0, max_query=9, max_response=7):
     """Ragged queries and responses with scores; every other response ends with EOS."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,11 @@ KL_IN_LOSS = {**KL_CONTROL, "kl_in": "loss", "adap_kl_ctrl": False}
 KL_IN_REWARD = {**KL_CONTROL, "kl_in": "reward", "adap_kl_ctrl": False}
 
 
+# Of options whose default is the algorithm's.
+DEFAULTS = {"advantage_estimator": "gae", "group_normalization": "none", "whiten_advantages": True}
+GRPO_DEFAULTS = {"advantage_estimator": "group", "group_normalization": "std", "whiten_advantages": False}
+
+
 class PolicyTokens(NamedTuple):
     """What a policy loss reads of a micro-batch, all `(B, R)`.
 
@@ -53,6 +58,7 @@ class Algorithm:
         loss: takes [`PolicyTokens`] and the trainer's config; returns the loss (0-D) and 0-D statistics, all divided
             by `num_tokens` or `num_responses`. Statistics appear as `apa/policy/NAME`.
         kl_coef: default of the option `kl_coef`.
+        defaults: of options that every algorithm reads, where they are others than `DEFAULTS`.
         options: options among `SELECTIVE_OPTIONS` that it reads, with their defaults. With `ratio_threshold` the loss
             returns a statistic `ratio`, and a mini-batch above the threshold is skipped.
         kl_in_reward: whether the reward of each token is charged `kl_coef` times its KL, and a controller may adapt
@@ -65,6 +71,7 @@ class Algorithm:
 
     loss: Callable[[PolicyTokens, Any], tuple[Tensor, Stats]]
     kl_coef: float = 0.1
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
     needs_old_logprobs: bool = False
@@ -78,6 +85,7 @@ class Algorithm:
     def __post_init__(self) -> None:
         options = {**KL_CONTROL, **self.options} if self.kl_in_reward else dict(self.options)
         object.__setattr__(self, "options", MappingProxyType(options))
+        object.__setattr__(self, "defaults", MappingProxyType({**DEFAULTS, **self.defaults}))
 
 
 def _apa(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
@@ -160,18 +168,35 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": Algorithm(
         _grpo,
         kl_coef=0.0,
+        defaults=GRPO_DEFAULTS,
         options={"cliprange": 0.2, "cliprange_high": None, "loss_aggregation": "dapo", **KL_IN_LOSS},
         needs_old_logprobs=True,
     ),
-    "cispo": Algorithm(_cispo, kl_coef=0.0, options={"cliprange_high": 4.0, **KL_IN_LOSS}, needs_old_logprobs=True),
+    "cispo": Algorithm(
+        _cispo,
+        kl_coef=0.0,
+        defaults=GRPO_DEFAULTS,
+        options={"cliprange_high": 4.0, **KL_IN_LOSS},
+        needs_old_logprobs=True,
+    ),
     "rloo": Algorithm(
         _rloo,
         kl_coef=0.05,
+        defaults={"advantage_estimator": "leave_one_out", "whiten_advantages": False},
         options={"cliprange": 0.2, "cliprange_high": None, **KL_IN_REWARD},
         needs_old_logprobs=True,
     ),
-    "mirror_descent": Algorithm(_mirror_descent, kl_coef=0.2, needs_old_logprobs=True),
-    "response_apa": Algorithm(_response_apa, kl_coef=0.2),
+    "mirror_descent": Algorithm(
+        _mirror_descent,
+        kl_coef=0.2,
+        defaults={"advantage_estimator": "group", "whiten_advantages": False},
+        needs_old_logprobs=True,
+    ),
+    "response_apa": Algorithm(
+        _response_apa,
+        kl_coef=0.2,
+        defaults={"advantage_estimator": "group_log_mean_exp", "whiten_advantages": False},
+    ),
 }
 # Options that only some algorithms read.
 SELECTIVE_OPTIONS = tuple(dict.fromkeys(name for algorithm in ALGORITHMS.values() for name in algorithm.options))

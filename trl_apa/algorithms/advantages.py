@@ -1,9 +1,11 @@
 """Advantages and returns of sampled responses."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from trl_apa.algorithms.masking import at_least_float32, check_response_tensors, keep_counted
+from trl_apa.algorithms.masking import at_least_float32, check_positive, check_response_tensors, keep_counted
 
 
 # Added to the standard deviation of a group, as TRL's GRPO does.
@@ -123,6 +125,40 @@ def leave_one_out_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, promp
     others_B = _sum_of_group(total_B, group_B, num_groups) - total_B
     advantage_B = total_B - others_B / (count_B - 1).clamp(min=1)
     advantage_B = torch.where(counted_B & (count_B > 1), advantage_B, torch.zeros_like(advantage_B))
+    return _on_each_token(advantage_B, rewards_BR, response_mask_BR)
+
+
+def log_mean_exp_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, prompts_B: Tensor, kl_coef: float) -> Tensor:
+    """
+    A response's reward minus tau log Z of its prompt, estimated from the group, on each of its tokens.
+
+        R_i = sum over the tokens of response i of its rewards
+        Adv_i = R_i - tau log mean_j exp(R_j / tau)
+
+    `tau log Z(x) = tau log E exp(R / tau)`, over the responses of the policy that sampled, is what the squared errors
+    on complete responses have to subtract (Kimi k1.5, arXiv 2501.12599, section 2.3.2; V* of A*-PO, arXiv 2505.20686).
+    It lies between the group's mean (large tau) and its best response (small tau). From few responses it is estimated
+    too low, by Jensen's inequality.
+
+    Args:
+        rewards_BR, response_mask_BR, prompts_B: as for `group_advantages`.
+        kl_coef (`float`): tau, reward units per nat.
+
+    Returns:
+        `(B, R)`, reward units, at least float32, detached, 0 behind the mask and where a response is alone.
+
+    Raises:
+        ValueError: if shapes do not fit, the mask is not bool, or `kl_coef` is not positive and finite.
+    """
+    check_positive("kl_coef", kl_coef)
+    total_B, counted_B = _sequence_rewards(rewards_BR, response_mask_BR)
+    group_B, num_groups = _group_numbers(prompts_B, response_mask_BR)
+    exponent_B = (total_B / kl_coef).masked_fill(~counted_B, -math.inf)
+    largest_G = exponent_B.new_full((num_groups,), -math.inf).scatter_reduce(0, group_B, exponent_B, "amax")
+    shift_B = largest_G[group_B].nan_to_num(neginf=0.0)
+    count_B = _sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups).clamp(min=1)
+    log_mean_B = shift_B + (_sum_of_group((exponent_B - shift_B).exp(), group_B, num_groups) / count_B).log()
+    advantage_B = torch.where(counted_B, total_B - kl_coef * log_mean_B, torch.zeros_like(total_B))
     return _on_each_token(advantage_B, rewards_BR, response_mask_BR)
 
 

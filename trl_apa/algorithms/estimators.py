@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from trl_apa.algorithms.advantages import batch_advantages, gae, group_advantages, leave_one_out_advantages
+from trl_apa.algorithms.advantages import (
+    batch_advantages,
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    log_mean_exp_advantages,
+)
 from trl_apa.algorithms.named import imported
 
 
@@ -70,6 +76,11 @@ def _leave_one_out(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
     return leave_one_out_advantages(rows.rewards_BR, rows.response_mask_BR, rows.prompts_B), None
 
 
+def _log_mean_exp(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
+    assert rows.prompts_B is not None  # needs_groups
+    return log_mean_exp_advantages(rows.rewards_BR, rows.response_mask_BR, rows.prompts_B, args.kl_coef), None
+
+
 def _batch(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
     return batch_advantages(rows.rewards_BR, rows.response_mask_BR), None
 
@@ -78,6 +89,7 @@ ESTIMATORS: dict[str, AdvantageEstimator] = {
     "gae": AdvantageEstimator(_gae, needs_values=True, row_by_row=True, options=("gamma", "gae_lambda")),
     "group": AdvantageEstimator(_group, needs_groups=True, options=("group_normalization",)),
     "leave_one_out": AdvantageEstimator(_leave_one_out, needs_groups=True),
+    "group_log_mean_exp": AdvantageEstimator(_log_mean_exp, needs_groups=True),
     "batch": AdvantageEstimator(_batch),
 }
 

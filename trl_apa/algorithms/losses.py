@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from trl_apa.algorithms.masking import check_response_tensors, keep_counted, masked_mean
+from trl_apa.algorithms.masking import check_positive, check_response_tensors, keep_counted, masked_mean
 
 
 Stats = dict[str, Tensor]
@@ -274,8 +274,3 @@ def log_normalizer(advantages_BR: Tensor, response_mask_BR: Tensor, kl_coef: flo
     log_sum = exponent.masked_fill(~response_mask_BR, -math.inf).flatten().logsumexp(0)
     log_mean = log_sum - count.clamp(min=1).to(log_sum.dtype).log()
     return torch.where(count > 0, log_mean, torch.zeros_like(log_mean))
-
-
-def check_positive(name: str, number: float) -> None:
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} is {number}, it should be finite and positive")

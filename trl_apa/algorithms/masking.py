@@ -1,5 +1,7 @@
 """Reductions over the counted entries of a tensor; every one names its denominator."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,6 +53,12 @@ def check_response_tensors(response_mask_BR: Tensor, **tensors_BR: Tensor) -> No
         if tensor.shape != response_mask_BR.shape:
             expected = f"it should be that of response_mask_BR, {tuple(response_mask_BR.shape)}"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {expected}")
+
+
+def check_positive(name: str, number: float) -> None:
+    """Raise `ValueError`, naming the argument, unless it is finite and above 0."""
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} is {number}, it should be finite and positive")
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:

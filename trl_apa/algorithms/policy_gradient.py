@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trl_apa.algorithms.kl import kl_estimate
-from trl_apa.algorithms.losses import Stats, check_positive, policy_shift
-from trl_apa.algorithms.masking import check_response_tensors, keep_counted, masked_mean
+from trl_apa.algorithms.losses import Stats, policy_shift
+from trl_apa.algorithms.masking import check_positive, check_response_tensors, keep_counted, masked_mean
 
 
 AGGREGATIONS = ("dapo", "grpo", "dr_grpo", "sum")

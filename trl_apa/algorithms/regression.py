@@ -6,8 +6,8 @@ As in `policy_gradient`, each is a sum over responses divided by `num_responses`
 
 from torch import Tensor
 
-from trl_apa.algorithms.losses import Stats, check_positive
-from trl_apa.algorithms.masking import masked_mean
+from trl_apa.algorithms.losses import Stats
+from trl_apa.algorithms.masking import check_positive, masked_mean
 from trl_apa.algorithms.policy_gradient import response_sums
 
 

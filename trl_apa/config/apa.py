@@ -10,14 +10,15 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import ALGORITHMS, SELECTIVE_OPTIONS, Algorithm, algorithm_of
-from trl_apa.algorithms.estimators import AdvantageEstimator, estimator_of
+from trl_apa.algorithms.estimators import ESTIMATORS, AdvantageEstimator, estimator_of
 from trl_apa.algorithms.policy_gradient import AGGREGATIONS
 from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
 from trl_apa.config.by_estimator import (
     BY_ESTIMATOR,
-    check_group_normalization,
+    check_estimator_options,
     estimator_reads,
+    fill_by_algorithm,
     fill_by_estimator,
 )
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
@@ -120,20 +121,25 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses. For PPO it is the initial
             coefficient of the KL penalty, `0.05`, in reward units per nat: small scores want a smaller one
             (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO, `0.0`, that of the KL in the loss.
-        advantage_estimator (`str`, *optional*, defaults to `"gae"`):
+        advantage_estimator (`str`, *optional*):
             How rewards become advantages: `"gae"`, with a value model; without one `"group"`, a response's reward
-            minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others, or `"batch"`,
-            minus the mean of the iteration; or `"module:name"` of an estimator of your own (`docs/extending.md`).
-        group_normalization (`str`, *optional*, defaults to `"none"`):
-            With `advantage_estimator="group"`: `"std"` divides by the standard deviation of the prompt's rewards.
+            minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others,
+            `"group_log_mean_exp"`, minus `kl_coef` times log Z estimated from the group, or `"batch"`, minus the mean
+            of the iteration; or `"module:name"` of an estimator of your own (`docs/extending.md`). Defaults to `"gae"`
+            for APA, AWR, PPO and algorithms of your own, to `"group"` for GRPO, CISPO and mirror descent, to
+            `"leave_one_out"` for RLOO, to `"group_log_mean_exp"` for APA on responses.
+        group_normalization (`str`, *optional*):
+            With `advantage_estimator="group"`: `"none"`, or `"std"`, which divides by the standard deviation of the
+            prompt's rewards. Defaults to `"std"` for GRPO and CISPO, else to `"none"`.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
             The other lambda: that of generalised advantage estimation. Classic: `lam`.
         vf_coef (`float`, *optional*, defaults to `1.0`):
             eta, the weight of the value loss.
-        whiten_advantages (`bool`, *optional*, defaults to `True`):
-            Give the advantages of the complete iteration, over all processes, mean 0 and variance 1.
+        whiten_advantages (`bool`, *optional*):
+            Give the advantages of the complete iteration, over all processes, mean 0 and variance 1. Defaults to
+            `True` for APA, AWR, PPO and algorithms of your own, to `False` for the others.
         whiten_rewards (`bool`, *optional*, defaults to `False`):
             Divide token rewards by their standard deviation, keeping their mean.
         scale_rewards (`bool`, *optional*, defaults to `False`):
@@ -284,14 +290,12 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
 
     loss_type: str = option("apa", f"Policy loss: {', '.join(ALGORITHMS)}, or module:name of an Algorithm.")
     kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
-    advantage_estimator: str = option(
-        "gae", "'gae', 'group', 'leave_one_out', 'batch', or module:name; all but gae need no value model."
-    )
+    advantage_estimator: str = option(None, f"{', '.join(ESTIMATORS)}, or module:name; only gae needs a value model.")
     group_normalization: str | None = option(None, "With advantage_estimator='group': 'none', or 'std' of the group.")
     gamma: float = option(1.0, "Discount a token.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
     vf_coef: float = option(1.0, "Weight of the value loss.")
-    whiten_advantages: bool = option(True, "Give the iteration's advantages mean 0 and variance 1.")
+    whiten_advantages: bool | None = switch("Give the iteration's advantages mean 0 and variance 1.")
     whiten_rewards: bool = option(False, "Divide token rewards by their standard deviation.")
     scale_rewards: bool = option(False, "Divide scores by their running standard deviation.")
     center_rewards: bool = option(False, "With scale_rewards, subtract the running mean first.")
@@ -383,6 +387,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             check_finite_options(self)
             self._translate_classic_only()
             algorithm_of(self.loss_type)
+            fill_by_algorithm(self)
             estimator_of(self.advantage_estimator)
             trl_0_12.translate(self)
             self._translate_aliases()
@@ -567,6 +572,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             self._fill_selective_option(ours)
         elif ours in BY_ESTIMATOR:
             fill_by_estimator(self, ours)
+        elif ours == "whiten_advantages":
+            fill_by_algorithm(self)
         elif ours == "kl_coef":
             if self.kl_coef is None:
                 self.kl_coef = self._default_kl_coef.get(self.loss_type, self.algorithm.kl_coef)
@@ -646,7 +653,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 f"scale_rewards={self.scale_rewards!r}: it should be True or False. GRPO's 'group' and 'none' are "
                 "group_normalization='std' and 'none', with advantage_estimator='group'"
             )
-        check_group_normalization(self)
+        check_estimator_options(self)
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
         if self.kl_in not in (None, "reward", "loss"):

@@ -31,17 +31,30 @@ def fill_by_estimator(config: "APAConfig", option: str) -> None:
     value = getattr(config, option)
     if estimator_reads(config, option):
         if option == "group_normalization" and value is None:
-            config.group_normalization = GROUP_NORMALIZATIONS[0]
+            config.group_normalization = config.algorithm.defaults[option]
     elif value != type(config).__dataclass_fields__[option].default:
         text = f"{option}={value!r} has no effect with advantage_estimator={config.advantage_estimator!r}"
         warnings.warn(f"{text}: {_who_reads(option)}", UserWarning, stacklevel=5)
 
 
-def check_group_normalization(config: "APAConfig") -> None:
+def fill_by_algorithm(config: "APAConfig") -> None:
+    """Fill in what is not set of the estimator and of whitening: by what the algorithm has as default."""
+    for option in ("advantage_estimator", "whiten_advantages"):
+        if getattr(config, option) is None:
+            setattr(config, option, config.algorithm.defaults[option])
+
+
+def check_estimator_options(config: "APAConfig") -> None:
     """
     Raises:
-        ValueError: if `group_normalization` is another text than it should be.
+        ValueError: if `group_normalization` is another text than it should be, or `kl_coef` is 0 where the estimator
+            divides by it.
     """
+    if config.advantage_estimator == "group_log_mean_exp" and config.kl_coef == 0:
+        raise ValueError(
+            "kl_coef=0.0 has no log mean exp(R / kl_coef): set it, or advantage_estimator='group', its limit for a "
+            "large kl_coef"
+        )
     given = config.group_normalization
     if given not in (None, *GROUP_NORMALIZATIONS):
         raise ValueError(f"group_normalization={given!r}: it should be one of {', '.join(GROUP_NORMALIZATIONS)}")
