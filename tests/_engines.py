@@ -52,7 +52,7 @@ def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwarg
     args = make_config(folder, batch_size=len(rows), **STEPS, **(config or {}))
     trainer = APATrainer(args, model, tokenizer=tiny_tokenizer(), **kwargs)
     torch.manual_seed(1)
-    if trainer.model.value_model is not None:
+    if hasattr(trainer.model.value_model, "head"):
         torch.nn.init.normal_(trainer.model.value_model.head.out.weight)  # sends gradient to the trunk at once
     own = [[column[row] for row in rows] for column in tiny_rollouts(8)]
     stats = [trainer.step(*own) for _ in range(2)][-1]

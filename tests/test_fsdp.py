@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from packaging.version import Version
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from tests._engines import (
 )
 from tests._two_processes import run_in_two_processes
 from tests.families import family_model
+from tests.test_own_critic import critic
 from tests.test_update import assert_same
 from tests.tiny import tiny_config, tiny_model, tiny_trainer
 
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-WITHOUT_CRITIC = {"advantage_estimator": "batch", "gamma": 1.0, "whiten_advantages": False}
+WITHOUT_CRITIC = {"advantage_estimator": "batch", "whiten_advantages": False}
 CLIPPED_APART = {"max_grad_norm": 0.5, "value_max_grad_norm": 0.05}
 
 
@@ -73,6 +75,7 @@ def everything(rank, folder, base):
         "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
         "clipped apart": stepped(with_fsdp, f"{folder}/apart", rows, config=ACCUMULATED | CLIPPED_APART)[1],
         "without a critic": stepped(with_fsdp, f"{folder}/no-critic", rows, config=ACCUMULATED | WITHOUT_CRITIC)[1],
+        "own critic": stepped(with_fsdp, f"{folder}/own", rows, None, ACCUMULATED, value_model=critic())[1],
         "train": trained_in_parts(with_fsdp, f"{folder}/train", base, state_dict_type="SHARDED_STATE_DICT"),
         "bf16": in_half_precision(f"{folder}/bf16", rows),
     }
@@ -123,6 +126,17 @@ def test_so_they_do_without_a_critic(ranks, folder):
     for rank in ranks:
         assert_equal_outcome(rank["without a critic"], expected)
     assert not (folder / "no-critic" / "saved" / "value_model").exists()
+
+
+def test_so_they_do_with_a_critic_of_the_users_own(ranks, folder):
+    _, expected = stepped(alone, folder / "own-alone", value_model=critic())
+    for rank in ranks:
+        assert_equal_outcome(rank["own critic"], expected)
+    saved = load_file(folder / "own" / "saved" / "value_model" / "value_head.safetensors")
+    prefix = "value_model.module."
+    assert_same(
+        saved, {n.removeprefix(prefix): w for n, w in expected["weights"].items() if n.startswith(prefix)}, 1e-5
+    )
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder):

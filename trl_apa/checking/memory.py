@@ -162,7 +162,8 @@ def _value(module: PolicyAndValue) -> Any:
         return "head"
     if module.base_is_shared:
         return "adapter"
-    assert isinstance(module.value_model, ValueModel)  # no head and no adapter
+    if not isinstance(module.value_model, ValueModel):
+        raise ValueError("a value model of your own")
     policy, network = inner_model(module.policy), inner_model(module.value_model.network)
     if network.get_input_embeddings().weight.dtype != policy.get_input_embeddings().weight.dtype:
         raise ValueError("a value model in another precision than the policy")

@@ -14,6 +14,7 @@ from trl_apa.models.adapters import only_adapter
 from trl_apa.models.logprobs import forward_parameters, last_hidden_states
 from trl_apa.models.network_identity import HARMLESS_HOOKS
 from trl_apa.models.network_parts import Network, inner_model, text_trunk
+from trl_apa.models.own_critic import OwnValueModel
 from trl_apa.models.value_adapter import VALUE_ADAPTER
 
 
@@ -65,6 +66,8 @@ def classic_outputs(
     values_BT: Tensor | None
     if module.value_model is None:
         values_BT = None
+    elif isinstance(module.value_model, OwnValueModel):
+        values_BT = module.value_model.everywhere(inputs["input_ids"], inputs.get("attention_mask"))
     elif module.value_is_a_head:
         values_BT = module.value_model(last_hidden_states(output))
     elif module.base_is_shared:

@@ -266,6 +266,11 @@ def read_head(path: str | Path) -> ValueHead | None:
     if not (path / DESCRIPTION).is_file():
         return None
     description = json.loads((path / DESCRIPTION).read_text())
+    if "hidden_size" not in description:
+        raise ValueError(
+            f"value_model={str(path)!r} has the weights of {description.get('class')}, a module of your own: make it, "
+            f"load {HEAD_WEIGHTS} into it, and give it as value_model"
+        )
     head = ValueHead(description["hidden_size"], description["head"])
     head.load_state_dict(load_head_weights(path))
     return head

@@ -137,9 +137,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             with "constant", what a script sets on `optimizer` itself stays.
         training_data_collator (*optional*):
             Classic's; without effect.
-        value_model (`str`, `ValueModel` or `PreTrainedModel`, *optional*):
+        value_model (`str`, `ValueModel`, `PreTrainedModel` or `nn.Module`, *optional*):
             The standalone value model: "separate" (a copy of the policy's trunk with a new head, the default), a
-            reward model or another language model (copied), a `ValueModel`, or a path or hub name of one of these.
+            reward model or another language model (copied), a `ValueModel`, a path or hub name of one of these, or a
+            module of your own that gives values (`docs/extending.md`).
             "adapter" is a second adapter with a head on the frozen base of a PEFT policy: a separate network that
             takes hardly any memory; "adapter:PATH" starts it from a reward model's or a saved value model's adapter.
             "head" is classic's critic instead: the wrapper's head (or the checkpoint's, or a new one) on the policy's
@@ -189,7 +190,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         reward_funcs: Any = None,
         reward_model: Any = None,
         reward_processing_classes: Any = None,
-        value_model: str | ValueModel | PreTrainedModel | None = None,
+        value_model: str | ValueModel | PreTrainedModel | nn.Module | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),

@@ -47,6 +47,7 @@ from transformers.utils import (
 from trl_apa.files import replace_text
 from trl_apa.models import VALUE_MODEL_FOLDER
 from trl_apa.models.classic_value_head import HEAD_WEIGHTS as CLASSIC_HEAD_WEIGHTS
+from trl_apa.models.own_critic import is_own
 from trl_apa.models.value_model import DESCRIPTION
 from trl_apa.models.value_model import HEAD_WEIGHTS as VALUE_HEAD_WEIGHTS
 from trl_apa.trainer.run_identity import Run
@@ -344,7 +345,8 @@ def missing_files(folder: Path, with_value_model: bool = True) -> Iterator[str]:
             yield f"{VALUE_MODEL_FOLDER}/ is missing"
             return
         yield from _absent(value_model, DESCRIPTION, VALUE_HEAD_WEIGHTS, prefix=f"{VALUE_MODEL_FOLDER}/")
-        yield from _absent_network(value_model, prefix=f"{VALUE_MODEL_FOLDER}/")
+        if not is_own(value_model):
+            yield from _absent_network(value_model, prefix=f"{VALUE_MODEL_FOLDER}/")
 
 
 def _absent_network(folder: Path, prefix: str = "") -> Iterator[str]:
