@@ -41,7 +41,16 @@ def test_defaults_are_the_papers():
 def test_loss_type_changes_nothing_but_what_its_loss_reads():
     names = {field.name for field in dataclasses.fields(APAConfig)}
     own = {"loss_type", "kl_coef", "cliprange", "adap_kl_ctrl", "target", "horizon", "kl_penalty", "logging_dir"}
-    own |= {"ratio_threshold", "init_kl_coef", "cliprange_high", "loss_aggregation", "kl_in", *DEFAULTS}
+    own |= {
+        "ratio_threshold",
+        "init_kl_coef",
+        "cliprange_high",
+        "loss_aggregation",
+        "kl_in",
+        "beta",
+        "epsilon",
+        *DEFAULTS,
+    }
     apa, *others = (config(loss_type=loss_type) for loss_type in ALGORITHMS)
     for name in names - own:
         for other in others:

@@ -63,7 +63,7 @@ POSITIVE = (
     "value_learning_rate",
     "value_max_grad_norm",
 )
-# The name a classic script uses -> ours.
+# The name a classic script, or one for TRL's GRPO, uses -> ours.
 ALIASES = {
     "lam": "gae_lambda",
     "ppo_epochs": "num_epochs_per_batch",
@@ -72,6 +72,9 @@ ALIASES = {
     "use_score_scaling": "scale_rewards",
     "use_score_norm": "center_rewards",
     "optimize_cuda_cache": "optimize_device_cache",
+    "beta": "kl_coef",
+    "epsilon": "cliprange",
+    "num_iterations": "num_epochs_per_batch",
     **trl_0_12.ALIASES,
 }
 # Those of them that are not given a value for scripts to read.
@@ -360,6 +363,9 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     use_score_norm: bool | None = switch("Classic's name of center_rewards.")
     forward_batch_size: int | None = option(None, "Classic's old name of mini_batch_size.")
     optimize_cuda_cache: bool | None = switch("Classic's old name of optimize_device_cache.")
+    beta: float | None = option(None, "GRPO's name of kl_coef.")
+    epsilon: float | None = option(None, "GRPO's name of cliprange.")
+    num_iterations: int | None = option(None, "GRPO's name of num_epochs_per_batch.")
 
     exp_name: str | None = option(None, "Name of the run for trackers; classic's name of run_name.")
     task_name: str | None = option(None, "Kept for the record.")
