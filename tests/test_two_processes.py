@@ -62,9 +62,9 @@ def step_on_half_of_groups(rank, folder):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, seen
 
 
-def step_on_half_without_critic(rank, folder, name, whiten):
+def step_on_half_without_critic(rank, folder, loss_type, name, whiten):
     """`step_on_half_of_groups` without a value model; one of the prompts has rows on both ranks."""
-    options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": "ppo", **ACCUMULATED}
+    options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": loss_type, **ACCUMULATED}
     trainer = without_critic(folder, batch_size=4, **options)
     halves = [[column[row] for row in rows_of(rank)] for column in rollouts_of_groups()]
     stats = [trainer.step(*halves) for _ in range(2)][-1]
@@ -79,10 +79,18 @@ def step_on_half_without_critic(rank, folder, name, whiten):
 
 def without_critic(folder, **config):
     options = {"optim": "sgd", "learning_rate": 0.1, "ppo_epochs": 2, "scale_rewards": True, **config}
+    if options["loss_type"] == "grpo":
+        options |= {"loss_aggregation": "grpo", "kl_coef": 0.3}  # a mean over responses, of all ranks
     return APATrainer(tiny_config(folder, **options), tiny_model(), tokenizer=tiny_tokenizer())
 
 
-WITHOUT_CRITIC = [("group", True), ("leave_one_out", False), ("batch", False)]
+WITHOUT_CRITIC = [
+    ("ppo", "group", True),
+    ("grpo", "group", False),
+    ("rloo", "leave_one_out", False),
+    ("response_apa", "group_log_mean_exp", False),
+    ("ppo", "batch", False),
+]
 
 
 def noting_layouts(seen):
@@ -317,8 +325,8 @@ def everything(rank, folder):
     rows, own = rows_of(rank), f"{folder}/{rank}"
     results = {loss_type: step_on_half(rank, f"{own}/{loss_type}", loss_type) for loss_type in ("apa", "awr", "ppo")}
     results["groups"] = step_on_half_of_groups(rank, f"{own}/groups")
-    for name, whiten in WITHOUT_CRITIC:
-        results[name, whiten] = step_on_half_without_critic(rank, f"{own}/{name}", name, whiten)
+    for options in WITHOUT_CRITIC:
+        results[options] = step_on_half_without_critic(rank, "/".join((own, *options[:2])), *options)
     results["train without critic"] = train_without_critic(folder)
     results["overridden"] = step_on_half_by_overrides(rank, f"{own}/overridden")
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
@@ -373,20 +381,20 @@ def test_two_ranks_that_read_common_prompts_once_equal_one_process_that_does_not
         assert_same(weights, expected, tolerance=1e-5)
 
 
-@pytest.mark.parametrize(("name", "whiten"), WITHOUT_CRITIC)
-def test_two_ranks_without_a_critic_equal_one_process(tmp_path, ranks, name, whiten):
+@pytest.mark.parametrize(("loss_type", "name", "whiten"), WITHOUT_CRITIC)
+def test_two_ranks_without_a_critic_equal_one_process(tmp_path, ranks, loss_type, name, whiten):
     """The responses to a prompt are compared wherever they are; a prompt with one row is refused by both ranks."""
-    options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": "ppo", "mini_batch_size": 8}
+    options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": loss_type, "mini_batch_size": 8}
     single = without_critic(tmp_path, batch_size=8, **options)
     stats = [single.step(*rollouts_of_groups()) for _ in range(2)][-1]
-    for weights, rank_stats, _ in (rank[name, whiten] for rank in ranks):
+    for weights, rank_stats, _ in (rank[loss_type, name, whiten] for rank in ranks):
         assert_same(weights, parameters(single), tolerance=1e-5)
         assert rank_stats.keys() == stats.keys()
         for statistic, value in stats.items():
             if not statistic.startswith("time/"):
                 assert rank_stats[statistic] == pytest.approx(value, rel=1e-3, abs=1e-4), statistic
     if name != "batch":
-        first, second = (rank[name, whiten][2] for rank in ranks)
+        first, second = (rank[loss_type, name, whiten][2] for rank in ranks)
         assert "(the first: of another process)" in first and "(the first: queries[2], 'w9 w9')" in second
 
 
