@@ -69,10 +69,11 @@ ALIASES = {
     "use_score_scaling": "scale_rewards",
     "use_score_norm": "center_rewards",
     "optimize_cuda_cache": "optimize_device_cache",
+    "beta": "kl_coef",
     **trl_0_12.ALIASES,
 }
 # Those of them that are not given a value for scripts to read.
-NOT_READ_BACK = ("log_with", "local_batch_size")
+NOT_READ_BACK = ("log_with", "local_batch_size", "beta")
 TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name", "project_kwargs")
 # Objects, which a command line and a config file write as JSON.
 JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs", "project_kwargs")
@@ -122,7 +123,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
             `0.1` for APA, `1.0` for AWR. For PPO it is the initial coefficient of the KL penalty, `0.05`, in reward
-            units per nat: small scores want a smaller one (`docs/rewards.md`).
+            units per nat: small scores want a smaller one (`docs/rewards.md`). GRPO: `beta`.
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
             How rewards become advantages: `"gae"`, with a value model; without one `"group"`, a response's reward
             minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others, or `"batch"`,
@@ -339,6 +340,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     gradient_checkpointing: bool | None = switch("Trade compute for memory; off by default.")
 
     lam: float | None = option(None, "Classic's name of gae_lambda.")
+    beta: float | None = option(None, "GRPO's name of kl_coef.")
     ppo_epochs: int | None = option(None, "Classic's name of num_epochs_per_batch.")
     mini_batch_size: int | None = option(None, "Classic's name of per_device_train_batch_size.")
     log_with: str | None = option(None, "Classic's name of report_to.")
