@@ -57,6 +57,15 @@ def test_loss_type_changes_nothing_but_what_its_loss_reads():
             assert getattr(apa, name) == getattr(other, name), name
 
 
+def test_grpos_beta_is_another_name_of_kl_coef():
+    assert config(beta=0.3).kl_coef == 0.3
+    ppo = config(loss_type="ppo", num_ppo_epochs=2, beta=0.3)
+    assert (ppo.kl_coef, ppo.init_kl_coef) == (0.3, 0.3)
+    with pytest.raises(ValueError, match=r"beta=0\.3 and kl_coef=0\.2 are the same option"):
+        config(beta=0.3, kl_coef=0.2)
+    assert dataclasses.replace(config(), kl_coef=0.4).kl_coef == 0.4
+
+
 def test_classic_names_are_understood_and_can_be_read_back():
     made = config(lam=0.9, ppo_epochs=3, mini_batch_size=4, batch_size=16, gradient_accumulation_steps=2)
     assert (made.gae_lambda, made.num_epochs_per_batch, made.per_device_train_batch_size) == (0.9, 3, 4)

@@ -67,7 +67,13 @@ def test_every_option_has_been_decided():
 VALUES = {
     **{"lam": 0.5, "gae_lambda": 0.5, "gamma": 0.9, "vf_coef": 0.7, "cliprange": 0.3, "cliprange_value": 0.4},
     **{"ppo_epochs": 3, "num_epochs_per_batch": 3, "mini_batch_size": 2},
-    **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "batch_size": 16, "kl_coef": 0.4},
+    **{
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "batch_size": 16,
+        "kl_coef": 0.4,
+        "beta": 0.3,
+    },
     **{"init_kl_coef": 0.4, "target": 2.0, "horizon": 500.0, "adap_kl_ctrl": False, "kl_penalty": "abs"},
     **{"use_score_scaling": True, "scale_rewards": True, "use_score_norm": True, "score_clip": 2.0},
     **{"max_completion_length": 9, "log_with": "tensorboard", "max_grad_norm": None},

@@ -78,7 +78,7 @@ ALIASES = {
     **trl_0_12.ALIASES,
 }
 # Those of them that are not given a value for scripts to read.
-NOT_READ_BACK = ("log_with", "local_batch_size")
+NOT_READ_BACK = ("log_with", "local_batch_size", "beta", "epsilon")
 # Of the penalty in the reward alone.
 OF_KL_CONTROL = ("adap_kl_ctrl", "target", "horizon")
 TRACKER_OPTIONS = ("report_to", "tracker_kwargs", "tracker_project_name", "project_kwargs")

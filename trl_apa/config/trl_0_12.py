@@ -124,7 +124,7 @@ def translate(config: "APAConfig") -> None:
         # Those trainers had no controller.
         if config.adap_kl_ctrl is None:
             config.adap_kl_ctrl = False
-        if config.kl_coef is None and config.init_kl_coef is None:
+        if config.kl_coef is None and config.init_kl_coef is None and config.beta is None:
             config.kl_coef = KL_COEF
 
 
