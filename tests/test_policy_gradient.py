@@ -10,13 +10,16 @@ from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
 from tests.test_losses import make_batch
+from tests.test_training import trainer_for
 from tests.test_update import assert_same, parameters_after_step
-from tests.tiny import tiny_config, tiny_pairs, tiny_trainer
+from tests.tiny import tiny_config, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
+from trl_apa import APATrainer
 from trl_apa.algorithms import ALGORITHMS
 from trl_apa.algorithms.kl import kl_estimate
 from trl_apa.algorithms.losses import ppo_loss
 from trl_apa.algorithms.policy_gradient import aggregated, cispo_loss, grpo_loss, kl_loss, rloo_loss
-from trl_apa.algorithms.regression import response_regression_loss
+from trl_apa.algorithms.regression import pairwise_regression_loss, response_regression_loss
+from trl_apa.rollout.shared_prompts import groups_of_equal_size
 
 
 MAX_LENGTH = 8
@@ -109,6 +112,60 @@ def test_regression_hand_worked():
     loss.backward()
     # 2 * 0.4 * residual / 2 responses
     assert logprobs.grad.flatten().tolist() == pytest.approx([-0.16, -0.16, 0.28, 0.0])
+
+
+def test_rebel_hand_worked():
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -9.0]], requires_grad=True)
+    anchor = torch.tensor([[-2.0, -2.5], [-1.0, -1.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = torch.tensor([[1.0, 1.0], [-0.5, 7.0]])
+    loss, stats = pairwise_regression_loss(logprobs, anchor, advantages, mask, torch.tensor([3, 3]), kl_coef=0.4)
+    # log-ratios 1.5 and 0.5, advantages 1 and -0.5: (0.4 * 1 - 1.5)^2 = 1.21; at the anchor 1.5^2
+    assert loss.item() == pytest.approx(1.21)
+    assert stats["target_sq"].item() == pytest.approx(2.25)
+    loss.backward()
+    # 2 * 0.4 * -1.1, and the opposite for the other response
+    assert logprobs.grad.flatten().tolist() == pytest.approx([-0.88, -0.88, 0.88, 0.0])
+    # a response without another one to be compared with counts for nothing
+    alone, _ = pairwise_regression_loss(logprobs, anchor, advantages, mask, torch.tensor([3, 4]), kl_coef=0.4)
+    assert alone.item() == 0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rebel_equals_a_slow_loop_over_pairs(seed):
+    trained, anchor, advantages, mask = make_batch(seed, rows=9)
+    mask[4] = False
+    groups = torch.tensor([5, 5, 2, 2, 2, 5, 2, 5, 9])  # of four, of three that count, and one alone
+
+    def loss(*tensors):
+        return pairwise_regression_loss(*tensors, groups, 0.4)
+
+    def u(row):
+        counted = mask[row]
+        return 0.4 * (trained - anchor)[row, counted].sum() - advantages[row, counted].mean()
+
+    total, rows = 0.0, [row for row in range(9) if mask[row].any()]
+    for group in (5, 2):
+        members = [row for row in rows if groups[row] == group]
+        pairs = [(u(i) - u(j)).square() for i in members for j in members if i < j]
+        total += len(members) * float(sum(pairs)) / len(pairs)
+    value, _, _ = differentiated(loss, trained, anchor, advantages, mask)
+    assert value.item() == pytest.approx(total / len(rows), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: loss(x, anchor, advantages, mask)[0], (trained.requires_grad_(),))
+    # a baseline of each prompt drops out
+    shifted = advantages + torch.where(groups == 5, 3.0, -2.0)[:, None]
+    assert loss(trained, anchor, shifted, mask)[0].item() == pytest.approx(value.item(), rel=1e-9)
+
+
+def test_rebel_adds_up_over_micro_batches_of_complete_groups():
+    *inputs, mask = make_batch(7, rows=6)
+    groups, counts = torch.tensor([0, 0, 1, 1, 2, 2]), mask.any(dim=1).sum()
+    value, _ = pairwise_regression_loss(*inputs, mask, groups, 0.4)
+    parts = [
+        pairwise_regression_loss(*(x[rows] for x in (*inputs, mask, groups)), 0.4, counts)[0]
+        for rows in (slice(0, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(sum(parts), value, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -317,7 +374,7 @@ def test_what_is_wrong_is_named(call, message):
 
 # ---- in the trainer ----
 
-NEW = ("grpo", "cispo", "rloo", "mirror_descent", "response_apa")
+NEW = ("grpo", "cispo", "rloo", "mirror_descent", "rebel", "response_apa")
 
 
 @pytest.mark.parametrize("loss_type", NEW)
@@ -325,7 +382,10 @@ def test_the_split_into_micro_batches_changes_nothing(tmp_path, loss_type):
     options = {"loss_type": loss_type, "kl_coef": 0.3, "ppo_epochs": 2, "batch_size": 4, "max_grad_norm": 0.0}
     options |= {"optim": "sgd", "learning_rate": 0.1}
     by_four = tiny_trainer(tmp_path, mini_batch_size=4, **options)
-    by_one = tiny_trainer(tmp_path, mini_batch_size=1, gradient_accumulation_steps=4, **options)
+    smaller = {"mini_batch_size": 1, "gradient_accumulation_steps": 4}
+    if loss_type == "rebel":  # which compares within a forward pass
+        smaller = {"mini_batch_size": 2, "gradient_accumulation_steps": 2}
+    by_one = tiny_trainer(tmp_path, **smaller, **options)
     before = {name: p.detach().clone() for name, p in by_four.model.named_parameters()}
     expected = parameters_after_step(by_four, *tiny_pairs())
     assert max(float((expected[name] - before[name]).abs().max()) for name in expected) > 1e-2
@@ -380,7 +440,7 @@ def test_options_of_the_policy_gradients(tmp_path):
         **dict.fromkeys(("apa", "awr", "ppo"), ("gae", None, True)),
         **dict.fromkeys(("grpo", "cispo"), ("group", "std", False)),
         "rloo": ("leave_one_out", None, False),
-        "mirror_descent": ("group", "none", False),
+        **dict.fromkeys(("mirror_descent", "rebel"), ("group", "none", False)),
         "response_apa": ("group_log_mean_exp", None, False),
     }
     own = tiny_config(tmp_path, loss_type="grpo", advantage_estimator="gae", whiten_advantages=True)
@@ -407,3 +467,36 @@ def test_options_of_the_policy_gradients(tmp_path):
 def test_options_that_do_not_fit_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **options)
+
+
+def test_rebel_compares_what_a_forward_pass_holds_or_says_why_it_cannot(tmp_path):
+    groups_of = groups_of_equal_size
+    assert groups_of([0, 1, 0, 1, 0, 0], 4) == ([0, 1, 0, 1, 2, 2], 2)  # four and two rows: pairs
+    assert groups_of([0, 0, 0, 0], 2) == ([0, 0, 1, 1], 2)
+    assert groups_of([0, 0, 0], 2)[1] == groups_of([0, 1, 0], 4)[1] == 1
+    trainer = tiny_trainer(tmp_path, loss_type="rebel", mini_batch_size=1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    message = "prompts in 2 rows on this process, and mini_batch_size=1, but loss_type='rebel' compares"
+    with pytest.raises(ValueError, match=message):
+        trainer.step(*tiny_pairs())
+    assert_same(dict(trainer.model.named_parameters()), before, tolerance=1e-30)
+
+    def loss(self, *args):
+        raise AssertionError("it is never called")
+
+    with pytest.raises(ValueError, match="loss is overridden, and loss_type='rebel' compares responses"):
+        mine = type("Mine", (APATrainer,), {"loss": loss})
+        mine(tiny_config(tmp_path, loss_type="rebel"), tiny_model(), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="num_generations=3 and per_device_train_batch_size=2: loss_type='rebel'"):
+        trainer_for(tmp_path, loss_type="rebel", num_generations=3, batch_size=6, mini_batch_size=2).train()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "rebel"])
+def test_a_run_learns_and_resumes_to_the_same_weights(tmp_path, loss_type):
+    """In the middle of an iteration, whose counts and groups the checkpoint has."""
+    options = {"loss_type": loss_type, "num_generations": 2, "save_strategy": "steps", "save_steps": 3}
+    complete = trainer_for(tmp_path / "complete", max_steps=5, **options)
+    complete.train()
+    resumed = trainer_for(tmp_path / "resumed", max_steps=5, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "complete" / "checkpoint-3"))
+    assert_same(dict(resumed.model.named_parameters()), dict(complete.model.named_parameters()), tolerance=1e-30)

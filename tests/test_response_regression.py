@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.test_theorem1 import KL_COEF, Tree, random_logits, response_probabilities, tree
-from trl_apa.algorithms.regression import response_regression_loss
+from trl_apa.algorithms.regression import pairwise_regression_loss, response_regression_loss
 
 
 __all__ = ["tree"]  # the fixture
@@ -85,3 +85,21 @@ def test_the_group_estimates_log_z_better_the_larger_it_is(tree):
         log_mean = (tree.scores_N[groups] / KL_COEF).logsumexp(1) - torch.tensor(float(size)).log()
         gaps.append((baseline - KL_COEF * log_mean.mean()).item())
     assert gaps[0] > gaps[1] > gaps[2] > -0.01
+
+
+def test_rebel_needs_no_log_z(tree):
+    """Over all pairs of responses its loss is 0 at pi*, whatever the baseline, and the gradient leads there."""
+    best_N, _ = optimum(tree)
+    groups_N = torch.zeros(len(tree.scores_N), dtype=torch.long)
+    advantages_NR = (tree.scores_N + 5.0)[:, None].expand_as(tree.mask_NR)
+    init_NR = tree.init_SV[tree.state_NR, tree.token_NR]
+    logits_SV = random_logits(tree).requires_grad_()
+    for _ in range(2000):
+        pi_SV = logits_SV.log_softmax(-1)
+        rows = pi_SV[tree.state_NR, tree.token_NR], init_NR, advantages_NR, tree.mask_NR
+        loss, _ = pairwise_regression_loss(*rows, groups_N, KL_COEF)
+        (gradient,) = torch.autograd.grad(loss, logits_SV)
+        logits_SV = (logits_SV - 0.2 * gradient).detach().requires_grad_()
+    learned_N = response_logprobs(tree, logits_SV.detach().log_softmax(-1))
+    torch.testing.assert_close(learned_N, best_N, rtol=0, atol=1e-3)
+    assert loss.item() < 1e-6

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl_apa.algorithms.losses import Stats, apa_loss, awr_loss, ppo_loss
 from trl_apa.algorithms.named import imported
 from trl_apa.algorithms.policy_gradient import cispo_loss, grpo_loss, kl_loss, rloo_loss
-from trl_apa.algorithms.regression import response_regression_loss
+from trl_apa.algorithms.regression import pairwise_regression_loss, response_regression_loss
 
 
 # Options of a KL penalty in the reward. In the loss the default of `kl_penalty` is k3.
@@ -39,6 +39,8 @@ class PolicyTokens(NamedTuple):
             them with `needs_old_logprobs`.
         num_responses: responses with a counted token of the optimizer step on all processes, 0-D: the denominator of
             means over responses.
+        groups_B: int64 `(B,)`, the same number for responses to one prompt that are compared; None unless the
+            algorithm asks for them with `compares_responses`.
     """
 
     logprobs_BR: Tensor
@@ -48,6 +50,7 @@ class PolicyTokens(NamedTuple):
     num_tokens: Tensor
     old_logprobs_BR: Tensor | None = None
     num_responses: Tensor | None = None
+    groups_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Algorithm:
             `kl_coef`. The options of that penalty are then among `options`; with `kl_in` among them that option
             decides.
         needs_old_logprobs: whether the loss reads `old_logprobs_BR`, for which rollouts are evaluated once more.
+        compares_responses: whether the loss compares responses to one prompt and reads `groups_B`. A group then comes
+            in one forward pass: `per_device_train_batch_size` is a multiple of the responses to a prompt.
         classic_statistics: whether the entropy is the mean over all epochs, as in TRL <= 0.11, and early stopping
             looks at the sign of the KL.
     """
@@ -75,6 +80,7 @@ class Algorithm:
     options: Mapping[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
     needs_old_logprobs: bool = False
+    compares_responses: bool = False
     classic_statistics: bool = False
 
     @property
@@ -129,6 +135,11 @@ def _rloo(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
 
 def _mirror_descent(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
     return response_regression_loss(*_with_old_logprobs(tokens), args.kl_coef, tokens.num_responses)
+
+
+def _rebel(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
+    assert tokens.groups_B is not None  # compares_responses
+    return pairwise_regression_loss(*_with_old_logprobs(tokens), tokens.groups_B, args.kl_coef, tokens.num_responses)
 
 
 def _response_apa(tokens: PolicyTokens, args: Any) -> tuple[Tensor, Stats]:
@@ -191,6 +202,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         kl_coef=0.2,
         defaults={"advantage_estimator": "group", "whiten_advantages": False},
         needs_old_logprobs=True,
+    ),
+    "rebel": Algorithm(
+        _rebel,
+        kl_coef=0.2,
+        defaults={"advantage_estimator": "group", "whiten_advantages": False},
+        needs_old_logprobs=True,
+        compares_responses=True,
     ),
     "response_apa": Algorithm(
         _response_apa,

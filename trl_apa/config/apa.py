@@ -116,8 +116,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
             Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
-            KL penalty in the reward; `"grpo"`, `"cispo"`, `"rloo"`, `"mirror_descent"` or `"response_apa"`
-            (`docs/algorithm.md` compares them); or `"module:name"` of an algorithm of your own
+            KL penalty in the reward; `"grpo"`, `"cispo"`, `"rloo"`, `"mirror_descent"`, `"rebel"` or
+            `"response_apa"` (`docs/algorithm.md` compares them); or `"module:name"` of an algorithm of your own
             (`docs/extending.md`). Nothing else changes with it.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
@@ -129,7 +129,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others,
             `"group_log_mean_exp"`, minus `kl_coef` times log Z estimated from the group, or `"batch"`, minus the mean
             of the iteration; or `"module:name"` of an estimator of your own (`docs/extending.md`). Defaults to `"gae"`
-            for APA, AWR, PPO and algorithms of your own, to `"group"` for GRPO, CISPO and mirror descent, to
+            for APA, AWR, PPO and algorithms of your own, to `"group"` for GRPO, CISPO, REBEL and mirror descent, to
             `"leave_one_out"` for RLOO, to `"group_log_mean_exp"` for APA on responses.
         group_normalization (`str`, *optional*):
             With `advantage_estimator="group"`: `"none"`, or `"std"`, which divides by the standard deviation of the

@@ -1,7 +1,8 @@
 """Rows that have a prompt in common: which they are, and micro-batches in which they meet."""
 
 import hashlib
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,6 +25,26 @@ def equal_queries(queries: Sequence[Tensor]) -> list[int]:
     """A number for each query, counted from 0, the same for equal ones."""
     numbers: dict[bytes, int] = {}
     return [numbers.setdefault(key, len(numbers)) for key in token_keys(queries)]
+
+
+def groups_of_equal_size(prompts: Sequence[int], micro_batch_size: int) -> tuple[list[int], int]:
+    """Rows of one prompt in groups of one size: the largest that divides a micro-batch and the rows of each prompt.
+
+    Args:
+        prompts: a number for each row, the same for rows of one prompt.
+        micro_batch_size: rows of a forward pass.
+
+    Returns:
+        A number for each row, counted from 0, the same for rows of one group; and the size.
+    """
+    size = math.gcd(micro_batch_size, *Counter(prompts).values())
+    seen: Counter[int] = Counter()
+    numbers: dict[tuple[int, int], int] = {}
+    groups = []
+    for prompt in prompts:
+        groups.append(numbers.setdefault((prompt, seen[prompt] // size), len(numbers)))
+        seen[prompt] += 1
+    return groups, size
 
 
 def query_keys(queries: Sequence[Tensor]) -> Tensor:

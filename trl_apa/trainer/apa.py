@@ -51,7 +51,7 @@ from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
 from trl_apa.trainer.drift import DriftWatch
-from trl_apa.trainer.estimation import check_groups
+from trl_apa.trainer.estimation import check_compared_rows, check_groups
 from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
@@ -628,6 +628,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             for name, network in others.items():
                 if network is not None:
                     check_positions(queries, lengths, network, "queries + responses", name)
+            check_compared_rows(queries, self.args)
 
         self.processes.together(check)
         check_groups(queries, self.args, tokenizer, self.accelerator)

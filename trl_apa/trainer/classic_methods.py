@@ -60,6 +60,11 @@ class ClassicMethods(_BaseTrainer):
         """Raise an error for an override that these options and networks never call."""
         check_instance(self, OWN_METHODS)
         args = self.args
+        if self._calls("loss") and args.algorithm.compares_responses:
+            raise ValueError(
+                f"loss is overridden, and loss_type={args.loss_type!r} compares responses, which classic's arguments "
+                "do not tell apart; give loss_type an Algorithm in place of the override"
+            )
         if self._calls("compute_advantages") and not args.estimator.needs_values:
             raise ValueError(
                 f"compute_advantages is overridden, and advantage_estimator={args.advantage_estimator!r} has no values"
@@ -153,7 +158,8 @@ class ClassicMethods(_BaseTrainer):
                 running.
         """
         args, counted = self.args, mask.bool()
-        if self._ref_logprobs_of_loss is None and args.loss_type not in ("ppo", "awr"):
+        reads_reference = args.loss_type not in ("ppo", "awr") or args.kl_in == "loss"
+        if self._ref_logprobs_of_loss is None and reads_reference:
             raise ValueError(
                 f"loss() with loss_type={args.loss_type!r} reads the reference's log-probs, which are not among its "
                 "arguments: only an override can call it, while step runs"

@@ -1,5 +1,6 @@
 """Token rewards to advantages and returns, by the estimator of the options and over the rows that it needs."""
 
+from collections import Counter
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_apa.algorithms.estimators import RewardedRows, check_estimates
 from trl_apa.algorithms.masking import masked_whiten
 from trl_apa.rollout.batch import Rollouts
-from trl_apa.rollout.shared_prompts import query_keys
+from trl_apa.rollout.shared_prompts import equal_queries, groups_of_equal_size, query_keys
 
 
 # Characters of a prompt that a message shows.
@@ -72,6 +73,28 @@ def rows_of_all_processes(rows: RewardedRows, accelerator: Accelerator) -> Rewar
     rewards_BR, values_BR = gathered(rows.rewards_BR), gathered(rows.values_BR)
     assert rewards_BR is not None and mask_BR is not None  # they never are
     return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B)
+
+
+def check_compared_rows(queries: list[Tensor], args: Any) -> None:
+    """Refuse an iteration of which no two responses to a prompt fit in a forward pass, if the loss compares them.
+
+    Args:
+        queries: of this process, 1-D token ids.
+        args: the trainer's options.
+
+    Raises:
+        ValueError: naming `queries` and `mini_batch_size`.
+    """
+    if not args.algorithm.compares_responses:
+        return
+    prompts, micro_batch = equal_queries(queries), args.per_device_train_batch_size
+    if groups_of_equal_size(prompts, micro_batch)[1] < 2:
+        counts = sorted(set(Counter(prompts).values()))
+        raise ValueError(
+            f"queries has prompts in {' and '.join(map(str, counts))} rows on this process, and mini_batch_size="
+            f"{micro_batch}, but loss_type={args.loss_type!r} compares responses to a prompt in a forward pass: give "
+            "step each query as often, twice or more, and set mini_batch_size to a multiple of that"
+        )
 
 
 def check_groups(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_apa.rollout.batch import Layout, Rollouts
+from trl_apa.rollout.batch import Layout, Rollouts, send
 from trl_apa.trainer.statistics import UpdateRecord
 
 
@@ -23,6 +23,7 @@ class Iteration:
         plan: the rows of each optimizer step, an epoch after the other.
         num_tokens: counted tokens of each optimizer step on all processes, float32 `(len(plan),)`.
         num_responses: responses with a counted token, likewise; None in an iteration that an older version saved.
+        groups: a number for each row, the same for rows that the loss compares; None if it compares none.
         steps_per_epoch: optimizer steps of one pass over the rollouts.
         micro_batch_size: rows a forward pass.
         record: what the passes leave behind for the statistics.
@@ -40,6 +41,7 @@ class Iteration:
     position: int = 0
     stopped: bool = False
     num_responses: Tensor | None = None
+    groups: list[int] | None = None
 
     @classmethod
     def begin(
@@ -49,11 +51,13 @@ class Iteration:
         epochs: list[list[list[int]]],
         micro_batch_size: int,
         reduce_sum: Callable[[Tensor], Tensor],
+        groups: list[int] | None = None,
     ) -> "Iteration":
         """
         Args:
             epochs: for each pass over the rollouts, the rows of its optimizer steps.
             reduce_sum: adds a tensor up over the processes.
+            groups: as above.
         """
         plan = [rows for epoch in epochs for rows in epoch]
         counts_B = rollouts.response_mask_BR.sum(dim=1)
@@ -61,7 +65,7 @@ class Iteration:
         num_tokens, num_responses = reduce_sum(counts).clamp(min=1).unbind(dim=1)
         record = UpdateRecord.empty(rollouts.response_mask_BR)
         sizes = len(epochs[0]), micro_batch_size
-        return cls(rollouts, ended_B, plan, num_tokens, *sizes, record, num_responses=num_responses)
+        return cls(rollouts, ended_B, plan, num_tokens, *sizes, record, num_responses=num_responses, groups=groups)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -96,7 +100,7 @@ class Iteration:
         return self.steps_done / self.steps_per_epoch
 
     def next_micro_batch(self, pad_token_id: int, layout_for: Callable[..., Layout]) -> dict[str, Any]:
-        """The next rows of the plan as `Rollouts.micro_batch` gives them, with the counts of their optimizer step.
+        """The next rows of the plan as `Rollouts.micro_batch` gives them, and what the loss reads beside.
 
         Args:
             pad_token_id: what to fill with.
@@ -110,10 +114,12 @@ class Iteration:
         rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
         layout = layout_for(self.rollouts.longest(rows), share=self.rollouts.share_prompts(rows))
-        counts = {"num_tokens": self.num_tokens[step]}
+        more = {"num_tokens": self.num_tokens[step]}
         if self.num_responses is not None:
-            counts["num_responses"] = self.num_responses[step]
-        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), **counts}
+            more["num_responses"] = self.num_responses[step]
+        if self.groups is not None:
+            more["groups"] = send(torch.tensor([self.groups[row] for row in rows]), self.rollouts.device)
+        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), **more}
 
     def rewind(self, position: int, num_norms: int) -> None:
         """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trl_apa.algorithms.rewards import kl_penalized_rewards, shape_scores, shaped_token_rewards
 from trl_apa.rollout.batch import Layout, Rollouts
-from trl_apa.rollout.shared_prompts import meeting
+from trl_apa.rollout.shared_prompts import groups_of_equal_size, meeting
 from trl_apa.trainer.iteration import Iteration
 from trl_apa.trainer.run_state import RunState
 
@@ -91,14 +91,18 @@ def plan_iteration(
         reduce_sum: adds a tensor up over the processes.
     """
     mini_batch, micro_batch = args.backward_batch_size, args.per_device_train_batch_size
+    compares = args.algorithm.compares_responses
     groups = rollouts.prompts if args.shuffles_groups else None
+    if compares:
+        # All are of one size that divides a micro-batch's, so that none is split.
+        groups, _ = groups_of_equal_size(rollouts.prompts, micro_batch)
     epochs = [
         mini_batches(len(rollouts), mini_batch, (*stream, epoch), groups) for epoch in range(args.num_epochs_per_batch)
     ]
-    if micro_batch < mini_batch:
+    if micro_batch < mini_batch and not compares:
         # Neighbours are read together; which rows share an optimizer step stays as drawn.
         epochs = [[in_reading_order(rollouts, rows, micro_batch, layout) for rows in epoch] for epoch in epochs]
-    return Iteration.begin(rollouts, ended_B, epochs, micro_batch, reduce_sum)
+    return Iteration.begin(rollouts, ended_B, epochs, micro_batch, reduce_sum, groups if compares else None)
 
 
 def in_reading_order(rollouts: Rollouts, rows: list[int], size: int, layout: Layout) -> list[int]:

@@ -1,6 +1,7 @@
 """`train()` and `evaluate()`: how the Hugging Face Trainer's own loop drives the same iterations as `step`."""
 
 import logging
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -155,6 +156,13 @@ class TrainingLoop(ResumableRuns):
             raise ValueError(
                 f"num_generations=1, but advantage_estimator={args.advantage_estimator!r} compares the responses to a "
                 "prompt: set num_generations to 2 or more"
+            )
+        size = args.per_device_train_batch_size
+        if args.algorithm.compares_responses and math.gcd(args.num_generations, size) < 2:
+            raise ValueError(
+                f"num_generations={args.num_generations} and per_device_train_batch_size={size}: "
+                f"loss_type={args.loss_type!r} compares responses to a prompt in a forward pass; both should be "
+                "multiples of 2 or of another number"
             )
         self._source = PromptSource(
             self.train_dataset,

@@ -177,6 +177,7 @@ class Update(_BaseTrainer):
             num_tokens,
             batch.get("old_logprobs") if self.args.algorithm.needs_old_logprobs else None,
             batch.get("num_responses"),
+            batch.get("groups"),
         )
         loss, stats = self.args.algorithm.loss(tokens, self.args)
         if not SHIFT <= stats.keys():
