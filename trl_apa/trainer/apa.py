@@ -31,6 +31,7 @@ from trl_apa.distributed.sharded import (
     serve_sharded_weights,
 )
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
+from trl_apa.models.checkpointing import without_checkpointing
 from trl_apa.models.classic_outputs import answer_as_classic
 from trl_apa.models.layouts import Layouts, ShardedLayouts
 from trl_apa.models.network_checks import check_answers_text
@@ -520,17 +521,11 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _module_for_generation(self) -> Iterator[PolicyAndValue]:
         """Out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
         module = self.accelerator.unwrap_model(self.model)
-        checkpointing = module.is_gradient_checkpointing
-        if checkpointing:
-            module.gradient_checkpointing_disable()
-        module.eval()
         gather = policy_gathered if self.args.ds3_gather_for_generation else nullcontext
-        try:
+        with without_checkpointing(module, self.args.gradient_checkpointing_kwargs):
+            module.eval()
             with gather(self.model_wrapped):
                 yield module
-        finally:
-            if checkpointing:
-                module.gradient_checkpointing_enable(self._checkpointing_kwargs())
 
     def _checkpointing_kwargs(self) -> dict[str, Any]:
         return self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
