@@ -21,14 +21,12 @@ from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.losses import apa_loss, awr_loss, value_loss
 from trl_apa.algorithms.masking import masked_mean, masked_whiten
 from trl_apa.algorithms.rewards import token_rewards
-from trl_apa.distributed.sharded import is_sharded
 from trl_apa.evaluation import held_out
 from trl_apa.models import ValueModel, reference_policy
 from trl_apa.models.checkpointing import without_checkpointing
 from trl_apa.models.layouts import Layouts
 from trl_apa.models.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
-from trl_apa.models.network_checks import check_answers_text
-from trl_apa.models.network_parts import Network, num_token_ids, pad_token_id_of, padding_id, use_cache_kept
+from trl_apa.models.network_parts import Network, num_token_ids, use_cache_kept
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
@@ -39,9 +37,10 @@ from trl_apa.offline.value_fitting import fit_value_model
 from trl_apa.redaction.trackers import hide_secrets_from
 from trl_apa.rollout.generation import end_token_ids, generate_responses, generation_options
 from trl_apa.rollout.prompts import as_rows, query_of, reward_columns
-from trl_apa.rollout.scoring import RewardModel, Scorer, Scores, reward_functions
+from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import prompts_and_completions
 from trl_apa.trainer.assembly import assemble
+from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
 from trl_apa.trainer.optimization import check_optimizer_is_finite
 from trl_apa.trainer.resuming import ResumableRuns
 from trl_apa.trainer.run_identity import data_fingerprint, initial_policy_fingerprint
@@ -128,8 +127,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         networks = offline_networks(args, module)
         self._end_token_ids = end_token_ids(networks.policy, tokenizer)
-        read_by = [*networks.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        self._pad_token_id = padding_id(pad_token_id_of(tokenizer), read_by)
+        self._pad_token_id = known_pad_id(tokenizer, networks, self.ref_model)
         rows = as_rows(train_dataset)
         self._data_fingerprint = data_fingerprint(rows)
         self.rollouts = rollouts_of(rows, tokenizer, networks.policy, args)
@@ -145,25 +143,16 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             )
         hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
-        if not is_sharded(self.accelerator):
-            with self.accelerator.autocast():
-                check_answers_text(networks.policy)
+        check_policy_answers(networks.policy, self.accelerator)
         self._fill_in_returns()
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
-        read = [*networks.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        read = networks_that_read(networks, self.ref_model)
         self._layouts = Layouts(read, padding_free=False, around=self.accelerator.autocast)
         # Loaders may lay micro-batches out in processes of their own, which are to try nothing out.
         self._layout = self._layouts(self.rollouts.longest())
-        self.scorer: Scorer | None = None
-        if reward_funcs is not None:
-            device = self.accelerator.device
-            ends = self._end_token_ids
-            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks, ends)
-            for function in functions:
-                if isinstance(function, RewardModel):
-                    function.check_fits(networks.policy, args.max_prompt_length, args.max_completion_length)
-            self.scorer = Scorer(functions, args.reward_weights)
+        given = (reward_funcs, reward_processing_classes, tokenizer, networks)
+        self.scorer = make_scorer(*given, self._end_token_ids, self.accelerator, args)
         self._value_is_fitted = False
         self._resumed_estimates: dict[str, Tensor] = {}
         # Frozen layers and a quantised base stay as they are when the value model is thawed.
