@@ -70,7 +70,7 @@ soak: install ## see that memory does not grow over a thousand optimizer steps
 chaos: install ## kill runs at random moments, resume them, and see that their bits are those of a run left alone
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.chaos $(ARGS)
 
-metrics: install ## print how easily the code can be followed: changes of file, shared private names, import circles, types
+metrics: install ## print how easily the code can be followed: changes of file, shared private names, long functions, import circles, types
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.metrics $(ARGS)
 
 # Without `install`, which needs a network: a machine with a GPU may have none.

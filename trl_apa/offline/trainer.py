@@ -153,16 +153,20 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._layout = self._layouts(self.rollouts.longest())
         given = (reward_funcs, reward_processing_classes, tokenizer, networks)
         self.scorer = make_scorer(*given, self._end_token_ids, self.accelerator, args)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What changes from one step to the next, and the callbacks that see to it."""
         self._value_is_fitted = False
         self._resumed_estimates: dict[str, Tensor] = {}
         # Frozen layers and a quantised base stay as they are when the value model is thawed.
-        self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
+        self._value_parameters = [p for p in self.networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
         self.add_callback(BetweenSteps(self))
         self.add_callback(self.processes.stop_on_signal)
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
 
     def _fill_in_returns(self) -> None:
         """Token rewards and Monte Carlo returns: with fixed data each response is known completely."""
