@@ -109,7 +109,7 @@ def held_out_metrics(trainer: "APATrainer | OfflineAPATrainer", rows: list[Row])
     numbers = range(process, -(-len(rows) // count) * count if steps.in_lockstep else len(rows), count)
     own = [rows[number % len(rows)] for number in numbers]
     parts = [own[start : start + size] for start in range(0, len(own), size)]
-    with random_numbers_of_its_own(trainer.args.seed, process):
+    with random_numbers_of_its_own(trainer.args.seed + process):
         queries = together(lambda: [[steps.query(row) for row in part] for part in parts])
         work = partial(_measure, trainer, steps, parts, queries)
         measured = work() if steps.in_lockstep else together(work)
@@ -206,8 +206,8 @@ def _kl_and_entropy(
 
 
 @contextmanager
-def random_numbers_of_its_own(seed: int, process_index: int = 0) -> Iterator[None]:
-    """Inside, torch's generators are seeded; afterwards their states are restored."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + process_index)
+def random_numbers_of_its_own(seed: int, devices: Sequence[int] | None = None) -> Iterator[None]:
+    """Inside, torch draws from `seed`; afterwards its generators (CPU, and `devices` or all) are as before."""
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
         yield
