@@ -13,7 +13,7 @@ ENVIRONMENTS := .venv $(addprefix .venv-,distributed latest lowest parity real v
 NEIGHBOURS := accelerate datasets huggingface-hub peft safetensors tokenizers transformers trl
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow test-families test-real test-vllm test-distributed test-lowest test-latest
+.PHONY: help install check format test test-fast test-slow test-families test-real test-vllm test-distributed test-lowest test-latest
 .PHONY: bench soak chaos gpu-check metrics parity demo build clean
 
 help: ## list the targets
@@ -32,6 +32,9 @@ format: install ## format and sort imports
 
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
+
+test-fast: install ## run a part of every test file in under two minutes: a second of each, without tests that start processes
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile --fast $(ARGS)
 
 test-slow: install ## run the tests that take longest: launchers, a compiler, benchmarks, kills
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
@@ -70,7 +73,7 @@ soak: install ## see that memory does not grow over a thousand optimizer steps
 chaos: install ## kill runs at random moments, resume them, and see that their bits are those of a run left alone
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.chaos $(ARGS)
 
-metrics: install ## print how easily the code can be followed: changes of file, shared private names, import circles, types
+metrics: install ## print how easily the code can be followed: changes of file, shared private names, long functions, import circles, types
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m benchmarks.metrics $(ARGS)
 
 # Without `install`, which needs a network: a machine with a GPU may have none.

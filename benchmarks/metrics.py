@@ -3,6 +3,7 @@
 - changes of file, and entries of the busiest file, between `step` and the first policy loss of a run;
 - private names that a class of the trainer reads and does not define;
 - attributes that several classes of the trainer write;
+- functions whose body, without docstring, does not fit on a screen of 60 lines;
 - import circles; lines and files; errors in the types, as `make check` finds them (`mypy --strict`).
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trl_apa"
+SCREEN = 60  # lines
 
 
 def files_from_step_to_loss() -> list[str]:
@@ -66,6 +68,26 @@ def classes() -> Iterator[tuple[str, ast.ClassDef]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 yield str(path.relative_to(PACKAGE)), node
+
+
+def functions_over_a_screen(limit: int = SCREEN) -> dict[str, int]:
+    """File and name of each function with more than `limit` lines of body, docstring not counted, and the lines."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name, lines in long_functions(path.read_text(encoding="utf-8"), limit):
+            found[f"{path.relative_to(PACKAGE)}: {name}"] = lines
+    return found
+
+
+def long_functions(source: str, limit: int = SCREEN) -> list[tuple[str, int]]:
+    """Name and lines of the body, without docstring, of each function of a module with more than `limit` of them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            found.append((node.name, lines))
+    return [(name, lines) for name, lines in found if lines > limit]
 
 
 def attributes(node: ast.ClassDef, context: type) -> set[str]:
@@ -179,6 +201,7 @@ def measured(with_mypy: bool = True) -> dict[str, Any]:
         "classes_of_the_trainer": sorted(parts),
         "private_names_read_of_another_class": inherited_privates(parts),
         "attributes_with_several_writers": several_writers(parts),
+        "functions_over_a_screen": functions_over_a_screen(),
         "import_circles": circles(imports()),
         "files": len(sources),
         "files_at_the_top": len(list(PACKAGE.glob("*.py"))),

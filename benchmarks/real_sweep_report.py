@@ -18,9 +18,9 @@ from benchmarks.real_sweep import (
     read,
     runs_of,
 )
+from reproduction.drawing import draw_figure
+from reproduction.tables import at_equal_kl, markdown_table, value_at_kl
 from trl_apa.demo.smollm2.options import REWARD_NAMES, RealDemoOptions
-from trl_apa.paper.drawing import draw_figure
-from trl_apa.paper.tables import at_equal_kl, markdown_table, value_at_kl
 
 
 HEAD = ("reward", "KL, nats", "perplexity", "distinct-2", "entropy")

@@ -13,6 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import torch
 
+from tests.fast import Fast
+
 
 # The order of float additions then never depends on the machine; tiny models are faster this way too.
 torch.set_num_threads(1)
@@ -20,6 +22,15 @@ torch.set_num_threads(1)
 # A busy machine must not fail an example for being slow.
 hypothesis.settings.register_profile("trl_apa", deadline=None)
 hypothesis.settings.load_profile("trl_apa")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="a second of each file, and no test that starts a process")
+
+
+def pytest_configure(config):
+    if config.getoption("--fast"):
+        config.pluginmanager.register(Fast())
 
 
 def pytest_collection_finish():

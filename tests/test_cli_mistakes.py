@@ -238,7 +238,7 @@ EARLY = {
     "paper": [
         ("", "the following arguments are required: FIG"),
         ("fig9", "figures.yaml has fig0, fig1, fig2, fig3, but not 'fig9'"),
-        ("fig1 --configs nothing", "No such file or directory: 'nothing/figures.yaml'"),
+        ("fig1 --configs nothing", "configs='nothing' has no figures.yaml"),
         ("fig1 --output_dir file", "output_dir='file'"),
         ("fig0", "fig0 is a int"),
         ("fig1", "fig1 is not laid out as it should be"),

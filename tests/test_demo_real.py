@@ -14,7 +14,7 @@ from tests.tiny import lora_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import demo
 from trl_apa.demo import smollm2
 from trl_apa.demo.report import Report
-from trl_apa.demo.smollm2.measuring import METRICS, distinct, measure_responses, token_sums
+from trl_apa.demo.smollm2.measuring import METRICS, measure_responses, token_sums
 from trl_apa.demo.smollm2.options import RealDemoOptions, parse_options
 from trl_apa.demo.smollm2.pipeline import fluency, run_real_demo
 from trl_apa.demo.smollm2.task import NUM_HELD_OUT, REWARDS, make_prompts
@@ -53,13 +53,6 @@ def test_what_is_measured_is_what_a_loop_over_tokens_gives():
     assert metrics["kl"] == pytest.approx(kl / 5, rel=1e-4)
     assert metrics["perplexity"] == pytest.approx(exp(negative / tokens), rel=1e-4)
     assert set(metrics) == {name for name, *_ in METRICS}
-
-
-def test_distinct_by_hand():
-    responses = [torch.tensor([1, 2, 1, 2]), torch.tensor([1, 2]), torch.tensor([3])]
-    assert distinct(responses, 1) == 3 / 7
-    assert distinct(responses, 2) == 2 / 4
-    assert distinct([torch.tensor([3])], 2) == 0
 
 
 def test_the_fluency_guard_tells_odd_and_repetitive_english():

@@ -39,7 +39,7 @@ PAGES = sorted(
         "examples",
         "examples/hh",
         "examples/llama_factory",
-        "examples/paper",
+        "reproduction",
         "examples/stack_llama",
         "benchmarks",
         "parity",
@@ -119,7 +119,7 @@ def functions_of(path):
 def test_files_and_tests_that_are_named_exist(page):
     for span in code_spans(page):
         match = re.fullmatch(
-            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks|parity)/[\w/]*)(?:::(\w+))?",
+            r"((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|txt)|(?:trl_apa|tests|docs|examples|benchmarks|parity|reproduction)/[\w/]*)(?:::(\w+))?",
             span,
         )
         if match is None:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
-from trl_apa.evaluation.held_out import distinct_ngrams
+from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
+from trl_apa.evaluation.held_out import distinct_ngrams, held_out_metrics
+from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 
 
 PROMPTS = ["w2 w3 w4", "w5", "w6 w7", "w8 w9 w10"]
@@ -20,6 +21,9 @@ PROMPTS = ["w2 w3 w4", "w5", "w6 w7", "w8 w9 w10"]
         (["a b a", "b c"], 2, 1.0),
         (["a b", "a b", "a"], 2, 1 / 2),
         (["a", ""], 2, 0.0),
+        ([[1, 2, 1, 2], [1, 2], [3]], 1, 3 / 7),
+        ([[1, 2, 1, 2], [1, 2], [3]], 2, 2 / 4),
+        ([[3]], 2, 0),
     ],
 )
 def test_distinct_ngrams_by_hand(texts, n, expected):
@@ -59,3 +63,74 @@ def test_entropy_is_a_mean_over_tokens_and_does_not_depend_on_the_batches(tmp_pa
         count += len(response)
     assert len({len(response) for response in seen[-1]}) > 1, "all responses have one length: the mean is not tested"
     assert metrics["eval_entropy"] == pytest.approx(total / count, rel=1e-4)
+
+
+def trainers(folder, policy, ref_model, reward_funcs, **options):
+    """An online and an offline trainer of one policy, which evaluate with equal options."""
+    options = {"per_device_eval_batch_size": 3, "max_completion_length": 5, "temperature": 0.9, **options}
+    given = {"ref_model": ref_model, "reward_funcs": reward_funcs, "eval_dataset": PROMPTS}
+    config = OfflineConfig(str(folder), report_to="none", use_cpu=True, **options)
+    rows = [{"prompt": "w2", "completion": "w3", "reward": 1.0}]
+    offline = OfflineAPATrainer(config, policy, processing_class=tiny_tokenizer(), train_dataset=rows, **given)
+    return {"online": tiny_trainer(folder, policy, given, **options), "offline": offline}
+
+
+@pytest.mark.parametrize("kind", ["online", "offline"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_means_are_those_of_a_loop_over_the_rows_by_themselves(tmp_path, kind, family):
+    """Three rows in the first batch and one in the last: a mean of the batches' means would be another number."""
+    policy, ref_model, seen = tiny_model(family, scale=1.5), tiny_model(family, seed=1, scale=1.5), []
+
+    def longer(prompts, completions, completion_ids, **columns):
+        seen.extend(zip(prompts, completion_ids, strict=True))
+        return [len(ids) + 0.1 * sum(ids) for ids in completion_ids]
+
+    trainer = trainers(tmp_path, policy, ref_model, longer)[kind]
+    metrics = held_out_metrics(trainer, [{"prompt": prompt} for prompt in PROMPTS])
+    # Online pi_init's own responses are scored too, after the policy's of the same batch.
+    own = seen if kind == "offline" else [*seen[:3], seen[6]]
+    assert [prompt for prompt, _ in own] == PROMPTS and len(seen) == (4 if kind == "offline" else 8)
+    kl, rewards = 0.0, [len(ids) + 0.1 * sum(ids) for _, ids in own]
+    for prompt, ids in own:
+        query = tiny_tokenizer()(prompt)["input_ids"]
+        for model, sign in ((policy, 1), (ref_model, -1)):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*query, *ids]])).logits[0, len(query) - 1 : -1] / 0.9
+            kl += sign * float(logits.double().log_softmax(-1)[range(len(ids)), ids].sum()) / len(own)
+    assert metrics["kl"] == pytest.approx(kl, abs=1e-5) and abs(kl) > 1e-3
+    assert metrics["reward"] == pytest.approx(sum(rewards) / 4, rel=1e-6) == metrics["rewards/longer"]
+    assert metrics["reward_std"] == pytest.approx(torch.tensor(rewards).std(unbiased=False).item(), rel=1e-5)
+    assert metrics["response_length"] == pytest.approx(sum(len(ids) for _, ids in own) / 4)
+    assert metrics["eos_share"] == pytest.approx(sum(ids[-1] == EOS for _, ids in own) / 4)
+    texts = tiny_tokenizer().batch_decode([ids for _, ids in own], skip_special_tokens=True)
+    assert [metrics[f"distinct_{n}"] for n in (1, 2)] == [distinct_ngrams(texts, n) for n in (1, 2)]
+
+
+def test_online_and_offline_measure_the_same_of_one_policy(tmp_path):
+    policy, ref_model = tiny_model(scale=1.5), tiny_model(seed=1, scale=1.5)
+
+    def sums(completion_ids, **columns):
+        return [float(sum(ids)) for ids in completion_ids]
+
+    # In one batch both draw the same random numbers: online pi_init is sampled after the policy.
+    made = trainers(tmp_path, policy, ref_model, sums, per_device_eval_batch_size=len(PROMPTS))
+    online, offline = (made[kind].evaluate() for kind in ("online", "offline"))
+    for name in offline.keys() - {"eval_runtime", "epoch"}:
+        assert offline[name] == pytest.approx(online[name], rel=1e-6), name
+    assert {"eval_kl", "eval_reward", "eval_reward_std", "eval_rewards/sums", "eval_runtime"} <= offline.keys()
+
+
+@pytest.mark.parametrize("kind", ["online", "offline"])
+def test_a_failed_evaluation_leaves_modes_and_random_numbers_as_they_were(tmp_path, kind):
+    def broken(completions, **columns):
+        raise OSError("no judge")
+
+    trainer = trainers(tmp_path, tiny_model(), None, broken, gradient_checkpointing=True)[kind]
+    module = trainer.accelerator.unwrap_model(trainer.model)
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no judge"):
+        trainer.evaluate()
+    assert module.is_gradient_checkpointing and torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="eval_dataset has no rows"):
+        trainer.evaluate([])

@@ -23,6 +23,24 @@ def test_private_names_of_another_class_and_attributes_with_two_writers_are_foun
     assert metrics.several_writers(made) == {"both": ["A", "B"]}
 
 
+def test_functions_over_a_screen_are_found_by_their_body_without_docstring():
+    def function(name, lines, docstring=""):
+        return f"def {name}(\n    a,\n):\n{docstring}" + "    a = 1\n" * lines
+
+    doc = '    """One line.\n\n' + "    more\n" * 9 + '    """\n'
+    source = function("long", 8) + function("fits", 7, doc) + function("documented", 8, doc)
+    nested = "class A:\n    async def method(self):\n" + "        a = 1\n" * 9
+    found = [("long", 8), ("documented", 8), ("method", 9)]
+    assert metrics.long_functions(source + nested, limit=7) == found
+    assert metrics.long_functions("def empty():\n    pass\n", limit=0) == [("empty", 1)]
+    assert metrics.long_functions('def told():\n    """Only this."""\n', limit=0) == []
+
+
+def test_every_function_of_the_package_fits_on_a_screen():
+    assert metrics.functions_over_a_screen() == {}
+    assert metrics.functions_over_a_screen(limit=20), "the measure finds nothing at all"
+
+
 def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
     assert metrics.circles(graph) == [["a", "b", "c"]]

@@ -72,6 +72,12 @@ def test_a_path_that_never_was_is_still_an_error():
         exec("from trl_apa.config import no_such_name")
 
 
+@pytest.mark.parametrize("path", ["trl_apa.paper", "trl_apa.paper.figures"])
+def test_the_paths_of_the_paper_s_figures_say_where_they_are(path):
+    with pytest.raises(ModuleNotFoundError, match="the paper's figures are in `reproduction`"):
+        import_module(path)
+
+
 def test_the_lazy_packages_load_nothing_heavy():
     code = """
 import sys

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -119,8 +120,8 @@ class TestDeclaredVersions:
     def test_every_import_is_declared(self) -> None:
         declared = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
         undeclared = set()
-        for path in (ROOT / "trl_apa").rglob("*.py"):
-            for module in top_level_imports(path) - {*sys.stdlib_module_names, "trl_apa"}:
+        for path in [path for folder in ("trl_apa", "reproduction") for path in (ROOT / folder).rglob("*.py")]:
+            for module in top_level_imports(path) - {*sys.stdlib_module_names, "trl_apa", path.parts[len(ROOT.parts)]}:
                 if canonicalize_name(PACKAGE_OF.get(module, module)) not in declared:
                     undeclared.add(f"{path.relative_to(ROOT)} imports {module}")
         assert undeclared == set()
@@ -142,15 +143,19 @@ class TestDeclaredVersions:
         assert undeclared == set()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def built(folder: Path, kind: str) -> Path:
+    """A `wheel` or `sdist` of this checkout."""
     # The build backend is one of the development tools, so that building needs no network.
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = folder.glob("*.whl")
+    (path,) = folder.iterdir()
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("wheel"), "wheel")
 
 
 class TestWheel:
@@ -181,6 +186,25 @@ class TestWheel:
         assert with_torch == "None", "the environment is not empty"
         version = subprocess.run([scripts / "trl-apa", "--version"], cwd=tmp_path, capture_output=True, text=True)
         assert (version.stdout, version.stderr) == (f"trl-apa {PROJECT['version']}\n", "")
+        figure = subprocess.run(
+            [scripts / "trl-apa", "paper", "fig8"],
+            cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+        )
+        assert (figure.returncode, figure.stdout) == (2, "")
+        assert figure.stderr.startswith("trl-apa paper: the paper's figures are not in the wheel: run this in the")
+        assert len(figure.stderr.splitlines()) == 1
+
+
+def test_the_source_distribution_holds_what_the_wheel_leaves_out(tmp_path: Path) -> None:
+    with tarfile.open(built(tmp_path, "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("trl_apa", "reproduction", "benchmarks", "parity"):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {file for file in files if "__pycache__" not in file} - names == set()
+    assert {"reproduction/command.py", "reproduction/configs/figures.yaml"} <= names
 
 
 class TestCommandLine:

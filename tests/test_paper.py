@@ -2,26 +2,29 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests._cli import refused
+from reproduction import command as paper
+from reproduction.drawing import bands, draw_figure
+from reproduction.figures import INDEX, MINI, read_figure
+from reproduction.logs import QUANTITIES, read_rows
+from reproduction.mini import MiniTask, algorithm_options, run_mini, run_name
+from reproduction.sizes import MiniSizes
+from reproduction.tables import tables, value_at_kl
+from reproduction.win_rates import read_comparison
+from tests._cli import refused, run
 from trl_apa import APATrainer
-from trl_apa.commands import offline, paper, train
+from trl_apa.cli import BUG
+from trl_apa.commands import offline, train
 from trl_apa.commands.options import read_yaml
-from trl_apa.paper.drawing import bands, draw_figure
-from trl_apa.paper.figures import INDEX, MINI, read_figure
-from trl_apa.paper.logs import QUANTITIES, read_rows
-from trl_apa.paper.mini import MiniTask, algorithm_options, run_mini, run_name
-from trl_apa.paper.sizes import MiniSizes
-from trl_apa.paper.tables import tables, value_at_kl
-from trl_apa.paper.win_rates import read_comparison
 
 
-FOLDER = Path(__file__).parents[1] / "examples" / "paper"
+FOLDER = Path(__file__).parents[1] / "reproduction" / "configs"
 WIN_RATES = "fig1"
 FIGURES = sorted(read_yaml(str(FOLDER / INDEX)).keys() - {MINI, WIN_RATES})
 OF_THE_PAPER = [name for name in FIGURES if name.startswith("fig")]
@@ -44,7 +47,7 @@ def test_a_curve_s_options_exist_and_fit_together(figure, panel, label, curve, t
     *_, config, _ = parser.build({**values, "output_dir": str(tmp_path)})
     losses = {"PPO": "ppo", "AWR": "awr", "APA": "apa", "ILQL": "ilql"}
     assert config.loss_type == losses.get(label, {"fig7": "apa", "fig8": "ppo"}.get(figure.name))
-    assert f"trl-apa {figure.command} --config examples/paper/{file.name}" in file.read_text()
+    assert f"trl-apa {figure.command} --config reproduction/configs/{file.name}" in file.read_text()
     assert (values["max_prompt_length"] or 0) + config.max_completion_length == 1024
 
 
@@ -260,6 +263,46 @@ def test_full_size_runs_a_process_a_curve_and_seed_and_goes_on_where_it_stopped(
     assert commands == [[*start, *end] for end in ends]
     assert (tmp_path / "out" / "figx.png").is_file()
     assert paper.main(argv) == 0 and len(commands) == 3
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """As where the wheel is installed: `reproduction` is not to be found, unless the current folder has it."""
+    kept = [entry for entry in sys.path if not (Path(entry) / "reproduction").is_dir()]
+    monkeypatch.setattr(sys, "path", kept)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reproduction"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv", [["fig8", "--scale", "mini"], ["fig1", "--scale", "full", "--seeds", "0"], ["--help"]]
+)
+@pytest.mark.parametrize(
+    "files", [[], ["reproduction/__init__.py"], ["reproduction"], ["reproduction/configs/figures.yaml"]]
+)
+def test_an_installed_wheel_says_where_the_figures_are(capsys, installed, files, argv):
+    """Also in a folder with something else of that name."""
+    for file in map(Path, files):
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.touch()
+    told = refused(capsys, "paper", *argv)
+    assert told.startswith("trl-apa paper: the paper's figures are not in the wheel: run this in the root of a clone")
+    assert len(told.splitlines()) == 1 and "pip download" in told
+
+
+def test_an_installed_wheel_draws_the_figures_in_a_clone(capsys, installed, monkeypatch):
+    monkeypatch.chdir(FOLDER.parents[1])
+    path = list(sys.path)
+    told = refused(capsys, "paper", "fig0", "--scale", "mini")
+    assert f"{FOLDER / INDEX} has fig1, fig2, fig3" in told and "but not 'fig0'; did you mean" in told
+    assert len(told.splitlines()) == 1 and sys.path == [*path, str(FOLDER.parents[1])]
+
+
+def test_an_error_in_the_code_of_the_figures_is_a_bug_and_not_the_user_s(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(paper, "read_entry", len)
+    assert run("paper", "fig3", "--scale", "mini", "--output_dir", tmp_path) == BUG
+    assert "unexpected TypeError: len()" in capsys.readouterr().err
 
 
 TINY = (

@@ -12,8 +12,14 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from reproduction import command as paper
+from reproduction.drawing_win_rates import draw_win_rates
+from reproduction.figures import INDEX
+from reproduction.win_rates import read_comparison, sampling_seed, summarize
+from reproduction.win_rates_full import _make, common_start, options_of
+from reproduction.win_rates_mini import GoldJudge, compare_in_small, held_out_prompts, sample_answers
 from tests._cli import refused
-from trl_apa.commands import paper, winrate
+from trl_apa.commands import winrate
 from trl_apa.commands.options import read_yaml
 from trl_apa.demo.corpus import gold_quality
 from trl_apa.demo.networks import build_policy, build_tokenizer, sample
@@ -21,16 +27,11 @@ from trl_apa.demo.options import DemoOptions
 from trl_apa.demo.pipeline import prepare, save_model
 from trl_apa.demo.report import Report
 from trl_apa.demo.reward import gold_rewards
-from trl_apa.paper.drawing_win_rates import draw_win_rates
-from trl_apa.paper.figures import INDEX
-from trl_apa.paper.win_rates import read_comparison, sampling_seed, summarize
-from trl_apa.paper.win_rates_full import _make, common_start, options_of
-from trl_apa.paper.win_rates_mini import GoldJudge, compare_in_small, held_out_prompts, sample_answers
 from trl_apa.winrate import Judgement, Pair, compare, win_rate
 from trl_apa.winrate.comparing import FIRST, SECOND, TIE
 
 
-FOLDER = Path(__file__).parents[1] / "examples" / "paper"
+FOLDER = Path(__file__).parents[1] / "reproduction" / "configs"
 PROMPT = "question : is the red lamp good ? answer :"
 
 
@@ -49,7 +50,7 @@ def test_figure_1_compares_what_the_paper_compares():
     assert options.judging.references_data_dir == answers["dataset_data_dir"] == held_out != curve["dataset_data_dir"]
     for name in ("max_prompt_length", "max_completion_length"):
         assert answers[name] == curve[name]
-    assert f"--config examples/paper/{comparison.generate.name}" in comparison.generate.read_text()
+    assert f"--config reproduction/configs/{comparison.generate.name}" in comparison.generate.read_text()
 
 
 def index(folder, **changed):

@@ -21,6 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 
+from reproduction.drawing import draw_figure
+from reproduction.drawing_win_rates import draw_win_rates
+from reproduction.win_rates import WinRates
 from tests.test_reporting import (
     CometStandIn,
     failures,
@@ -36,9 +39,6 @@ from trl_apa.commands.progress import ProgressLines
 from trl_apa.demo.options import DemoOptions
 from trl_apa.demo.pipeline import save
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
-from trl_apa.paper.drawing import draw_figure
-from trl_apa.paper.drawing_win_rates import draw_win_rates
-from trl_apa.paper.win_rates import WinRates
 from trl_apa.trainer.reporting import Table, gather_table, save_table, show_table, split_statistics
 
 

@@ -47,9 +47,9 @@ def test_pre_commit_runs_the_checks_of_make_check():
 
 def test_mypy_checks_the_whole_package_strictly():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
-    assert config["files"] == ["trl_apa"] and config["strict"]
+    assert config["files"] == ["trl_apa", "reproduction"] and config["strict"]
     modules = [module for part in config["overrides"] for module in part["module"]]
-    assert not any(module.startswith("trl_apa") for module in modules)
+    assert not any(module.startswith(("trl_apa", "reproduction")) for module in modules)
     assert "ignore_errors" not in {name for part in [config, *config["overrides"]] for name in part}
 
 

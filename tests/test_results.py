@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import real_sweep_report
-from trl_apa.paper.tables import tables
+from reproduction.tables import tables
 
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -182,7 +182,7 @@ def test_the_files_have_the_numbers_of_table_1():
     assert (apa["loss_type"], apa["kl_coef"]) == ("apa", 0.1)
     assert files["sft"]["model_name_or_path"] == "huggyllama/llama-7b"
     # The curve of figure 2 is this run.
-    assert {**read_yaml(str(ROOT / "examples/paper/fig2-apa.yaml")), "output_dir": apa["output_dir"]} == apa
+    assert {**read_yaml(str(ROOT / "reproduction/configs/fig2-apa.yaml")), "output_dir": apa["output_dir"]} == apa
 
 
 @pytest.mark.parametrize(("name", "command"), [("sft", sft), ("reward", reward), ("apa", train)])

@@ -12,7 +12,7 @@ from tests.made_tokenizers import CHAT_TEMPLATES, KINDS, made_tokenizer
 from tests.tiny import tiny_config
 from trl_apa import APATrainer
 from trl_apa.commands import generate
-from trl_apa.offline import OfflineAPATrainer, OfflineConfig, held_out
+from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.rollout.prompts import query_of
 from trl_apa.rollout.tokenizing import prompt_ids, warn_again
 from trl_apa.winrate import LanguageModelJudge
@@ -170,7 +170,7 @@ def test_training_evaluation_the_commands_and_offline_learning_ask_in_one_way(tm
     assert sum("EOS" in str(w.message) for w in said) == 1
     assert sum("begin with BOS" in str(w.message) for w in said) == (form == "rendered")
 
-    asked = remember(monkeypatch, held_out)
+    asked = remember(monkeypatch, import_module("trl_apa.offline.trainer"))
     fixed = [{**row, "completion": "stop it", "reward": 1.0} for row in rows]
     options = OfflineConfig(str(tmp_path), report_to="none", use_cpu=True, max_completion_length=4)
     offline = OfflineAPATrainer(

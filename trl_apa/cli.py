@@ -36,7 +36,7 @@ COMMANDS = {
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
     "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
     "merge": ("trl_apa.commands.merge", "merge an adapter into its base, as a plain checkpoint"),
-    "paper": ("trl_apa.commands.paper", "run and plot the curves of a figure of the paper"),
+    "paper": ("trl_apa.commands.paper", "run and plot the curves of a figure of the paper, from a clone"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),
     "env": ("trl_apa.commands.env", "versions and devices, for a bug report"),
 }
@@ -231,7 +231,10 @@ def _last_place(
 
 
 def _is_ours(frame: traceback.FrameSummary) -> bool:
-    return Path(frame.filename).is_relative_to(Path(__file__).parent)
+    """Whether it is the package's code, or that of the paper's figures beside it."""
+    figures = sys.modules.get("reproduction.command")
+    files = [__file__, *([] if figures is None else [str(figures.__file__)])]
+    return any(Path(frame.filename).is_relative_to(Path(file).parent) for file in files)
 
 
 def _is_of_a_library(frame: traceback.FrameSummary) -> bool:

@@ -103,8 +103,15 @@ class OtherPaths(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for the paths in the two tables, None for all others."""
+        """A spec for the paths in the two tables, None for all others.
+
+        Raises:
+            ModuleNotFoundError: for `trl_apa.paper`, with where its modules are.
+        """
         root, _, name = fullname.partition(".")
+        if root == "trl_apa" and name.partition(".")[0] == "paper":
+            text = "the paper's figures are in `reproduction`, beside `trl_apa` in the repository"
+            raise ModuleNotFoundError(f"no module {fullname}: {text}", name=fullname)
         if root != self.root or (name not in NEW_PATHS and name not in NAMES):
             return None
         return spec_from_loader(fullname, self, is_package=name in NAMES and name in PACKAGES)

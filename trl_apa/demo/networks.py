@@ -1,8 +1,7 @@
 """The demo's tokenizer and language model, and how it samples from a model outside the training loop."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -18,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from trl_apa.evaluation.held_out import random_numbers_of_its_own
 from trl_apa.rollout.generation import generate_responses
 
 from .corpus import vocabulary
@@ -74,14 +74,6 @@ def decode(tokenizer: PreTrainedTokenizerFast, responses: Sequence[Tensor]) -> l
     return texts
 
 
-@contextmanager
-def private_seed(seed: int) -> Iterator[None]:
-    """Inside, torch draws from a generator seeded with `seed`; afterwards the global one is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -103,7 +95,7 @@ def sample(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with private_seed(seed):
+    with random_numbers_of_its_own(seed, devices=[]):
         return generate_responses(model, encode(tokenizer, prompts), config, tokenizer, batch_size=512)
 
 

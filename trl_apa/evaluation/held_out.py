@@ -1,8 +1,10 @@
 """How good a policy is on prompts it was not trained on: reward, KL to pi_init, wins over pi_init's own answers."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,137 +12,202 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from trl_apa.algorithms.masking import keep_counted
-from trl_apa.rollout.batch import lay_out, longest_row, response_mask
+from trl_apa.rollout.batch import Layout, lay_out, longest_row, response_mask
+from trl_apa.rollout.prompts import as_rows
+from trl_apa.rollout.scoring import Scores
 
 
 if TYPE_CHECKING:
+    from trl_apa.offline.trainer import OfflineAPATrainer
     from trl_apa.trainer.apa import APATrainer
 
+Row = dict[str, Any]
 
-def held_out_metrics(trainer: "APATrainer", rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Sample one response of the policy and one of pi_init to each prompt, and compare.
+
+@dataclass(frozen=True)
+class EvaluationSteps:
+    """What the online and the offline trainer do each in its own way when they evaluate.
+
+    Args:
+        query: a row to its prompt, 1-D token ids.
+        respond: prompts to responses of the policy and of pi_init, 1-D token ids; None where pi_init is not sampled.
+        logprobs: a batch with its `response_mask` to log pi and log pi_init of the response tokens, nats `(B, R)`, and
+            the entropy of the policy's next-token distributions, nats `(B, R)` or None.
+        score: rows, prompts and responses to scores.
+        layouts: the layout of a batch, from the tokens of its longest row.
+        pad_token_id, decoder_start_token_id: for that layout.
+        end_token_ids: what ends a response.
+        in_lockstep: whether `respond`, `logprobs` and `score` talk to other processes, which then have to make equally
+            many calls; otherwise each process has its own number, and an error is told to the others at the end.
+        dtype: of the means.
+    """
+
+    query: Callable[[Row], Tensor]
+    respond: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor] | None]]
+    logprobs: Callable[[dict[str, Any]], tuple[Tensor, Tensor, Tensor | None]]
+    score: Callable[[list[Row], list[Tensor], list[Tensor]], Scores]
+    layouts: Callable[[int], Layout]
+    pad_token_id: int
+    end_token_ids: Sequence[int]
+    decoder_start_token_id: int | None = None
+    in_lockstep: bool = False
+    dtype: torch.dtype = torch.float64
+
+
+def evaluate(
+    trainer: "APATrainer | OfflineAPATrainer", dataset: Any, prefix: str, save_on_error: Callable[[], None]
+) -> dict[str, float]:
+    """`evaluate` of both trainers: measure, log, tell the callbacks.
+
+    Args:
+        trainer: with reward functions and `evaluation_steps`.
+        dataset: prompts, or several data sets by name.
+        prefix: of the metrics' names.
+        save_on_error: called before an error of the measurement is raised.
+    """
+    if isinstance(dataset, dict):
+        parts = [trainer.evaluate(part, metric_key_prefix=f"{prefix}_{name}") for name, part in dataset.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    try:
+        measured = held_out_metrics(trainer, as_rows(dataset))
+    except BaseException:
+        save_on_error()
+        raise
+    metrics = {f"{prefix}_{name}": value for name, value in measured.items()}
+    trainer.log(metrics)
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+def held_out_metrics(trainer: "APATrainer | OfflineAPATrainer", rows: list[Row]) -> dict[str, float]:
+    """Sample one response to each prompt, and score it; online also one of pi_init, to compare.
 
     Every process takes its part of the prompts; the seed is `args.seed`, so that checkpoints meet the same luck.
 
     Args:
-        trainer: with reward functions. Prompts that one leaves unscored (`skip_unscored`) are not in the means.
+        trainer: an `APATrainer` or `OfflineAPATrainer` with reward functions. Prompts that one leaves unscored
+            (`skip_unscored`) are not in the means.
         rows: prompts, with the columns that the reward functions read.
 
     Returns:
-        In reward units `reward`, `reward_std`, `ref_reward` and `rewards/<function>`; `win_rate`, the share of prompts
-        on which the policy scores higher than pi_init, a tie counting half; `kl`, nats a response, the mean of
-        log pi - log pi_init over the policy's responses; `entropy` of the policy's next-token distributions, nats,
-        mean over response tokens; `response_length`, tokens; `eos_share`; `distinct_1` and `distinct_2`, see
-        `distinct_ngrams`; `runtime`, seconds.
+        In reward units `reward`, `reward_std` and `rewards/<function>`; `kl`, nats a response, the mean of
+        log pi - log pi_init over the policy's responses; `response_length`, tokens; `eos_share`; `distinct_1` and
+        `distinct_2`, see `distinct_ngrams`; `runtime`, seconds. Online also `ref_reward`, reward units; `win_rate`,
+        the share of prompts on which the policy scores higher than pi_init, a tie counting half; `entropy` of the
+        policy's next-token distributions, nats, mean over response tokens.
+
+    Raises:
+        ValueError: if there is no prompt, or none was scored; or what the reward functions raise, in all processes.
     """
     start = time.perf_counter()
+    if not rows:
+        raise ValueError("eval_dataset has no rows")
+    steps = trainer.evaluation_steps()
+    together, size = trainer.processes.together, trainer.args.per_device_eval_batch_size
     process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    per_process = -(-len(rows) // count)
-    # Every process takes part in every collective; rows that only fill up are left out of the means.
-    numbers = [process + k * count for k in range(per_process)]
+    # In lockstep the first rows fill up the last batches; they count once.
+    numbers = range(process, -(-len(rows) // count) * count if steps.in_lockstep else len(rows), count)
     own = [rows[number % len(rows)] for number in numbers]
-    with random_numbers_of_its_own(trainer.args.seed, trainer.accelerator.process_index):
-        parts = _measured_in_parts(trainer, own, trainer.args.per_device_eval_batch_size)
-    table = [part for part, _ in parts]
-    columns = {name: torch.cat([part[name] for part in table]) for name in table[0]}
-    names = sorted(columns)
-    stacked = torch.stack([columns[name].float() for name in names], dim=1).to(trainer.accelerator.device)
-    everywhere = trainer.accelerator.gather(stacked)
-    is_real = trainer.accelerator.gather(torch.tensor(numbers, device=stacked.device)) < len(rows)
-    columns = dict(zip(names, everywhere[is_real].unbind(dim=1), strict=True))
-    kept = columns.pop("kept").bool()
-    if not kept.any():
+    parts = [own[start : start + size] for start in range(0, len(own), size)]
+    with random_numbers_of_its_own(trainer.args.seed + process):
+        queries = together(lambda: [[steps.query(row) for row in part] for part in parts])
+        work = partial(_measure, trainer, steps, parts, queries)
+        measured = work() if steps.in_lockstep else together(work)
+    everywhere = gather_object(list(zip(numbers, measured, strict=True)))
+    kept = [row for number, row in everywhere if number < len(rows) and row["kept"]]
+    if not kept:
         raise ValueError("no response to eval_dataset was scored: every one had a None or NaN")
-    columns = {name: values[kept] for name, values in columns.items()}
-    entropy_sums = columns.pop("entropy_sum")
+    names = kept[0].keys() - {"kept", "text"}
+    columns = {name: torch.tensor([row[name] for row in kept], dtype=steps.dtype) for name in sorted(names)}
+    entropy_sums = columns.pop("entropy_sum", None)
     metrics = {name: float(values.mean()) for name, values in columns.items()}
     metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
-    metrics["entropy"] = float(entropy_sums.sum() / columns["response_length"].sum())
-    texts = [text for _, texts in parts for text in texts]
-    is_kept = [kept for part in table for kept in part["kept"].tolist()]
-    gathered = gather_object(list(zip(numbers, is_kept, texts, strict=True)))
-    texts = [text for number, was_kept, text in gathered if was_kept and number < len(rows)]
+    if entropy_sums is not None:
+        metrics["entropy"] = float(entropy_sums.sum() / columns["response_length"].sum())
+    texts = [row["text"] for row in kept]
     metrics |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
     return {**metrics, "runtime": time.perf_counter() - start}
 
 
-def distinct_ngrams(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all of them, counted over all texts (Li et al., arXiv 1510.03055).
+def distinct_ngrams(texts: Sequence[str | list[int]], n: int) -> float:
+    """Different n-grams of words, or of token ids, over all of them, in all texts (Li et al., arXiv 1510.03055).
 
     0 if there is none. It falls as there are more texts: compare it on equally many.
     """
-    words = [text.split() for text in texts]
+    words = [text.split() if isinstance(text, str) else text for text in texts]
     ngrams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
-def _measured_in_parts(
-    trainer: "APATrainer", rows: list[dict[str, Any]], size: int
-) -> list[tuple[dict[str, Tensor], list[str]]]:
-    """What `_measure` says of every `size` rows. All are sampled before one is scored: vLLM samples for all processes
-    together, and a reward function that fails in one of them must not leave the others waiting for it."""
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    queries = trainer.processes.together(lambda: [[trainer._query(row) for row in part] for part in parts])
-    responses = [trainer._respond_on_all_processes(part, generate_ref_response=True) for part in queries]
-    # Where weights are sharded, the networks are run by all processes together, too.
-    nats = [_kl_and_entropy(trainer, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]
-    together = list(zip(parts, queries, responses, nats, strict=True))
-    return [_measure(trainer, *part) for part in together]
-
-
 def _measure(
-    trainer: "APATrainer",
-    rows: list[dict[str, Any]],
+    trainer: "APATrainer | OfflineAPATrainer",
+    steps: EvaluationSteps,
+    parts: list[list[Row]],
+    queries: list[list[Tensor]],
+) -> list[Row]:
+    """What `_rows` says of every row. All are sampled before one is scored: vLLM samples for all processes together,
+    and a reward function that fails in one of them must not leave the others waiting for it."""
+    responses = [steps.respond(part) for part in queries]
+    # Where weights are sharded, the networks are run by all processes together, too.
+    nats = [_kl_and_entropy(trainer, steps, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]
+    together = zip(parts, queries, responses, nats, strict=True)
+    return [row for part in together for row in _rows(trainer, steps, *part)]
+
+
+def _rows(
+    trainer: "APATrainer | OfflineAPATrainer",
+    steps: EvaluationSteps,
+    rows: list[Row],
     queries: list[Tensor],
-    both: tuple[list[Tensor], list[Tensor]],
-    nats: tuple[Tensor, Tensor],
-) -> tuple[dict[str, Tensor], list[str]]:
-    """One value a row, and the policy's responses as text.
+    both: tuple[list[Tensor], list[Tensor] | None],
+    nats: dict[str, Tensor],
+) -> list[Row]:
+    """Of each row its numbers, whether it was scored (`kept`), and the policy's response as `text`.
 
     Args:
         both: responses of the policy, and of pi_init.
         nats: what `_kl_and_entropy` says of the policy's.
     """
     responses, ref_responses = both
-    kl_B, entropy_sum_B = nats
-    _, scores = trainer._scores_on_all_processes(rows, queries, responses)
-    reward_B = scores.total_B
-    _, ref_scores = trainer._scores_on_all_processes(rows, queries, ref_responses)
-    ref_reward_B = ref_scores.total_B
-    end = trainer._end_token_ids
+    scores = steps.score(rows, queries, responses)
     columns = {
-        "kept": scores.kept_B & ref_scores.kept_B,
-        "reward": reward_B,
-        "ref_reward": ref_reward_B,
-        "win_rate": ((reward_B - ref_reward_B).sign() + 1) / 2,
-        "kl": kl_B.cpu(),
-        "entropy_sum": entropy_sum_B.cpu(),
-        "response_length": torch.tensor([float(len(response)) for response in responses]),
-        "eos_share": torch.tensor([float(int(response[-1]) in end) for response in responses]),
+        "kept": scores.kept_B,
+        "reward": scores.total_B,
+        **nats,
+        "response_length": torch.tensor([len(response) for response in responses]),
+        "eos_share": torch.tensor([int(response[-1]) in steps.end_token_ids for response in responses]),
         **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(scores.names)},
     }
-    return columns, trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
+    if ref_responses is not None:
+        ref_scores = steps.score(rows, queries, ref_responses)
+        columns["kept"] = scores.kept_B & ref_scores.kept_B
+        columns["ref_reward"] = ref_scores.total_B
+        columns["win_rate"] = ((scores.total_B - ref_scores.total_B).sign() + 1) / 2
+    texts = trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
+    values = zip(*(column.tolist() for column in columns.values()), texts, strict=True)
+    return [dict(zip([*columns, "text"], row, strict=True)) for row in values]
 
 
 @torch.no_grad()
-def _kl_and_entropy(trainer: "APATrainer", queries: list[Tensor], responses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums over each response, nats, `(B,)`: of log pi - log pi_init, and of the policy's entropy."""
-    device = trainer.accelerator.device
+def _kl_and_entropy(
+    trainer: "APATrainer | OfflineAPATrainer", steps: EvaluationSteps, queries: list[Tensor], responses: list[Tensor]
+) -> dict[str, Tensor]:
+    """Sums over each response, nats, `(B,)`: `kl`, of log pi - log pi_init, and `entropy_sum`, of the policy."""
+    device, start = trainer.accelerator.device, steps.decoder_start_token_id
     mask_BR = response_mask(responses, device=device)
     queries, responses = send_to_device([queries, responses], device)
-    layout = trainer._layouts(longest_row(queries, responses, trainer._decoder_start_token_id))
-    tokens = lay_out(layout, queries, responses, trainer._pad_token_id, trainer._decoder_start_token_id)
-    batch = {**tokens, "response_mask": mask_BR}
-    with trainer.accelerator.autocast():
-        outputs = trainer._module_to_call(**trainer._model_inputs(batch), with_value=False, with_entropy=True)
-    ref_logprobs_BR = trainer._reference_outputs(batch)["logprobs"]
-    kl_B = keep_counted(outputs["logprobs"] - ref_logprobs_BR, mask_BR).sum(dim=1)
-    return kl_B, keep_counted(outputs["entropy"], mask_BR).sum(dim=1)
+    layout = steps.layouts(longest_row(queries, responses, start))
+    tokens = lay_out(layout, queries, responses, steps.pad_token_id, start)
+    logprobs_BR, ref_logprobs_BR, entropy_BR = steps.logprobs({**tokens, "response_mask": mask_BR})
+    nats = {"kl": keep_counted(logprobs_BR - ref_logprobs_BR, mask_BR).sum(dim=1)}
+    if entropy_BR is not None:
+        nats["entropy_sum"] = keep_counted(entropy_BR, mask_BR).sum(dim=1)
+    return nats
 
 
 @contextmanager
-def random_numbers_of_its_own(seed: int, process_index: int = 0) -> Iterator[None]:
-    """Inside, torch's generators are seeded; afterwards their states are restored."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + process_index)
+def random_numbers_of_its_own(seed: int, devices: Sequence[int] | None = None) -> Iterator[None]:
+    """Inside, torch draws from `seed`; afterwards its generators (CPU, and `devices` or all) are as before."""
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
         yield

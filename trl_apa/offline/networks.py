@@ -8,13 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trl_apa._trl import is_peft_model
 from trl_apa.algorithms.masking import at_least_float32
-from trl_apa.models import PolicyAndValue, ValueHead, ValueModel, load_policy_and_value
+from trl_apa.models import PolicyAndValue, ValueHead, ValueModel, freeze_all_but, load_policy_and_value
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.logprobs import TOKEN_FIELDS, response_rows, response_states
 from trl_apa.models.network_parts import Network
 from trl_apa.models.quantization import settle_quantization
 from trl_apa.models.value_model import state_of
+from trl_apa.offline.config import OfflineConfig
 
 
 NORMALISER_FOLDER = "state_normaliser"
@@ -178,3 +180,25 @@ class OfflineNetworks(PolicyAndValue):
         load_policy_and_value(self, path)
         if self.normaliser is not None:
             self.normaliser.load_weights(Path(path) / NORMALISER_FOLDER)
+
+
+def offline_networks(args: OfflineConfig, module: PolicyAndValue) -> OfflineNetworks:
+    """The networks that the loss needs, made of policy and value model.
+
+    Raises:
+        ValueError: if the value model is no network of its own, or the policy an encoder-decoder.
+    """
+    policy, value_model = module.policy, module.value_model
+    if not isinstance(value_model, ValueModel):
+        raise ValueError(f"value_model is a {type(value_model).__name__}; offline it should be a network of its own")
+    if module.config.is_encoder_decoder:
+        raise ValueError("model is an encoder-decoder; offline learning is for decoders")
+    if args.loss_type == "ilql" and not isinstance(value_model, QValueModel):
+        vocabulary = policy.get_output_embeddings().weight.shape[0]
+        value_model = QValueModel(value_model.network, value_model.head, vocabulary)
+        if args.bc_coef == 0:
+            policy.requires_grad_(False)
+    normaliser = ValueModel.from_policy(policy) if args.learn_state_normaliser else None
+    if normaliser is not None and args.num_unfrozen_layers is not None and not is_peft_model(normaliser.network):
+        freeze_all_but(args.num_unfrozen_layers, normaliser.network)
+    return OfflineNetworks(policy, value_model, normaliser)

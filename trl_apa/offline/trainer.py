@@ -17,36 +17,36 @@ from transformers import (
     TrainerControl,
 )
 
-from trl_apa._trl import is_peft_model
 from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.losses import apa_loss, awr_loss, value_loss
 from trl_apa.algorithms.masking import masked_mean, masked_whiten
 from trl_apa.algorithms.rewards import token_rewards
-from trl_apa.distributed.sharded import is_sharded
-from trl_apa.models import PolicyAndValue, ValueModel, freeze_all_but, reference_policy
+from trl_apa.evaluation import held_out
+from trl_apa.models import ValueModel, reference_policy
+from trl_apa.models.checkpointing import without_checkpointing
 from trl_apa.models.layouts import Layouts
 from trl_apa.models.logprobs import TOKEN_FIELDS, response_logprobs, response_rows, response_tokens
-from trl_apa.models.network_checks import check_answers_text
-from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id, use_cache_kept
+from trl_apa.models.network_parts import Network, num_token_ids, use_cache_kept
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
 from trl_apa.offline.denominators import CountsTokens
-from trl_apa.offline.held_out import held_out_reward
 from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
-from trl_apa.offline.networks import OfflineNetworks, QValueModel
+from trl_apa.offline.networks import OfflineNetworks, offline_networks
 from trl_apa.offline.value_fitting import fit_value_model
 from trl_apa.redaction.trackers import hide_secrets_from
-from trl_apa.rollout.generation import end_token_ids
-from trl_apa.rollout.prompts import as_rows
-from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.rollout.generation import end_token_ids, generate_responses, generation_options
+from trl_apa.rollout.prompts import as_rows, query_of, reward_columns
+from trl_apa.rollout.scoring import Scores
+from trl_apa.rollout.texts import prompts_and_completions
 from trl_apa.trainer.assembly import assemble
+from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
 from trl_apa.trainer.optimization import check_optimizer_is_finite
 from trl_apa.trainer.resuming import ResumableRuns
 from trl_apa.trainer.run_identity import data_fingerprint, initial_policy_fingerprint
 from trl_apa.trainer.saving import Saving
 from trl_apa.trainer.tracker_failures import isolate_failures
-from trl_apa.trainer.validation import check_fp16, check_type
+from trl_apa.trainer.validation import check_fp16, check_tokens, check_type
 
 
 class BetweenSteps(TrainerCallback):
@@ -125,10 +125,9 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             args, model, ref_model, processing_class, value_model, peft_config, None, None
         )
         self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
-        networks = _networks(args, module)
+        networks = offline_networks(args, module)
         self._end_token_ids = end_token_ids(networks.policy, tokenizer)
-        read_by = [*networks.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        self._pad_token_id = padding_id(pad_token_id_of(tokenizer), read_by)
+        self._pad_token_id = known_pad_id(tokenizer, networks, self.ref_model)
         rows = as_rows(train_dataset)
         self._data_fingerprint = data_fingerprint(rows)
         self.rollouts = rollouts_of(rows, tokenizer, networks.policy, args)
@@ -144,35 +143,30 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             )
         hide_secrets_from(self.callback_handler.callbacks)
         check_fp16(args, self.accelerator)
-        if not is_sharded(self.accelerator):
-            with self.accelerator.autocast():
-                check_answers_text(networks.policy)
+        check_policy_answers(networks.policy, self.accelerator)
         self._fill_in_returns()
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
-        read = [*networks.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        read = networks_that_read(networks, self.ref_model)
         self._layouts = Layouts(read, padding_free=False, around=self.accelerator.autocast)
         # Loaders may lay micro-batches out in processes of their own, which are to try nothing out.
         self._layout = self._layouts(self.rollouts.longest())
-        self.scorer: Scorer | None = None
-        if reward_funcs is not None:
-            device = self.accelerator.device
-            ends = self._end_token_ids
-            functions = reward_functions(reward_funcs, reward_processing_classes, tokenizer, device, networks, ends)
-            for function in functions:
-                if isinstance(function, RewardModel):
-                    function.check_fits(networks.policy, args.max_prompt_length, args.max_completion_length)
-            self.scorer = Scorer(functions, args.reward_weights)
+        given = (reward_funcs, reward_processing_classes, tokenizer, networks)
+        self.scorer = make_scorer(*given, self._end_token_ids, self.accelerator, args)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What changes from one step to the next, and the callbacks that see to it."""
         self._value_is_fitted = False
         self._resumed_estimates: dict[str, Tensor] = {}
         # Frozen layers and a quantised base stay as they are when the value model is thawed.
-        self._value_parameters = [p for p in networks.value_model.parameters() if p.requires_grad]
+        self._value_parameters = [p for p in self.networks.value_model.parameters() if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
         self.add_callback(BetweenSteps(self))
         self.add_callback(self.processes.stop_on_signal)
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
 
     def _fill_in_returns(self) -> None:
         """Token rewards and Monte Carlo returns: with fixed data each response is known completely."""
@@ -409,23 +403,17 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         Without gradient checkpointing meanwhile, under which layers keep no cache.
         """
         networks, args = self.networks, self.args
-        checkpointing = networks.is_gradient_checkpointing
         shifted: AbstractContextManager[Network] = nullcontext(networks.policy)
         if args.loss_type == "ilql":
             shifted = advantage_shifted(networks.policy, networks.q_model, args.ilql_beta)
-        if checkpointing:
-            networks.gradient_checkpointing_disable()
-        try:
-            with shifted as policy:
-                yield policy
-        finally:
-            if checkpointing:
-                networks.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        with without_checkpointing(networks, args.gradient_checkpointing_kwargs), shifted as policy:
+            yield policy
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Reward of responses that are sampled to held-out prompts, and their KL to pi_init: see `held_out_reward`.
+        """Reward of responses that are sampled to held-out prompts, and their KL to pi_init: see
+        `held_out.held_out_metrics`.
 
         Raises:
             ValueError: without prompts or reward functions.
@@ -435,18 +423,49 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or self.scorer is None:
             raise ValueError("evaluate() needs eval_dataset, held-out prompts, and reward_funcs")
-        if isinstance(dataset, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        try:
-            measured = held_out_reward(self, self.scorer, as_rows(dataset))
-        except BaseException:
-            self._save_what_was_learned()
-            raise
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return held_out.evaluate(self, dataset, metric_key_prefix, self._save_what_was_learned)
+
+    def evaluation_steps(self) -> held_out.EvaluationSteps:
+        """How `evaluate` asks the learned policy, and scores its responses."""
+        return held_out.EvaluationSteps(
+            query=self._query,
+            respond=lambda queries: (self._respond(queries), None),
+            logprobs=self._policy_and_reference,
+            score=self._score,
+            layouts=self._layouts,
+            pad_token_id=self._pad_token_id,
+            end_token_ids=self._end_token_ids,
+        )
+
+    def _query(self, row: dict[str, Any]) -> Tensor:
+        args, tokenizer = self.args, self.processing_class
+        query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
+        check_tokens("a prompt of eval_dataset", query, num_token_ids(self.networks.policy), tokenizer)
+        return query
+
+    def _respond(self, queries: list[Tensor]) -> list[Tensor]:
+        args, tokenizer = self.args, self.processing_class
+        sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+        sampling |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
+        sampling |= {"eos_token_id": self._end_token_ids or None}
+        options = generation_options(sampling, {"stop_strings": args.stop_strings})
+        with self.learned_policy() as policy, self.accelerator.autocast():
+            return generate_responses(policy, queries, tokenizer=tokenizer, batch_size=len(queries), **options)
+
+    def _policy_and_reference(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, None]:
+        """Of a laid-out batch log pi and log pi_init, nats, each `(B, R)`."""
+        arguments = (batch, _width(batch), self.args.temperature)
+        with self.accelerator.autocast():
+            with self.learned_policy() as policy:
+                logprobs_BR, _ = response_logprobs(policy, *arguments)
+            with reference_policy(self.networks.policy, self.ref_model) as reference:
+                ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
+        return logprobs_BR, ref_logprobs_BR, None
+
+    def _score(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
+        texts = prompts_and_completions(rows, queries, responses, self.processing_class)
+        assert self.scorer is not None  # `evaluate` has asked for it
+        return self.scorer(*texts, queries, responses, reward_columns(rows))
 
     # ---- checkpoints ----
 
@@ -466,21 +485,3 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
 def _width(batch: dict[str, Tensor]) -> int:
     return batch["response_mask"].shape[1]
-
-
-def _networks(args: OfflineConfig, module: PolicyAndValue) -> OfflineNetworks:
-    """The networks that the loss needs, made of policy and value model."""
-    policy, value_model = module.policy, module.value_model
-    if not isinstance(value_model, ValueModel):
-        raise ValueError(f"value_model is a {type(value_model).__name__}; offline it should be a network of its own")
-    if module.config.is_encoder_decoder:
-        raise ValueError("model is an encoder-decoder; offline learning is for decoders")
-    if args.loss_type == "ilql" and not isinstance(value_model, QValueModel):
-        vocabulary = policy.get_output_embeddings().weight.shape[0]
-        value_model = QValueModel(value_model.network, value_model.head, vocabulary)
-        if args.bc_coef == 0:
-            policy.requires_grad_(False)
-    normaliser = ValueModel.from_policy(policy) if args.learn_state_normaliser else None
-    if normaliser is not None and args.num_unfrozen_layers is not None and not is_peft_model(normaliser.network):
-        freeze_all_but(args.num_unfrozen_layers, normaliser.network)
-    return OfflineNetworks(policy, value_model, normaliser)

@@ -114,6 +114,12 @@ def as_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
     return [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
 
 
+def reward_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The data set's columns besides the prompt, which reward functions read: one value per row."""
+    names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
+    return {name: [row[name] for row in rows] for name in names}
+
+
 def prompt_of(row: dict[str, Any]) -> Any:
     """The prompt of a row as text or chat messages; None if it only has token ids.
 

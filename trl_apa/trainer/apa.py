@@ -28,13 +28,12 @@ from trl_apa.distributed.sharded import (
     keep_outputs_precise,
     policy_gathered,
     prepare_frozen,
-    serve_sharded_weights,
 )
 from trl_apa.models import PolicyAndValue, ValueModel, reference_policy
+from trl_apa.models.checkpointing import without_checkpointing
 from trl_apa.models.classic_outputs import answer_as_classic
 from trl_apa.models.layouts import Layouts, ShardedLayouts
-from trl_apa.models.network_checks import check_answers_text
-from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id, use_cache_kept
+from trl_apa.models.network_parts import Network, pad_token_id_of, use_cache_kept
 from trl_apa.rollout.batch import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.rollout.collating import collate, rows_of
 from trl_apa.rollout.generation import (
@@ -46,10 +45,11 @@ from trl_apa.rollout.generation import (
 )
 from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.rollout.sampling import EngineSampler, Sampler
-from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.rollout.scoring import Scorer
 from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
+from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
 from trl_apa.trainer.drift import DriftWatch
 from trl_apa.trainer.estimation import check_compared_rows, check_groups
 from trl_apa.trainer.experience import Experience
@@ -243,9 +243,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         set_seed(args.seed, device_specific=True)
 
         self._layouts = self._try_layouts()
-        if not is_sharded(self.accelerator):
-            with self.accelerator.autocast():
-                check_answers_text(module.policy)
+        check_policy_answers(module.policy, self.accelerator)
         self._note_what_scripts_read()
         if not is_sharded(self.accelerator):
             # There to be read before the first step, as accelerate wraps it; sharded weights are not there yet.
@@ -269,7 +267,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         """
         if (is_sharded(self.accelerator) or self.args.torch_compile) and self.args.padding_free:
             raise ValueError("padding_free=True does not work with FSDP, DeepSpeed or torch_compile; leave it out")
-        networks = [*self.model.networks(), *([] if self.ref_model is None else [self.ref_model])]
+        networks = networks_that_read(self.model, self.ref_model)
         if is_sharded(self.accelerator):
             return ShardedLayouts(networks)
         # Flash attention reads half precision alone.
@@ -284,22 +282,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         note_global_sizes(args, self.accelerator.num_processes)
 
     def _make_scorer(self, reward_funcs: Any, processing_classes: Any) -> Scorer | None:
-        if reward_funcs is None:
-            return None
-        functions = reward_functions(
-            reward_funcs,
-            processing_classes,
-            self.processing_class,
-            self.accelerator.device,
-            self.model,
-            self._end_token_ids,
-        )
-        args = self.args
-        for function in functions:
-            if isinstance(function, RewardModel):
-                function.check_fits(self.model.policy, args.max_prompt_length, args.max_completion_length)
-                serve_sharded_weights(function.model, self.accelerator)
-        return Scorer(functions, args.reward_weights, args.skip_unscored, args.reward_timeout)
+        args, given = self.args, (reward_funcs, processing_classes, self.processing_class, self.model)
+        options = {"skip_unscored": args.skip_unscored, "timeout": args.reward_timeout}
+        return make_scorer(*given, self._end_token_ids, self.accelerator, args, **options)
 
     def _begin(self, sampler: Sampler | None) -> None:
         """What changes from one iteration to the next, and the callbacks that see to it."""
@@ -367,8 +352,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     ) -> None:
         self._end_token_ids = end_token_ids(module.policy, tokenizer, stop_token_id)
         self._decoder_start_token_id = decoder_start_token_id(module.policy)
-        networks = [*module.networks(), *([] if self.ref_model is None else [self.ref_model])]
-        self._pad_token_id = padding_id(pad_token_id_of(tokenizer), networks)
+        self._pad_token_id = known_pad_id(tokenizer, module, self.ref_model)
 
     def _prompt_dataloader(self) -> DataLoader[Any] | None:
         """Called while all processes still have the same seed: each takes its own part of one order.
@@ -522,17 +506,11 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _module_for_generation(self) -> Iterator[PolicyAndValue]:
         """Out of its distributed wrapper, without gradient checkpointing; that comes back even on error."""
         module = self.accelerator.unwrap_model(self.model)
-        checkpointing = module.is_gradient_checkpointing
-        if checkpointing:
-            module.gradient_checkpointing_disable()
-        module.eval()
         gather = policy_gathered if self.args.ds3_gather_for_generation else nullcontext
-        try:
+        with without_checkpointing(module, self.args.gradient_checkpointing_kwargs):
+            module.eval()
             with gather(self.model_wrapped):
                 yield module
-        finally:
-            if checkpointing:
-                module.gradient_checkpointing_enable(self._checkpointing_kwargs())
 
     def _checkpointing_kwargs(self) -> dict[str, Any]:
         return self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}

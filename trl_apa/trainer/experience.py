@@ -123,6 +123,12 @@ class Experience(_BaseTrainer):
         logits = {} if found.logits_BRV is None else {"logits": found.logits_BRV}
         return {"logprobs": found.logprobs_BR, **logits}
 
+    def policy_and_reference(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a laid-out batch log pi, log pi_init and the entropy of the policy, nats, each `(B, R)`."""
+        with self.accelerator.autocast():
+            outputs = self._module_to_call(**self._model_inputs(batch), with_value=False, with_entropy=True)
+        return outputs["logprobs"], self._reference_outputs(batch)["logprobs"], outputs["entropy"]
+
     @property
     def _module_to_call(self) -> nn.Module:
         """For a pass without gradient: what has the weights, and waits for other processes only if it must."""

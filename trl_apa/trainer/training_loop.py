@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
 from trl_apa.distributed.sharded import is_sharded
-from trl_apa.evaluation.held_out import held_out_metrics
+from trl_apa.evaluation import held_out
 from trl_apa.models import load_policy_and_value
 from trl_apa.redaction.trackers import hide_secrets_from
 from trl_apa.rollout.batch import without_start_tokens
-from trl_apa.rollout.prompts import PROMPT_COLUMNS, PromptSource, as_rows, query_of
+from trl_apa.rollout.prompts import PromptSource, as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
 from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
@@ -387,14 +388,14 @@ class TrainingLoop(ResumableRuns):
     def _scores(
         self, texts: Texts, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
     ) -> Scores:
-        scores: Scores = self.scorer(*texts, queries, responses, _columns(rows))
+        scores: Scores = self.scorer(*texts, queries, responses, reward_columns(rows))
         return scores
 
     def _scores_on_all_processes(
         self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
     ) -> tuple[Texts, Scores]:
         """Prompts and completions, and their scores, failing everywhere if one process fails."""
-        texts, columns = self.processes.together(lambda: (self._texts(rows, queries, responses), _columns(rows)))
+        texts, columns = self.processes.together(lambda: (self._texts(rows, queries, responses), reward_columns(rows)))
         return texts, self.scorer(*texts, queries, responses, columns, self.processes.together)
 
     def score(
@@ -455,23 +456,24 @@ class TrainingLoop(ResumableRuns):
             raise ValueError("evaluate() needs eval_dataset, held-out prompts")
         if self.scorer is None:
             raise ValueError("evaluate() needs reward_funcs or reward_model")
-        if isinstance(dataset, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        rows = as_rows(dataset)
-        if not rows:
-            raise ValueError("eval_dataset has no rows")
         if not self.is_in_train:
             self._start_reporters()
-        try:
-            measured = held_out_metrics(self, rows)
-        except BaseException:
-            self._save_what_was_learned()
-            raise
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return held_out.evaluate(self, dataset, metric_key_prefix, self._save_what_was_learned)
+
+    def evaluation_steps(self) -> held_out.EvaluationSteps:
+        """How `evaluate` asks the policy and pi_init, and scores their responses."""
+        return held_out.EvaluationSteps(
+            query=self._query,
+            respond=partial(self._respond_on_all_processes, generate_ref_response=True),
+            logprobs=self.policy_and_reference,
+            score=lambda rows, queries, responses: self._scores_on_all_processes(rows, queries, responses)[1],
+            layouts=self._layouts,
+            pad_token_id=self._pad_token_id,
+            end_token_ids=self._end_token_ids,
+            decoder_start_token_id=self._decoder_start_token_id,
+            in_lockstep=True,
+            dtype=torch.float32,
+        )
 
     # ---- checkpoints ----
 
@@ -523,9 +525,3 @@ class TrainingLoop(ResumableRuns):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The data set's other columns, one value per row."""
-    names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
-    return {name: [row[name] for row in rows] for name in names}

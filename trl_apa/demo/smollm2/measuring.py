@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa.algorithms.kl import kl_full
 from trl_apa.algorithms.masking import keep_counted
+from trl_apa.evaluation.held_out import distinct_ngrams
 from trl_apa.models.network_parts import Network
 from trl_apa.models.reference import reference_policy
 from trl_apa.rollout.batch import pad_tokens, response_mask
@@ -45,7 +46,7 @@ def measure_responses(
     Returns:
         `reward`; `kl`, summed over each response's positions and the whole vocabulary at each, nats per response;
         `entropy`, nats per token; `perplexity`, exp of the mean negative log-prob of the tokens under the base without
-        adapters; `distinct_1` and `distinct_2`, see `distinct`; `length`, tokens.
+        adapters; `distinct_1` and `distinct_2`, see `held_out.distinct_ngrams`; `length`, tokens.
     """
     kl, entropy, negative_logprob = token_sums(policy, tokenizer, queries, responses, frozen=frozen)
     count, tokens = len(responses), sum(map(len, responses))
@@ -54,8 +55,7 @@ def measure_responses(
         "kl": kl / count,
         "entropy": entropy / tokens,
         "perplexity": torch.tensor(negative_logprob / tokens).exp().item(),
-        "distinct_1": distinct(responses, 1),
-        "distinct_2": distinct(responses, 2),
+        **{f"distinct_{n}": distinct_ngrams([response.tolist() for response in responses], n) for n in (1, 2)},
         "length": tokens / count,
     }
 
@@ -98,9 +98,3 @@ def token_sums(
 def _logprobs(policy: Network, batch: dict[str, Tensor], width: int) -> Tensor:
     logits_BRV: Tensor = policy(**batch, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
     return logits_BRV.float().log_softmax(dim=-1)
-
-
-def distinct(responses: Sequence[Tensor], n: int) -> float:
-    """Different runs of `n` tokens as a share of all such runs in the responses (distinct-n of Li et al., 2016)."""
-    runs = [tuple(tokens[i : i + n]) for tokens in (r.tolist() for r in responses) for i in range(len(tokens) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0

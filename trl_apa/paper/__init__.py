@@ -1,1 +1,0 @@
-"""The paper's figures: their curves, mini-scale runs and plots."""
