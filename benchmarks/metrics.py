@@ -1,6 +1,7 @@
 """How easily the code can be followed: `make metrics` prints what `docs/design.md` promises to keep small.
 
-- changes of file, and entries of the busiest file, between `step` and the first policy loss of a run;
+- changes of file, and entries of the busiest file, between `step` and the first policy loss of a run: of the calls,
+  and of a reader who follows them and opens each function once;
 - private names that a class of the trainer reads and does not define;
 - attributes that several classes of the trainer write;
 - functions whose body, without docstring, does not fit on a screen of 60 lines;
@@ -16,6 +17,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 
@@ -24,11 +26,11 @@ PACKAGE = ROOT / "trl_apa"
 SCREEN = 60  # lines
 
 
-def files_from_step_to_loss() -> list[str]:
-    """The package's files in the order in which a call enters them, from `step` to the first policy loss."""
+def calls_from_step_to_loss() -> list[tuple[str, CodeType]]:
+    """The package's file and the function of each call, in their order, from `step` to the first policy loss."""
     from tests.tiny import tiny_rollouts, tiny_trainer
 
-    entered: list[str] = []
+    entered: list[tuple[str, CodeType]] = []
 
     class LossReached(Exception):
         pass
@@ -41,7 +43,7 @@ def files_from_step_to_loss() -> list[str]:
     def trace(frame: Any, event: str, _: Any) -> None:
         file = frame.f_code.co_filename
         if event == "call" and file.startswith(str(PACKAGE)):
-            entered.append(str(Path(file).relative_to(PACKAGE)))
+            entered.append((str(Path(file).relative_to(PACKAGE)), frame.f_code))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = tiny_trainer(Path(folder), loss_type="apa")
@@ -192,12 +194,16 @@ def strict_errors() -> int | None:
 
 def measured(with_mypy: bool = True) -> dict[str, Any]:
     """All the numbers."""
-    path = changes(files_from_step_to_loss())
+    calls = calls_from_step_to_loss()
+    path = changes([file for file, _ in calls])
+    read = changes([file for file, _ in dict.fromkeys(calls)])
     parts = parts_of_trainer()
     sources = list(PACKAGE.rglob("*.py"))
     return {
         "changes_of_file_from_step_to_loss": len(path),
-        "most_entered_files": dict(Counter(path).most_common(5)),
+        "changes_of_file_if_each_function_is_read_once": len(read),
+        "files_from_step_to_loss": len(set(read)),
+        "most_entered_files": dict(Counter(read).most_common(5)),
         "classes_of_the_trainer": sorted(parts),
         "private_names_read_of_another_class": inherited_privates(parts),
         "attributes_with_several_writers": several_writers(parts),
