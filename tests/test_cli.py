@@ -1,6 +1,7 @@
 """The command line: what it refuses before it loads anything, what it reads, and one whole run in small."""
 
 import gzip
+import importlib.metadata
 import json
 import os
 import re
@@ -431,7 +432,7 @@ def test_env_names_versions_and_tells_no_secret(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_a_secret")
     assert run("env") == 0
     printed = capsys.readouterr().out
-    assert f"torch         {torch.__version__}" in printed and env.PACKAGES[2] in printed
+    assert f"torch         {importlib.metadata.version('torch')}" in printed and env.PACKAGES[2] in printed
     assert "secret" not in printed
 
 

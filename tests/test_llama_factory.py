@@ -28,6 +28,7 @@ from transformers import (
 from tests.test_docs import fenced
 from tests.tiny import lora_config, tiny_model, tiny_tokenizer
 from trl_apa import AutoModelForCausalLMWithValueHead, PPOTrainer
+from trl_apa.models.checkpointing import renamed_method
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "llama_factory"
@@ -511,7 +512,7 @@ def test_its_gradient_checkpointing_is_taken_over(tmp_path, folders):
     torch.manual_seed(2)
     model = load_with_head(tiny_model())
     base = model.pretrained_model
-    base.activation_checkpointing_enable({"use_reentrant": True})
+    renamed_method(base, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": True})
     base.gradient_checkpointing_enable = types.MethodType(patched, base)
     checkpointed = make(tmp_path, folders, training={"max_steps": 1}, changed={"model": model})
     checkpointed.ppo_train()

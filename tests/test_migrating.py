@@ -144,9 +144,9 @@ def test_the_table_of_defaults_is_right():
     compared = 0
     for name, (classic, second, _, ppo, apa) in rows.items():
         for cls, cell in ((PPOConfig, ppo), (APAConfig, apa)):
-            assert as_value(cell) == (
-                getattr(made[cls], name) or (None if cell == "none" else getattr(made[cls], name))
-            )
+            value = getattr(made[cls], name)
+            # What is off may be None or False, as the version of transformers has it.
+            assert as_value(cell) == (value or {"none": None, "False": False}.get(cell, value)), name
         for cell, facts, other_name in (
             (classic, FACTS["classic"]["options"], classic_name.get(name, name)),
             (second, FACTS["second_generation"]["last_defaults"], second_name.get(name, name)),

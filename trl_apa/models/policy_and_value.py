@@ -325,7 +325,7 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The layers of both networks, which FSDP2 cuts up one by one."""
+        """The layers of both networks, which FSDP2 shards one by one."""
         return sorted({name for network in self.networks() for name in network._no_split_modules or ()})
 
     def activation_checkpointing_enable(
@@ -343,8 +343,10 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
             renamed_method(network, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         self.train(self.training)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     gradient_checkpointing_disable = activation_checkpointing_disable
 
