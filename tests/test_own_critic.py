@@ -169,6 +169,15 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path):
         tiny_trainer(tmp_path, tiny_model("t5"), trainer_kwargs={"value_model": critic()})
 
 
+def test_weights_that_are_tied_are_saved_and_loaded(tmp_path):
+    module, other = critic(), critic(seed=1)
+    module.also = module.embed
+    other.also = other.embed
+    OwnValueModel(module).save_pretrained(tmp_path)
+    OwnValueModel(other).load_weights(tmp_path)
+    assert_same(other.state_dict(), module.state_dict(), tolerance=1e-30)
+
+
 def test_its_random_numbers_are_off(tmp_path):
     module = critic()
     module.read.dropout, module.embed = 0.5, nn.Sequential(module.embed, nn.Dropout(0.5))

@@ -226,7 +226,7 @@ def algorithm_of(loss_type: str) -> Algorithm:
     Raises:
         ValueError: naming `loss_type`, if there is no such algorithm.
     """
-    if loss_type in ALGORITHMS:
+    if isinstance(loss_type, str) and loss_type in ALGORITHMS:
         return ALGORITHMS[loss_type]
     algorithm = imported("loss_type", loss_type, Algorithm, ALGORITHMS)
     unknown = [name for name in algorithm.options if name not in SELECTIVE_OPTIONS]

@@ -100,7 +100,7 @@ def estimator_of(name: str) -> AdvantageEstimator:
     Raises:
         ValueError: naming `advantage_estimator`, if there is no such estimator.
     """
-    if name in ESTIMATORS:
+    if isinstance(name, str) and name in ESTIMATORS:
         return ESTIMATORS[name]
     estimator = imported("advantage_estimator", name, AdvantageEstimator, ESTIMATORS)
     unknown = [option for option in estimator.options if option not in ESTIMATOR_OPTIONS]

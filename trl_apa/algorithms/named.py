@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 T = TypeVar("T")
 
 
-def imported(option: str, value: str, kind: type[T], known: Iterable[str]) -> T:
+def imported(option: str, value: Any, kind: type[T], known: Iterable[str]) -> T:
     """The object that `value`, `"module:name"`, names.
 
     Args:
@@ -21,7 +21,7 @@ def imported(option: str, value: str, kind: type[T], known: Iterable[str]) -> T:
         ValueError: naming the option, if it is no such name, cannot be imported, or is of another class.
     """
     article = "an" if kind.__name__[0] in "AEIOU" else "a"
-    module, separator, name = value.partition(":")
+    module, separator, name = value.partition(":") if isinstance(value, str) else ("", "", "")
     if not separator:
         raise ValueError(
             f"{option}={value!r}: it should be one of {', '.join(known)}, or module:name of {article} {kind.__name__}"

@@ -74,8 +74,10 @@ class OwnValueModel(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
-        weights = {name.removeprefix("module."): tensor.cpu().contiguous() for name, tensor in state.items()}
-        save_file(weights, path / HEAD_WEIGHTS)
+        # Copies, because safetensors takes no two weights that are one, tied embeddings say.
+        save_file(
+            {n.removeprefix("module."): t.cpu().contiguous().clone() for n, t in state.items()}, path / HEAD_WEIGHTS
+        )
         description = {"kind": KIND, "class": f"{type(self.module).__module__}.{type(self.module).__qualname__}"}
         (path / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
