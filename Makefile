@@ -33,7 +33,7 @@ format: install ## format and sort imports
 test: install ## run the tests
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
-test-fast: install ## run part of nearly every test file in under two minutes: a second of each, no processes
+test-fast: install ## run part of nearly every test file in under two minutes: 0.6 CPU seconds of each, no processes
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -n auto --dist loadfile --fast $(ARGS)
 
 test-slow: install ## run the tests that take longest: launchers, a compiler, benchmarks, kills

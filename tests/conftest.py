@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("trl_apa")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="a second of each file, and no test that starts a process")
+    parser.addoption("--fast", action="store_true", help="a little of each file, and no test that starts a process")
 
 
 def pytest_configure(config):

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 
-SECONDS = 1.0
+SECONDS = 0.6
 
 
 class Fast:
