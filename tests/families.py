@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.tiny import SHARED
@@ -26,6 +28,8 @@ for stack in ("encoder", "decoder"):
     BART |= {f"{stack}_attention_heads": 2, f"{stack}_ffn_dim": 32, f"{stack}_layerdrop": 0.5}
 EXPERTS = {"num_local_experts": 4, "router_jitter_noise": 0.5}
 SWITCH = {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+# Doge's mask shows later tokens in older versions of transformers: the trainer refuses it.
+BROKEN = {"bias in the mask"} if Version(transformers.__version__) < Version("5.20") else set()
 # Name -> kind of model, and options beside the vocabulary.
 MODELS = {
     "llama": ("llama", DECODER),
@@ -55,6 +59,8 @@ MODELS = {
 def family_model(name, scale=4.0, **options):
     """In eval mode, with weights so large that positions and neighbours matter."""
     kind, given = MODELS[name]
+    if name in BROKEN:
+        pytest.skip(f"{kind} does not work in transformers {transformers.__version__}")
     try:
         config = AutoConfig.for_model(kind, **{**SHARED, **given, **options})
     except ValueError:

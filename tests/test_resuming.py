@@ -600,3 +600,11 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
     status, errors = interrupted_at_step_4(tmp_path, 60, signal.SIGINT, signal.SIGINT)
     assert status in (-signal.SIGINT, 130), errors
     assert steps_in(tmp_path) == []
+
+
+def test_a_file_is_loaded_to_a_cpu_with_an_index(tmp_path):
+    """As transformers below 5.20 does with the optimizer's state in several processes."""
+    torch.save({"state": torch.arange(3.0)}, tmp_path / "optimizer.pt")
+    for index in (0, 1):
+        loaded = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu", index), weights_only=True)
+        assert loaded["state"].tolist() == [0.0, 1.0, 2.0]

@@ -351,10 +351,12 @@ def test_defaults_do_not_warn_and_are_filled_in(tmp_path, config):
         ({"advantage_estimator": f"{HERE}:NOTHING"}, "cannot be imported"),
         (
             {"advantage_estimator": AdvantageEstimator(len)},
-            "it should be one of gae, group, leave_one_out, batch, or ",
+            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, or ",
         ),
-        ({"advantage_estimator": None}, "advantage_estimator=None: it should be one of gae"),
-        ({"loss_type": ["apa"]}, r"loss_type=\['apa'\]: it should be one of apa, awr, ppo, or module:name of an Algo"),
+        (
+            {"loss_type": ["apa"]},
+            r"loss_type=\['apa'\]: it should be one of apa, awr, ppo, .* or module:name of an Algo",
+        ),
         ({"advantage_estimator": f"{HERE}:HERE"}, "is a str: it should be an AdvantageEstimator"),
         ({"advantage_estimator": f"{HERE}:UNKNOWN_OPTION"}, r"has options \['beta'\]: it should have some of gamma, "),
         (

@@ -59,6 +59,14 @@ from trl_apa.trainer.run_identity import (
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+def _to_cpu_with_index(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# In several processes on CPUs the Trainer may load an optimizer to "cpu:0", "cpu:1", ..., which torch does not know.
+torch.serialization.register_package(99, lambda storage: None, _to_cpu_with_index)
 # What a checkpoint of 0.1.0 does not say.
 UNVERIFIED = "sizes and checksums of its files, its data, rewards, reference and most options"
 
