@@ -13,7 +13,7 @@ from tests.test_update import SPLITS, assert_same, row_advantages, row_logprobs
 from tests.tiny import VOCABULARY, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa import AutoModelForCausalLMWithValueHead
 from trl_apa.models import ValueModel
-from trl_apa.models.own_critic import OwnValueModel, right_padded
+from trl_apa.models.own_critic import OwnValueModel, own_value_model, right_padded
 from trl_apa.rollout.batch import Layout, lay_out
 from trl_apa.trainer.checkpoints import problem_with
 
@@ -184,3 +184,24 @@ def test_its_random_numbers_are_off(tmp_path):
     trainer = tiny_trainer(tmp_path, trainer_kwargs={"value_model": module.train()})
     trainer.step(*tiny_rollouts())
     assert trainer.model.value_model.module is module and not module.training
+
+
+def test_recurrent_layers_are_in_train_mode_without_dropout():
+    """cuDNN has no gradient of them in eval mode; torch's kernels for CPUs do not tell."""
+
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 8)
+            self.read = nn.LSTM(8, 8, num_layers=2, dropout=0.9, batch_first=True)
+            self.drop, self.value = nn.Dropout(0.9), nn.Linear(8, 1)
+
+        def forward(self, input_ids, attention_mask):
+            return self.value(self.drop(self.read(self.embed(input_ids))[0])).squeeze(-1)
+
+    module = Stacked()
+    made = own_value_model(module, VOCABULARY, torch.device("cpu")).train()
+    assert module.read.training and not module.drop.training
+    ids_BT = torch.arange(6)[None] + 2
+    given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    assert torch.equal(made.module(**given), made.module(**given))

@@ -14,7 +14,7 @@ from tests.test_training import trainer_for
 from tests.test_update import assert_same, parameters_after_step
 from tests.tiny import tiny_config, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
-from trl_apa.algorithms import ALGORITHMS
+from trl_apa.algorithms import ALGORITHMS, Algorithm
 from trl_apa.algorithms.kl import kl_estimate
 from trl_apa.algorithms.losses import ppo_loss
 from trl_apa.algorithms.policy_gradient import aggregated, cispo_loss, grpo_loss, kl_loss, rloo_loss
@@ -440,8 +440,7 @@ def test_options_of_the_policy_gradients(tmp_path):
         **dict.fromkeys(("apa", "awr", "ppo"), ("gae", None, True)),
         **dict.fromkeys(("grpo", "cispo"), ("group", "std", False)),
         "rloo": ("leave_one_out", None, False),
-        **dict.fromkeys(("mirror_descent", "rebel"), ("group", "none", False)),
-        "response_apa": ("group_log_mean_exp", None, False),
+        **dict.fromkeys(("mirror_descent", "rebel", "response_apa"), ("group", "none", False)),
     }
     own = tiny_config(tmp_path, loss_type="grpo", advantage_estimator="gae", whiten_advantages=True)
     assert (own.advantage_estimator, own.group_normalization, own.whiten_advantages) == ("gae", None, True)
@@ -459,6 +458,11 @@ def test_options_of_the_policy_gradients(tmp_path):
         ({"loss_type": "grpo", "loss_aggregation": "sum"}, "loss_aggregation='sum': it should be one of dapo"),
         ({"loss_type": "grpo", "kl_in": "both"}, "kl_in='both': it should be 'reward' or 'loss'"),
         ({"loss_type": "grpo", "kl_penalty": "full"}, "kl_penalty='full' needs kl_in='reward'"),
+        ({"loss_type": "ppo", "kl_in": "loss", "kl_penalty": "kl"}, "with kl_in='loss' charges nothing"),
+        (
+            {"loss_type": "rebel", "shuffle": "rows"},
+            "shuffle='rows' draws each response by itself, but loss_type='rebel'",
+        ),
         ({"loss_type": "grpo", "cliprange_high": 0.0}, "cliprange_high=0.0: it should be greater than 0"),
         ({"loss_type": "mirror_descent", "kl_coef": 0.0}, "kl_coef=0.0: it should be greater than 0"),
         ({"loss_type": "grpo", "advantage_estimator": "group_log_mean_exp"}, "kl_coef=0.0 has no log mean exp"),
@@ -489,6 +493,71 @@ def test_rebel_compares_what_a_forward_pass_holds_or_says_why_it_cannot(tmp_path
         mine(tiny_config(tmp_path, loss_type="rebel"), tiny_model(), tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="num_generations=3 and per_device_train_batch_size=2: loss_type='rebel'"):
         trainer_for(tmp_path, loss_type="rebel", num_generations=3, batch_size=6, mini_batch_size=2).train()
+
+
+def test_a_ratio_of_a_response_that_overflows_is_clipped_like_another():
+    logprobs = torch.full((2, 100), 1.0, requires_grad=True)
+    mask = torch.ones(2, 100, dtype=torch.bool)
+    for advantage, gradient in ((1.0, 0.0), (0.0, 0.0)):
+        logprobs.grad = None
+        loss, _ = rloo_loss(logprobs, torch.zeros(2, 100), torch.full((2, 100), advantage), mask, 0.2)
+        loss.backward()
+        assert torch.isfinite(loss) and logprobs.grad.abs().max().item() == gradient
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "more"),
+    [("rloo", {}), ("mirror_descent", {}), ("response_apa", {}), ("grpo", {"loss_aggregation": "grpo"}), ("ppo", {})],
+)
+def test_an_override_of_loss_that_changes_nothing_changes_nothing(tmp_path, loss_type, more):
+    """Also where the loss is a mean over responses, and micro-batches have other shares of the tokens than of them."""
+
+    class Mine(APATrainer):
+        def loss(self, *args):
+            return super().loss(*args)
+
+    options = {"loss_type": loss_type, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, **more}
+    options |= {"mini_batch_size": 1, "gradient_accumulation_steps": 4, "advantage_estimator": "group"}
+    config = tiny_config(tmp_path, **options)
+    expected = parameters_after_step(tiny_trainer(tmp_path, **options), *tiny_pairs())
+    mine = Mine(config, tiny_model(), tokenizer=tiny_tokenizer())
+    assert_same(parameters_after_step(mine, *tiny_pairs()), expected, tolerance=1e-5)
+
+
+def test_kl_in_belongs_to_a_config_from_the_start(tmp_path):
+    config = tiny_config(tmp_path, loss_type="ppo")
+    with pytest.raises(ValueError, match=r"kl_in=.loss. is set after .*give it when the config is made"):
+        config.kl_in = "loss"
+    trainer = tiny_trainer(tmp_path, loss_type="ppo")
+    with pytest.raises(ValueError, match="config has kl_in='loss', this trainer 'reward': make a new trainer"):
+        trainer.config = tiny_config(tmp_path, loss_type="ppo", kl_in="loss")
+    for name in ("init_kl_coef", "kl_estimator"):
+        value = 0.3 if name == "init_kl_coef" else "k1"
+        with pytest.warns(UserWarning, match=f"{name}=.* has no effect with .*: only kl_in='reward' reads it"):
+            made = tiny_config(tmp_path, loss_type="grpo", kl_coef=0.1, **{name: value})
+        assert made.kl_penalty == "k3"
+
+
+def test_what_is_reported_does_not_depend_on_kl_in_the_loss(tmp_path):
+    class Mine(APATrainer):
+        def compute_rewards(self, *args):
+            return super().compute_rewards(*args)
+
+    options = {"loss_type": "grpo", "kl_coef": 0.1, "learning_rate": 0.01}
+    stats = []
+    for trainer_class in (APATrainer, Mine):
+        trainer = trainer_class(tiny_config(tmp_path, **options), tiny_model(), tokenizer=tiny_tokenizer())
+        trainer.step(*tiny_pairs())
+        stats.append(trainer.step(*tiny_pairs()))
+    assert stats[0]["objective/kl"] == pytest.approx(stats[1]["objective/kl"], abs=1e-5)
+    assert stats[0]["objective/kl_coef"] == 0.1
+
+
+def test_an_algorithm_of_the_users_may_let_an_option_say_where_kl_is_charged(tmp_path):
+    charged = Algorithm(
+        ALGORITHMS["grpo"].loss, options={"kl_in": "loss", "cliprange": 0.2, "loss_aggregation": "dapo"}
+    )
+    assert charged.options["kl_penalty"] == "kl" and charged.options["target"] == 6.0
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "rebel"])

@@ -89,7 +89,7 @@ class Algorithm:
         return self.kl_in_reward or "kl_in" in self.options
 
     def __post_init__(self) -> None:
-        options = {**KL_CONTROL, **self.options} if self.kl_in_reward else dict(self.options)
+        options = {**KL_CONTROL, **self.options} if self.prices_kl else dict(self.options)
         object.__setattr__(self, "options", MappingProxyType(options))
         object.__setattr__(self, "defaults", MappingProxyType({**DEFAULTS, **self.defaults}))
 
@@ -213,7 +213,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "response_apa": Algorithm(
         _response_apa,
         kl_coef=0.2,
-        defaults={"advantage_estimator": "group_log_mean_exp", "whiten_advantages": False},
+        defaults={"advantage_estimator": "group", "whiten_advantages": False},
     ),
 }
 # Options that only some algorithms read.

@@ -135,8 +135,9 @@ def log_mean_exp_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, prompt
         R_i = sum over the tokens of response i of its rewards
         Adv_i = R_i - tau log mean_j exp(R_j / tau)
 
-    `tau log Z(x) = tau log E exp(R / tau)`, over the responses of the policy that sampled, is what the squared errors
-    on complete responses have to subtract (Kimi k1.5, arXiv 2501.12599, section 2.3.2; V* of A*-PO, arXiv 2505.20686).
+    `tau log Z(x) = tau log E exp(R / tau)`, over the responses of the policy that sampled, is what a squared error
+    with that policy as anchor has to subtract (Kimi k1.5, arXiv 2501.12599, section 2.3.2). With pi_init as anchor the
+    expectation is over pi_init (V* of A*-PO, arXiv 2505.20686): once the policy has moved, this is too high for it.
     It lies between the group's mean (large tau) and its best response (small tau). From few responses it is estimated
     too low, by Jensen's inequality.
 

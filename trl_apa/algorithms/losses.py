@@ -144,21 +144,46 @@ def ppo_loss(
             bool.
     """
     check_positive("cliprange", cliprange)
+    ratio, advantages = ratio_and_advantages(logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR)
+    worst, is_clipped = clipped_surrogate(ratio, advantages, cliprange, cliprange)
+    return masked_mean(worst, response_mask_BR, num_tokens), {
+        **policy_shift(logprobs_BR, old_logprobs_BR, response_mask_BR, num_tokens),
+        "clipfrac": masked_mean(is_clipped, response_mask_BR, num_tokens),
+    }
+
+
+def ratio_and_advantages(
+    logprobs_BR: Tensor, old_logprobs_BR: Tensor, advantages_BR: Tensor, response_mask_BR: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    pi_theta / pi_old of each token, with gradient, and its advantage, both `(B, R)`: 1 and 0 behind the mask.
+
+    Args:
+        logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR: as for `ppo_loss`.
+
+    Raises:
+        ValueError: if a shape is not the mask's `(B, R)`, or the mask is not bool.
+    """
     check_response_tensors(
         response_mask_BR, logprobs_BR=logprobs_BR, old_logprobs_BR=old_logprobs_BR, advantages_BR=advantages_BR
     )
     logprobs = keep_counted(logprobs_BR, response_mask_BR)
     old_logprobs = keep_counted(old_logprobs_BR.detach(), response_mask_BR)
-    advantages = keep_counted(advantages_BR.detach(), response_mask_BR)
-    log_ratio = logprobs - old_logprobs
-    ratio = torch.exp(log_ratio)
+    return torch.exp(logprobs - old_logprobs), keep_counted(advantages_BR.detach(), response_mask_BR)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """
+    `max(-rho Adv, -clip(rho, 1 - low, 1 + high) Adv)`, and 1 where its gradient is clipped away, else 0.
+
+    Args:
+        ratio: rho, of tokens or of responses, any shape.
+        advantages: Adv, the same shape.
+        low, high: clip ranges, ratios.
+    """
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    loss = masked_mean(torch.maximum(unclipped, clipped), response_mask_BR, num_tokens)
-    return loss, {
-        **policy_shift(logprobs_BR, old_logprobs_BR, response_mask_BR, num_tokens),
-        "clipfrac": masked_mean((clipped > unclipped).to(clipped.dtype), response_mask_BR, num_tokens),
-    }
+    clipped = -advantages * ratio.clamp(1.0 - low, 1.0 + high)
+    return torch.maximum(unclipped, clipped), (clipped > unclipped).to(clipped.dtype)
 
 
 def value_loss(

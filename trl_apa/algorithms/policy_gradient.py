@@ -6,11 +6,10 @@ gradients of its micro-batches add up to those of the step: `num_tokens`, its co
 responses with a counted token. Without them the counts are those of the given mask.
 """
 
-import torch
 from torch import Tensor
 
 from trl_apa.algorithms.kl import kl_estimate
-from trl_apa.algorithms.losses import Stats, policy_shift
+from trl_apa.algorithms.losses import Stats, clipped_surrogate, policy_shift, ratio_and_advantages
 from trl_apa.algorithms.masking import check_positive, check_response_tensors, keep_counted, masked_mean
 
 
@@ -104,14 +103,12 @@ def grpo_loss(
     cliprange_high = cliprange if cliprange_high is None else cliprange_high
     check_positive("cliprange", cliprange)
     check_positive("cliprange_high", cliprange_high)
-    ratio, advantages = _ratio_and_advantages(logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR)
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange_high)
-    worst = torch.maximum(unclipped, clipped)
+    ratio, advantages = ratio_and_advantages(logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR)
+    worst, is_clipped = clipped_surrogate(ratio, advantages, cliprange, cliprange_high)
     loss = aggregated(worst, response_mask_BR, aggregation, num_tokens, num_responses, max_length)
     return loss, {
         **policy_shift(logprobs_BR, old_logprobs_BR, response_mask_BR, num_tokens),
-        "clipfrac": masked_mean((clipped > unclipped).to(clipped.dtype), response_mask_BR, num_tokens),
+        "clipfrac": masked_mean(is_clipped, response_mask_BR, num_tokens),
     }
 
 
@@ -148,7 +145,7 @@ def cispo_loss(
             not bool.
     """
     check_positive("cliprange_high", cliprange_high)
-    ratio, advantages = _ratio_and_advantages(logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR)
+    ratio, advantages = ratio_and_advantages(logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR)
     weight = ratio.detach()
     clipped = weight.clamp(max=1.0 + cliprange_high)
     per_token = -clipped * advantages * keep_counted(logprobs_BR, response_mask_BR)
@@ -200,12 +197,12 @@ def rloo_loss(
     check_positive("cliprange_high", cliprange_high)
     log_ratio_B, advantages_B = response_sums(logprobs_BR, old_logprobs_BR, advantages_BR, response_mask_BR)
     counts_B = response_mask_BR.any(dim=1)
-    ratio_B = log_ratio_B.exp()
-    unclipped_B = -advantages_B * ratio_B
-    clipped_B = -advantages_B * ratio_B.clamp(1.0 - cliprange, 1.0 + cliprange_high)
-    return masked_mean(torch.maximum(unclipped_B, clipped_B), counts_B, num_responses), {
+    # A ratio that overflows has no gradient that is a number, though it is clipped; exp(80) is still one.
+    ratio_B = log_ratio_B.clamp(max=80.0).exp()
+    worst_B, is_clipped_B = clipped_surrogate(ratio_B, advantages_B, cliprange, cliprange_high)
+    return masked_mean(worst_B, counts_B, num_responses), {
         **policy_shift(logprobs_BR, old_logprobs_BR, response_mask_BR, num_tokens),
-        "clipfrac": masked_mean((clipped_B > unclipped_B).to(clipped_B.dtype), counts_B, num_responses),
+        "clipfrac": masked_mean(is_clipped_B, counts_B, num_responses),
     }
 
 
@@ -234,7 +231,7 @@ def kl_loss(
         aggregation, num_tokens, num_responses, max_length: as in the loss that it is added to, see [`aggregated`].
 
     Returns:
-        0-d `Tensor`, nats a token.
+        0-d `Tensor`, nats a token, or with `"sum"` nats a response.
 
     Raises:
         ValueError: if `kl_penalty` is none of these, a shape is not the mask's `(B, R)`, or the mask is not bool.
@@ -272,14 +269,3 @@ def response_sums(
     anchor_logprobs = keep_counted(anchor_logprobs_BR.detach(), response_mask_BR)
     advantages = keep_counted(advantages_BR.detach(), response_mask_BR)
     return (logprobs - anchor_logprobs).sum(dim=1), advantages.sum(dim=1) / response_mask_BR.sum(dim=1).clamp(min=1)
-
-
-def _ratio_and_advantages(
-    logprobs_BR: Tensor, old_logprobs_BR: Tensor, advantages_BR: Tensor, response_mask_BR: Tensor
-) -> tuple[Tensor, Tensor]:
-    check_response_tensors(
-        response_mask_BR, logprobs_BR=logprobs_BR, old_logprobs_BR=old_logprobs_BR, advantages_BR=advantages_BR
-    )
-    logprobs = keep_counted(logprobs_BR, response_mask_BR)
-    old_logprobs = keep_counted(old_logprobs_BR.detach(), response_mask_BR)
-    return torch.exp(logprobs - old_logprobs), keep_counted(advantages_BR.detach(), response_mask_BR)

@@ -118,7 +118,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
             KL penalty in the reward; `"grpo"`, `"cispo"`, `"rloo"`, `"mirror_descent"`, `"rebel"` or
             `"response_apa"` (`docs/algorithm.md` compares them); or `"module:name"` of an algorithm of your own
-            (`docs/extending.md`). Nothing else changes with it.
+            (`docs/extending.md`). The defaults below that depend on it change with it, and nothing else. Make a new
+            config for another loss: `dataclasses.replace` keeps what the first one has filled in.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
             `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses. For PPO it is the initial
@@ -129,8 +130,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others,
             `"group_log_mean_exp"`, minus `kl_coef` times log Z estimated from the group, or `"batch"`, minus the mean
             of the iteration; or `"module:name"` of an estimator of your own (`docs/extending.md`). Defaults to `"gae"`
-            for APA, AWR, PPO and algorithms of your own, to `"group"` for GRPO, CISPO, REBEL and mirror descent, to
-            `"leave_one_out"` for RLOO, to `"group_log_mean_exp"` for APA on responses.
+            for APA, AWR, PPO and algorithms of your own, to `"leave_one_out"` for RLOO, to `"group"` for the others.
         group_normalization (`str`, *optional*):
             With `advantage_estimator="group"`: `"none"`, or `"std"`, which divides by the standard deviation of the
             prompt's rewards. Defaults to `"std"` for GRPO and CISPO, else to `"none"`.
@@ -621,8 +621,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         elif name in OF_KL_CONTROL and not self.kl_in_reward:
             self._warn_without_effect(name)
         elif getattr(self, name) is None:
-            in_loss = name == "kl_penalty" and not self.kl_in_reward
-            setattr(self, name, "k3" if in_loss else self.algorithm.options[name])
+            in_the_loss = name == "kl_penalty" and not self.kl_in_reward
+            setattr(self, name, "k3" if in_the_loss else self.algorithm.options[name])
 
     def _warn_without_effect(self, name: str) -> None:
         if getattr(self, name) is None:
@@ -641,6 +641,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 raise ValueError(f"{name}={value}: it should be greater than 0")
         if self.shuffle not in (None, "rows", "groups"):
             raise ValueError(f"shuffle={self.shuffle!r}: it should be 'rows' or 'groups'")
+        if self.shuffle == "rows" and self.algorithm.compares_responses:
+            raise ValueError(
+                f"shuffle='rows' draws each response by itself, but loss_type={self.loss_type!r} compares those to "
+                "one prompt: leave it out"
+            )
         check_optimizer_options(self)
         if self.value_max_grad_norm is not None and self.reads("value_max_grad_norm") and not self.max_grad_norm:
             raise ValueError(
@@ -664,8 +669,14 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
         if self.kl_in not in (None, "reward", "loss"):
             raise ValueError(f"kl_in={self.kl_in!r}: it should be 'reward' or 'loss'")
-        if self.reads("kl_penalty") and self.kl_penalty == "full" and not self.kl_in_reward:
+        in_loss = self.reads("kl_in") and not self.kl_in_reward
+        if in_loss and self.kl_penalty == "full":
             raise ValueError("kl_penalty='full' needs kl_in='reward': in the loss only sampled tokens are known")
+        if in_loss and self.kl_penalty == "kl" and self.kl_coef != 0:
+            raise ValueError(
+                "kl_penalty='kl' with kl_in='loss' charges nothing: the expected gradient of log pi - log pi_init is "
+                "0. Set kl_penalty to 'mse' or 'k3', or kl_in='reward'"
+            )
         if self.loss_aggregation not in (None, *AGGREGATIONS[:3]):
             names = ", ".join(AGGREGATIONS[:3])
             raise ValueError(f"loss_aggregation={self.loss_aggregation!r}: it should be one of {names}")
@@ -682,8 +693,9 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
 
 def readers_of(name: str) -> str:
     """Which losses read an option, in words."""
-    charged = name in ("init_kl_coef", "kl_estimator")
-    readers = [loss for loss, algorithm in ALGORITHMS.items() if ("kl_in" if charged else name) in algorithm.options]
+    if name in ("init_kl_coef", "kl_estimator"):
+        return "only kl_in='reward' reads it"
+    readers = [loss for loss, algorithm in ALGORITHMS.items() if name in algorithm.options]
     *first, last = map(repr, readers)
     return f"only {', '.join(first)} and {last} read it" if first else f"only {last} reads it"
 

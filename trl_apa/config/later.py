@@ -53,6 +53,7 @@ FIXED: dict[str, Fixed] = {
         "give it when the config is made",
         *(
             "loss_type",
+            "kl_in",
             "advantage_estimator",
             "bf16",
             "fp16",
@@ -111,7 +112,7 @@ FIXED: dict[str, Fixed] = {
     **_fixed(
         Moment.TRAINER,
         "set it before the trainer is made",
-        *("num_unfrozen_layers", "model_adapter_name", "ref_adapter_name", "padding_free", "stop_token_id", "kl_in"),
+        *("num_unfrozen_layers", "model_adapter_name", "ref_adapter_name", "padding_free", "stop_token_id"),
         *("reward_weights", "skip_unscored", "reward_timeout", "remove_unused_columns"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "use_liger_kernel", "liger_kernel_config", "parallelism_config"),

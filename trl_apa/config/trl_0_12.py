@@ -118,7 +118,7 @@ def translate(config: "APAConfig") -> None:
         penalty = KL_ESTIMATORS[config.kl_estimator]
         if config.kl_penalty not in (None, penalty):
             raise ValueError(f"kl_estimator={config.kl_estimator!r} and kl_penalty={config.kl_penalty!r}: set one")
-        if config.reads("kl_penalty"):
+        if config.reads("kl_penalty") and config.kl_in_reward:
             config.kl_penalty = penalty
     if config.kl_in_reward and _is_trl_0_12(config):
         # Those trainers had no controller.

@@ -49,6 +49,8 @@ def make_repeatable(network: nn.Module, checkpointing: bool = False) -> None:
     modules = list(network.modules())
     for module in modules:
         training = _needs_train_mode(type(module))  # type: ignore[arg-type]  # a class is hashable
+        if isinstance(module, nn.RNNBase):  # of which cuDNN has a gradient in train mode alone
+            training, module.dropout = True, 0.0
         if module.training is not training:  # torch takes longer to set it than to look
             module.training = training
         if CHECKPOINTED in vars(module):

@@ -589,7 +589,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
         self.run_state.end_iteration(stats["objective/kl"])
-        self.drift.look(stats)
+        # Losses with the policy that sampled as anchor have targets near it, not near pi_init.
+        near = {"apa/policy/unexplained"} if self.args.algorithm.needs_old_logprobs else set()
+        self.drift.look({name: value for name, value in stats.items() if name not in near})
         rollouts = iteration.rollouts
         num_tokens = sum(len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses, strict=True))
         return stats | timer.as_statistics(num_tokens) | overridden
@@ -652,7 +654,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         if "apa/val/error" in stats:
             stats["apa/val/var_explained"] = 1 - stats["apa/val/error"] / max(stats["apa/returns/var"], 1e-8)
         stats.update(record.mean_grad_norms())
-        stats["objective/kl_coef"] = self.kl_ctl.value
+        stats["objective/kl_coef"] = args.kl_coef if args.kl_in == "loss" else self.kl_ctl.value
         if known_BR is None:
             stats["objective/kl_at_first_visits"] = stats["objective/kl"]
         stats["apa/mean_non_score_reward"] = 0.0
@@ -663,9 +665,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             if everywhere.non_score_rewards_BR is not None:
                 mean_reward = masked_mean(everywhere.non_score_rewards_BR, everywhere.response_mask_BR)
                 stats["apa/mean_non_score_reward"] = float(mean_reward)
-            # The KL that the reward is charged for, which the controller is to hold: k1 if kl_penalty is "kl".
-            stats["objective/kl"] = float(penalty_BR.sum(dim=1).mean())
-            stats["objective/kl_dist"] = penalty_BR.sum(dim=1).cpu().numpy()
+            if args.kl_in != "loss":
+                # The KL that the reward is charged for, which the controller is to hold: k1 if kl_penalty is "kl".
+                stats["objective/kl"] = float(penalty_BR.sum(dim=1).mean())
+                stats["objective/kl_dist"] = penalty_BR.sum(dim=1).cpu().numpy()
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats

@@ -28,6 +28,10 @@ from trl_apa.trainer.options_in_use import OptionsInUse
 from trl_apa.trainer.validation import check_step_inputs, check_type
 
 
+# Losses that do not read log pi_init, unless KL is charged in the loss.
+WITHOUT_REFERENCE = ("ppo", "awr", "grpo", "cispo", "rloo", "mirror_descent", "rebel")
+
+
 class ClassicMethods(_BaseTrainer):
     """The part of `APATrainer` that scripts for TRL <= 0.11 reach into.
 
@@ -39,6 +43,7 @@ class ClassicMethods(_BaseTrainer):
     args: Any
     # What `loss` reads beside its arguments while `step` calls it: log pi_init of the same tokens.
     _ref_logprobs_of_loss: Tensor | None = None
+    _num_responses_of_loss: Tensor | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,9 +129,7 @@ class ClassicMethods(_BaseTrainer):
                 f"compute_advantages gets values and no prompts, but advantage_estimator="
                 f"{self.args.advantage_estimator!r} reads others; call its function in trl_apa.algorithms.advantages"
             )
-        advantages, returns = advantages_and_returns(
-            RewardedRows(rewards, counted, values), self.args, self.accelerator
-        )
+        advantages, returns = advantages_and_returns(RewardedRows(rewards, counted, values), self.args, self.processes)
         assert returns is not None  # needs_values
         return keep_counted(values, counted), advantages, returns
 
@@ -158,7 +161,8 @@ class ClassicMethods(_BaseTrainer):
                 running.
         """
         args, counted = self.args, mask.bool()
-        reads_reference = args.loss_type not in ("ppo", "awr") or args.kl_in == "loss"
+        charged = args.kl_in == "loss" and args.kl_coef != 0
+        reads_reference = args.loss_type not in WITHOUT_REFERENCE or charged
         if self._ref_logprobs_of_loss is None and reads_reference:
             raise ValueError(
                 f"loss() with loss_type={args.loss_type!r} reads the reference's log-probs, which are not among its "
@@ -166,7 +170,8 @@ class ClassicMethods(_BaseTrainer):
             )
         ref_logprobs: Any = self._ref_logprobs_of_loss  # None where the algorithm does not read it
         num_tokens = counted.sum().clamp(min=1)
-        tokens = PolicyTokens(logprobs, ref_logprobs, advantages, counted, num_tokens, old_logprobs)
+        read = (logprobs, ref_logprobs, advantages, counted, num_tokens, old_logprobs, self._num_responses_of_loss)
+        tokens = PolicyTokens(*read)
         policy_term, policy_stats = args.algorithm.loss(tokens, args)
         value_term = torch.zeros_like(policy_term)
         value_stats: dict[str, Tensor] = {}
@@ -315,13 +320,10 @@ class ClassicMethods(_BaseTrainer):
     @config.setter
     def config(self, config: APAConfig) -> None:
         check_type("config", config, APAConfig)
-        if config.loss_type != self.args.loss_type:
-            raise ValueError(
-                f"config has loss_type={config.loss_type!r}, this trainer {self.args.loss_type!r}: make a new trainer"
-            )
-        if config.advantage_estimator != self.args.advantage_estimator:
-            given, own = config.advantage_estimator, self.args.advantage_estimator
-            raise ValueError(f"config has advantage_estimator={given!r}, this trainer {own!r}: make a new trainer")
+        for name in ("loss_type", "advantage_estimator", "kl_in"):
+            given, own = getattr(config, name), getattr(self.args, name)
+            if given != own:
+                raise ValueError(f"config has {name}={given!r}, this trainer {own!r}: make a new trainer")
         self.args = config
         self._note_what_scripts_read()
         self._follow_options(self._options_in_use.counts_episodes)

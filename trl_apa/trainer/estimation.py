@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa.algorithms.estimators import RewardedRows, check_estimates
 from trl_apa.algorithms.masking import masked_whiten
+from trl_apa.distributed.processes import Processes
 from trl_apa.rollout.batch import Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries, groups_of_equal_size, query_keys
 
@@ -17,26 +18,26 @@ from trl_apa.rollout.shared_prompts import equal_queries, groups_of_equal_size, 
 SHOWN = 60
 
 
-def estimate_advantages(rollouts: Rollouts, args: Any, accelerator: Accelerator) -> None:
+def estimate_advantages(rollouts: Rollouts, args: Any, processes: Processes) -> None:
     """Fill in advantages and, with a value model, returns.
 
     Args:
         rollouts: with token rewards, and values where the estimator needs them.
         args: the trainer's options.
-        accelerator: of the run.
+        processes: of the run.
     """
     prompts_B = query_keys(rollouts.queries).to(rollouts.device) if args.estimator.needs_groups else None
     rows = RewardedRows(rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.values_BR, prompts_B)
-    rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rows, args, accelerator)
+    rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rows, args, processes)
 
 
-def advantages_and_returns(rows: RewardedRows, args: Any, accelerator: Accelerator) -> tuple[Tensor, Tensor | None]:
+def advantages_and_returns(rows: RewardedRows, args: Any, processes: Processes) -> tuple[Tensor, Tensor | None]:
     """What the estimator says, whitened over all processes if the options say so.
 
     Args:
         rows: of this process.
         args: the trainer's options.
-        accelerator: of the run.
+        processes: of the run.
 
     Returns:
         Advantages (reward units, or whitened) and returns (reward units; None without a value model), `(B, R)`.
@@ -44,7 +45,8 @@ def advantages_and_returns(rows: RewardedRows, args: Any, accelerator: Accelerat
     Raises:
         ValueError: naming `advantage_estimator`, if it returns something else than it should.
     """
-    mask_BR, distributed = rows.response_mask_BR, accelerator.num_processes > 1
+    accelerator, mask_BR = processes.accelerator, rows.response_mask_BR
+    distributed = accelerator.num_processes > 1
     if args.whiten_rewards:
         rewards_BR = masked_whiten(rows.rewards_BR, mask_BR, shift_mean=False, distributed=distributed)
         rows = rows._replace(rewards_BR=rewards_BR)
@@ -53,8 +55,13 @@ def advantages_and_returns(rows: RewardedRows, args: Any, accelerator: Accelerat
         first = accelerator.process_index * len(mask_BR)
         own = slice(first, first + len(mask_BR)), slice(mask_BR.shape[1])
         rows = rows_of_all_processes(rows, accelerator)
-    estimates = estimator.estimate(rows, args)
-    advantages_BR, returns_BR = check_estimates(args.advantage_estimator, estimator, estimates, rows.response_mask_BR)
+
+    def estimate() -> tuple[Tensor, Tensor | None]:
+        estimates = estimator.estimate(rows, args)
+        return check_estimates(args.advantage_estimator, estimator, estimates, rows.response_mask_BR)
+
+    # Together: an estimator of the user's may fail on the rows of one process alone.
+    advantages_BR, returns_BR = processes.together(estimate)
     advantages_BR = advantages_BR[own]
     if args.whiten_advantages:
         advantages_BR = masked_whiten(advantages_BR, mask_BR, distributed=distributed)

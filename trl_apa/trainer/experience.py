@@ -39,7 +39,7 @@ class Experience(_BaseTrainer):
             if self._calls("compute_advantages"):
                 advantages_by_override(self, rollouts)
             else:
-                estimate_advantages(rollouts, self.args, self.accelerator)
+                estimate_advantages(rollouts, self.args, self.processes)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self._layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)

@@ -112,6 +112,10 @@ def loss_by_override(
     """
     mask_BR = batch["response_mask"]
     trainer._ref_logprobs_of_loss = batch["ref_logprobs"]
+    share = mask_BR.sum() / batch["num_tokens"]
+    if "num_responses" in batch:
+        # What is divided by it is multiplied by the share of the tokens below.
+        trainer._num_responses_of_loss = (share * batch["num_responses"]).clamp(min=1e-8)
     try:
         returned = trainer.loss(
             batch["old_logprobs"],
@@ -124,9 +128,8 @@ def loss_by_override(
             batch.get("returns"),
         )
     finally:
-        trainer._ref_logprobs_of_loss = None
+        trainer._ref_logprobs_of_loss = trainer._num_responses_of_loss = None
     policy_term, value_term, stats = _checked("loss", returned, 3)
-    share = mask_BR.sum() / batch["num_tokens"]
     numbers = {f"apa/{name}": share * number for name, number in _numbers(flatten_dict(stats), mask_BR).items()}
     return share * policy_term, share * value_term, numbers
 

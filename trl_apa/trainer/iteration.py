@@ -21,7 +21,7 @@ class Iteration:
         rollouts: with log pi_init and advantages, and with a value model values and returns, filled in.
         ended_B: bool, whether a response ended with EOS.
         plan: the rows of each optimizer step, an epoch after the other.
-        num_tokens: counted tokens of each optimizer step on all processes, float32 `(len(plan),)`.
+        num_tokens: counted tokens of each optimizer step on all processes, `(len(plan),)`.
         num_responses: responses with a counted token, likewise; None in an iteration that an older version saved.
         groups: a number for each row, the same for rows that the loss compares; None if it compares none.
         steps_per_epoch: optimizer steps of one pass over the rollouts.

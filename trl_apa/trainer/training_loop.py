@@ -37,7 +37,7 @@ from trl_apa.trainer.validation import check_score_inputs
 
 logger = logging.getLogger(__name__)
 # Options that the coefficient of the KL penalty, and what adapts it, are made from.
-CONTROLLER_OPTIONS = {"loss_type", "kl_coef", "adap_kl_ctrl", "target", "horizon"}
+CONTROLLER_OPTIONS = {"loss_type", "kl_in", "kl_coef", "adap_kl_ctrl", "target", "horizon"}
 
 
 class EndOfIteration(TrainerCallback):
@@ -162,8 +162,8 @@ class TrainingLoop(ResumableRuns):
         if args.algorithm.compares_responses and math.gcd(args.num_generations, size) < 2:
             raise ValueError(
                 f"num_generations={args.num_generations} and per_device_train_batch_size={size}: "
-                f"loss_type={args.loss_type!r} compares responses to a prompt in a forward pass; both should be "
-                "multiples of 2 or of another number"
+                f"loss_type={args.loss_type!r} compares responses to a prompt in a forward pass; they should "
+                "have a common divisor of 2 or more"
             )
         self._source = PromptSource(
             self.train_dataset,
