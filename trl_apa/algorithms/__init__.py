@@ -18,23 +18,21 @@ KL_CONTROL = {"adap_kl_ctrl": True, "target": 6.0, "horizon": 10000.0, "kl_penal
 # Where KL is charged by default: in GRPO's loss, in RLOO's reward.
 KL_IN_LOSS = {**KL_CONTROL, "kl_in": "loss", "adap_kl_ctrl": False}
 KL_IN_REWARD = {**KL_CONTROL, "kl_in": "reward", "adap_kl_ctrl": False}
-
-
 # Of options whose default is the algorithm's.
 DEFAULTS = {"advantage_estimator": "gae", "group_normalization": "none", "whiten_advantages": True}
 GRPO_DEFAULTS = {"advantage_estimator": "group", "group_normalization": "std", "whiten_advantages": False}
 
 
 class PolicyTokens(NamedTuple):
-    """What a policy loss reads of a micro-batch, all `(B, R)`.
+    """What a policy loss reads of a micro-batch, `(B, R)` unless another shape is named.
 
     Args:
         logprobs_BR: sampled tokens under pi_theta, nats; carries the gradient.
         ref_logprobs_BR: the same tokens under pi_init, nats.
         advantages_BR: reward units, or whitened.
         response_mask_BR: bool, `True` = a counted response token.
-        num_tokens: counted tokens of the optimizer step on all processes, 0-D: the denominator of every mean, so that
-            micro-batches add up to the step.
+        num_tokens: counted tokens of the optimizer step on all processes, 0-D: the denominator of means over tokens,
+            so that micro-batches add up to the step.
         old_logprobs_BR: the same tokens under the policy that sampled them, nats; None unless the algorithm asks for
             them with `needs_old_logprobs`.
         num_responses: responses with a counted token of the optimizer step on all processes, 0-D: the denominator of
@@ -61,27 +59,27 @@ class Algorithm:
         loss: takes [`PolicyTokens`] and the trainer's config; returns the loss (0-D) and 0-D statistics, all divided
             by `num_tokens` or `num_responses`. Statistics appear as `apa/policy/NAME`.
         kl_coef: default of the option `kl_coef`.
-        defaults: of options that every algorithm reads, where they are others than `DEFAULTS`.
         options: options among `SELECTIVE_OPTIONS` that it reads, with their defaults. With `ratio_threshold` the loss
             returns a statistic `ratio`, and a mini-batch above the threshold is skipped.
         kl_in_reward: whether the reward of each token is charged `kl_coef` times its KL, and a controller may adapt
             `kl_coef`. The options of that penalty are then among `options`; with `kl_in` among them that option
             decides.
         needs_old_logprobs: whether the loss reads `old_logprobs_BR`, for which rollouts are evaluated once more.
-        compares_responses: whether the loss compares responses to one prompt and reads `groups_B`. A group then comes
-            in one forward pass: `per_device_train_batch_size` is a multiple of the responses to a prompt.
         classic_statistics: whether the entropy is the mean over all epochs, as in TRL <= 0.11, and early stopping
             looks at the sign of the KL.
+        compares_responses: whether the loss compares responses to one prompt and reads `groups_B`. A group then comes
+            in one forward pass.
+        defaults: of options that every algorithm reads, where they are others than `DEFAULTS`.
     """
 
     loss: Callable[[PolicyTokens, Any], tuple[Tensor, Stats]]
     kl_coef: float = 0.1
-    defaults: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
     needs_old_logprobs: bool = False
-    compares_responses: bool = False
     classic_statistics: bool = False
+    compares_responses: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prices_kl(self) -> bool:
