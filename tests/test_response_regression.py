@@ -58,8 +58,8 @@ def test_with_log_z_the_fixed_point_is_the_optimum_whoever_sampled(tree, behavio
         "policy": lambda pi: response_probabilities(tree, pi),
     }[behaviour]
     learned_SV = descend(tree, weights, tree.scores_N - baseline)
-    torch.testing.assert_close(response_logprobs(tree, learned_SV), best_N, rtol=0, atol=1e-6)
-    assert loss_of(tree, learned_SV, weights(learned_SV), tree.scores_N - baseline).item() < 1e-12
+    torch.testing.assert_close(response_logprobs(tree, learned_SV), best_N, rtol=0, atol=1e-4)
+    assert loss_of(tree, learned_SV, weights(learned_SV), tree.scores_N - baseline).item() < 1e-9
 
 
 def test_with_the_mean_score_it_is_the_optimum_on_own_samples_alone(tree):
@@ -68,7 +68,7 @@ def test_with_the_mean_score_it_is_the_optimum_on_own_samples_alone(tree):
     mean = (anchor_N * tree.scores_N).sum()
     assert (baseline - mean).item() > 0.1  # Jensen: tau log Z lies above the mean
     own = descend(tree, lambda pi: response_probabilities(tree, pi), tree.scores_N - mean)
-    torch.testing.assert_close(response_logprobs(tree, own), best_N, rtol=0, atol=1e-6)
+    torch.testing.assert_close(response_logprobs(tree, own), best_N, rtol=0, atol=1e-4)
     others = response_logprobs(tree, descend(tree, lambda pi: anchor_N, tree.scores_N - mean))
     gap = (best_N.exp() * (best_N - others)).sum()
     assert gap.item() > 1e-3
