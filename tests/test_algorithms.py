@@ -2,12 +2,11 @@
 
 import copy
 import dataclasses
-import sys
 
 import pytest
 import torch
 
-from tests.test_docs import ROOT, fenced
+from tests.test_docs import extension
 from tests.test_training import trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step, row_advantages, row_logprobs, row_values
 from tests.tiny import tiny_config, tiny_rollouts, tiny_trainer
@@ -22,14 +21,8 @@ HERE = "tests.test_algorithms"
 
 @pytest.fixture
 def reinforce(tmp_path, monkeypatch):
-    """The module of `docs/extending.md`, importable as a user's is; returns its option's value."""
-    module, script = fenced(ROOT / "docs" / "extending.md", "python")[:2]
-    (tmp_path / "reinforce.py").write_text(module)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    namespace = {}
-    exec(script, namespace)
-    yield namespace["config"].loss_type
-    sys.modules.pop("reinforce", None)
+    with extension(0, tmp_path, monkeypatch) as config:
+        yield config.loss_type
 
 
 def test_an_algorithm_of_the_users_steps_as_its_formula_says(tmp_path, reinforce):

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -69,6 +70,22 @@ def without_fences(text):
 
 def fenced(path, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@contextmanager
+def extension(number, folder, monkeypatch):
+    """A module of `docs/extending.md`, importable as a user's is, and the config that its script makes.
+
+    `number` counts the page's pairs of module and script from 0; the module's first line says its name.
+    """
+    module, script = fenced(ROOT / "docs" / "extending.md", "python")[2 * number : 2 * number + 2]
+    name = re.match(r"# (\w+)\.py\n", module)[1]
+    (folder / f"{name}.py").write_text(module)
+    monkeypatch.syspath_prepend(str(folder))
+    namespace = {}
+    exec(script, namespace)
+    yield namespace["config"]
+    sys.modules.pop(name, None)
 
 
 def code_spans(path):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import sys
 import warnings
 
 import pytest
@@ -11,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.test_advantages import naive_baselines
-from tests.test_docs import ROOT, fenced
+from tests.test_docs import extension
 from tests.test_training import PROMPTS, StopAt, logged, parameters, trainer_for
 from tests.test_update import SPLITS, assert_same, row_logprobs
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
@@ -401,14 +400,8 @@ def test_an_estimator_that_returns_something_else_is_named(tmp_path, name, text)
 
 @pytest.fixture
 def to_go(tmp_path, monkeypatch):
-    """The module of `docs/extending.md`, importable as a user's is; returns its option's value."""
-    module, script = fenced(ROOT / "docs" / "extending.md", "python")[2:4]
-    (tmp_path / "to_go.py").write_text(module)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    namespace = {}
-    exec(script, namespace)
-    yield namespace["config"].advantage_estimator
-    sys.modules.pop("to_go", None)
+    with extension(1, tmp_path, monkeypatch) as config:
+        yield config.advantage_estimator
 
 
 def test_an_estimator_of_the_users_credits_each_token_with_the_rewards_from_it_on(tmp_path, to_go):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from trl_apa.algorithms.losses import Stats, apa_loss, awr_loss, ppo_loss
-from trl_apa.algorithms.named import imported
+from trl_apa.algorithms.named import named
 from trl_apa.algorithms.policy_gradient import cispo_loss, grpo_loss, kl_loss, rloo_loss
 from trl_apa.algorithms.regression import pairwise_regression_loss, response_regression_loss
 
@@ -69,6 +69,7 @@ class Algorithm:
             looks at the sign of the KL.
         compares_responses: whether the loss compares responses to one prompt and reads `groups_B`. A group then comes
             in one forward pass.
+        needs_ref_logprobs: whether the loss reads `ref_logprobs_BR`, apart from a KL that `kl_in` puts into it.
         defaults: of options that every algorithm reads, where they are others than `DEFAULTS`.
     """
 
@@ -79,6 +80,7 @@ class Algorithm:
     needs_old_logprobs: bool = False
     classic_statistics: bool = False
     compares_responses: bool = False
+    needs_ref_logprobs: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,13 +167,14 @@ def _plus_kl(
 
 ALGORITHMS: dict[str, Algorithm] = {
     "apa": Algorithm(_apa, kl_coef=0.1),
-    "awr": Algorithm(_awr, kl_coef=1.0),
+    "awr": Algorithm(_awr, kl_coef=1.0, needs_ref_logprobs=False),
     "ppo": Algorithm(
         _ppo,
         kl_coef=0.05,
         options={"cliprange": 0.2, "ratio_threshold": 10.0, "kl_in": "reward"},
         kl_in_reward=True,
         needs_old_logprobs=True,
+        needs_ref_logprobs=False,
         classic_statistics=True,
     ),
     "grpo": Algorithm(
@@ -180,6 +183,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=GRPO_DEFAULTS,
         options={"cliprange": 0.2, "cliprange_high": None, "loss_aggregation": "dapo", **KL_IN_LOSS},
         needs_old_logprobs=True,
+        needs_ref_logprobs=False,
     ),
     "cispo": Algorithm(
         _cispo,
@@ -187,6 +191,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=GRPO_DEFAULTS,
         options={"cliprange_high": 4.0, **KL_IN_LOSS},
         needs_old_logprobs=True,
+        needs_ref_logprobs=False,
     ),
     "rloo": Algorithm(
         _rloo,
@@ -194,18 +199,21 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults={"advantage_estimator": "leave_one_out", "whiten_advantages": False},
         options={"cliprange": 0.2, "cliprange_high": None, **KL_IN_REWARD},
         needs_old_logprobs=True,
+        needs_ref_logprobs=False,
     ),
     "mirror_descent": Algorithm(
         _mirror_descent,
         kl_coef=0.2,
         defaults={"advantage_estimator": "group", "whiten_advantages": False},
         needs_old_logprobs=True,
+        needs_ref_logprobs=False,
     ),
     "rebel": Algorithm(
         _rebel,
         kl_coef=0.2,
         defaults={"advantage_estimator": "group", "whiten_advantages": False},
         needs_old_logprobs=True,
+        needs_ref_logprobs=False,
         compares_responses=True,
     ),
     "response_apa": Algorithm(
@@ -224,12 +232,4 @@ def algorithm_of(loss_type: str) -> Algorithm:
     Raises:
         ValueError: naming `loss_type`, if there is no such algorithm.
     """
-    if isinstance(loss_type, str) and loss_type in ALGORITHMS:
-        return ALGORITHMS[loss_type]
-    algorithm = imported("loss_type", loss_type, Algorithm, ALGORITHMS)
-    unknown = [name for name in algorithm.options if name not in SELECTIVE_OPTIONS]
-    if unknown:
-        raise ValueError(
-            f"loss_type={loss_type!r} has options {unknown}: it should have some of {', '.join(SELECTIVE_OPTIONS)}"
-        )
-    return algorithm
+    return named("loss_type", loss_type, Algorithm, ALGORITHMS, SELECTIVE_OPTIONS)

@@ -13,7 +13,7 @@ from trl_apa.algorithms.advantages import (
     leave_one_out_advantages,
     log_mean_exp_advantages,
 )
-from trl_apa.algorithms.named import imported
+from trl_apa.algorithms.named import named
 
 
 # Options that only some estimators read.
@@ -100,16 +100,7 @@ def estimator_of(name: str) -> AdvantageEstimator:
     Raises:
         ValueError: naming `advantage_estimator`, if there is no such estimator.
     """
-    if isinstance(name, str) and name in ESTIMATORS:
-        return ESTIMATORS[name]
-    estimator = imported("advantage_estimator", name, AdvantageEstimator, ESTIMATORS)
-    unknown = [option for option in estimator.options if option not in ESTIMATOR_OPTIONS]
-    if unknown:
-        raise ValueError(
-            f"advantage_estimator={name!r} has options {unknown}: it should have some of "
-            f"{', '.join(ESTIMATOR_OPTIONS)}"
-        )
-    return estimator
+    return named("advantage_estimator", name, AdvantageEstimator, ESTIMATORS, ESTIMATOR_OPTIONS)
 
 
 def check_estimates(

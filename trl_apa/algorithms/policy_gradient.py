@@ -13,7 +13,8 @@ from trl_apa.algorithms.losses import Stats, clipped_surrogate, policy_shift, ra
 from trl_apa.algorithms.masking import check_positive, check_response_tensors, keep_counted, masked_mean
 
 
-AGGREGATIONS = ("dapo", "grpo", "dr_grpo", "sum")
+GRPO_AGGREGATIONS = ("dapo", "grpo", "dr_grpo")
+AGGREGATIONS = (*GRPO_AGGREGATIONS, "sum")
 
 
 def aggregated(

@@ -11,7 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import ALGORITHMS, SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.algorithms.estimators import ESTIMATORS, AdvantageEstimator, estimator_of
-from trl_apa.algorithms.policy_gradient import AGGREGATIONS
+from trl_apa.algorithms.policy_gradient import GRPO_AGGREGATIONS
 from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
 from trl_apa.config.by_estimator import (
@@ -22,7 +22,7 @@ from trl_apa.config.by_estimator import (
     fill_by_estimator,
 )
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
-from trl_apa.config.fields import Json, option, switch
+from trl_apa.config.fields import Json, only_read_by, option, switch
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
 from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
@@ -677,8 +677,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 "kl_penalty='kl' with kl_in='loss' charges nothing: the expected gradient of log pi - log pi_init is "
                 "0. Set kl_penalty to 'mse' or 'k3', or kl_in='reward'"
             )
-        if self.loss_aggregation not in (None, *AGGREGATIONS[:3]):
-            names = ", ".join(AGGREGATIONS[:3])
+        if self.loss_aggregation not in (None, *GRPO_AGGREGATIONS):
+            names = ", ".join(GRPO_AGGREGATIONS)
             raise ValueError(f"loss_aggregation={self.loss_aggregation!r}: it should be one of {names}")
 
     def _check_hub_options(self) -> None:
@@ -695,9 +695,7 @@ def readers_of(name: str) -> str:
     """Which losses read an option, in words."""
     if name in ("init_kl_coef", "kl_estimator"):
         return "only kl_in='reward' reads it"
-    readers = [loss for loss, algorithm in ALGORITHMS.items() if name in algorithm.options]
-    *first, last = map(repr, readers)
-    return f"only {', '.join(first)} and {last} read it" if first else f"only {last} reads it"
+    return only_read_by(loss for loss, algorithm in ALGORITHMS.items() if name in algorithm.options)
 
 
 def _backward_batch_size(config: APAConfig) -> int:

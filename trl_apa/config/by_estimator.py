@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_apa.algorithms.advantages import GROUP_NORMALIZATIONS
 from trl_apa.algorithms.estimators import ESTIMATOR_OPTIONS, ESTIMATORS
+from trl_apa.config.fields import only_read_by
 
 
 if TYPE_CHECKING:
@@ -63,5 +64,4 @@ def check_estimator_options(config: "APAConfig") -> None:
 def _who_reads(option: str) -> str:
     if option in VALUE_OPTIONS:
         return "there is no value model"
-    names = [repr(name) for name, estimator in ESTIMATORS.items() if option in estimator.options]
-    return f"only {' and '.join(names)} reads it"
+    return only_read_by(name for name, estimator in ESTIMATORS.items() if option in estimator.options)

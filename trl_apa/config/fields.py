@@ -1,5 +1,6 @@
 """Fields of dataclasses that are options: their default, and what a command line says of them."""
 
+from collections.abc import Iterable
 from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
@@ -29,3 +30,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 def switch(help: str) -> Any:
     """An option that is True, False or not set; on a command line its name alone means True, as for any bool."""
     return option(None, help, nargs="?", const=True)
+
+
+def only_read_by(names: Iterable[str]) -> str:
+    """Of an option that has no effect: which values of another option let it have one, in words."""
+    *first, last = map(repr, names)
+    return f"only {', '.join(first)} and {last} read it" if first else f"only {last} reads it"

@@ -28,10 +28,6 @@ from trl_apa.trainer.options_in_use import OptionsInUse
 from trl_apa.trainer.validation import check_step_inputs, check_type
 
 
-# Losses that do not read log pi_init, unless KL is charged in the loss.
-WITHOUT_REFERENCE = ("ppo", "awr", "grpo", "cispo", "rloo", "mirror_descent", "rebel")
-
-
 class ClassicMethods(_BaseTrainer):
     """The part of `APATrainer` that scripts for TRL <= 0.11 reach into.
 
@@ -162,8 +158,7 @@ class ClassicMethods(_BaseTrainer):
         """
         args, counted = self.args, mask.bool()
         charged = args.kl_in == "loss" and args.kl_coef != 0
-        reads_reference = args.loss_type not in WITHOUT_REFERENCE or charged
-        if self._ref_logprobs_of_loss is None and reads_reference:
+        if self._ref_logprobs_of_loss is None and (args.algorithm.needs_ref_logprobs or charged):
             raise ValueError(
                 f"loss() with loss_type={args.loss_type!r} reads the reference's log-probs, which are not among its "
                 "arguments: only an override can call it, while step runs"
