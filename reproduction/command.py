@@ -57,13 +57,14 @@ def main(argv: Sequence[str]) -> int:
     default = "mini" if options.scale == "mini" else f"{options.figure}-full"
     folder = Path(options.output_dir or f"runs/paper/{default}")
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(MiniSizes)}
-    sizes = MiniSizes(**{name: size for name, size in given.items() if size is not None})
+    given = {name: size for name, size in given.items() if size is not None}
     compares = read_entry(options.configs, options.figure)[1].get("command") == "winrate"
     refuse_what_has_no_effect(options, of_the_curves, compares)
     check_output_folder("output_dir", folder)
     if compares:
-        return run_win_rates(options, of_the_curves, folder, sizes)
+        return run_win_rates(options, of_the_curves, folder, MiniSizes(**given))
     figure = read_figure(options.configs, options.figure)
+    sizes = MiniSizes(**{**figure.sizes, **given})
     seeds = options.seeds or figure.seeds
     if options.scale == "mini":
         jobs = mini_jobs(figure, seeds, folder, sizes)
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         jobs = full_jobs(figure, seeds, folder)
         if status := run_full(figure, jobs, of_the_curves):
             return status
-    in_small = "; here in small, on the task of the demo" if options.scale == "mini" else ""
+    in_small = "" if options.scale == "full" or figure.only_mini else "; here in small, on the task of the demo"
     draw(f"{figure.name}: {figure.title}{in_small}", jobs, folder / f"{figure.name}.png")
     print(folder / f"{figure.name}.png")
     return 0
@@ -111,8 +112,8 @@ def draw(title: str, jobs: Sequence[Job], path: Path) -> None:
 
 def run_win_rates(options: argparse.Namespace, more: Sequence[str], folder: Path, sizes: MiniSizes) -> int:
     """The policies that another figure's runs leave, compared in pairs; returns the exit status."""
-    from reproduction import mini
     from reproduction.drawing_win_rates import draw_win_rates, table
+    from reproduction.tasks import DemoTask, demo_options, task_folder
     from reproduction.win_rates import read_comparison
     from reproduction.win_rates_full import common_start, compare_at_full_size
     from reproduction.win_rates_mini import compare_in_small
@@ -122,9 +123,9 @@ def run_win_rates(options: argparse.Namespace, more: Sequence[str], folder: Path
     if options.scale == "mini":
         jobs = mini_jobs(trained, seeds, folder, sizes)
         run_in_small(trained, jobs, folder, sizes)
-        start = mini.MiniTask(mini.task_folder(folder, sizes), sizes).start
+        start = DemoTask(task_folder(folder, sizes), sizes).start
         policies = _policies(comparison.start, start, jobs, "policy")
-        found = compare_in_small(comparison, policies, folder / comparison.name, mini.task_options(sizes))
+        found = compare_in_small(comparison, policies, folder / comparison.name, demo_options(sizes))
     else:
         jobs = full_jobs(trained, seeds, Path(options.runs or f"runs/paper/{trained.name}-full"))
         if unfinished := [str(job.folder) for job in jobs if not job.is_done]:

@@ -1,17 +1,14 @@
-"""A curve at mini scale: the algorithm options of its file, on the demo's task, on the CPU."""
+"""A curve at mini scale: the algorithm options of its file, on a task that the CPU learns."""
 
 import json
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from functools import cached_property
-from hashlib import sha256
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -20,14 +17,12 @@ from transformers import (
 )
 
 from reproduction.figures import Curve
-from reproduction.sizes import UNREAD, MiniSizes
+from reproduction.sizes import DEMO, UNREAD, MiniSizes
+from reproduction.tasks import Task, describe_task, digest
 from trl_apa.config.apa import APAConfig
-from trl_apa.demo.networks import decode, encode, sample
-from trl_apa.demo.options import DemoOptions
-from trl_apa.demo.pipeline import Ingredients, measure, prepare, quiet_libraries, torch_threads
-from trl_apa.demo.report import Report
+from trl_apa.demo.networks import encode
+from trl_apa.demo.pipeline import quiet_libraries, torch_threads
 from trl_apa.files import replace_text
-from trl_apa.models import independent_copy
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.trainer.apa import APATrainer
 
@@ -35,7 +30,8 @@ from trl_apa.trainer.apa import APATrainer
 # What a curve's file says of these counts in small too; models, data, sizes and rates are the task's own.
 ONLINE_OPTIONS = frozenset(
     "loss_type kl_coef init_kl_coef adap_kl_ctrl target horizon cliprange cliprange_value gamma gae_lambda "
-    "scale_rewards whiten_advantages num_epochs_per_batch".split()
+    "scale_rewards whiten_advantages num_epochs_per_batch num_generations advantage_estimator group_normalization "
+    "loss_aggregation kl_in".split()
 )
 OFFLINE_OPTIONS = frozenset(
     "loss_type kl_coef gamma gae_lambda whiten_advantages value_epochs freeze_value learn_state_normaliser expectile "
@@ -53,62 +49,6 @@ FIXED: dict[str, dict[str, Any]] = {
 Log = list[dict[str, Any]]
 
 
-class MiniTask:
-    """The fine-tuned policy and the reward model that all curves start from; made when the first curve needs them.
-
-    Args:
-        folder: where they are saved.
-        sizes: how small.
-    """
-
-    def __init__(self, folder: Path, sizes: MiniSizes):
-        self.folder, self.sizes = folder, sizes
-        self.options = replace(task_options(sizes), output_dir=folder)
-
-    @cached_property
-    def made(self) -> Ingredients:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with quiet_libraries(), torch_threads(self.options.num_threads):
-            return prepare(self.options, Report(Console()))
-
-    @property
-    def start(self) -> Path:
-        """Folder of the fine-tuned model, which is made if it is not there."""
-        path = self.folder / "sft_model"
-        if not (path / "config.json").is_file():
-            _ = self.made
-        return path
-
-    def policy(self) -> PreTrainedModel:
-        """A new copy of the fine-tuned model."""
-        return independent_copy(self.made.initial_policy)
-
-    def measure(self, policy: PreTrainedModel) -> dict[str, float]:
-        """What the demo measures before and after, of this policy.
-
-        Raises:
-            FloatingPointError: if a weight is not finite.
-        """
-        if not all(parameter.isfinite().all() for parameter in policy.parameters()):
-            raise FloatingPointError("the policy has weights that are not finite")
-        found = measure(self.options, replace(self.made, policy=policy)).metrics
-        named = {"eval_reward": found.pop("proxy_reward"), "eval_kl": found.pop("kl")}
-        return {**named, **{f"eval_{name}": value for name, value in found.items()}}
-
-    @cached_property
-    def fixed_rows(self) -> list[dict[str, Any]]:
-        """The fine-tuned model's own answers with the reward model's scores, from which the offline curves learn."""
-        made, count = self.made, self.sizes.num_responses
-        prompts = random.Random(0).choices(made.corpus.train_prompts, k=count)
-        responses = sample(made.initial_policy, made.tokenizer, prompts, self.options.max_new_tokens, seed=7)
-        scores = made.reward_model(prompts, responses)
-        rows = zip(prompts, responses, decode(made.tokenizer, responses), scores, strict=True)
-        return [
-            {"prompt": prompt, "completion_ids": response.tolist(), "text": text, "reward": float(score)}
-            for prompt, response, text, score in rows
-        ]
-
-
 def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
     """The options of a curve that apply at mini scale.
 
@@ -122,49 +62,14 @@ def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
     return options
 
 
-def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes) -> str:
+def run_name(command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes, task: str = DEMO) -> str:
     """A name that runs share if all that they are given is the same: options, sizes, task and seed."""
     read = {name: size for name, size in asdict(sizes).items() if name not in UNREAD[command]}
-    given = [command, dict(options), FIXED[command], read, _task_of(sizes)]
-    return f"{command}-{options['loss_type']}-{_digest(given)}-seed{seed}"
+    given = [command, dict(options), FIXED[command], read, describe_task(sizes, task)]
+    return f"{command}-{options['loss_type']}-{digest(given)}-seed{seed}"
 
 
-def task_folder(folder: Path, sizes: MiniSizes) -> Path:
-    """The paths of the fine-tuned model and the reward model, next to the runs in `folder`."""
-    return folder / f"task-{_digest(_task_of(sizes))}"
-
-
-def task_options(sizes: MiniSizes) -> DemoOptions:
-    """The task as the demo knows it."""
-    return DemoOptions(
-        batch_size=sizes.batch_size,
-        sft_steps=sizes.sft_steps,
-        num_pairs=sizes.num_pairs,
-        reward_steps=sizes.reward_steps,
-        samples_per_prompt=sizes.samples_per_prompt,
-    )
-
-
-def _task_of(sizes: MiniSizes) -> dict[str, Any]:
-    """What the fine-tuned model and the reward model depend on, and how they are measured."""
-    alignment = {"output_dir", "loss_type", "iterations", "kl_coef", "learning_rate", "batch_size"}
-    return {name: value for name, value in asdict(task_options(sizes)).items() if name not in alignment}
-
-
-def _digest(content: Any) -> str:
-    return sha256(json.dumps(_with_floats(content), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _with_floats(content: Any) -> Any:
-    """1 and 1.0 are the same option."""
-    if isinstance(content, dict):
-        return {name: _with_floats(value) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_with_floats(value) for value in content]
-    return float(content) if isinstance(content, int) and not isinstance(content, bool) else content
-
-
-def run_mini(task: MiniTask, command: str, options: Mapping[str, Any], seed: int, folder: Path) -> None:
+def run_mini(task: Task, command: str, options: Mapping[str, Any], seed: int, folder: Path) -> None:
     """Run one curve. Leaves in `folder` its options, its policy, and at last its log as `trainer_state.json`.
 
     A run whose gradients or weights are no longer finite ends there, with what was measured before.
@@ -180,16 +85,16 @@ def run_mini(task: MiniTask, command: str, options: Mapping[str, Any], seed: int
     _write_json(folder / "options.json", {"command": command, **options, "seed": seed, "sizes": asdict(task.sizes)})
     run = _online if command == "train" else _offline
     log: Log = []
-    with quiet_libraries(), torch_threads(task.options.num_threads):
+    with quiet_libraries(), torch_threads(task.num_threads):
         try:
-            run(task, config_of(command, options, seed, task.sizes, folder), log)
+            run(task, config_of(command, options, seed, task, folder), log)
         except FloatingPointError as error:
             log.append({"ended_early": str(error)})
     _write_json(folder / "trainer_state.json", {"log_history": log})
 
 
 def config_of(
-    command: str, options: Mapping[str, Any], seed: int, sizes: MiniSizes, folder: Path
+    command: str, options: Mapping[str, Any], seed: int, task: Task, folder: Path
 ) -> APAConfig | OfflineConfig:
     """The options of a curve's trainer.
 
@@ -197,35 +102,44 @@ def config_of(
         command: "train" or "offline".
         options: of `algorithm_options`.
         seed: of sampling and order.
-        sizes: how small.
+        task: that it learns.
         folder: of the run.
 
     Raises:
         ValueError: as the classes do.
     """
+    sizes = task.sizes
     given = {**FIXED[command], **options, "seed": seed, "output_dir": str(folder)}
-    given["max_completion_length"] = task_options(sizes).max_new_tokens
+    given["max_completion_length"] = task.max_new_tokens
     if command == "offline":
         return OfflineConfig(num_train_epochs=sizes.epochs, **given)
     return APAConfig(steps=sizes.batch_size * sizes.iterations, batch_size=sizes.batch_size, **given)
 
 
-def _online(task: MiniTask, config: APAConfig, log: Log) -> None:
+def _online(task: Task, config: APAConfig, log: Log) -> None:
     """Generate, score, step; `log` gets the measurements on held-out prompts."""
-    sizes, made = task.sizes, task.made
-    policy = task.policy()
-    trainer = APATrainer(config, policy, tokenizer=made.tokenizer)
-    rng = random.Random(config.seed)
+    sizes, policy = task.sizes, task.policy()
+    trainer = APATrainer(config, policy, tokenizer=task.tokenizer)
+    rng, cpu_seconds = random.Random(config.seed), 0.0
     log.append({"step": 0, "samples": 0, **task.measure(policy)})
     for iteration in range(1, sizes.iterations + 1):
-        prompts = rng.choices(made.corpus.train_prompts, k=sizes.batch_size)
-        queries = encode(made.tokenizer, prompts)
+        began = time.process_time()
+        prompts = _draw(rng, task.train_prompts, sizes.batch_size, config.num_generations)
+        queries = encode(task.tokenizer, prompts)
         responses = trainer.generate(queries, return_prompt=False, batch_size=sizes.batch_size)
-        trainer.step(queries, responses, made.reward_model(prompts, responses))
+        trainer.step(queries, responses, task.score(prompts, responses))
+        cpu_seconds += time.process_time() - began
         if _is_due(iteration, sizes.iterations, sizes.evaluations):
-            samples = iteration * sizes.batch_size
-            log.append({"step": trainer.state.global_step, "samples": samples, **task.measure(policy)})
+            so_far = {"samples": iteration * sizes.batch_size, "cpu_seconds": cpu_seconds}
+            log.append({"step": trainer.state.global_step, **so_far, **task.measure(policy)})
     trainer.save_pretrained(f"{config.output_dir}/policy")
+
+
+def _draw(rng: random.Random, prompts: Sequence[str], count: int, num_generations: int) -> list[str]:
+    """`count` prompts, each `num_generations` times; different ones where they are asked more than once."""
+    if num_generations == 1:
+        return rng.choices(prompts, k=count)
+    return [prompt for prompt in rng.sample(prompts, count // num_generations) for _ in range(num_generations)]
 
 
 class _Measuring(TrainerCallback):
@@ -241,10 +155,10 @@ class _Measuring(TrainerCallback):
             self.measure(state.global_step)
 
 
-def _offline(task: MiniTask, config: OfflineConfig, log: Log) -> None:
+def _offline(task: Task, config: OfflineConfig, log: Log) -> None:
     """Train on the fixed data; `log` gets the measurements on held-out prompts."""
-    sizes, made = task.sizes, task.made
-    trainer = OfflineAPATrainer(config, task.policy(), processing_class=made.tokenizer, train_dataset=task.fixed_rows)
+    sizes, rows = task.sizes, task.fixed_rows
+    trainer = OfflineAPATrainer(config, task.policy(), processing_class=task.tokenizer, train_dataset=rows)
 
     def note(step: int) -> None:
         with trainer.learned_policy() as policy:

@@ -76,7 +76,7 @@ def mini_jobs(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSiz
         jobs = []
         for label, curve in found.items():
             options = algorithm_options(figure.command, curve)
-            names = {seed: run_name(figure.command, options, seed, sizes) for seed in seeds}
+            names = {seed: run_name(figure.command, options, seed, sizes, figure.task) for seed in seeds}
             jobs += [Job(panel, label, curve, seed, folder / "runs" / name) for seed, name in names.items()]
         if [job.folder for job in jobs] not in [[job.folder for job in known] for known in panels]:
             panels.append(jobs)
@@ -84,17 +84,18 @@ def mini_jobs(figure: Figure, seeds: Sequence[int], folder: Path, sizes: MiniSiz
 
 
 def run_in_small(figure: Figure, jobs: Sequence[Job], folder: Path, sizes: MiniSizes) -> None:
-    """Each curve here, one after the other, on one fine-tuned policy and one reward model.
+    """Each curve here, one after the other, on one fine-tuned policy and one reward.
 
     Raises:
         ValueError: for options that a curve cannot have, before any is run.
     """
     from reproduction import mini
+    from reproduction.tasks import make_task
 
-    task = mini.MiniTask(mini.task_folder(folder, sizes), sizes)
+    task = make_task(figure.task, folder, sizes)
     options = [mini.algorithm_options(figure.command, job.curve) for job in jobs]
     for job, given in zip(jobs, options, strict=True):
-        mini.config_of(figure.command, given, job.seed, sizes, job.folder)  # refuses what it cannot run
+        mini.config_of(figure.command, given, job.seed, task, job.folder)  # refuses what it cannot run
     for job, given in zip(jobs, options, strict=True):
         if not job.is_done:
             print(f"{job.panel}, {job.label}, seed {job.seed}: {job.folder}", flush=True)

@@ -1,8 +1,11 @@
-"""Sizes of the mini-scale runs. Imports nothing heavy, so that `--help` is fast."""
+"""Sizes of the mini-scale runs, and the task that they have unless a figure names another. Imports nothing heavy."""
 
 from dataclasses import dataclass
 
 from trl_apa.config.fields import option
+
+
+DEMO = "demo"
 
 
 @dataclass(frozen=True)

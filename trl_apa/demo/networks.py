@@ -1,7 +1,7 @@
 """The demo's tokenizer and language model, and how it samples from a model outside the training loop."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -26,12 +26,16 @@ from .corpus import vocabulary
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the grammar's vocabulary, with distinct padding and end-of-sequence tokens."""
+def build_tokenizer(words: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with distinct padding and end-of-sequence tokens.
+
+    Args:
+        words: that it knows; those of the grammar by default.
+    """
     tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = WordLevelTrainer(special_tokens=[PAD, EOS, UNKNOWN], show_progress=False)
-    tokenizer.train_from_iterator(vocabulary(), trainer)
+    tokenizer.train_from_iterator(vocabulary() if words is None else words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
