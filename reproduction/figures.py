@@ -82,8 +82,8 @@ def read_figure(folder: str | Path, name: str) -> Figure:
     loss, which options a curve has in small.
 
     With `curves_of: FIGURE` an entry has all of that figure's but for what is its own. In small, `common` are options
-    of all curves, `learning_rates` gives each label its rate, and with `rates`, a list, each label becomes a panel with
-    a curve for each rate.
+    of all curves, `learning_rates` gives each label its rate, and with `rates`, a list, each label becomes a panel
+    with a curve for each rate.
 
     Raises:
         OSError: if the index cannot be read.
@@ -138,7 +138,7 @@ def _with(curve: Any, common: Mapping[str, Any], rate: Mapping[str, Any]) -> Any
     """A curve's entry with more options that it has in small: those of all curves, its own, and its rate."""
     if not common and not rate:
         return curve
-    entry = {"file": curve} if isinstance(curve, str) else curve
+    entry: Mapping[str, Any] = {"file": curve} if isinstance(curve, str) else curve
     return {**entry, "mini": {**common, **entry.get("mini", {}), **rate}}
 
 

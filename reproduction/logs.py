@@ -16,6 +16,7 @@ QUANTITIES = {
     "entropy": "entropy, nats per token",
     "distinct": "share of distinct responses",
 }
+CPU_SECONDS = "cpu_seconds"  # of sampling, scoring and updates until then
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -25,7 +26,8 @@ def read_rows(path: str | Path) -> list[Row]:
         path: folder of a run.
 
     Returns:
-        Rows with `step`, `reward` and `kl`, and with what else of `QUANTITIES` and `samples` was logged.
+        Rows with `step`, `reward` and `kl`, and with what was logged of the other `QUANTITIES`, `samples` and
+        `cpu_seconds`.
 
     Raises:
         FileNotFoundError: if there is no log.
@@ -33,7 +35,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     file = state_file(path)
     history = log_history(file)
-    names = {f"eval_{name}": name for name in QUANTITIES} | {"step": "step", "samples": "samples"}
+    names = {f"eval_{name}": name for name in QUANTITIES} | {name: name for name in ("step", "samples", CPU_SECONDS)}
     held_out = [{names[key]: value for key, value in row.items() if key in names} for row in history]
     if rows := [row for row in held_out if {"reward", "kl"} <= row.keys()]:
         return rows

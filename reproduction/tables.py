@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from reproduction.logs import QUANTITIES, Row, quantities_of
+from reproduction.logs import CPU_SECONDS, QUANTITIES, Row, quantities_of
 
 
 EQUAL_KLS = (1.0, 2.0, 5.0)  # nats per response
@@ -26,6 +26,8 @@ def tables(panels: Mapping[str, Mapping[str, Runs]]) -> str:
     if "gold_reward" in names:
         best = "At the evaluation with the highest gold reward of each run, which is above what that policy is worth: "
         parts += [best + "it is the best of many that chance moves.", at_the_best(curves, names)]
+    if all(CPU_SECONDS in rows[-1] for runs in curves.values() for rows in runs):
+        parts += ["CPU seconds of sampling, scoring and updates until the last evaluation.", cpu_seconds(curves)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -51,6 +53,12 @@ def at_the_best(curves: Mapping[str, Runs], names: Sequence[str]) -> str:
     names = ["step", *names]
     best = {label: [max(rows, key=lambda row: row["gold_reward"]) for rows in runs] for label, runs in curves.items()}
     return _table_of_spreads(best, names)
+
+
+def cpu_seconds(curves: Mapping[str, Runs]) -> str:
+    """What sampling, scoring and updates took until the last evaluation."""
+    body = [[label, _spread([rows[-1][CPU_SECONDS] for rows in runs], digits=0)] for label, runs in curves.items()]
+    return markdown_table(["curve", "CPU seconds"], body)
 
 
 def at_equal_kl(curves: Mapping[str, Runs], names: Sequence[str], kls: Sequence[float] = EQUAL_KLS) -> str:
