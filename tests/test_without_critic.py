@@ -345,12 +345,12 @@ def test_defaults_do_not_warn_and_are_filled_in(tmp_path, config):
     [
         (
             {"advantage_estimator": "rloo"},
-            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, or module:name of an ",
+            "it should be one of gae, group, leave_one_out, .*, quantile, optimal_value, or module:name of an ",
         ),
         ({"advantage_estimator": f"{HERE}:NOTHING"}, "cannot be imported"),
         (
             {"advantage_estimator": AdvantageEstimator(len)},
-            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, or ",
+            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, quantile, optimal_value, or ",
         ),
         (
             {"loss_type": ["apa"]},

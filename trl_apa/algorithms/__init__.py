@@ -221,6 +221,16 @@ ALGORITHMS: dict[str, Algorithm] = {
         kl_coef=0.2,
         defaults={"advantage_estimator": "group", "whiten_advantages": False},
     ),
+    "astar_po": Algorithm(
+        _response_apa,
+        kl_coef=0.2,
+        defaults={"advantage_estimator": "optimal_value", "whiten_advantages": False},
+    ),
+    "qrpo": Algorithm(
+        _response_apa,
+        kl_coef=0.1,
+        defaults={"advantage_estimator": "quantile", "whiten_advantages": False},
+    ),
 }
 # Options that only some algorithms read.
 SELECTIVE_OPTIONS = tuple(dict.fromkeys(name for algorithm in ALGORITHMS.values() for name in algorithm.options))

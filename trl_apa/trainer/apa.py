@@ -65,6 +65,7 @@ from trl_apa.trainer.optimization import (
 from trl_apa.trainer.options_in_use import note_global_sizes, steps_of_episodes
 from trl_apa.trainer.preparation import shaped_scores
 from trl_apa.trainer.progress import RewardAndKL
+from trl_apa.trainer.reference_rewards import given_ref_rewards
 from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.trainer.run_identity import initial_policy_fingerprint
 from trl_apa.trainer.run_state import RunState
@@ -485,6 +486,21 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         with self._module_for_generation() as module, self.accelerator.autocast():
             return module.run_with_policy(sample_all)
 
+    def _responses_of_reference(self, queries: list[Tensor], batch_size: int, **options: Any) -> list[Tensor]:
+        """One response of pi_init to each query, sampled as `generate` samples the policy's."""
+        if is_sharded(self.accelerator) and not self.is_in_train:
+            self._prepare_for_updates()
+
+        def sample(policy: Network) -> list[Tensor]:
+            with reference_policy(policy, self.ref_model) as reference:
+                tokenizer = self.processing_class
+                return generate_responses(reference, queries, tokenizer=tokenizer, batch_size=batch_size, **options)
+
+        options = self._generation_options(options)
+        with self._module_for_generation() as module, self.accelerator.autocast():
+            responses: list[Tensor] = module.run_with_policy(sample)
+        return responses
+
     def _responses_of_engine(
         self, sampler: VLLMSampler | EngineSampler, queries: list[Tensor], **options: Any
     ) -> list[Tensor]:
@@ -523,6 +539,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         responses: list[Tensor],
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
+        ref_rewards: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """One iteration of Algorithm 1: learn from `batch_size` scored responses.
 
@@ -536,6 +553,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                 with the start token before them or without.
             scores: one number a response, reward units, of shape `()` or `(1,)`.
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
+            ref_rewards: for each query the scores of responses of pi_init to it, at least one number, reward units:
+                `reference_rewards(queries)`, say. Only advantages that are compared with pi_init's read it (QRPO).
 
         Returns:
             Statistics, floats and NumPy arrays, see `docs/statistics.md`.
@@ -553,10 +572,13 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         pad_token_id = pad_token_id_of(self.processing_class)
         responses = with_known_pads(responses, response_masks, pad_token_id, self._pad_token_id)
         self._check_on_all_processes(queries, responses, scores, response_masks)
+        device = self.accelerator.device
+        ref_rewards_BN = self.processes.together(lambda: given_ref_rewards(ref_rewards, self.args, device))
         self._prepare_for_updates()
         running_scores = self.running_scores.state_dict()
         try:
             rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+            rollouts.ref_rewards_BN = ref_rewards_BN
             self._push_if_best(rollouts.scores_B)
             self._prepare_iteration(rollouts, ended_B, timer)
             with timer("optimize_step"):
@@ -657,6 +679,11 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         stats["objective/kl_coef"] = args.kl_coef if args.kl_in == "loss" else self.kl_ctl.value
         if known_BR is None:
             stats["objective/kl_at_first_visits"] = stats["objective/kl"]
+        if rollouts.ref_rewards_BN is not None:
+            kept_B = rollouts.response_mask_BR.any(dim=1)
+            means_B = rollouts.ref_rewards_BN[kept_B].nanmean(dim=1)
+            total, count = self.processes.sum(torch.stack([means_B.sum(), kept_B.sum().float()])).tolist()
+            stats["apa/mean_ref_scores"] = total / max(count, 1.0)
         stats["apa/mean_non_score_reward"] = 0.0
         if everywhere.kl_penalty_BR is not None:
             penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)

@@ -1,5 +1,6 @@
 """Token rewards to advantages and returns, by the estimator of the options and over the rows that it needs."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -18,16 +19,20 @@ from trl_apa.rollout.shared_prompts import equal_queries, groups_of_equal_size, 
 SHOWN = 60
 
 
-def estimate_advantages(rollouts: Rollouts, args: Any, processes: Processes) -> None:
+def estimate_advantages(
+    rollouts: Rollouts, args: Any, processes: Processes, ref_rewards_BN: Tensor | None = None
+) -> None:
     """Fill in advantages and, with a value model, returns.
 
     Args:
         rollouts: with token rewards, and values where the estimator needs them.
         args: the trainer's options.
         processes: of the run.
+        ref_rewards_BN: rewards of pi_init's responses in the unit of the token rewards, where the estimator needs
+            them.
     """
     prompts_B = query_keys(rollouts.queries).to(rollouts.device) if args.estimator.needs_groups else None
-    rows = RewardedRows(rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.values_BR, prompts_B)
+    rows = RewardedRows(rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.values_BR, prompts_B, ref_rewards_BN)
     rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rows, args, processes)
 
 
@@ -71,15 +76,19 @@ def advantages_and_returns(rows: RewardedRows, args: Any, processes: Processes) 
 def rows_of_all_processes(rows: RewardedRows, accelerator: Accelerator) -> RewardedRows:
     """The rows of the first process, then those of the second, ..., as wide as the widest."""
 
-    def gathered(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else accelerator.gather(accelerator.pad_across_processes(tensor, dim=1))
+    def gathered(tensor: Tensor | None, pad: float = 0) -> Tensor | None:
+        if tensor is None:
+            return None
+        gathered: Tensor = accelerator.gather(accelerator.pad_across_processes(tensor, dim=1, pad_index=pad))
+        return gathered
 
     # Not as bool, which not every backend sends.
     mask_BR = gathered(rows.response_mask_BR.int())
     prompts_B = None if rows.prompts_B is None else accelerator.gather(rows.prompts_B)
     rewards_BR, values_BR = gathered(rows.rewards_BR), gathered(rows.values_BR)
     assert rewards_BR is not None and mask_BR is not None  # they never are
-    return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B)
+    ref_rewards_BN = gathered(rows.ref_rewards_BN, pad=math.nan)
+    return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B, ref_rewards_BN)
 
 
 def check_compared_rows(queries: list[Tensor], args: Any) -> None:

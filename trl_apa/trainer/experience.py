@@ -17,7 +17,12 @@ from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries
 from trl_apa.trainer.estimation import estimate_advantages
 from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
-from trl_apa.trainer.preparation import in_reading_order, plan_iteration, rewards_of_tokens
+from trl_apa.trainer.preparation import (
+    in_reading_order,
+    plan_iteration,
+    rewards_of_tokens,
+    shaped_ref_rewards,
+)
 from trl_apa.trainer.statistics import StageTimer
 
 
@@ -39,7 +44,8 @@ class Experience(_BaseTrainer):
             if self._calls("compute_advantages"):
                 advantages_by_override(self, rollouts)
             else:
-                estimate_advantages(rollouts, self.args, self.processes)
+                ref_rewards_BN = shaped_ref_rewards(rollouts, self.args, self.run_state)
+                estimate_advantages(rollouts, self.args, self.processes, ref_rewards_BN)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self._layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
