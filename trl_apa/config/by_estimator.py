@@ -23,8 +23,8 @@ def estimator_reads(config: "APAConfig", option: str) -> bool:
 
 
 def estimates_with_values(config: Any) -> bool:
-    """Whether a run with these options has a value model; an offline config, without an estimator, has one."""
-    return not hasattr(config, "estimator") or bool(config.estimator.needs_values)
+    """Whether a run with these options, online or offline, has a value model."""
+    return bool(config.estimator.needs_values if hasattr(config, "estimator") else config.needs_values)
 
 
 def fill_by_estimator(config: "APAConfig", option: str) -> None:
