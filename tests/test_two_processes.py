@@ -82,6 +82,8 @@ def without_critic(folder, **config):
     options = {"optim": "sgd", "learning_rate": 0.1, "ppo_epochs": 2, "scale_rewards": True, **config}
     if options["loss_type"] == "grpo":
         options |= {"loss_aggregation": "grpo", "kl_coef": 0.3}  # a mean over responses, of all ranks
+    if options["loss_type"] == "response_apa":
+        options |= {"normalizer": "group"}  # a mean over the responses of all ranks
     return APATrainer(tiny_config(folder, **options), tiny_model(), tokenizer=tiny_tokenizer())
 
 

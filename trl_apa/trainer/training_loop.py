@@ -154,10 +154,10 @@ class TrainingLoop(ResumableRuns):
             )
         args = self.args
         args.check_sizes()
-        if args.estimator.needs_groups and args.num_generations == 1:
+        if args.needs_groups and args.num_generations == 1:
             raise ValueError(
-                f"num_generations=1, but advantage_estimator={args.advantage_estimator!r} compares the responses to a "
-                "prompt: set num_generations to 2 or more"
+                f"num_generations=1, but {args.compares_by} compares the responses to a prompt: set num_generations "
+                "to 2 or more"
             )
         size = args.per_device_train_batch_size
         if args.algorithm.compares_responses and math.gcd(args.num_generations, size) < 2:
