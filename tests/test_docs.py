@@ -216,6 +216,8 @@ def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     expected = documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`']
     if trainer.args.estimator.needs_values:
         expected |= documented["Only with a value model"]
+    if trainer.args.needs_groups:
+        expected |= documented["Only where responses to a prompt are compared"]
     if compared:
         expected |= documented["Only with rewards of responses of pi_init"]
     assert expected == own - arrays

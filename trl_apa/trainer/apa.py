@@ -46,6 +46,7 @@ from trl_apa.rollout.generation import (
 from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import Scorer
+from trl_apa.rollout.shared_prompts import query_keys
 from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
@@ -75,6 +76,7 @@ from trl_apa.trainer.statistics import (
     StageTimer,
     UpdateRecord,
     counted_rows,
+    equal_scores_share,
     gather_rollouts,
     rollout_arrays,
     rollout_statistics,
@@ -657,9 +659,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, Any]:
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
+        compared = [*self._scores_by_prompt(rollouts, ended_B)] if args.needs_groups else []
         lengths_B, ended_B = self.accelerator.gather(lengths_B), self.accelerator.gather(ended_B)
-        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B = counted_rows(
-            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B
+        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, *compared = counted_rows(
+            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B, *compared
         )
         known_BR = (
             everywhere.sampling_logprobs_BR if everywhere.old_logprobs_BR is None else everywhere.old_logprobs_BR
@@ -684,6 +687,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             means_B = rollouts.ref_rewards_BN[kept_B].nanmean(dim=1)
             total, count = self.processes.sum(torch.stack([means_B.sum(), kept_B.sum().float()])).tolist()
             stats["apa/mean_ref_scores"] = total / max(count, 1.0)
+        if compared:
+            stats["apa/equal_scores_share"] = equal_scores_share(*compared)
         stats["apa/mean_non_score_reward"] = 0.0
         if everywhere.kl_penalty_BR is not None:
             penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
@@ -699,6 +704,12 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats
+
+    def _scores_by_prompt(self, rollouts: Rollouts, ended_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores as they enter the rewards, and a number for the prompt, of each row of all processes."""
+        scores_B = shaped_scores(rollouts, ended_B, self.args, self.run_state)
+        prompts_B = query_keys(rollouts.queries).to(rollouts.device)
+        return self.accelerator.gather(scores_B), self.accelerator.gather(prompts_B)
 
     def log_stats(
         self,
