@@ -311,7 +311,7 @@ def test_what_step_cannot_compare_with_is_refused_before_any_pass(tmp_path, ref_
 def test_options(tmp_path):
     made = {name: tiny_config(tmp_path, loss_type=name) for name in METHODS}
     assert [(c.advantage_estimator, c.whiten_advantages, c.kl_coef) for c in made.values()] == [
-        ("quantile", False, 0.1),
+        ("quantile", False, 0.03),
         ("optimal_value", False, 0.2),
     ]
     assert made["qrpo"].num_ref_samples == 8 and made["astar_po"].value_kl_coef is None

@@ -232,7 +232,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "qrpo": Algorithm(
         _response_apa,
-        kl_coef=0.1,
+        kl_coef=0.03,
         defaults={"advantage_estimator": "quantile", "whiten_advantages": False},
     ),
 }

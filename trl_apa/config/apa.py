@@ -125,9 +125,10 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             new config for another loss: `dataclasses.replace` keeps what the first one has filled in.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
-            `0.1` for APA and QRPO, `1.0` for AWR, `0.2` for the other squared errors on complete responses. For PPO it
-            is the initial coefficient of the KL penalty, `0.05`, in reward units per nat: small scores want a smaller
-            one (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO, `0.0`, that of the KL in the loss.
+            `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses, `0.03` for QRPO, whose
+            rewards are between 0 and 1. For PPO it is the initial coefficient of the KL penalty, `0.05`, in reward
+            units per nat: small scores want a smaller one (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO,
+            `0.0`, that of the KL in the loss.
         advantage_estimator (`str`, *optional*):
             How rewards become advantages: `"gae"`, with a value model; without one `"group"`, a response's reward
             minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others,
