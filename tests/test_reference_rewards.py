@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from trl.experimental.a2po import A2POTrainer
 
 from tests.test_response_regression import descend, loss_of, response_logprobs
@@ -409,7 +410,7 @@ def test_a_run_resumes_with_the_same_bits_and_samples_no_prompt_again(tmp_path, 
 def test_a_column_of_the_data_set_takes_the_place_of_samples(tmp_path):
     asked = Counted()
     rows = [{"prompt": prompt, "ref_rewards": [0.1 * number, 1.0]} for number, prompt in enumerate(PROMPTS[:4])]
-    trainer = run(tmp_path, "astar_po", asked, dataset=rows, max_steps=4)
+    trainer = run(tmp_path, "astar_po", asked, dataset=Dataset.from_list(rows), max_steps=4)
     trainer.train()
     assert [len(call) for call in asked.calls] == [4] and not trainer.run_state.ref_rewards
     rollouts = trainer.run_state.iteration.rollouts
