@@ -118,7 +118,7 @@ def test_a_loss_gets_log_probs_of_the_rollout_policy_only_where_it_asks(tmp_path
     [
         (
             "dpo",
-            "should be one of apa, awr, ppo, .*, rebel, response_apa, or module:name",
+            "should be one of apa, awr, ppo, .*, response_apa, astar_po, qrpo, or module:name",
         ),
         ("APA", "should be one of apa"),
         ("no_such_module:X", "cannot be imported: No module named 'no_such_module'"),

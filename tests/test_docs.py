@@ -207,21 +207,29 @@ def test_the_glossary_has_the_statistics_that_are_returned(tmp_path, loss_type):
     documented = documented_statistics()
     trainer = tiny_trainer(tmp_path, loss_type=loss_type)
     queries, responses, scores = tiny_pairs()
-    stats = trainer.step(queries, responses, scores)
+    compared = trainer.args.estimator.needs_ref_rewards
+    given = {"ref_rewards": [[0.0, 1.0]] * 4} if compared else {}
+    stats = trainer.step(queries, responses, scores, **given)
     own = {name for name in stats if "ppo/" not in name}
     arrays = {name for name in own if not isinstance(stats[name], float)}
     assert documented["Arrays"] == arrays
     expected = documented["For every loss"] | documented[f'Only with `loss_type="{loss_type}"`']
     if trainer.args.estimator.needs_values:
         expected |= documented["Only with a value model"]
+    if trainer.args.needs_groups:
+        expected |= documented["Only where responses to a prompt are compared"]
+    if compared:
+        expected |= documented["Only with rewards of responses of pi_init"]
     assert expected == own - arrays
     trainer.log_stats(stats, {"query": ["q"] * 4, "response": ["r"] * 4}, scores)
     logged = trainer.state.log_history[-1]
-    generated = trainer.step(queries, trainer.generate(queries, return_prompt=False, max_new_tokens=5), scores)
+    generated = trainer.step(
+        queries, trainer.generate(queries, return_prompt=False, max_new_tokens=5), scores, **given
+    )
     trainer = tiny_trainer(tmp_path, loss_type=loss_type, exact_kl=False)
     known = ALGORITHMS[loss_type].needs_old_logprobs
     at_first_visits = set() if known else {"objective/kl_at_first_visits"}
-    assert trainer.step(queries, responses, scores).keys() - stats.keys() == at_first_visits
+    assert trainer.step(queries, responses, scores, **given).keys() - stats.keys() == at_first_visits
     differences = generated.keys() - stats.keys()
     assert documented["Only for some responses"] == differences | {"objective/kl_at_first_visits"}
     numbers = logged.keys() - stats.keys() - {"step", "epoch"}

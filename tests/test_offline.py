@@ -49,7 +49,9 @@ def ragged_rows(count=8, seed=0):
         return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
 
     rewards = torch.randn(count, generator=generator).tolist()
-    return [{"input_ids": ids(1, 6), "completion_ids": [*ids(1, 5), EOS], "reward": r} for r in rewards]
+    rows = [{"input_ids": ids(1, 6), "completion_ids": [*ids(1, 5), EOS], "reward": r} for r in rewards]
+    others = [torch.randn(1 + number % 4, generator=generator).tolist() for number in range(count)]
+    return [{**row, "ref_rewards": rewards} for row, rewards in zip(rows, others, strict=True)]
 
 
 def probabilities(trainer, prompt=PROMPT):
@@ -114,6 +116,16 @@ def test_apa_with_a_learned_normaliser_ends_at_the_optimum_of_the_objective(tmp_
     assert h == pytest.approx(normalizer.log().item(), abs=0.05)
 
 
+def test_dro_ends_at_the_optimum_of_the_objective_and_its_value(tmp_path, bandit):
+    options = {"loss_type": "dro", "kl_coef": 1.0, "num_train_epochs": 90}
+    trainer, initial = learn(tmp_path, bandit, **options)
+    excess = bandit[1].exp()
+    normalizer = (initial * excess).sum()
+    torch.testing.assert_close(probabilities(trainer), initial * excess / normalizer, rtol=0, atol=5e-3)
+    trainer.estimate_advantages()
+    assert trainer.rollouts.values_BR[:, 0].mean().item() == pytest.approx(normalizer.log().item(), abs=0.02)
+
+
 def test_ilql_learns_q_and_v_and_decodes_with_their_difference(tmp_path, bandit):
     trainer, _ = learn(
         tmp_path,
@@ -147,7 +159,7 @@ def parameters_after_one_step(folder, rows, size, accumulation, **options):
 
 
 LOSSES = [{"loss_type": "awr", "freeze_value": False}, {"loss_type": "apa", "learn_state_normaliser": True}]
-LOSSES += [{"loss_type": "ilql"}]
+LOSSES += [{"loss_type": "ilql"}, {"loss_type": "qrpo"}, {"loss_type": "dro", "vf_coef": 0.5}]
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=lambda options: options["loss_type"])
@@ -183,11 +195,11 @@ def evaluated_on_two_ranks(rank, folder):
 def on_two_ranks(rank, options):
     announce_rank(rank)
     with tempfile.TemporaryDirectory() as folder:
-        after = parameters_after_one_step(folder, ragged_rows(), 4, 1, **options)
-        return {name: p.numpy() for name, p in after.items()}, evaluated_on_two_ranks(rank, folder)
+        after = [parameters_after_one_step(folder, ragged_rows(), 4, 1, **each) for each in options]
+        return [{name: p.numpy() for name, p in one.items()} for one in after], evaluated_on_two_ranks(rank, folder)
 
 
-ONE_STEP = {"loss_type": "awr", "freeze_value": False}
+ONE_STEP = [{"loss_type": "awr", "freeze_value": False}, {"loss_type": "qrpo"}, {"loss_type": "dro"}]
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +208,12 @@ def ranks():
 
 
 def test_two_ranks_equal_one_process_on_all_rows(tmp_path, ranks):
-    single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **ONE_STEP)
-    for parameters, _ in ranks:
-        for name, expected in single.items():
-            torch.testing.assert_close(torch.from_numpy(parameters[name]), expected, rtol=0, atol=1e-5, msg=name)
+    for number, options in enumerate(ONE_STEP):
+        single = parameters_after_one_step(tmp_path, ragged_rows(), 8, 1, **options)
+        for steps, _ in ranks:
+            for name, expected in single.items():
+                found = torch.from_numpy(steps[number][name])
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=name)
 
 
 def test_an_evaluation_that_fails_on_one_rank_fails_on_both_and_the_next_one_works(ranks):
@@ -269,6 +283,26 @@ def test_the_loss_is_the_plain_formula(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx((whitened / 0.4).square().mean().item(), rel=1e-4)
     # at the first step pi is pi_init
     assert trainer.state.log_history[0]["policy/log_ratio"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_qrpo_is_the_plain_formula_and_has_no_value_model(tmp_path):
+    rows = ragged_rows()
+    trainer = trainer_of(tmp_path, rows, loss_type="qrpo", kl_coef=0.4, num_train_epochs=30, logging_steps=1)
+    assert trainer.networks.value_model is None
+    trainer.train()
+    shares = [sum(r <= row["reward"] for r in row["ref_rewards"]) / len(row["ref_rewards"]) for row in rows]
+    targets = [share - 0.4 * math.log(0.4 * (math.exp(2.5) - 1)) for share in shares]
+    # at the first step pi is pi_init
+    first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
+    assert first["loss"] == pytest.approx(sum(target**2 for target in targets) / len(targets), rel=1e-4)
+    assert first["policy/log_ratio"] == pytest.approx(0.0, abs=1e-5)
+    assert last["loss"] < 0.05 * first["loss"]
+    trainer.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "value_model").exists()
+    with pytest.warns(UserWarning, match="value_model='separate' has no effect with loss_type='qrpo'"):
+        trainer_of(tmp_path, rows, trainer_kwargs={"value_model": "separate"}, loss_type="qrpo")
+    with pytest.raises(ValueError, match=r"ref_rewards is None; it should be a list of numbers .row 2."):
+        trainer_of(tmp_path, [rows[0], {**rows[1], "ref_rewards": None}], loss_type="qrpo")
 
 
 def test_the_value_model_is_fitted_to_the_returns_and_then_frozen(tmp_path):
@@ -576,7 +610,7 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"loss_type": "ppo"}, "loss_type='ppo': it should be one of apa, awr, ilql"),
+        ({"loss_type": "ppo"}, "loss_type='ppo': it should be one of apa, awr, ilql, qrpo, dro"),
         ({"loss_type": "ilql", "kl_coef": 0.1}, "kl_coef=0.1: ILQL has none"),
         ({"loss_type": "awr", "learn_state_normaliser": True}, "only APA omits log Z"),
         ({"kl_coef": 0.0}, "kl_coef=0.0: it should be greater than 0"),

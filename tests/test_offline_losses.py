@@ -1,14 +1,17 @@
 """Offline losses, on hand-worked numbers and on the tree of `test_theorem1`, where the right answer is known."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests import test_theorem1
+from tests.test_response_regression import optimum, response_logprobs
 from tests.test_theorem1 import KL_COEF, VOCABULARY, Tree, log_normalizers, optimal_policy, response_probabilities
 from trl_apa.algorithms.losses import apa_loss
 from trl_apa.algorithms.rewards import token_rewards
-from trl_apa.offline.losses import expectile_loss, ilql_loss, state_normaliser_loss
+from trl_apa.offline.losses import dro_loss, expectile_loss, ilql_loss, state_normaliser_loss
 
 
 tree = test_theorem1.tree  # the fixture
@@ -272,3 +275,92 @@ def test_off_policy_apa_with_a_learned_normaliser_reaches_the_optimum(tree):
     torch.testing.assert_close(logits_SV.log_softmax(-1), optimal_policy(tree, KL_COEF), rtol=0, atol=1e-6)
     torch.testing.assert_close(h_S / KL_COEF, log_normalizers(tree, KL_COEF), rtol=0, atol=1e-6)
     assert (loss + h_loss).item() < 1e-10
+
+
+# ---- DRO ----
+
+
+def dro_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, ref_logprobs = (torch.randn(4, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    values, rewards = (torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([5, 2, 0, 3])[:, None]
+    return logprobs, ref_logprobs, values, rewards, mask
+
+
+def test_dro_hand_worked():
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]])
+    ref_logprobs = torch.tensor([[-2.0, -2.5], [-1.0, math.nan]])
+    mask = torch.tensor([[True, True], [True, False]])
+    policy_loss, value_loss, stats = dro_loss(
+        logprobs, ref_logprobs, torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.0]), mask, 0.5
+    )
+    # log-ratios 1.5 and -2: 0.75 - (2 - 1) and -1 - (0 + 1) are -0.25 and -2; squares 0.0625 and 4, mean 2.03125
+    assert policy_loss.item() == pytest.approx(2.03125 / (2 * 0.5))
+    assert value_loss.item() == pytest.approx(2.03125 / 2)
+    expected = {"residual": -1.125, "residual_sq": 2.03125, "target_sq": 1.0, "log_ratio": -0.25, "value": 0.0}
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dro_has_the_gradients_of_the_papers_algorithm(seed):
+    """- (r - V) grad log pi + tau / 2 grad (log ratio)^2 and (V - r + tau log ratio) grad V, of each response."""
+    logprobs, ref_logprobs, values, rewards, mask = dro_batch(seed)
+    logprobs.requires_grad_(), values.requires_grad_()
+    policy_loss, value_loss, _ = dro_loss(logprobs, ref_logprobs, values, rewards, mask, 0.3)
+    assert torch.autograd.grad(policy_loss, values, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(value_loss, logprobs, allow_unused=True, retain_graph=True) == (None,)
+    found = torch.autograd.grad(policy_loss + value_loss, [logprobs, values])
+    expected_policy, expected_value = torch.zeros_like(logprobs), torch.zeros_like(values)
+    for row in (0, 1, 3):  # of three responses with a token
+        length = int(mask[row].sum())
+        ratio = sum((logprobs[row, t] - ref_logprobs[row, t]).item() for t in range(length))
+        expected_policy[row, :length] = (-(float(rewards[row]) - float(values[row])) + 0.3 * ratio) / 3
+        expected_value[row] = (float(values[row]) - float(rewards[row]) + 0.3 * ratio) / 3
+    torch.testing.assert_close(found[0], expected_policy)
+    torch.testing.assert_close(found[1], expected_value)
+
+
+def test_dro_adds_up_over_micro_batches_and_names_what_does_not_fit():
+    logprobs, ref_logprobs, values, rewards, mask = dro_batch()
+    together = dro_loss(logprobs, ref_logprobs, values, rewards, mask, 0.3)
+    parts = [
+        dro_loss(*(x[rows] for x in (logprobs, ref_logprobs, values, rewards, mask)), 0.3, 3)
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    for index in (0, 1):
+        torch.testing.assert_close(parts[0][index] + parts[1][index], together[index])
+    for name in together[2]:
+        torch.testing.assert_close(parts[0][2][name] + parts[1][2][name], together[2][name])
+    garbage = torch.where(mask, logprobs, math.nan)
+    torch.testing.assert_close(dro_loss(garbage, ref_logprobs, values, rewards, mask, 0.3)[:2], together[:2])
+    with pytest.raises(ValueError, match=r"values_B has shape \(4, 1\), it should be \(4,\)"):
+        dro_loss(logprobs, ref_logprobs, values[:, None], rewards, mask, 0.3)
+    with pytest.raises(ValueError, match=r"kl_coef is 0\.0"):
+        dro_loss(logprobs, ref_logprobs, values, rewards, mask, 0.0)
+
+
+@pytest.mark.parametrize("behaviour", ["uniform", "pi_init", "policy"])
+def test_dro_reaches_the_optimum_and_its_value_whoever_sampled(tree, behaviour):
+    best_N, tau_log_z = optimum(tree)
+    count = len(tree.scores_N)
+    weights = {
+        "uniform": lambda pi: torch.ones(count).double() / count,
+        "pi_init": lambda pi: response_probabilities(tree, tree.init_SV),
+        "policy": lambda pi: response_probabilities(tree, pi),
+    }[behaviour]
+    logits_SV, value = tree.init_SV.clone(), torch.zeros(1, dtype=torch.float64)
+    for _ in range(700):
+        logits_SV.requires_grad_(), value.requires_grad_()
+        pi_SV = logits_SV.log_softmax(-1)
+        root_N = weights(pi_SV.detach()).sqrt()  # the losses are homogeneous of degree 2
+        rows = (root_N[:, None] * x[tree.state_NR, tree.token_NR] for x in (pi_SV, tree.init_SV))
+        read = (*rows, root_N * value, root_N * tree.scores_N, tree.mask_NR, KL_COEF, 1)
+        policy_loss, value_loss, _ = dro_loss(*read)
+        gradients = torch.autograd.grad(policy_loss + value_loss, [logits_SV, value])
+        logits_SV, value = ((x - 1.0 * g).detach() for x, g in zip((logits_SV, value), gradients, strict=True))
+    learned_N = response_logprobs(tree, logits_SV.log_softmax(-1))
+    # on its own samples it learns of rare responses last
+    torch.testing.assert_close(learned_N.exp(), best_N.exp(), rtol=0, atol=1e-3)
+    assert value.item() == pytest.approx(tau_log_z.item(), abs=1e-3)
+    assert (policy_loss + value_loss).item() < 1e-3

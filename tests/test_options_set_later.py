@@ -21,7 +21,7 @@ from trl_apa.config.sizes import SIZES
 TAKE_EFFECT = {
     *("batch_size", "num_epochs_per_batch", "num_generations", "shuffle", "generation_batch_size"),
     *("gamma", "gae_lambda", "group_normalization", "vf_coef", "cliprange", "cliprange_high", "cliprange_value"),
-    *("loss_aggregation", "kl_penalty", "ratio_threshold"),
+    *("loss_aggregation", "kl_penalty", "ratio_threshold", "value_kl_coef", "normalizer"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("early_stopping", "target_kl", "max_kl", "exact_kl", "value_max_grad_norm", "optimize_device_cache"),
     *("max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "stop_strings"),

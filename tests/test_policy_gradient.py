@@ -441,6 +441,8 @@ def test_options_of_the_policy_gradients(tmp_path):
         **dict.fromkeys(("grpo", "cispo"), ("group", "std", False)),
         "rloo": ("leave_one_out", None, False),
         **dict.fromkeys(("mirror_descent", "rebel", "response_apa"), ("group", "none", False)),
+        "astar_po": ("optimal_value", None, False),
+        "qrpo": ("quantile", None, False),
     }
     own = tiny_config(tmp_path, loss_type="grpo", advantage_estimator="gae", whiten_advantages=True)
     assert (own.advantage_estimator, own.group_normalization, own.whiten_advantages) == ("gae", None, True)

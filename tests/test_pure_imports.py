@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 
-MATHEMATICS = ("masking", "kl", "advantages", "estimators", "named", "rewards", "losses")
+MATHEMATICS = (
+    "masking",
+    "kl",
+    "advantages",
+    "estimators",
+    "named",
+    "normalizers",
+    "reference_rewards",
+    "rewards",
+    "losses",
+)
 PURE = (*(f"algorithms.{name}" for name in MATHEMATICS), "values", "rollout.batch", "rollout.shared_prompts")
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets", "tokenizers"}
 

@@ -30,6 +30,7 @@ from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
+from trl_apa.algorithms.estimators import AdvantageEstimator
 from trl_apa.models.value_adapter import VALUE_ADAPTER
 from trl_apa.rollout import shared_prompts
 from trl_apa.rollout.batch import Layout, Rollouts
@@ -67,8 +68,9 @@ def step_on_half_without_critic(rank, folder, loss_type, name, whiten):
     options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": loss_type, **ACCUMULATED}
     trainer = without_critic(folder, batch_size=4, **options)
     halves = [[column[row] for row in rows_of(rank)] for column in rollouts_of_groups()]
-    stats = [trainer.step(*halves) for _ in range(2)][-1]
-    if name == "batch":
+    given = {} if name in COMPARED else {"ref_rewards": [REF_REWARDS[row] for row in rows_of(rank)]}
+    stats = [trainer.step(*halves, **given) for _ in range(2)][-1]
+    if not trainer.args.estimator.needs_groups or loss_type == "rebel":  # whose groups are those of a forward pass
         return parameters(trainer), stats, ""
     queries, responses, scores = halves
     lone = [*queries[:2], torch.tensor([9, 9]), queries[3]] if rank == 1 else queries
@@ -81,6 +83,8 @@ def without_critic(folder, **config):
     options = {"optim": "sgd", "learning_rate": 0.1, "ppo_epochs": 2, "scale_rewards": True, **config}
     if options["loss_type"] == "grpo":
         options |= {"loss_aggregation": "grpo", "kl_coef": 0.3}  # a mean over responses, of all ranks
+    if options["loss_type"] == "response_apa":
+        options |= {"normalizer": "group"}  # a mean over the responses of all ranks
     return APATrainer(tiny_config(folder, **options), tiny_model(), tokenizer=tiny_tokenizer())
 
 
@@ -90,7 +94,41 @@ WITHOUT_CRITIC = [
     ("rloo", "leave_one_out", False),
     ("response_apa", "group_log_mean_exp", False),
     ("ppo", "batch", False),
+    ("cispo", "group", False),
+    ("mirror_descent", "group", True),
+    ("rebel", "group", False),
+    ("qrpo", "quantile", False),
+    ("astar_po", "optimal_value", False),
+    ("rloo", "tests.test_two_processes:ABOVE_THE_BEST", False),
 ]
+COMPARED = ("group", "leave_one_out", "group_log_mean_exp", "batch")
+# One to three for each of the eight rows, and five for the last: on one of two ranks alone.
+REF_REWARDS = [[0.3 * row - 1.0] * (row % 3) + [0.5] for row in range(7)] + [[-1.0, 0.0, 1.0, 0.5, -0.5]]
+
+
+def above_the_best(rows, args):
+    """A user's estimator: the reward less the best of pi_init's, and less the mean of that over all rows."""
+    above_B = rows.rewards_BR.sum(dim=1) - rows.ref_rewards_BN.nan_to_num(nan=-9.0).amax(dim=1)
+    return (above_B - above_B.mean())[:, None].expand_as(rows.rewards_BR), None
+
+
+ABOVE_THE_BEST = AdvantageEstimator(above_the_best, needs_ref_rewards=True)
+
+
+def ref_rewards_of_rank(rank, folder):
+    """Three prompts on the first rank, one of them alone on the second."""
+    calls = []
+
+    def lengths(completions, **_):
+        calls.append(len(completions))
+        return [float(len(text)) for text in completions]
+
+    config = tiny_config(folder, loss_type="qrpo", num_ref_samples=2, seed=rank, max_completion_length=6)
+    trainer = APATrainer(config, tiny_model(), tokenizer=tiny_tokenizer(), reward_funcs=lengths)
+    first, second, third = torch.tensor([2, 3]), torch.tensor([4]), torch.tensor([5, 6, 7])
+    queries = [first, second, first, third] if rank == 0 else [first] * 4
+    rewards = trainer.reference_rewards(queries)
+    return rewards, trainer.reference_rewards(queries), trainer.run_state.ref_rewards, calls
 
 
 def noting_layouts(seen):
@@ -327,6 +365,7 @@ def everything(rank, folder):
     results["groups"] = step_on_half_of_groups(rank, f"{own}/groups")
     for options in WITHOUT_CRITIC:
         results[options] = step_on_half_without_critic(rank, "/".join((own, *options[:2])), *options)
+    results["reference rewards"] = ref_rewards_of_rank(rank, f"{own}/reference")
     results["train without critic"] = train_without_critic(folder)
     results["overridden"] = step_on_half_by_overrides(rank, f"{own}/overridden")
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
@@ -386,16 +425,27 @@ def test_two_ranks_without_a_critic_equal_one_process(tmp_path, ranks, loss_type
     """The responses to a prompt are compared wherever they are; a prompt with one row is refused by both ranks."""
     options = {"advantage_estimator": name, "whiten_advantages": whiten, "loss_type": loss_type, "mini_batch_size": 8}
     single = without_critic(tmp_path, batch_size=8, **options)
-    stats = [single.step(*rollouts_of_groups()) for _ in range(2)][-1]
+    given = {} if name in COMPARED else {"ref_rewards": REF_REWARDS}
+    stats = [single.step(*rollouts_of_groups(), **given) for _ in range(2)][-1]
     for weights, rank_stats, _ in (rank[loss_type, name, whiten] for rank in ranks):
         assert_same(weights, parameters(single), tolerance=1e-5)
         assert rank_stats.keys() == stats.keys()
         for statistic, value in stats.items():
             if not statistic.startswith("time/"):
                 assert rank_stats[statistic] == pytest.approx(value, rel=1e-3, abs=1e-4), statistic
-    if name != "batch":
+    if single.args.estimator.needs_groups and loss_type != "rebel":
         first, second = (rank[loss_type, name, whiten][2] for rank in ranks)
         assert "(the first: of another process)" in first and "(the first: queries[2], 'w9 w9')" in second
+
+
+def test_two_ranks_sample_pi_init_for_each_prompt_once_and_agree(ranks):
+    """Also where one of them has no new prompt: it makes the same calls. Equal prompts have equal rewards on both."""
+    for rewards, again, known, calls in (rank["reference rewards"] for rank in ranks):
+        assert [len(part) for part in rewards] == [2, 2, 2, 2]
+        assert torch.equal(rewards[0], rewards[2]) and all(map(torch.equal, rewards, again))
+        assert known == ranks[0]["reference rewards"][2] and len(known) == 3
+        assert calls == [6]  # three prompts of the first rank, two samples each
+    assert torch.equal(ranks[0]["reference rewards"][0][0], ranks[1]["reference rewards"][0][3])
 
 
 def test_two_ranks_without_a_critic_go_on_with_the_same_bits(ranks, folder):

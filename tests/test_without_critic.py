@@ -19,6 +19,7 @@ from trl_apa.algorithms.estimators import ESTIMATORS, AdvantageEstimator
 from trl_apa.rollout import shared_prompts
 from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.trainer.checkpoints import problem_with
+from trl_apa.trainer.statistics import equal_scores_share
 
 
 WITHOUT_VALUES = ("group", "leave_one_out", "batch")
@@ -282,6 +283,19 @@ def test_a_response_that_was_not_scored_is_no_member_of_its_group(tmp_path):
 # ---- refused, or told ----
 
 
+def test_prompts_whose_responses_have_equal_scores_are_counted(tmp_path):
+    """Of scores as they enter the rewards: clipping can make them equal; responses that were left out do not count."""
+    scores = torch.tensor([1.0, -2.0, 1.0, 3.0, 1.0, -2.5, 5.0, 1.0])  # of prompts 0, 1, 0, 2, 0, 1, 2, 0
+    queries, responses, _ = grouped_rollouts()
+    for clip, expected in ((None, 1 / 3), (2.0, 1.0), (4.0, 1 / 3), (3.0, 2 / 3)):
+        trainer = learner(tmp_path, score_clip=clip)
+        assert trainer.step(queries, responses, list(scores))["apa/equal_scores_share"] == pytest.approx(expected)
+    assert equal_scores_share(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([-7, -7, 3])) == 1.0
+    assert equal_scores_share(torch.tensor([0.0, -1e-9, 1.0]), torch.tensor([-7, -7, 3])) == 0.5
+    by_batch = learner(tmp_path, advantage_estimator="batch")
+    assert "apa/equal_scores_share" not in by_batch.step(queries, responses, list(scores))
+
+
 def test_a_prompt_with_one_row_is_refused_by_name_before_any_pass(tmp_path):
     queries, responses, scores = grouped_rollouts()
     for name in ("group", "leave_one_out"):
@@ -345,12 +359,12 @@ def test_defaults_do_not_warn_and_are_filled_in(tmp_path, config):
     [
         (
             {"advantage_estimator": "rloo"},
-            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, or module:name of an ",
+            "it should be one of gae, group, leave_one_out, .*, quantile, optimal_value, or module:name of an ",
         ),
         ({"advantage_estimator": f"{HERE}:NOTHING"}, "cannot be imported"),
         (
             {"advantage_estimator": AdvantageEstimator(len)},
-            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, or ",
+            "it should be one of gae, group, leave_one_out, group_log_mean_exp, batch, quantile, optimal_value, or ",
         ),
         (
             {"loss_type": ["apa"]},

@@ -29,7 +29,7 @@ COMMANDS = {
     "sft": ("trl_apa.commands.sft", "supervised fine-tuning with TRL's SFTTrainer"),
     "reward": ("trl_apa.commands.reward", "train a reward model on preferences with TRL's RewardTrainer"),
     "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
-    "offline": ("trl_apa.commands.offline", "train on fixed responses with APA, AWR or ILQL"),
+    "offline": ("trl_apa.commands.offline", "train on fixed responses with APA, AWR, ILQL, QRPO or DRO"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
     "check": ("trl_apa.commands.check", "check whether a model's numbers can be trusted on this machine"),

@@ -71,6 +71,7 @@ class Algorithm:
             in one forward pass.
         needs_ref_logprobs: whether the loss reads `ref_logprobs_BR`, apart from a KL that `kl_in` puts into it.
         defaults: of options that every algorithm reads, where they are others than `DEFAULTS`.
+        of_responses: whether the loss is a squared error of complete responses, for `normalizer` among its options.
     """
 
     loss: Callable[[PolicyTokens, Any], tuple[Tensor, Stats]]
@@ -82,6 +83,7 @@ class Algorithm:
     compares_responses: bool = False
     needs_ref_logprobs: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    of_responses: bool = False
 
     @property
     def prices_kl(self) -> bool:
@@ -166,7 +168,7 @@ def _plus_kl(
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "apa": Algorithm(_apa, kl_coef=0.1),
+    "apa": Algorithm(_apa, kl_coef=0.1, options={"normalizer": "none"}),
     "awr": Algorithm(_awr, kl_coef=1.0, needs_ref_logprobs=False),
     "ppo": Algorithm(
         _ppo,
@@ -220,6 +222,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         _response_apa,
         kl_coef=0.2,
         defaults={"advantage_estimator": "group", "whiten_advantages": False},
+        options={"normalizer": "none"},
+        of_responses=True,
+    ),
+    "astar_po": Algorithm(
+        _response_apa,
+        kl_coef=0.2,
+        defaults={"advantage_estimator": "optimal_value", "whiten_advantages": False},
+    ),
+    "qrpo": Algorithm(
+        _response_apa,
+        kl_coef=0.03,
+        defaults={"advantage_estimator": "quantile", "whiten_advantages": False},
     ),
 }
 # Options that only some algorithms read.

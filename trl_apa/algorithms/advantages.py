@@ -89,15 +89,15 @@ def group_advantages(
     """
     if normalization not in GROUP_NORMALIZATIONS:
         raise ValueError(f"normalization is {normalization!r}, it should be one of {', '.join(GROUP_NORMALIZATIONS)}")
-    total_B, counted_B = _sequence_rewards(rewards_BR, response_mask_BR)
-    group_B, num_groups = _group_numbers(prompts_B, response_mask_BR)
-    count_B = _sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups)
-    deviation_B = total_B - _sum_of_group(total_B, group_B, num_groups) / count_B.clamp(min=1)
+    total_B, counted_B = sequence_rewards(rewards_BR, response_mask_BR)
+    group_B, num_groups = group_numbers(prompts_B, response_mask_BR)
+    count_B = sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups)
+    deviation_B = total_B - sum_of_group(total_B, group_B, num_groups) / count_B.clamp(min=1)
     deviation_B = torch.where(counted_B, deviation_B, torch.zeros_like(deviation_B))
     if normalization == "std":
-        squares_B = _sum_of_group(deviation_B.square(), group_B, num_groups)
+        squares_B = sum_of_group(deviation_B.square(), group_B, num_groups)
         deviation_B = deviation_B / ((squares_B / (count_B - 1).clamp(min=1)).sqrt() + GROUP_EPSILON)
-    return _on_each_token(deviation_B, rewards_BR, response_mask_BR)
+    return on_each_token(deviation_B, rewards_BR, response_mask_BR)
 
 
 def leave_one_out_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, prompts_B: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ def leave_one_out_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, promp
     Raises:
         ValueError: if shapes do not fit, or the mask is not bool.
     """
-    total_B, counted_B = _sequence_rewards(rewards_BR, response_mask_BR)
-    group_B, num_groups = _group_numbers(prompts_B, response_mask_BR)
-    count_B = _sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups)
-    others_B = _sum_of_group(total_B, group_B, num_groups) - total_B
+    total_B, counted_B = sequence_rewards(rewards_BR, response_mask_BR)
+    group_B, num_groups = group_numbers(prompts_B, response_mask_BR)
+    count_B = sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups)
+    others_B = sum_of_group(total_B, group_B, num_groups) - total_B
     advantage_B = total_B - others_B / (count_B - 1).clamp(min=1)
     advantage_B = torch.where(counted_B & (count_B > 1), advantage_B, torch.zeros_like(advantage_B))
-    return _on_each_token(advantage_B, rewards_BR, response_mask_BR)
+    return on_each_token(advantage_B, rewards_BR, response_mask_BR)
 
 
 def log_mean_exp_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, prompts_B: Tensor, kl_coef: float) -> Tensor:
@@ -152,15 +152,15 @@ def log_mean_exp_advantages(rewards_BR: Tensor, response_mask_BR: Tensor, prompt
         ValueError: if shapes do not fit, the mask is not bool, or `kl_coef` is not positive and finite.
     """
     check_positive("kl_coef", kl_coef)
-    total_B, counted_B = _sequence_rewards(rewards_BR, response_mask_BR)
-    group_B, num_groups = _group_numbers(prompts_B, response_mask_BR)
+    total_B, counted_B = sequence_rewards(rewards_BR, response_mask_BR)
+    group_B, num_groups = group_numbers(prompts_B, response_mask_BR)
     exponent_B = (total_B / kl_coef).masked_fill(~counted_B, -math.inf)
     largest_G = exponent_B.new_full((num_groups,), -math.inf).scatter_reduce(0, group_B, exponent_B, "amax")
     shift_B = largest_G[group_B].nan_to_num(neginf=0.0)
-    count_B = _sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups).clamp(min=1)
-    log_mean_B = shift_B + (_sum_of_group((exponent_B - shift_B).exp(), group_B, num_groups) / count_B).log()
+    count_B = sum_of_group(counted_B.to(total_B.dtype), group_B, num_groups).clamp(min=1)
+    log_mean_B = shift_B + (sum_of_group((exponent_B - shift_B).exp(), group_B, num_groups) / count_B).log()
     advantage_B = torch.where(counted_B, total_B - kl_coef * log_mean_B, torch.zeros_like(total_B))
-    return _on_each_token(advantage_B, rewards_BR, response_mask_BR)
+    return on_each_token(advantage_B, rewards_BR, response_mask_BR)
 
 
 def batch_advantages(rewards_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def batch_advantages(rewards_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
     )
 
 
-def _sequence_rewards(rewards_BR: Tensor, response_mask_BR: Tensor) -> tuple[Tensor, Tensor]:
+def sequence_rewards(rewards_BR: Tensor, response_mask_BR: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of each response's rewards, in float64 where the device has it, and whether it has a counted token."""
     check_response_tensors(response_mask_BR, rewards_BR=rewards_BR)
     accumulator = torch.float32 if rewards_BR.device.type == "mps" else torch.float64
@@ -194,7 +194,7 @@ def _sequence_rewards(rewards_BR: Tensor, response_mask_BR: Tensor) -> tuple[Ten
     return counted.to(accumulator).sum(dim=1), response_mask_BR.any(dim=1)
 
 
-def _group_numbers(prompts_B: Tensor, response_mask_BR: Tensor) -> tuple[Tensor, int]:
+def group_numbers(prompts_B: Tensor, response_mask_BR: Tensor) -> tuple[Tensor, int]:
     """The prompts numbered from 0, and how many there are."""
     if prompts_B.shape != response_mask_BR.shape[:1]:
         raise ValueError(f"prompts_B has shape {tuple(prompts_B.shape)}, it should be ({len(response_mask_BR)},)")
@@ -202,12 +202,13 @@ def _group_numbers(prompts_B: Tensor, response_mask_BR: Tensor) -> tuple[Tensor,
     return group_B, len(different)
 
 
-def _sum_of_group(x_B: Tensor, group_B: Tensor, num_groups: int) -> Tensor:
+def sum_of_group(x_B: Tensor, group_B: Tensor, num_groups: int) -> Tensor:
     """For each row the sum of `x_B` over the rows of its group."""
     sums_G = x_B.new_zeros(num_groups).index_add(0, group_B, x_B)
     return sums_G[group_B]
 
 
-def _on_each_token(advantage_B: Tensor, rewards_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+def on_each_token(advantage_B: Tensor, rewards_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+    """A response's advantage at each of its counted tokens, in the dtype of the rewards, at least float32."""
     advantages_BR = keep_counted(advantage_B[:, None].expand_as(response_mask_BR), response_mask_BR)
     return advantages_BR.to(at_least_float32(rewards_BR[:0]).dtype)

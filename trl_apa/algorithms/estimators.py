@@ -14,10 +14,11 @@ from trl_apa.algorithms.advantages import (
     log_mean_exp_advantages,
 )
 from trl_apa.algorithms.named import named
+from trl_apa.algorithms.reference_rewards import optimal_value_advantages, quantile_advantages
 
 
 # Options that only some estimators read.
-ESTIMATOR_OPTIONS = ("gamma", "gae_lambda", "group_normalization")
+ESTIMATOR_OPTIONS = ("gamma", "gae_lambda", "group_normalization", "num_ref_samples", "value_kl_coef")
 
 
 class RewardedRows(NamedTuple):
@@ -31,12 +32,16 @@ class RewardedRows(NamedTuple):
             asks for it with `needs_values`.
         prompts_B: int64 `(B,)`, the same number for rows with equal prompts; None unless the estimator asks for it
             with `needs_groups`.
+        ref_rewards_BN: rewards of responses of pi_init to each row's prompt, `(B, N)`, in the unit of the scores in
+            `rewards_BR`; NaN where a prompt has fewer than N. None unless the estimator asks for it with
+            `needs_ref_rewards`.
     """
 
     rewards_BR: Tensor
     response_mask_BR: Tensor
     values_BR: Tensor | None = None
     prompts_B: Tensor | None = None
+    ref_rewards_BN: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class AdvantageEstimator:
         row_by_row: whether the advantages of a row depend on that row alone. Otherwise `estimate` gets the rows of all
             processes, so that its results do not depend on how many there are.
         options: those of `ESTIMATOR_OPTIONS` that it reads; setting another warns.
+        needs_ref_rewards: whether it reads `ref_rewards_BN`. Then `step` needs `ref_rewards`, and `train` takes them
+            from the data set or samples `num_ref_samples` responses of pi_init.
     """
 
     estimate: Callable[[RewardedRows, Any], tuple[Tensor, Tensor | None]]
@@ -58,6 +65,7 @@ class AdvantageEstimator:
     needs_groups: bool = False
     row_by_row: bool = False
     options: tuple[str, ...] = ()
+    needs_ref_rewards: bool = False
 
 
 def _gae(rows: RewardedRows, args: Any) -> tuple[Tensor, Tensor]:
@@ -81,6 +89,17 @@ def _log_mean_exp(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
     return log_mean_exp_advantages(rows.rewards_BR, rows.response_mask_BR, rows.prompts_B, args.kl_coef), None
 
 
+def _quantile(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
+    assert rows.ref_rewards_BN is not None  # needs_ref_rewards
+    return quantile_advantages(rows.rewards_BR, rows.response_mask_BR, rows.ref_rewards_BN, args.kl_coef), None
+
+
+def _optimal_value(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
+    assert rows.ref_rewards_BN is not None  # needs_ref_rewards
+    kl_coef = args.kl_coef if args.value_kl_coef is None else args.value_kl_coef
+    return optimal_value_advantages(rows.rewards_BR, rows.response_mask_BR, rows.ref_rewards_BN, kl_coef), None
+
+
 def _batch(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
     return batch_advantages(rows.rewards_BR, rows.response_mask_BR), None
 
@@ -91,6 +110,10 @@ ESTIMATORS: dict[str, AdvantageEstimator] = {
     "leave_one_out": AdvantageEstimator(_leave_one_out, needs_groups=True),
     "group_log_mean_exp": AdvantageEstimator(_log_mean_exp, needs_groups=True),
     "batch": AdvantageEstimator(_batch),
+    "quantile": AdvantageEstimator(_quantile, row_by_row=True, options=("num_ref_samples",), needs_ref_rewards=True),
+    "optimal_value": AdvantageEstimator(
+        _optimal_value, row_by_row=True, options=("num_ref_samples", "value_kl_coef"), needs_ref_rewards=True
+    ),
 }
 
 

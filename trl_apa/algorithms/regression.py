@@ -31,7 +31,9 @@ def response_regression_loss(
     - policy mirror descent of Kimi k1.5 (arXiv 2501.12599, section 2.3.2): the anchor is the policy that sampled the
       iteration; tau log Z is `tau log mean exp(r / tau)` over the group, or just the group's mean score;
     - A*-PO, second stage (arXiv 2505.20686): the anchor is pi_init; tau log Z is V*(x), estimated once from samples of
-      pi_init.
+      pi_init (`reference_rewards.optimal_values`);
+    - QRPO (arXiv 2507.08068, eq. 11): the anchor is pi_init; r is the quantile of the reward among those of pi_init,
+      whose log Z is known (`reference_rewards.log_quantile_partition`).
 
     Args:
         logprobs_BR (`Tensor` `(B, R)`): sampled tokens under pi_theta, nats; carries the gradient.

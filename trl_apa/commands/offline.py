@@ -1,4 +1,4 @@
-"""`trl-apa offline`: learn from fixed responses with APA, AWR or ILQL."""
+"""`trl-apa offline`: learn from fixed responses with APA, AWR, ILQL, QRPO or DRO."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +40,8 @@ def make_parser() -> CommandParser:
     """The options of the command."""
     return CommandParser(
         "offline",
-        "Train on fixed responses with APA, AWR or ILQL. Both responses of a preference pair are scored first.",
+        "Train on fixed responses with APA, AWR, ILQL, QRPO or DRO. Both responses of a preference pair are scored "
+        "first.",
         Part(DataArguments, lambda name: "data"),
         reward_part(),
         model_part(),
@@ -89,7 +90,8 @@ def main(argv: Sequence[str]) -> int:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_pretrained(config.output_dir)
     trainer.save_state()
-    trainer.accelerator.print(f"policy, tokenizer, value_model/ and trainer_state.json are in {config.output_dir}")
+    critic = "value_model/ and " if config.needs_values else "and "
+    trainer.accelerator.print(f"policy, tokenizer, {critic}trainer_state.json are in {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub()
     return 0

@@ -50,6 +50,7 @@ POSITIVE = (
     "num_epochs_per_batch",
     "num_generations",
     "num_mini_batches",
+    "num_ref_samples",
     "num_unfrozen_layers",
     "per_device_train_batch_size",
     "ratio_threshold",
@@ -60,6 +61,7 @@ POSITIVE = (
     "target_kl",
     "temperature",
     "total_episodes",
+    "value_kl_coef",
     "value_learning_rate",
     "value_max_grad_norm",
 )
@@ -87,6 +89,7 @@ JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs", "project_kwargs")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
     *("loss_type", "advantage_estimator", "group_normalization", "kl_coef", "gamma", "gae_lambda", "vf_coef"),
+    *("num_ref_samples", "value_kl_coef", "normalizer"),
     *("cliprange", "cliprange_high", "cliprange_value", "loss_aggregation", "kl_in", "adap_kl_ctrl", "target"),
     *("horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
@@ -116,24 +119,37 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     Parameters:
         loss_type (`str`, *optional*, defaults to `"apa"`):
             Policy loss: `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ppo"`, the clipped ratio with a
-            KL penalty in the reward; `"grpo"`, `"cispo"`, `"rloo"`, `"mirror_descent"`, `"rebel"` or
-            `"response_apa"` (`docs/algorithm.md` compares them); or `"module:name"` of an algorithm of your own
-            (`docs/extending.md`). The defaults below that depend on it change with it, and nothing else. Make a new
-            config for another loss: `dataclasses.replace` keeps what the first one has filled in.
+            KL penalty in the reward; `"grpo"`, `"cispo"`, `"rloo"`, `"mirror_descent"`, `"rebel"`, `"response_apa"`,
+            `"astar_po"` or `"qrpo"` (`docs/algorithm.md` compares them); or `"module:name"` of an algorithm of your
+            own (`docs/extending.md`). The defaults below that depend on it change with it, and nothing else. Make a
+            new config for another loss: `dataclasses.replace` keeps what the first one has filled in.
         kl_coef (`float`, *optional*):
             lambda of objective (2), in units of the advantage: how much advantage one nat of KL is worth. Defaults to
-            `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses. For PPO it is the initial
-            coefficient of the KL penalty, `0.05`, in reward units per nat: small scores want a smaller one
-            (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO, `0.0`, that of the KL in the loss.
+            `0.1` for APA, `1.0` for AWR, `0.2` for the squared errors on complete responses, `0.03` for QRPO, whose
+            rewards are between 0 and 1. For PPO it is the initial coefficient of the KL penalty, `0.05`, in reward
+            units per nat: small scores want a smaller one (`docs/rewards.md`). So it is for RLOO; for GRPO and CISPO,
+            `0.0`, that of the KL in the loss.
         advantage_estimator (`str`, *optional*):
             How rewards become advantages: `"gae"`, with a value model; without one `"group"`, a response's reward
             minus the mean of its prompt's responses, `"leave_one_out"`, minus the mean of the others,
-            `"group_log_mean_exp"`, minus `kl_coef` times log Z estimated from the group, or `"batch"`, minus the mean
-            of the iteration; or `"module:name"` of an estimator of your own (`docs/extending.md`). Defaults to `"gae"`
-            for APA, AWR, PPO and algorithms of your own, to `"leave_one_out"` for RLOO, to `"group"` for the others.
+            `"group_log_mean_exp"`, minus `kl_coef` times log Z estimated from the group, `"batch"`, minus the mean
+            of the iteration, or, compared with responses of pi_init, `"quantile"` and `"optimal_value"`; or
+            `"module:name"` of an estimator of your own (`docs/extending.md`). Defaults to `"gae"` for APA, AWR, PPO
+            and algorithms of your own, to `"leave_one_out"` for RLOO, to `"quantile"` for QRPO, to `"optimal_value"`
+            for A*-PO, to `"group"` for the others.
         group_normalization (`str`, *optional*):
             With `advantage_estimator="group"`: `"none"`, or `"std"`, which divides by the standard deviation of the
             prompt's rewards. Defaults to `"std"` for GRPO and CISPO, else to `"none"`.
+        normalizer (`str`, *optional*, defaults to `"none"`):
+            APA and APA on responses: what stands for log Z(s) in the target. `"none"`, the paper's 0, or `"group"`, a
+            constant for each prompt, estimated from its responses before each update (`docs/algorithm.md`). Needs
+            `num_generations` of 2 or more.
+        num_ref_samples (`int`, *optional*, defaults to `8`):
+            With `advantage_estimator="quantile"` or `"optimal_value"`: in `train` and `reference_rewards`, responses
+            of pi_init that are sampled and scored once for each prompt, unless its row has `ref_rewards`.
+        value_kl_coef (`float`, *optional*):
+            With `advantage_estimator="optimal_value"`: beta_1 of A*-PO, in reward units per nat, with which V* is
+            estimated. Defaults to `kl_coef`.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -295,6 +311,9 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
     advantage_estimator: str = option(None, f"{', '.join(ESTIMATORS)}, or module:name; only gae needs a value model.")
     group_normalization: str | None = option(None, "With advantage_estimator='group': 'none', or 'std' of the group.")
+    normalizer: str | None = option(None, "APA, APA on responses: 'none' or 'group' for log Z(s) in the target.")
+    num_ref_samples: int = option(8, "Responses of pi_init that each prompt's rewards are compared with.")
+    value_kl_coef: float | None = option(None, "With 'optimal_value': beta_1 of A*-PO; kl_coef by default.")
     gamma: float = option(1.0, "Discount a token.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
     vf_coef: float = option(1.0, "Weight of the value loss.")
@@ -447,6 +466,22 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         if not self.reads("kl_in"):
             return self.algorithm.kl_in_reward
         return (self.kl_in or self.algorithm.options["kl_in"]) == "reward"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether advantages are made of what differs between the responses to a prompt."""
+        return self.estimator.needs_groups or self.normalizes_groups
+
+    @property
+    def normalizes_groups(self) -> bool:
+        """Whether log Z of each prompt is estimated from its responses."""
+        return self.reads("normalizer") and self.normalizer == "group"
+
+    @property
+    def compares_by(self) -> str:
+        """The option that lets `needs_groups` be True, in words."""
+        by_estimator = self.estimator.needs_groups
+        return f"advantage_estimator={self.advantage_estimator!r}" if by_estimator else "normalizer='group'"
 
     @property
     def shuffles_groups(self) -> bool:
@@ -676,6 +711,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             raise ValueError(
                 "kl_penalty='kl' with kl_in='loss' charges nothing: the expected gradient of log pi - log pi_init is "
                 "0. Set kl_penalty to 'mse' or 'k3', or kl_in='reward'"
+            )
+        if self.normalizer not in (None, "none", "group"):
+            raise ValueError(
+                f"normalizer={self.normalizer!r}: it should be 'none' or 'group'. A log Z(s) that is learned is an "
+                "option of offline learning, learn_state_normaliser"
             )
         if self.loss_aggregation not in (None, *GRPO_AGGREGATIONS):
             names = ", ".join(GRPO_AGGREGATIONS)

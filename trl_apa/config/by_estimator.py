@@ -23,8 +23,8 @@ def estimator_reads(config: "APAConfig", option: str) -> bool:
 
 
 def estimates_with_values(config: Any) -> bool:
-    """Whether a run with these options has a value model; an offline config, without an estimator, has one."""
-    return not hasattr(config, "estimator") or bool(config.estimator.needs_values)
+    """Whether a run with these options, online or offline, has a value model."""
+    return bool(config.estimator.needs_values if hasattr(config, "estimator") else config.needs_values)
 
 
 def fill_by_estimator(config: "APAConfig", option: str) -> None:
@@ -48,17 +48,30 @@ def fill_by_algorithm(config: "APAConfig") -> None:
 def check_estimator_options(config: "APAConfig") -> None:
     """
     Raises:
-        ValueError: if `group_normalization` is another text than it should be, or `kl_coef` is 0 where the estimator
-            divides by it.
+        ValueError: if `group_normalization` is another text than it should be, `kl_coef` is 0 where the estimator
+            divides by it, or rewards are whitened that are compared with those of pi_init.
     """
     if config.advantage_estimator == "group_log_mean_exp" and config.kl_coef == 0:
         raise ValueError(
             "kl_coef=0.0 has no log mean exp(R / kl_coef): set it, or advantage_estimator='group', its limit for a "
             "large kl_coef"
         )
+    if config.estimator.needs_ref_rewards:
+        _check_ref_rewards_options(config)
     given = config.group_normalization
     if given not in (None, *GROUP_NORMALIZATIONS):
         raise ValueError(f"group_normalization={given!r}: it should be one of {', '.join(GROUP_NORMALIZATIONS)}")
+
+
+def _check_ref_rewards_options(config: "APAConfig") -> None:
+    setting = f"advantage_estimator={config.advantage_estimator!r}"
+    if config.kl_coef == 0 and not (config.reads("value_kl_coef") and config.value_kl_coef):
+        raise ValueError(f"kl_coef=0.0 with {setting}, which divides by it: set it to more")
+    if config.whiten_rewards:
+        raise ValueError(
+            f"whiten_rewards=True with {setting}: it divides the rewards of each iteration by another number, and not "
+            "those of pi_init that they are compared with; leave it out, or set scale_rewards"
+        )
 
 
 def _who_reads(option: str) -> str:

@@ -113,7 +113,7 @@ FIXED: dict[str, Fixed] = {
         Moment.TRAINER,
         "set it before the trainer is made",
         *("num_unfrozen_layers", "model_adapter_name", "ref_adapter_name", "padding_free", "stop_token_id"),
-        *("reward_weights", "skip_unscored", "reward_timeout", "remove_unused_columns"),
+        *("reward_weights", "skip_unscored", "reward_timeout", "remove_unused_columns", "num_ref_samples"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "use_liger_kernel", "liger_kernel_config", "parallelism_config"),
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),

@@ -1,4 +1,4 @@
-"""Learning from fixed prompts, responses and rewards (figure 9 of the paper): APA, AWR and ILQL."""
+"""Learning from fixed prompts, responses and rewards (figure 9 of the paper): APA, AWR, ILQL, QRPO and DRO."""
 
 from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import label_pairs, label_rows

@@ -12,7 +12,7 @@ from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.redaction import RedactedOptions
 
 
-LOSS_TYPES = ("apa", "awr", "ilql")
+LOSS_TYPES = ("apa", "awr", "ilql", "qrpo", "dro")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
     *("loss_type", "kl_coef", "gamma", "gae_lambda", "whiten_advantages", "value_epochs", "value_learning_rate"),
@@ -30,16 +30,18 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"awr"`):
-            `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ilql"`, implicit language Q-learning.
+            `"apa"`, equation (9) of the paper; `"awr"`, equation (6); `"ilql"`, implicit language Q-learning;
+            `"qrpo"`, quantile rewards, without a value model; `"dro"`, policy and value fitted together.
         kl_coef (`float`, *optional*):
-            lambda of objective (2) for APA and AWR, in units of the advantage. Defaults to `0.3` for APA, `0.25` for
-            AWR. ILQL reads `ilql_beta` instead.
+            lambda of objective (2) for APA and AWR, in units of the advantage; beta of QRPO; tau of DRO, in reward
+            units per nat. Defaults to `0.3` for APA and DRO, `0.25` for AWR, `0.03` for QRPO. ILQL reads `ilql_beta`
+            instead.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
-            Of generalised advantage estimation.
+            APA and AWR: of generalised advantage estimation.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
-            Give the advantages of the complete data set mean 0 and variance 1.
+            APA and AWR: give the advantages of the complete data set mean 0 and variance 1.
         value_epochs (`int`, *optional*, defaults to `3`):
             APA and AWR: passes over the data in which the value model is fitted to the returns before the policy is
             trained.
@@ -50,7 +52,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             APA and AWR: leave the value model as it is after them. Otherwise it goes on learning beside the policy,
             with the weight `vf_coef`, and the advantages are estimated again before every epoch.
         vf_coef (`float`, *optional*, defaults to `1.0`):
-            With `freeze_value=False`, the weight of the value loss.
+            With `freeze_value=False`, and for DRO, the weight of the value loss.
         learn_state_normaliser (`bool`, *optional*, defaults to `False`):
             APA only: learn the log Z(s) that equation (9) leaves out, by a third network; see
             [`~trl_apa.offline.losses.state_normaliser_loss`].
@@ -93,17 +95,17 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
 
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
-    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25}
+    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25, "qrpo": 0.03, "dro": 0.3}
 
-    loss_type: str = option("awr", "'apa', 'awr' or 'ilql'.")
-    kl_coef: float | None = option(None, "APA and AWR: lambda of the paper's objective (2).")
+    loss_type: str = option("awr", "'apa', 'awr', 'ilql', 'qrpo' or 'dro'.")
+    kl_coef: float | None = option(None, "lambda of the paper's objective (2); ILQL has none.")
     gamma: float = option(1.0, "Discount a token.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
     whiten_advantages: bool = option(True, "Give the advantages of the data mean 0 and variance 1.")
     value_epochs: int = option(3, "APA and AWR: passes that fit the value model before the policy is trained.")
     value_learning_rate: float | None = option(None, "Learning rate of these passes.")
     freeze_value: bool = option(True, "APA and AWR: leave the value model as it is after them.")
-    vf_coef: float = option(1.0, "With freeze_value=False, the weight of the value loss.")
+    vf_coef: float = option(1.0, "With freeze_value=False, and for DRO, the weight of the value loss.")
     learn_state_normaliser: bool = option(False, "APA only: learn log Z(s) by a third network.")
     expectile: float = option(0.7, "ILQL only: tau of the value loss.")
     cql_coef: float = option(0.1, "ILQL only: weight of the CQL term.")
@@ -148,6 +150,26 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         if self.early_stopping_patience is not None:
             self._stop_on_the_held_out_reward()
         super().__post_init__()
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether there is a value model."""
+        return self.loss_type != "qrpo"
+
+    @property
+    def fits_value_first(self) -> bool:
+        """Whether advantages come from a value model that is fitted before the policy is trained."""
+        return self.loss_type in ("apa", "awr")
+
+    @property
+    def goes_on_fitting(self) -> bool:
+        """Whether that value model goes on learning beside the policy."""
+        return self.fits_value_first and not self.freeze_value
+
+    @property
+    def of_responses(self) -> bool:
+        """Whether the loss is a mean over responses, not over tokens."""
+        return self.loss_type in ("qrpo", "dro")
 
     def _check_ranges(self) -> None:
         positive = ("kl_coef", "value_learning_rate", "max_prompt_length", "max_completion_length", "temperature")

@@ -17,6 +17,7 @@ from trl_apa.rollout.prompts import as_rows, prompt_of, query_of
 from trl_apa.rollout.reward_values import as_float
 from trl_apa.rollout.scoring import Scorer, reward_functions
 from trl_apa.rollout.texts import Texts, as_completion, prompts_and_completions
+from trl_apa.trainer.reference_rewards import as_ref_rewards, padded_ref_rewards
 from trl_apa.trainer.validation import LARGEST_SCORE, check_positions, check_tokens
 from trl_apa.values import shown
 
@@ -126,7 +127,7 @@ def rollouts_of(
 
     Args:
         rows: each with a prompt (`prompt`, `query` or `input_ids`), a response (`completion` or `completion_ids`) and
-            a `reward`.
+            a `reward`, for QRPO also `ref_rewards`.
         tokenizer: the policy's.
         policy: knows how long a sequence and which tokens it can read.
         args: lengths, EOS, chat template.
@@ -134,7 +135,7 @@ def rollouts_of(
     Raises:
         ValueError: if a row cannot be learned from, with the numbers of all such rows, from 1, and why.
     """
-    queries, responses, rewards, bad_rows = [], [], [], []
+    queries, responses, rewards, ref_rewards, bad_rows = [], [], [], [], []
     num_ids = num_token_ids(policy)
     for number, row in enumerate(as_rows(rows), start=1):
         try:
@@ -143,6 +144,7 @@ def rollouts_of(
                 raise ValueError(f"reward is {shown(row.get('reward'))}, it should be a finite number")
             if abs(reward) > LARGEST_SCORE:
                 raise ValueError(f"reward is {reward:g}, it should be at most {LARGEST_SCORE:g} in size")
+            others = as_ref_rewards("ref_rewards", row.get("ref_rewards")) if args.loss_type == "qrpo" else None
             query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
             response = completion_ids(row, tokenizer, args.add_eos)[: args.max_completion_length]
             check_tokens("the prompt", query, num_ids, tokenizer)
@@ -154,6 +156,10 @@ def rollouts_of(
         queries.append(query)
         responses.append(response)
         rewards.append(reward)
+        ref_rewards.append(others)
     if bad_rows or not queries:
         raise ValueError(report("train_dataset", len(queries), "rows to learn from", bad_rows))
-    return Rollouts(queries, responses, response_mask(responses), torch.tensor(rewards))
+    rollouts = Rollouts(queries, responses, response_mask(responses), torch.tensor(rewards))
+    known = [rewards for rewards in ref_rewards if rewards is not None]
+    rollouts.ref_rewards_BN = padded_ref_rewards(known, rollouts.device) if known else None
+    return rollouts

@@ -1,4 +1,4 @@
-"""The denominator of offline losses: the counted tokens of the complete optimizer step, on all processes."""
+"""The denominator of offline losses: tokens or responses of the complete optimizer step, on all processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,12 @@ Batch = dict[str, Any]
 
 
 class CountsTokens(_BaseTrainer):
-    """A trainer whose micro-batches have a `response_mask`, and whose loss is divided by the counted tokens."""
+    """A trainer whose micro-batches have a `response_mask`, and whose loss is divided by the counted tokens.
+
+    With `counts_responses` it is divided by the responses that have one.
+    """
+
+    counts_responses = False
 
     # The loss is divided by the tokens of the complete optimizer step, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
@@ -20,7 +25,9 @@ class CountsTokens(_BaseTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
-        """The micro-batches of an optimizer step, and its counted tokens on all processes: the losses' denominator."""
+        """The micro-batches of an optimizer step, and the losses' denominator, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum((batch["response_mask"].sum() for batch in batches), torch.zeros((), dtype=torch.long))
+        masks = [batch["response_mask"] for batch in batches]
+        counted = [mask_BR.any(dim=1) if self.counts_responses else mask_BR for mask_BR in masks]
+        count = sum((mask.sum() for mask in counted), torch.zeros((), dtype=torch.long))
         return batches, self.accelerator.reduce(count.to(device).float(), reduction="sum")

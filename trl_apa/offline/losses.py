@@ -1,7 +1,8 @@
 """
-Losses of offline training: implicit language Q-learning, and APA's state normaliser.
+Losses of offline training: implicit language Q-learning, APA's state normaliser, and direct reward optimisation.
 
-As there, losses and statistics are sums over the counted tokens divided by `num_tokens`.
+As in `algorithms.losses`, losses and statistics are sums over the counted tokens divided by `num_tokens`, or over
+responses divided by `num_responses`.
 """
 
 import math
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.losses import Stats
-from trl_apa.algorithms.masking import check_response_tensors, keep_counted, masked_mean
+from trl_apa.algorithms.masking import (
+    at_least_float32,
+    check_positive,
+    check_response_tensors,
+    keep_counted,
+    masked_mean,
+)
+from trl_apa.algorithms.policy_gradient import response_sums
 
 
 def expectile_loss(values_BR: Tensor, targets_BR: Tensor, expectile: float) -> Tensor:
@@ -152,3 +160,75 @@ def state_normaliser_loss(
     residual = logprobs - ref_logprobs - advantages / kl_coef + log_normalizer
     loss = masked_mean(residual.square(), response_mask_BR, num_tokens)
     return loss, {"log_normalizer": masked_mean(log_normalizer.detach(), response_mask_BR, num_tokens)}
+
+
+def dro_loss(
+    logprobs_BR: Tensor,
+    ref_logprobs_BR: Tensor,
+    values_B: Tensor,
+    rewards_B: Tensor,
+    response_mask_BR: Tensor,
+    kl_coef: float,
+    num_responses: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """
+    Direct reward optimisation, DRO-V (Richemond et al. 2024, arXiv 2405.19107, algorithm 1): policy and value fitted
+    together to single responses.
+
+        residual     = tau (log pi_theta(y|x) - log pi_init(y|x)) - (r(x, y) - V(x))
+        policy loss  = mean over responses of residual^2 / (2 tau), for theta alone
+        value loss   = mean over responses of residual^2 / 2, for V alone
+
+    The value loss has the gradient of the objective, half the squared residual; the policy loss has that gradient
+    divided by tau, the paper's rescaling, so that the policy's step does not shrink with tau:
+
+        - (r - V) grad log pi_theta + tau / 2 grad (log pi_theta - log pi_init)^2
+
+    Both are 0 exactly at pi* = pi_init exp(r / tau) / Z and V = tau log Z, whatever policy the responses come from.
+
+    Args:
+        logprobs_BR (`Tensor` `(B, R)`): response tokens under pi_theta, nats; carries the policy's gradient.
+        ref_logprobs_BR (`Tensor` `(B, R)`): the same tokens under pi_init, nats.
+        values_B (`Tensor` `(B,)`): V of each row's prompt, reward units; carries the value's gradient.
+        rewards_B (`Tensor` `(B,)`): r, reward units.
+        response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
+        kl_coef (`float`): tau, reward units per nat.
+        num_responses (`float` or 0-d `Tensor`, *optional*, defaults to the count of the mask): denominator, responses
+            with a counted token.
+
+    Returns:
+        Policy loss (0-d, reward units times nats) and value loss (0-d, reward units squared), and as means over
+        responses `residual` (reward units), `residual_sq`, `target_sq` (of (r - V)^2: that of pi_init), `log_ratio`
+        (nats a response), `value` (of V, reward units).
+
+    Raises:
+        ValueError: if `kl_coef` is not positive and finite, a shape does not fit, or the mask is not bool.
+    """
+    check_positive("kl_coef", kl_coef)
+    for name, tensor in {"values_B": values_B, "rewards_B": rewards_B}.items():
+        if tensor.shape != response_mask_BR.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, it should be ({len(response_mask_BR)},)")
+    zeros_BR = torch.zeros_like(response_mask_BR, dtype=torch.float32)
+    log_ratio_B, _ = response_sums(logprobs_BR, ref_logprobs_BR, zeros_BR, response_mask_BR)
+    counts_B = response_mask_BR.any(dim=1)
+    values_B = keep_counted(at_least_float32(values_B), counts_B)
+    rewards_B = keep_counted(at_least_float32(rewards_B.detach()), counts_B)
+
+    def mean_square(residual_B: Tensor) -> Tensor:
+        return masked_mean(residual_B.square(), counts_B, num_responses)
+
+    target_B = rewards_B - values_B.detach()
+    residual_B = kl_coef * log_ratio_B - target_B
+    policy_loss = mean_square(residual_B) / (2 * kl_coef)
+    value_loss = 0.5 * mean_square(kl_coef * log_ratio_B.detach() - rewards_B + values_B)
+    return (
+        policy_loss,
+        value_loss,
+        {
+            "residual": masked_mean(residual_B.detach(), counts_B, num_responses),
+            "residual_sq": mean_square(residual_B.detach()),
+            "target_sq": mean_square(target_B),
+            "log_ratio": masked_mean(log_ratio_B.detach(), counts_B, num_responses),
+            "value": masked_mean(values_B.detach(), counts_B, num_responses),
+        },
+    )

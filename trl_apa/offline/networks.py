@@ -118,17 +118,24 @@ class OfflineNetworks(PolicyAndValue):
 
     Args:
         policy: a language model.
-        value_model: a separate network, `QValueModel` for ILQL.
+        value_model: a separate network, `QValueModel` for ILQL; None for a loss that needs no values.
         normaliser: h(s), a network like a value model whose head starts at zero; None without one.
     """
 
-    value_model: ValueModel
+    value_model: ValueModel | None
     # The loss is divided by what the Trainer counts in a batch.
     accepts_loss_kwargs = True
 
-    def __init__(self, policy: Network, value_model: ValueModel, normaliser: ValueModel | None = None):
+    def __init__(self, policy: Network, value_model: ValueModel | None, normaliser: ValueModel | None = None):
         super().__init__(policy, value_model)
         self.normaliser = None if normaliser is None else settle_quantization(normaliser)
+
+    @property
+    def values(self) -> ValueModel:
+        """The value model; TypeError with a loss that needs none."""
+        if self.value_model is None:
+            raise TypeError("value_model is None: this loss needs no values")
+        return self.value_model
 
     @property
     def q_model(self) -> QValueModel:
@@ -189,11 +196,11 @@ def offline_networks(args: OfflineConfig, module: PolicyAndValue) -> OfflineNetw
         ValueError: if the value model is no network of its own, or the policy an encoder-decoder.
     """
     policy, value_model = module.policy, module.value_model
-    if not isinstance(value_model, ValueModel):
+    if value_model is not None and not isinstance(value_model, ValueModel):
         raise ValueError(f"value_model is a {type(value_model).__name__}; offline it should be a network of its own")
     if module.config.is_encoder_decoder:
         raise ValueError("model is an encoder-decoder; offline learning is for decoders")
-    if args.loss_type == "ilql" and not isinstance(value_model, QValueModel):
+    if value_model is not None and args.loss_type == "ilql" and not isinstance(value_model, QValueModel):
         vocabulary = policy.get_output_embeddings().weight.shape[0]
         value_model = QValueModel(value_model.network, value_model.head, vocabulary)
         if args.bc_coef == 0:

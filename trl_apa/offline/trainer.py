@@ -1,4 +1,4 @@
-"""`OfflineAPATrainer`: APA, AWR and ILQL on a fixed data set, in the Hugging Face Trainer's own loop."""
+"""`OfflineAPATrainer`: APA, AWR, ILQL, QRPO and DRO on fixed data, in the Hugging Face Trainer's own loop."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,9 @@ from transformers import (
 
 from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.losses import apa_loss, awr_loss, value_loss
-from trl_apa.algorithms.masking import masked_mean, masked_whiten
+from trl_apa.algorithms.masking import keep_counted, masked_mean, masked_whiten
+from trl_apa.algorithms.reference_rewards import quantile_advantages
+from trl_apa.algorithms.regression import response_regression_loss
 from trl_apa.algorithms.rewards import token_rewards
 from trl_apa.evaluation import held_out
 from trl_apa.models import ValueModel, reference_policy
@@ -31,7 +33,7 @@ from trl_apa.offline.config import OfflineConfig
 from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
 from trl_apa.offline.denominators import CountsTokens
-from trl_apa.offline.losses import ilql_loss, state_normaliser_loss
+from trl_apa.offline.losses import dro_loss, ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, offline_networks
 from trl_apa.offline.value_fitting import fit_value_model
 from trl_apa.redaction.trackers import hide_secrets_from
@@ -56,7 +58,7 @@ class BetweenSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.loss_type != "ilql" and not args.freeze_value:
+        if args.goes_on_fitting:
             self.trainer.begin_epoch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,7 +78,9 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
     APA and AWR: the value model is fitted to the returns first and then frozen, the advantages of the whole data set
     are estimated once, and the policy is trained on them. ILQL: two Q heads and V are learned by temporal differences,
-    the policy by imitation, and `generate` and `evaluate` sample from the policy that the values shift.
+    the policy by imitation, and `generate` and `evaluate` sample from the policy that the values shift. QRPO: the
+    quantile of a response's reward among those of pi_init's responses is fitted, without a value model. DRO: policy
+    and V of the prompt are fitted together.
 
     Args:
         args (`OfflineConfig`): options.
@@ -84,7 +88,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         ref_model (*optional*): pi_init, by default the policy as it is; see [`APATrainer`].
         processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; loaded with `model` if that is a name.
         train_dataset: rows with a prompt (`prompt`, `query` or `input_ids`), a response (`completion` or
-            `completion_ids`) and a `reward`.
+            `completion_ids`) and a `reward`; for QRPO also `ref_rewards`, a list of the rewards of responses of
+            pi_init to the prompt.
         eval_dataset (*optional*): held-out prompts, with the columns that the reward functions read.
         reward_funcs, reward_processing_classes (*optional*): what `evaluate` scores with; see [`APATrainer`].
         value_model (*optional*): "separate" (a copy of the policy's trunk with a new head, the default), a reward
@@ -160,7 +165,9 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._value_is_fitted = False
         self._resumed_estimates: dict[str, Tensor] = {}
         # Frozen layers and a quantised base stay as they are when the value model is thawed.
-        self._value_parameters = [p for p in self.networks.value_model.parameters() if p.requires_grad]
+        value_model = self.networks.value_model
+        trained = [] if value_model is None else value_model.parameters()
+        self._value_parameters = [p for p in trained if p.requires_grad]
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._last_logged_step = 0
         self.add_callback(BetweenSteps(self))
@@ -174,6 +181,11 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         rollouts.rewards_BR = token_rewards(rollouts.scores_B, mask_BR)
         blank_BR = torch.zeros_like(rollouts.rewards_BR)
         _, rollouts.returns_BR = gae(rollouts.rewards_BR, blank_BR, mask_BR, self.args.gamma, gae_lambda=1.0)
+
+    @property
+    def counts_responses(self) -> bool:  # type: ignore[override]  # by the options
+        """Whether losses are means over responses."""
+        return bool(self.args.of_responses)
 
     @property
     def networks(self) -> OfflineNetworks:
@@ -195,7 +207,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         resume_anyway: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Fit the value model and estimate the advantages, unless the loss is ILQL's; then train.
+        """APA and AWR: fit the value model and estimate the advantages first. Then train.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the newest
@@ -214,11 +226,13 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         """
         self._refuse_while_training("train")
         checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
-        if self.args.loss_type != "ilql":
+        if self.args.fits_value_first:
             self._prepare_value_model(checkpoint)
             self.estimate_advantages()
-            if self.args.loss_type == "apa" and self.rollouts.ref_logprobs_BR is None:
-                self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
+        elif self.args.loss_type == "qrpo":
+            self._compare_with_reference()
+        if (self.args.loss_type == "apa" or self.args.of_responses) and self.rollouts.ref_logprobs_BR is None:
+            self.rollouts.ref_logprobs_BR = self._over_the_data(self._ref_logprobs)
         self._sums.clear()
         self._last_logged_step = 0
         self._resumed_estimates = (self._resumed_state or {}).get("estimates", {})
@@ -240,7 +254,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
     def _process_state(self) -> dict[str, Any]:
         """Sums since the last log; within an epoch also the advantages that it was begun with, if V still learns."""
-        in_epoch = not self.args.freeze_value and not float(self.state.epoch or 0).is_integer()
+        in_epoch = self.args.goes_on_fitting and not float(self.state.epoch or 0).is_integer()
         names = ("values_BR", "advantages_BR") if in_epoch else ()
         estimates = {name: getattr(self.rollouts, name) for name in names}
         return {"sums": dict(self._sums), "last_logged_step": self._last_logged_step, "estimates": estimates}
@@ -255,7 +269,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
         elif not self._value_is_fitted and args.value_epochs:
-            fit_value_model(self.networks.value_model, self.rollouts, self._micro_batch, args)
+            fit_value_model(self.networks.values, self.rollouts, self._micro_batch, args)
         self._value_is_fitted = True
         for parameter in self._value_parameters:
             parameter.requires_grad_(not args.freeze_value)
@@ -276,9 +290,16 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         """Fill in V and advantages of every row, from the value model as it is now."""
         args, rollouts = self.args, self.rollouts
         mask_BR = rollouts.response_mask_BR
-        rollouts.values_BR = self._over_the_data(lambda batch: self.networks.value_model(batch, _width(batch)))
+        rollouts.values_BR = self._over_the_data(lambda batch: self.networks.values(batch, _width(batch)))
         advantages_BR, _ = gae(rollouts.rewards_BR, rollouts.values_BR, mask_BR, args.gamma, args.gae_lambda)
         rollouts.advantages_BR = masked_whiten(advantages_BR, mask_BR) if args.whiten_advantages else advantages_BR
+
+    def _compare_with_reference(self) -> None:
+        """Advantages of QRPO, from the rewards of pi_init's responses that the rows have."""
+        rollouts = self.rollouts
+        assert rollouts.ref_rewards_BN is not None  # `rollouts_of` has asked for them
+        tensors = rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.ref_rewards_BN
+        rollouts.advantages_BR = quantile_advantages(*tensors, self.args.kl_coef)
 
     def _ref_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
         with reference_policy(self.networks.policy, self.ref_model) as reference:
@@ -319,8 +340,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
         Multiplied by the number of processes, because distributed engines average gradients over them.
         """
-        losses = self._ilql_terms if self.args.loss_type == "ilql" else self._advantage_terms
-        loss, stats = losses(model, inputs, num_items_in_batch)
+        losses = {"ilql": self._ilql_terms, "qrpo": self._qrpo_terms, "dro": self._dro_terms}
+        loss, stats = losses.get(self.args.loss_type, self._advantage_terms)(model, inputs, num_items_in_batch)
         for name, value in {**stats, "loss/total": loss.detach()}.items():
             self._sums[name] = self._sums[name] + value
         loss = loss * self.accelerator.num_processes
@@ -350,6 +371,27 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             loss = loss + args.vf_coef * v_loss
             stats["value/error"] = v_stats["error"]
         return loss, stats
+
+    def _dro_terms(
+        self, model: nn.Module, batch: dict[str, Tensor], num_responses: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """DRO: the squared error of each response, for the policy and for V of its prompt."""
+        mask_BR, args = batch["response_mask"], self.args
+        outputs = model(**self._inputs(batch), with_value=True)
+        # Before the first response token the state is the prompt.
+        values_B, rewards_B = outputs["values"][:, 0], keep_counted(batch["rewards"], mask_BR).sum(dim=1)
+        read = batch["ref_logprobs"], values_B, rewards_B, mask_BR, args.kl_coef, num_responses
+        policy_loss, v_loss, stats = dro_loss(outputs["logprobs"], *read)
+        return policy_loss + args.vf_coef * v_loss, {f"policy/{name}": value for name, value in stats.items()}
+
+    def _qrpo_terms(
+        self, model: nn.Module, batch: dict[str, Tensor], num_responses: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """QRPO: the squared error of each response."""
+        logprobs_BR = model(**self._inputs(batch), with_value=False)["logprobs"]
+        read = batch["ref_logprobs"], batch["advantages"], batch["response_mask"]
+        loss, stats = response_regression_loss(logprobs_BR, *read, self.args.kl_coef, num_responses)
+        return loss, {f"policy/{name}": value for name, value in stats.items()}
 
     def _ilql_terms(
         self, model: nn.Module, batch: dict[str, Tensor], num_tokens: Any

@@ -49,6 +49,8 @@ class Rollouts:
         response_mask_BR: bool, True = a sampled response token that counts, EOS included.
         scores_B: one score a response, reward units.
         given_rewards_BR: the part of the scores that reward functions gave token by token, reward units.
+        ref_rewards_BN: rewards of responses of pi_init to each prompt, reward units, NaN where a prompt has fewer than
+            N; None unless the advantage estimator reads them.
         ref_logprobs_BR: log pi_init of the sampled tokens, nats.
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units;
             None without one.
@@ -75,6 +77,7 @@ class Rollouts:
     sampling_logprobs_BR: Tensor | None = None
     kl_penalty_BR: Tensor = UNMEASURED
     given_rewards_BR: Tensor | None = None
+    ref_rewards_BN: Tensor | None = None
     rewards_BR: Tensor = UNMEASURED
     non_score_rewards_BR: Tensor | None = None
     advantages_BR: Tensor = UNMEASURED

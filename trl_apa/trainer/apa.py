@@ -46,6 +46,7 @@ from trl_apa.rollout.generation import (
 from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import Scorer
+from trl_apa.rollout.shared_prompts import query_keys
 from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
@@ -65,6 +66,7 @@ from trl_apa.trainer.optimization import (
 from trl_apa.trainer.options_in_use import note_global_sizes, steps_of_episodes
 from trl_apa.trainer.preparation import shaped_scores
 from trl_apa.trainer.progress import RewardAndKL
+from trl_apa.trainer.reference_rewards import given_ref_rewards
 from trl_apa.trainer.reporting import gather_table, log_media, reward_statistics, split_statistics
 from trl_apa.trainer.run_identity import initial_policy_fingerprint
 from trl_apa.trainer.run_state import RunState
@@ -74,6 +76,7 @@ from trl_apa.trainer.statistics import (
     StageTimer,
     UpdateRecord,
     counted_rows,
+    equal_scores_share,
     gather_rollouts,
     rollout_arrays,
     rollout_statistics,
@@ -485,6 +488,21 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         with self._module_for_generation() as module, self.accelerator.autocast():
             return module.run_with_policy(sample_all)
 
+    def _responses_of_reference(self, queries: list[Tensor], batch_size: int, **options: Any) -> list[Tensor]:
+        """One response of pi_init to each query, sampled as `generate` samples the policy's."""
+        if is_sharded(self.accelerator) and not self.is_in_train:
+            self._prepare_for_updates()
+
+        def sample(policy: Network) -> list[Tensor]:
+            with reference_policy(policy, self.ref_model) as reference:
+                tokenizer = self.processing_class
+                return generate_responses(reference, queries, tokenizer=tokenizer, batch_size=batch_size, **options)
+
+        options = self._generation_options(options)
+        with self._module_for_generation() as module, self.accelerator.autocast():
+            responses: list[Tensor] = module.run_with_policy(sample)
+        return responses
+
     def _responses_of_engine(
         self, sampler: VLLMSampler | EngineSampler, queries: list[Tensor], **options: Any
     ) -> list[Tensor]:
@@ -523,6 +541,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         responses: list[Tensor],
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
+        ref_rewards: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """One iteration of Algorithm 1: learn from `batch_size` scored responses.
 
@@ -536,6 +555,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
                 with the start token before them or without.
             scores: one number a response, reward units, of shape `()` or `(1,)`.
             response_masks: for each response, which of its tokens count; zero drops one (a tool's output).
+            ref_rewards: for each query the scores of responses of pi_init to it, at least one number, reward units:
+                `reference_rewards(queries)`, say. Only advantages that are compared with pi_init's read it (QRPO).
 
         Returns:
             Statistics, floats and NumPy arrays, see `docs/statistics.md`.
@@ -553,10 +574,13 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         pad_token_id = pad_token_id_of(self.processing_class)
         responses = with_known_pads(responses, response_masks, pad_token_id, self._pad_token_id)
         self._check_on_all_processes(queries, responses, scores, response_masks)
+        device = self.accelerator.device
+        ref_rewards_BN = self.processes.together(lambda: given_ref_rewards(ref_rewards, self.args, device))
         self._prepare_for_updates()
         running_scores = self.running_scores.state_dict()
         try:
             rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
+            rollouts.ref_rewards_BN = ref_rewards_BN
             self._push_if_best(rollouts.scores_B)
             self._prepare_iteration(rollouts, ended_B, timer)
             with timer("optimize_step"):
@@ -635,9 +659,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _statistics(self, rollouts: Rollouts, record: UpdateRecord, ended_B: Tensor) -> dict[str, Any]:
         args = self.args
         lengths_B = torch.tensor([len(query) for query in rollouts.queries], device=rollouts.device)
+        compared = [*self._scores_by_prompt(rollouts, ended_B)] if args.needs_groups else []
         lengths_B, ended_B = self.accelerator.gather(lengths_B), self.accelerator.gather(ended_B)
-        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B = counted_rows(
-            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B
+        everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, *compared = counted_rows(
+            *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B, *compared
         )
         known_BR = (
             everywhere.sampling_logprobs_BR if everywhere.old_logprobs_BR is None else everywhere.old_logprobs_BR
@@ -657,6 +682,13 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         stats["objective/kl_coef"] = args.kl_coef if args.kl_in == "loss" else self.kl_ctl.value
         if known_BR is None:
             stats["objective/kl_at_first_visits"] = stats["objective/kl"]
+        if rollouts.ref_rewards_BN is not None:
+            kept_B = rollouts.response_mask_BR.any(dim=1)
+            means_B = rollouts.ref_rewards_BN[kept_B].nanmean(dim=1)
+            total, count = self.processes.sum(torch.stack([means_B.sum(), kept_B.sum().float()])).tolist()
+            stats["apa/mean_ref_scores"] = total / max(count, 1.0)
+        if compared:
+            stats["apa/equal_scores_share"] = equal_scores_share(*compared)
         stats["apa/mean_non_score_reward"] = 0.0
         if everywhere.kl_penalty_BR is not None:
             penalty_BR = keep_counted(everywhere.kl_penalty_BR, everywhere.response_mask_BR)
@@ -672,6 +704,12 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         # Schedulers keep the groups' rates; the value model's own, if any, is in a later group.
         stats["apa/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         return stats
+
+    def _scores_by_prompt(self, rollouts: Rollouts, ended_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores as they enter the rewards, and a number for the prompt, of each row of all processes."""
+        scores_B = shaped_scores(rollouts, ended_B, self.args, self.run_state)
+        prompts_B = query_keys(rollouts.queries).to(rollouts.device)
+        return self.accelerator.gather(scores_B), self.accelerator.gather(prompts_B)
 
     def log_stats(
         self,

@@ -124,7 +124,7 @@ def _value_model(args: Any, value_model: Any, policy: Network, given: Any) -> Cr
     """The value model, if the estimator of the options needs one.
 
     Args:
-        args, value_model: see `assemble`; options of offline learning have no estimator and always a value model.
+        args, value_model: see `assemble`; the options are of online or of offline learning.
         policy: the language model that is aligned.
         given: what it was made of, a wrapper with a value head perhaps.
     """
@@ -132,6 +132,7 @@ def _value_model(args: Any, value_model: Any, policy: Network, given: Any) -> Cr
         return resolve_value_model(value_model, policy, value_head_of(given, policy))
     if value_model is not None:
         what = repr(value_model) if isinstance(value_model, str) else f"a {type(value_model).__name__}"
-        text = f"value_model={what} has no effect with advantage_estimator={args.advantage_estimator!r}"
+        reader = "advantage_estimator" if hasattr(args, "advantage_estimator") else "loss_type"
+        text = f"value_model={what} has no effect with {reader}={getattr(args, reader)!r}"
         warnings.warn(f"{text}, which needs no values", UserWarning, stacklevel=4)
     return None

@@ -1,5 +1,6 @@
 """Token rewards to advantages and returns, by the estimator of the options and over the rows that it needs."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_apa.algorithms.estimators import RewardedRows, check_estimates
 from trl_apa.algorithms.masking import masked_whiten
+from trl_apa.algorithms.normalizers import group_normalized_advantages
 from trl_apa.distributed.processes import Processes
 from trl_apa.rollout.batch import Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries, groups_of_equal_size, query_keys
@@ -18,17 +20,52 @@ from trl_apa.rollout.shared_prompts import equal_queries, groups_of_equal_size, 
 SHOWN = 60
 
 
-def estimate_advantages(rollouts: Rollouts, args: Any, processes: Processes) -> None:
+def estimate_advantages(
+    rollouts: Rollouts, args: Any, processes: Processes, ref_rewards_BN: Tensor | None = None
+) -> None:
     """Fill in advantages and, with a value model, returns.
 
     Args:
         rollouts: with token rewards, and values where the estimator needs them.
         args: the trainer's options.
         processes: of the run.
+        ref_rewards_BN: rewards of pi_init's responses in the unit of the token rewards, where the estimator needs
+            them.
     """
     prompts_B = query_keys(rollouts.queries).to(rollouts.device) if args.estimator.needs_groups else None
-    rows = RewardedRows(rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.values_BR, prompts_B)
+    rows = RewardedRows(rollouts.rewards_BR, rollouts.response_mask_BR, rollouts.values_BR, prompts_B, ref_rewards_BN)
     rollouts.advantages_BR, rollouts.returns_BR = advantages_and_returns(rows, args, processes)
+
+
+def subtract_normalizer(rollouts: Rollouts, args: Any, processes: Processes) -> None:
+    """With `normalizer="group"`, take from each prompt's advantages what its responses say of lambda log Z.
+
+    Args:
+        rollouts: with advantages, log pi_init, and log pi_old of the update or of sampling.
+        args: the trainer's options.
+        processes: of the run.
+    """
+    if not args.normalizes_groups:
+        return
+    mask_BR, prompts_B = rollouts.response_mask_BR, query_keys(rollouts.queries).to(rollouts.device)
+    known_BR = rollouts.sampling_logprobs_BR if rollouts.old_logprobs_BR is None else rollouts.old_logprobs_BR
+    assert known_BR is not None  # where nothing was noted, `_evaluate_rollouts` has read them
+    log_ratio_BR: Tensor | None = known_BR - rollouts.ref_logprobs_BR
+    rows = RewardedRows(rollouts.advantages_BR, mask_BR, log_ratio_BR, prompts_B)
+    own = (slice(None), slice(None))
+    if processes.accelerator.num_processes > 1:
+        rows, own = rows_of_all_processes(rows, processes.accelerator), _own_rows(mask_BR, processes.accelerator)
+    advantages_BR, everywhere_BR, log_ratio_BR, groups_B, _ = rows
+    assert log_ratio_BR is not None and groups_B is not None  # they are given above
+    read = advantages_BR, log_ratio_BR, everywhere_BR, groups_B
+    of_responses = args.algorithm.of_responses
+    rollouts.advantages_BR = group_normalized_advantages(*read, args.kl_coef, of_responses)[own]
+
+
+def _own_rows(mask_BR: Tensor, accelerator: Accelerator) -> tuple[slice, slice]:
+    """Where this process's rows are in `rows_of_all_processes`."""
+    first = accelerator.process_index * len(mask_BR)
+    return slice(first, first + len(mask_BR)), slice(mask_BR.shape[1])
 
 
 def advantages_and_returns(rows: RewardedRows, args: Any, processes: Processes) -> tuple[Tensor, Tensor | None]:
@@ -52,8 +89,7 @@ def advantages_and_returns(rows: RewardedRows, args: Any, processes: Processes) 
         rows = rows._replace(rewards_BR=rewards_BR)
     estimator, own = args.estimator, (slice(None), slice(None))
     if distributed and not estimator.row_by_row:
-        first = accelerator.process_index * len(mask_BR)
-        own = slice(first, first + len(mask_BR)), slice(mask_BR.shape[1])
+        own = _own_rows(mask_BR, accelerator)
         rows = rows_of_all_processes(rows, accelerator)
 
     def estimate() -> tuple[Tensor, Tensor | None]:
@@ -71,15 +107,19 @@ def advantages_and_returns(rows: RewardedRows, args: Any, processes: Processes) 
 def rows_of_all_processes(rows: RewardedRows, accelerator: Accelerator) -> RewardedRows:
     """The rows of the first process, then those of the second, ..., as wide as the widest."""
 
-    def gathered(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else accelerator.gather(accelerator.pad_across_processes(tensor, dim=1))
+    def gathered(tensor: Tensor | None, pad: float = 0) -> Tensor | None:
+        if tensor is None:
+            return None
+        gathered: Tensor = accelerator.gather(accelerator.pad_across_processes(tensor, dim=1, pad_index=pad))
+        return gathered
 
     # Not as bool, which not every backend sends.
     mask_BR = gathered(rows.response_mask_BR.int())
     prompts_B = None if rows.prompts_B is None else accelerator.gather(rows.prompts_B)
     rewards_BR, values_BR = gathered(rows.rewards_BR), gathered(rows.values_BR)
     assert rewards_BR is not None and mask_BR is not None  # they never are
-    return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B)
+    ref_rewards_BN = gathered(rows.ref_rewards_BN, pad=math.nan)
+    return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B, ref_rewards_BN)
 
 
 def check_compared_rows(queries: list[Tensor], args: Any) -> None:
@@ -107,7 +147,7 @@ def check_compared_rows(queries: list[Tensor], args: Any) -> None:
 def check_groups(
     queries: list[Tensor], args: Any, tokenizer: PreTrainedTokenizerBase | None, accelerator: Accelerator
 ) -> None:
-    """Refuse an iteration in which a prompt has one row, if advantages are differences within a prompt's rows.
+    """Refuse an iteration in which a prompt has one row, if the options compare a prompt's rows.
 
     To be called by all processes, with queries that `check_step_inputs` has accepted.
 
@@ -120,7 +160,7 @@ def check_groups(
     Raises:
         ValueError: on all processes, naming `queries`, the first such row and its prompt.
     """
-    if not args.estimator.needs_groups:
+    if not args.needs_groups:
         return
     keys_B = query_keys(queries)
     _, index, counts = accelerator.gather(keys_B.to(accelerator.device)).unique(
@@ -136,8 +176,10 @@ def check_groups(
         tokens = queries[own[0]].tolist()
         text = repr(tokens) if tokenizer is None else repr(tokenizer.decode(tokens))
         where = f"queries[{own[0]}], {text if len(text) <= SHOWN else f'{text[:SHOWN]}...'}"
+    by_estimator = args.estimator.needs_groups
+    advice = "set advantage_estimator='batch' or 'gae'" if by_estimator else "leave normalizer out"
     raise ValueError(
         f"queries has {len(counts)} different prompts in {len(alone)} rows, {int(alone.sum())} of them in one row "
-        f"only (the first: {where}), but advantage_estimator={args.advantage_estimator!r} compares the responses to a "
-        "prompt: give step each query twice or more, or set advantage_estimator='batch' or 'gae'"
+        f"only (the first: {where}), but {args.compares_by} compares the responses to a prompt: give step each query "
+        f"twice or more, or {advice}"
     )

@@ -15,9 +15,14 @@ from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries
-from trl_apa.trainer.estimation import estimate_advantages
+from trl_apa.trainer.estimation import estimate_advantages, subtract_normalizer
 from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
-from trl_apa.trainer.preparation import in_reading_order, plan_iteration, rewards_of_tokens
+from trl_apa.trainer.preparation import (
+    in_reading_order,
+    plan_iteration,
+    rewards_of_tokens,
+    shaped_ref_rewards,
+)
 from trl_apa.trainer.statistics import StageTimer
 
 
@@ -39,7 +44,9 @@ class Experience(_BaseTrainer):
             if self._calls("compute_advantages"):
                 advantages_by_override(self, rollouts)
             else:
-                estimate_advantages(rollouts, self.args, self.processes)
+                ref_rewards_BN = shaped_ref_rewards(rollouts, self.args, self.run_state)
+                estimate_advantages(rollouts, self.args, self.processes, ref_rewards_BN)
+            subtract_normalizer(rollouts, self.args, self.processes)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self._layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
@@ -65,7 +72,8 @@ class Experience(_BaseTrainer):
         needs_old = algorithm.needs_old_logprobs or self.args.kl_in_reward or self.args.early_stopping
         rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self._calls("loss")
-        needs_old = needs_old or (self.args.exact_kl and rollouts.sampling_logprobs_BR is None)
+        reads_drift = self.args.exact_kl or self.args.normalizes_groups
+        needs_old = needs_old or (reads_drift and rollouts.sampling_logprobs_BR is None)
         full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
         if needs_values:

@@ -58,6 +58,21 @@ def shaped_scores(rollouts: Rollouts, ended_B: Tensor, args: Any, run_state: Run
     return shape_scores(_less_missing_eos(rollouts, ended_B, args), std=std, mean=mean, clip=args.score_clip)
 
 
+def shaped_ref_rewards(rollouts: Rollouts, args: Any, run_state: RunState) -> Tensor | None:
+    """Rewards of pi_init's responses, `(B, N)`, scaled and clipped as the scores of this iteration are.
+
+    Args:
+        rollouts, args, run_state: as in `rewards_of_tokens`.
+    """
+    if (given_BN := rollouts.ref_rewards_BN) is None:
+        return None
+    std, mean = _scale(args, run_state)
+    known_BN = ~given_BN.isnan()
+    shaped_BN = given_BN.clone()
+    shaped_BN[known_BN] = shape_scores(given_BN[known_BN], std=std, mean=mean, clip=args.score_clip)
+    return shaped_BN
+
+
 def _less_missing_eos(rollouts: Rollouts, ended_B: Tensor, args: Any) -> Tensor:
     if args.missing_eos_penalty is None:
         return rollouts.scores_B

@@ -26,6 +26,7 @@ class RunState:
         last_kl: of the iteration that ended last, nats a response.
         iteration_began_at: optimizer steps that were made when the iteration began.
         best_mean_score: highest mean score of an iteration so far, reward units.
+        ref_rewards: rewards of responses of pi_init, by prompt: see `reference_rewards.find_ref_rewards`.
         first_iteration, episodes_before: where the counting of this run began, and the rollouts that were counted
             before.
     """
@@ -39,6 +40,7 @@ class RunState:
     last_kl: float | None = None
     iteration_began_at: int = 0
     best_mean_score: float = -math.inf
+    ref_rewards: dict[str, list[float]] = field(default_factory=dict)
     first_iteration: int = 0
     episodes_before: int = 0
 
@@ -56,7 +58,7 @@ class RunState:
 
     def begin_run(self) -> None:
         """Start a new run of `train`; adaptive state and the number of iterations are kept."""
-        self.iteration, self.unlogged, self.last_kl = None, [], None
+        self.iteration, self.unlogged, self.last_kl, self.ref_rewards = None, [], None, {}
         self.first_iteration, self.episodes_before = self.num_iterations_done, 0
 
     def begin_iteration(self, iteration: Iteration, global_step: int) -> None:
@@ -95,6 +97,7 @@ class RunState:
             "running_scores": self.running_scores.state_dict(),
             "kl_ctl": self.kl_ctl.state_dict(),
             "unlogged": self.unlogged,
+            "ref_rewards": self.ref_rewards,
         }
 
     def load_state_dict(
@@ -112,7 +115,7 @@ class RunState:
             device: of the iteration's tensors.
             global_step: optimizer steps that the checkpoint's run had made.
             with_controller, with_iteration: whether these continue too; otherwise the controller stays as it is, and
-                what was left of the iteration is left out.
+                what was left of the iteration, and the rewards of pi_init's responses, are left out.
         """
         self.num_iterations_done, self.unlogged = state["num_iterations_done"], state["unlogged"]
         self.first_iteration, self.episodes_before = self.num_iterations_done, self.episodes_in(state)
@@ -121,6 +124,8 @@ class RunState:
         self.running_scores.load_state_dict(state["running_scores"])
         if with_controller:
             self.kl_ctl.load_state_dict(state["kl_ctl"])
+        if with_iteration:
+            self.ref_rewards = state.get("ref_rewards", {})
         if state["iteration"] is not None and with_iteration:
             self.iteration = Iteration.from_state_dict(state["iteration"], device)
 

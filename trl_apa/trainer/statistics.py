@@ -171,6 +171,21 @@ def rollout_statistics(
     return dict(zip(stats, table.tolist(), strict=True))
 
 
+def equal_scores_share(scores_B: Tensor, prompts_B: Tensor) -> float:
+    """Share of the prompts whose responses all have the same score, so that comparing them teaches nothing.
+
+    Args:
+        scores_B: one a response, reward units.
+        prompts_B: integers, the same for responses to one prompt.
+    """
+    different, group_B = prompts_B.unique(return_inverse=True)
+    highest_G, lowest_G = (
+        scores_B.new_zeros(len(different)).scatter_reduce(0, group_B, scores_B, reduce, include_self=False)
+        for reduce in ("amax", "amin")
+    )
+    return float((highest_G == lowest_G).float().mean())
+
+
 def sampling_difference(
     rollouts: Rollouts, record: UpdateRecord, first_rows: list[int], accelerator: Accelerator
 ) -> dict[str, float]:

@@ -27,6 +27,7 @@ from trl_apa.rollout.batch import without_start_tokens
 from trl_apa.rollout.prompts import PromptSource, as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
+from trl_apa.trainer.reference_rewards import ReferenceSampling, find_ref_rewards, padded_ref_rewards
 from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.trainer.resuming import ResumableRuns, random_state_restored_on_error
 from trl_apa.trainer.script_trackers import connect_reporters
@@ -153,10 +154,10 @@ class TrainingLoop(ResumableRuns):
             )
         args = self.args
         args.check_sizes()
-        if args.estimator.needs_groups and args.num_generations == 1:
+        if args.needs_groups and args.num_generations == 1:
             raise ValueError(
-                f"num_generations=1, but advantage_estimator={args.advantage_estimator!r} compares the responses to a "
-                "prompt: set num_generations to 2 or more"
+                f"num_generations=1, but {args.compares_by} compares the responses to a prompt: set num_generations "
+                "to 2 or more"
             )
         size = args.per_device_train_batch_size
         if args.algorithm.compares_responses and math.gcd(args.num_generations, size) < 2:
@@ -268,12 +269,14 @@ class TrainingLoop(ResumableRuns):
         self._timer = timer = StageTimer()
         try:
             with random_state_restored_on_error():
-                queries, responses, texts, scores = self._scored_responses(timer)
+                queries, responses, texts, scores, ref_rewards = self._scored_responses(timer)
         except BaseException:
             self._save_what_was_learned()
             raise
         rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
         rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
+        if ref_rewards is not None:
+            rollouts.ref_rewards_BN = padded_ref_rewards(ref_rewards, rollouts.device)
         if scores.per_token is not None:
             rollouts.given_rewards_BR = pad_sequence(scores.per_token, batch_first=True).to(rollouts.device)
         self._prepare_iteration(rollouts, ended_B, timer)
@@ -327,8 +330,10 @@ class TrainingLoop(ResumableRuns):
         texts, scores = self._scores_on_all_processes(rows, queries, responses)
         self._log_completions(texts, scores)
 
-    def _scored_responses(self, timer: StageTimer) -> tuple[list[Tensor], list[Tensor], Texts, Scores]:
-        """Queries, responses, both as texts, and scores of the next iteration.
+    def _scored_responses(
+        self, timer: StageTimer
+    ) -> tuple[list[Tensor], list[Tensor], Texts, Scores, list[Tensor] | None]:
+        """Queries, responses, both as texts, scores, and rewards of pi_init's responses if they are read.
 
         Raises:
             ValueError: if not one response of all processes was scored.
@@ -341,7 +346,11 @@ class TrainingLoop(ResumableRuns):
         self._check_on_all_processes(queries, responses, list(scores.total_B), None)
         if not self.processes.sum(scores.kept_B.sum().float().to(self.accelerator.device)):
             raise ValueError("no response of this iteration was scored: every one had a None or NaN")
-        return queries, responses, texts, scores
+        ref_rewards = None
+        if self.args.estimator.needs_ref_rewards:
+            with timer("reference_rewards"):
+                ref_rewards = self._find_ref_rewards(rows, queries)
+        return queries, responses, texts, scores, ref_rewards
 
     def _next_queries(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
         """This process's rows of the next iteration, each `num_generations` times, and their token ids."""
@@ -421,9 +430,7 @@ class TrainingLoop(ResumableRuns):
             raise ValueError("score() needs reward_funcs or reward_model")
         policy = self.accelerator.unwrap_model(self.model).policy
         check_score_inputs(queries, responses, prompts, columns, policy, self.processing_class)
-        rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
-        for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
-            rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
+        rows = _as_rows(queries, prompts, columns)
         if self.is_encoder_decoder:
             responses, _ = without_start_tokens(responses, None, self._decoder_start_token_id)
         scores = self._scores(self._texts(rows, queries, responses), rows, queries, responses)
@@ -431,6 +438,44 @@ class TrainingLoop(ResumableRuns):
             left_out = torch.nonzero(~scores.kept_B).flatten().tolist()
             raise ValueError(f"rows {left_out} were not scored, and step cannot skip a response")
         return list(scores.total_B)
+
+    def reference_rewards(
+        self, queries: list[Tensor], prompts: list[Any] | None = None, **columns: list[Any]
+    ) -> list[Tensor]:
+        """Scores of `num_ref_samples` responses of pi_init to each query, for `step(ref_rewards=...)`.
+
+        Each prompt is sampled and scored once; equal queries have equal scores, now and later. `train` takes what it
+        needs by itself. All processes call this, with equally many queries.
+
+        Args:
+            queries, prompts, columns: as in `score`.
+
+        Returns:
+            A 1-D tensor a query, reward units, less `missing_eos_penalty` where a response did not end.
+
+        Raises:
+            ValueError: without `reward_funcs` or `reward_model`; on queries that `generate` would not take.
+            RuntimeError, TimeoutError: if a reward function fails, or does not answer in time.
+        """
+        if self.scorer is None:
+            raise ValueError("reference_rewards() needs reward_funcs or reward_model")
+        policy = self.accelerator.unwrap_model(self.model).policy
+        check_score_inputs(queries, queries, prompts, columns, policy, self.processing_class)
+        return self._find_ref_rewards(_as_rows(queries, prompts, columns), queries)
+
+    def _find_ref_rewards(self, rows: list[dict[str, Any]], queries: list[Tensor]) -> list[Tensor]:
+        args, known = self.args, self.run_state.ref_rewards
+        size = args.generation_batch_size or args.local_rollout_forward_batch_size or args.batch_size
+        options = {"batch_size": size, "stop_strings": args.stop_strings}
+        sampling = ReferenceSampling(
+            respond=lambda queries: self.processes.together(lambda: self._responses_of_reference(queries, **options)),
+            score=lambda *asked: self._scores_on_all_processes(*asked)[1],
+            num_samples=args.num_ref_samples,
+            end_token_ids=self._end_token_ids,
+            missing_eos_penalty=args.missing_eos_penalty or 0.0,
+            seed=hash((args.seed, self.accelerator.process_index, len(known))) % 2**63,
+        )
+        return find_ref_rewards(rows, queries, known, sampling, self.processes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
@@ -525,3 +570,11 @@ class TrainingLoop(ResumableRuns):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)
+
+
+def _as_rows(queries: list[Tensor], prompts: list[Any] | None, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """What a classic script holds in columns, as rows of a data set."""
+    rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
+    for name, values in {**columns, **({} if prompts is None else {"prompt": prompts})}.items():
+        rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
+    return rows
