@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(1)
     workload = Workload()
     network, rows = workload.model().eval(), workload.rollouts()[0]
-    possible = generation.rows_can_be_dropped
+    possible = generation.rows_can_be_selected
     print("| responses | batch | tokens, mean | every row to the longest, CPU s | finished rows left out | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     for kind, probability in KINDS.items():
@@ -54,10 +54,10 @@ def main() -> None:
         for batch_size in BATCH_SIZES:
             best = {"left out": float("inf"), "kept": float("inf")}
             for _ in range(ROUNDS):
-                generation.rows_can_be_dropped = possible
+                generation.rows_can_be_selected = possible
                 taken, responses = seconds(network, rows, batch_size)
                 best["left out"] = min(best["left out"], taken)
-                generation.rows_can_be_dropped = lambda *given: False
+                generation.rows_can_be_selected = lambda *given: False
                 taken, others = seconds(network, rows, batch_size)
                 best["kept"] = min(best["kept"], taken)
             assert all(map(torch.equal, responses, others)), "the two ways sampled different tokens"
@@ -66,7 +66,7 @@ def main() -> None:
             cells = (kind, batch_size, f"{mean:.0f}", f"{best['kept']:.2f}", f"{best['left out']:.2f}", f"{ratio:.2f}")
             print("|", " | ".join(map(str, cells)), "|", flush=True)
         handle.remove()
-    generation.rows_can_be_dropped = possible
+    generation.rows_can_be_selected = possible
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def cache_is_exact(model: Network, longest: int) -> bool:
     return False
 
 
-def rows_can_be_dropped(model: Network, longest: int) -> bool:
-    """Whether a row continues as before when others of its batch are deleted from the cache.
+def rows_can_be_selected(model: Network, longest: int) -> bool:
+    """Whether a row continues as before when it is chosen from the cache, once or more often, and others are deleted.
 
     Args:
         model: a language model.
@@ -307,7 +307,7 @@ def rows_can_be_dropped(model: Network, longest: int) -> bool:
     if is_sharded(model) or inner_model(model).config.is_encoder_decoder or _crosses_rope(model, longest):
         return False
     trial = sampling_trial(model, longest)
-    return not isinstance(trial, Exception) and trial.is_exact_dropped
+    return not isinstance(trial, Exception) and trial.is_exact_selected
 
 
 def readable_batches(

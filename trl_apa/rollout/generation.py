@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from trl_apa.models.layouts import cache_is_exact, rows_can_be_dropped, sampling_batches
+from trl_apa.models.layouts import cache_is_exact, rows_can_be_selected, sampling_batches
 from trl_apa.models.network_parts import Network, padding_id
 from trl_apa.rollout.batch import pad_queries
-from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_dropping_finished, options_allow_dropping
+from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_selecting_rows, options_allow_selection
 from trl_apa.rollout.generation_defaults import neutral_generation_config
 from trl_apa.rollout.sampled_logprobs import LogprobNoter, SampledLogprobs
+from trl_apa.rollout.shared_prompts import equal_queries, have_common
 from trl_apa.trainer.validation import check_positions
 
 
@@ -179,7 +180,7 @@ def generate_responses(
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
         noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, model_inputs)
         with torch.no_grad(), neutral_generation_config(model), noting as noter:
-            tokens_BT = _tokens_of_batch(model, inputs, sampling, lengths, noter, model_inputs)
+            tokens_BT = _tokens_of_batch(model, batch, inputs, sampling, lengths, noter, model_inputs)
         cut = lengths.cut(tokens_BT)
         if notes is not None:
             notes.keep(batch, cut, noter.logprobs(tokens_BT.shape[1] - width))
@@ -192,21 +193,25 @@ def generate_responses(
 
 def _tokens_of_batch(
     model: Network,
+    batch: Sequence[Tensor],
     inputs: dict[str, Tensor],
     sampling: GenerationConfig,
     lengths: ResponseLengths,
     noter: LogprobNoter,
     model_inputs: dict[str, Any],
 ) -> Tensor:
-    """Prompts and what was sampled, `(B, T)`; rows that have ended are left out of the batch where nothing forbids it.
+    """Prompts and what was sampled, `(B, T)`.
 
+    Where nothing forbids it, rows with one prompt read it once, and those that have ended are left out of the batch.
     What a caller brings (a logits processor, a stopping criterion) may count on the complete batch.
     """
     num_rows, width = inputs["input_ids"].shape
-    drops = num_rows > FEWEST_DROPPED and sampling.use_cache and options_allow_dropping(sampling)
-    drops = drops and not lengths.given and not model_inputs
-    if drops and rows_can_be_dropped(model, width + sampling.max_new_tokens):
-        return generate_dropping_finished(model, inputs, sampling, lengths, noter)
+    allowed = num_rows > 1 and sampling.use_cache and options_allow_selection(sampling)
+    if allowed and not lengths.given and not model_inputs:
+        prompts = equal_queries(batch)
+        pays = num_rows > FEWEST_DROPPED or have_common(prompts)
+        if pays and rows_can_be_selected(model, width + sampling.max_new_tokens):
+            return generate_selecting_rows(model, inputs, sampling, lengths, noter, prompts)
     criteria = StoppingCriteriaList([lengths, noter])
     tokens_BT: Tensor = model.generate(
         **inputs, generation_config=sampling, stopping_criteria=criteria, **model_inputs

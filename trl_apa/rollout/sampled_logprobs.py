@@ -44,6 +44,11 @@ class LogprobNoter(StoppingCriteria):
         # A view would keep the logits of the complete prompt.
         self._logits_BV = logits_BV.clone() if logits_BTV.shape[1] > 1 else logits_BV
 
+    def repeat(self, rows: Tensor) -> None:
+        """Take the logits of these rows, where several rows have come from one of the forward pass."""
+        if self._logits_BV is not None:
+            self._logits_BV = self._logits_BV[rows.to(self._logits_BV.device)]
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self._logits_BV is not None and len(self._logits_BV) == len(input_ids):
             logits_BV = self._logits_BV.float()

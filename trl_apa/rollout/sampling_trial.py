@@ -40,8 +40,8 @@ class SamplingTrial:
         together: of a batch of equally long prompts, from those of each prompt alone: rounding.
         batched: of a padded batch of both prompts, from those of each prompt alone.
         cached: of each prompt alone, with a cache, from those of the plain forward of the finished row.
-        dropped: of a row after the other of its batch was deleted from the cache, from those of the batch; None if the
-            cache cannot do that.
+        selected: of a row that was chosen twice from the cache, while the others of its batch were deleted, from those
+            of the batch; None if the cache cannot do that.
         allowed: the largest relative difference that counts as rounding.
     """
 
@@ -49,7 +49,7 @@ class SamplingTrial:
     together: Difference
     batched: Difference
     cached: Difference
-    dropped: Difference | None
+    selected: Difference | None
     allowed: float
 
     @property
@@ -57,8 +57,8 @@ class SamplingTrial:
         return self.cached.relative <= self.allowed
 
     @property
-    def is_exact_dropped(self) -> bool:
-        return self.dropped is not None and self.dropped.relative <= self.allowed
+    def is_exact_selected(self) -> bool:
+        return self.selected is not None and self.selected.relative <= self.allowed
 
     @property
     def is_exact_together(self) -> bool:
@@ -97,7 +97,7 @@ def try_sampling(
         together=together,
         batched=difference(each, batched, responses, exact),
         cached=difference([alone(model, *row, start) for row in rows], each, responses, exact),
-        dropped=_after_dropping(model, queries, responses, pad_token_id, batched[-1], exact)
+        selected=_after_selecting(model, queries, responses, pad_token_id, batched[-1], exact)
         if start is None
         else None,
         allowed=allowed_difference(base, together),
@@ -133,7 +133,7 @@ def sampling_logits(
     return [logits[: len(response)] for logits, response in zip(logits_BRV, responses, strict=True)]
 
 
-def _after_dropping(
+def _after_selecting(
     model: Network,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
@@ -141,7 +141,7 @@ def _after_dropping(
     expected: Tensor,
     exact: bool,
 ) -> Difference | None:
-    """The logits of the last row's second token, when the rows before it were deleted after the first."""
+    """The logits of the last row's second token, when it was chosen twice after the first, and the others were not."""
     inputs = pad_queries(queries, pad_token_id)
     first = _Forced(torch.stack([response[:1] for response in responses]), inputs["input_ids"].shape[1])
     config = GenerationConfig(pad_token_id=pad_token_id, max_new_tokens=1, do_sample=False, use_cache=True)
@@ -152,12 +152,12 @@ def _after_dropping(
             begun = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([first]))
             cache = begun.past_key_values
             mask_BT = pad(inputs["attention_mask"], (0, 1), value=1)
-            last = torch.tensor([len(queries) - 1], device=begun.sequences.device)
-            output = restarted(model, begun.sequences, mask_BT, cache, last, **options)
+            twice = torch.tensor([len(queries) - 1] * 2, device=begun.sequences.device)
+            output = restarted(model, begun.sequences[twice], mask_BT[twice], cache, twice, **options)
     except Exception:  # what a cache of its own cannot do, it says in its own way
         return None
-    actual = output.logits[0].float().cpu()
-    return difference([expected[1:]], [actual], [responses[-1][1:]], exact)
+    actual = output.logits[0].float().cpu().split(1)
+    return difference([expected[1:]] * 2, actual, [responses[-1][1:]] * 2, exact)
 
 
 class _Forced(LogitsProcessor):
