@@ -28,6 +28,12 @@ class CountedRows:
         model.register_forward_hook(lambda _, args, output: setattr(self, "rows", self.rows + len(output.logits)))
 
 
+@pytest.fixture(autouse=True)
+def one_batch_after_the_other(monkeypatch):
+    """No row takes the place of another: `tests/test_refilled_rows.py` is about that."""
+    monkeypatch.setattr(generation, "rows_can_be_joined", lambda *given: False)
+
+
 def sampled(trainer, queries=QUERIES, **options):
     torch.manual_seed(5)
     responses = trainer.generate(queries, return_prompt=False, **{"batch_size": 12, **options})
@@ -103,12 +109,10 @@ ASKED = [query for query in tiny_rollouts(3, seed=4, max_query=20)[0] for _ in r
     ("make", "options"),
     [
         (tiny_model, {"do_sample": False}),
-        (lambda: tiny_model().double(), {"do_sample": False}),
         (lambda: tiny_model().double(), {}),
         (tiny_model, {"top_k": 5, "top_p": 0.8, "stop_strings": ["w5"]}),
         (tiny_model, {"batch_size": 4, "remove_padding": False}),
         (tiny_model, {"batch_size": 3, "stop_strings": ["w5", "w7"]}),
-        (tiny_model, {"max_length": 25, "max_new_tokens": None}),
         (tiny_model, {"max_new_tokens": 1}),
         (lambda: tiny_model("gpt2"), {"stop_strings": ["w5"]}),
         (windowed, {"stop_strings": ["w5"]}),

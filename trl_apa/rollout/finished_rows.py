@@ -38,7 +38,9 @@ def options_allow_selection(generation_config: GenerationConfig) -> bool:
     return KNOWN.issuperset(generation_config.to_diff_dict())
 
 
-def restarted(model: Network, tokens_AT: Tensor, mask_AT: Tensor, cache: Any, rows_A: Tensor, **options: Any) -> Any:
+def restarted(
+    model: Network, tokens_AT: Tensor, mask_AT: Tensor, cache: Any, rows_A: Tensor | None, **options: Any
+) -> Any:
     """`generate`, from where it was when all tokens but the last were in the cache, with chosen rows of the cache.
 
     Args:
@@ -46,10 +48,12 @@ def restarted(model: Network, tokens_AT: Tensor, mask_AT: Tensor, cache: Any, ro
         tokens_AT: int64, left-padded prompts and what was generated; the last column is not in the cache.
         mask_AT: int64, 1 = a token that is read.
         cache: after the call it has the rows that were chosen.
-        rows_A: int64, the row of the cache that each row of the tokens continues; one may be chosen many times.
+        rows_A: int64, the row of the cache that each row of the tokens continues; one may be chosen many times. None
+            where they are the rows of the cache.
         options: of `generate`, whose config uses the cache.
     """
-    cache.batch_select_indices(rows_A)
+    if rows_A is not None:
+        cache.batch_select_indices(rows_A)
     return model.generate(input_ids=tokens_AT, attention_mask=mask_AT, past_key_values=cache, **options)
 
 
@@ -71,6 +75,28 @@ def read_once(model: Network, inputs: dict[str, Tensor], prompts: Sequence[int],
     return model.generate(**{name: tensor[first] for name, tensor in inputs.items()}, generation_config=one)
 
 
+def warpers_of(config: GenerationConfig) -> LogitsProcessorList:
+    """What `generate` does to logits for `temperature`, `top_k` and `top_p`."""
+    warpers = LogitsProcessorList()
+    if config.temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        warpers.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers
+
+
+def one_token(scores: Tensor, chosen_A1: Tensor) -> Tensor:
+    """Scores of which the largest, and the only ones, are those of the chosen tokens."""
+    return torch.full_like(scores, -torch.inf).scatter_(1, chosen_A1, 0.0)
+
+
+def enough_to_drop(num_rows: int) -> int:
+    """How many of so many rows have to end before the others go on without them."""
+    return max(FEWEST_DROPPED, math.ceil(DROPPED_SHARE * num_rows))
+
+
 class RowChoice(LogitsProcessor):
     """Leaves each row one token: what `generate` would sample of the complete batch, from the same random numbers.
 
@@ -84,25 +110,18 @@ class RowChoice(LogitsProcessor):
 
     def __init__(self, config: GenerationConfig, num_rows: int):
         self.num_rows, self.rows = num_rows, torch.arange(num_rows)
-        self.warpers = LogitsProcessorList()
-        self.samples = bool(config.do_sample)
-        if config.temperature not in (None, 1.0):
-            self.warpers.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_k:
-            self.warpers.append(TopKLogitsWarper(config.top_k))
-        if config.top_p is not None and config.top_p < 1.0:
-            self.warpers.append(TopPLogitsWarper(config.top_p))
+        self.warpers, self.samples = warpers_of(config), bool(config.do_sample)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.samples:
             return scores
         probabilities_AV = self.warpers(input_ids, scores).softmax(dim=-1)
         noise_BV = scores.new_empty(self.num_rows, scores.shape[-1]).exponential_()
-        chosen_A = (probabilities_AV / noise_BV[self.rows.to(scores.device)]).argmax(dim=-1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen_A[:, None], 0.0)
+        chosen_A1 = (probabilities_AV / noise_BV[self.rows.to(scores.device)]).argmax(dim=-1, keepdim=True)
+        return one_token(scores, chosen_A1)
 
 
-class _UntilSomeEnd(StoppingCriteria):
+class UntilSomeEnd(StoppingCriteria):
     """Ends `generate` when enough of its rows have ended.
 
     Args:
@@ -164,7 +183,7 @@ class SelectedRows:
     def sample(self) -> Any:
         """Go on until enough rows have ended, and return what says which."""
         ends = self.lengths.of_rows(self.alive)
-        until = _UntilSomeEnd(ends, max(FEWEST_DROPPED, math.ceil(DROPPED_SHARE * len(self.alive))))
+        until = UntilSomeEnd(ends, enough_to_drop(len(self.alive)))
         self.choice.rows, self.noter.rows = self.alive, (self.alive, self.num_rows)
         self.greedy.max_new_tokens = self.num_left
         options = {

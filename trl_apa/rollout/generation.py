@@ -12,11 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from trl_apa.models.layouts import cache_is_exact, rows_can_be_selected, sampling_batches
+from trl_apa.models.layouts import cache_is_exact, rows_can_be_joined, rows_can_be_selected, sampling_batches
 from trl_apa.models.network_parts import Network, padding_id
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_selecting_rows, options_allow_selection
 from trl_apa.rollout.generation_defaults import neutral_generation_config
+from trl_apa.rollout.refilled_rows import RefilledRows
 from trl_apa.rollout.sampled_logprobs import LogprobNoter, SampledLogprobs
 from trl_apa.rollout.shared_prompts import equal_queries, have_common
 from trl_apa.trainer.validation import check_positions
@@ -137,7 +138,8 @@ def generate_responses(
         tokenizer: decodes for `stop_strings`.
         stop_strings: texts that end a response when it holds them; the tokens that spell them belong to it.
         max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
-        batch_size: queries a call of `generate`.
+        batch_size: queries that are sampled at a time. Where there are more, and nothing forbids it, waiting ones take
+            the places of those that have ended, and each is sampled with its own random numbers.
         length_sampler: if given, draws `max_new_tokens` for each batch.
         remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
         pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
@@ -168,6 +170,13 @@ def generate_responses(
         return limits
 
     pads = bool(pad_to_multiple_of)
+    criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
+    of_batches = given or model_inputs or pads or not remove_padding or length_sampler is not None
+    if len(queries) > batch_size > 1 and not of_batches:
+        limits = limits_of(range(len(queries)))
+        refilled = _refilled_responses(model, queries, limits, batch_size, sampling, criteria, notes)
+        if refilled is not None:
+            return refilled
     for rows, limits_B, padded, cached in _exact_batches(model, queries, batch_size, pads, limits_of):
         batch = [queries[row] for row in rows]
         side = "right" if two_stacks else "left"
@@ -175,7 +184,6 @@ def generate_responses(
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         sampling.max_new_tokens = max(limits_B)
         sampling.use_cache = generation_config.use_cache is not False and cached
-        criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
         width = 1 if two_stacks else inputs["input_ids"].shape[1]
         lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
         noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, model_inputs)
@@ -217,6 +225,33 @@ def _tokens_of_batch(
         **inputs, generation_config=sampling, stopping_criteria=criteria, **model_inputs
     )
     return tokens_BT
+
+
+def _refilled_responses(
+    model: Network,
+    queries: Sequence[Tensor],
+    limits: Sequence[int],
+    size: int,
+    sampling: GenerationConfig,
+    criteria: list[StoppingCriteria],
+    notes: SampledLogprobs | None,
+) -> list[Tensor] | None:
+    """Responses of rows that take the places of others; None where some would be answered otherwise than alone."""
+    lengths = [len(query) for query in queries]
+    longest = max(map(sum, zip(lengths, limits, strict=True)))
+    if sampling.use_cache is False or not options_allow_selection(sampling) or not rows_can_be_joined(model, longest):
+        return None
+    if not sampling_batches(model, sorted(lengths), longest)[1] or not cache_is_exact(model, longest):
+        return None
+    if torch.are_deterministic_algorithms_enabled() and next(model.parameters()).is_cuda:
+        return None  # a GPU's sums of probabilities are not deterministic
+    noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, {})
+    with torch.no_grad(), neutral_generation_config(model), noting as noter:
+        rows = RefilledRows(model, queries, limits, size, sampling, criteria, noter)
+        responses, logprobs_BR = rows.run()
+    if notes is not None:
+        notes.keep(queries, responses, logprobs_BR)
+    return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
 
 
 def _exact_batches(

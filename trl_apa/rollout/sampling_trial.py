@@ -23,6 +23,7 @@ from trl_apa.models.trials import (
     trial_rows,
 )
 from trl_apa.rollout.batch import pad_queries
+from trl_apa.rollout.cache_merging import Begun, joined
 from trl_apa.rollout.finished_rows import restarted
 from trl_apa.rollout.generation_defaults import neutral_generation_config
 
@@ -82,11 +83,7 @@ def try_sampling(
     base = inner_model(model)
     pad_token_id, start = special_tokens(base, pad_token_id, start)
     lengths, exact = trial_lengths(base.config, longest), is_precise(base)
-    queries, responses = trial_rows(model, lengths)
-    if len(lengths) == 3 and not base.config.is_encoder_decoder:  # the boundary is after the prompt
-        row = torch.cat([queries[1], responses[1]])
-        queries[1], responses[1] = row[:-SAMPLED], row[-SAMPLED:]
-    responses = [response[:SAMPLED] for response in responses]
+    queries, responses = _rows_to_sample(model, lengths)
     rows = list(zip(queries, responses, strict=True))
     each = [sampling_logits(model, [query], [response], pad_token_id, start)[0] for query, response in rows]
     twice = ([queries[-1], queries[-1].flip(0)], [responses[-1]] * 2, pad_token_id, start)
@@ -102,6 +99,44 @@ def try_sampling(
         else None,
         allowed=allowed_difference(base, together),
     )
+
+
+@torch.no_grad()
+def try_joining(model: Network, longest: int = LONG) -> Difference:
+    """How far the logits of rows that began apart and were then joined are from those of each row alone.
+
+    The last row, which is the longest, joins the others, and they join it.
+
+    Args:
+        model: a decoder for which a `SamplingTrial.is_exact_selected`.
+        longest: see `try_sampling`.
+
+    Raises:
+        TypeError: if the rows of its cache cannot be joined.
+    """
+    base = inner_model(model)
+    pad_token_id = special_tokens(base, None, None)[0]
+    queries, responses = _rows_to_sample(model, trial_lengths(base.config, longest))
+    rows = list(zip(queries, responses, strict=True))
+    each = [sampling_logits(model, [query], [response], pad_token_id)[0][1:] for query, response in rows]
+    actual: list[Tensor] = []
+    for first, second in (slice(0, -1), slice(-1, None)), (slice(-1, None), slice(0, -1)):
+        parts = [_begun(model, queries[part], responses[part], pad_token_id) for part in (first, second)]
+        begun = joined(parts, pad_token_id)
+        options = {"generation_config": _one_token(pad_token_id)}
+        with neutral_generation_config(model):
+            output = restarted(model, begun.tokens_AT, begun.mask_AT, begun.cache, begun.of_cache, **options)
+        logits = list(output.logits[0].float().cpu().split(1))
+        actual += logits if first.stop else [*logits[1:], logits[0]]
+    return difference(each * 2, actual, [response[1:] for response in responses] * 2, is_precise(base))
+
+
+def _rows_to_sample(model: Network, lengths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    queries, responses = trial_rows(model, lengths)
+    if len(lengths) == 3 and not inner_model(model).config.is_encoder_decoder:  # the boundary is after the prompt
+        row = torch.cat([queries[1], responses[1]])
+        queries[1], responses[1] = row[:-SAMPLED], row[-SAMPLED:]
+    return queries, [response[:SAMPLED] for response in responses]
 
 
 @torch.no_grad()
@@ -142,22 +177,34 @@ def _after_selecting(
     exact: bool,
 ) -> Difference | None:
     """The logits of the last row's second token, when it was chosen twice after the first, and the others were not."""
-    inputs = pad_queries(queries, pad_token_id)
-    first = _Forced(torch.stack([response[:1] for response in responses]), inputs["input_ids"].shape[1])
-    config = GenerationConfig(pad_token_id=pad_token_id, max_new_tokens=1, do_sample=False, use_cache=True)
-    config.update(return_dict_in_generate=True, output_logits=True)
-    options = {"generation_config": config}
+    twice = torch.tensor([len(queries) - 1] * 2, device=queries[0].device)
+    options = {"generation_config": _one_token(pad_token_id)}
     try:
+        begun = _begun(model, queries, responses, pad_token_id)
         with neutral_generation_config(model):
-            begun = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([first]))
-            cache = begun.past_key_values
-            mask_BT = pad(inputs["attention_mask"], (0, 1), value=1)
-            twice = torch.tensor([len(queries) - 1] * 2, device=begun.sequences.device)
-            output = restarted(model, begun.sequences[twice], mask_BT[twice], cache, twice, **options)
+            output = restarted(model, begun.tokens_AT[twice], begun.mask_AT[twice], begun.cache, twice, **options)
     except Exception:  # what a cache of its own cannot do, it says in its own way
         return None
     actual = output.logits[0].float().cpu().split(1)
     return difference([expected[1:]] * 2, actual, [responses[-1][1:]] * 2, exact)
+
+
+def _begun(model: Network, queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token_id: int) -> Begun:
+    """Prompts after the first token of each response."""
+    inputs = pad_queries(queries, pad_token_id)
+    width = inputs["input_ids"].shape[1]
+    first = LogitsProcessorList([_Forced(torch.stack([response[:1] for response in responses]), width)])
+    with neutral_generation_config(model):
+        output = model.generate(**inputs, generation_config=_one_token(pad_token_id), logits_processor=first)
+    starts_A = torch.full((len(queries),), width, device=output.sequences.device)
+    mask_AT = pad(inputs["attention_mask"], (0, 1), value=1)
+    return Begun(output.sequences, mask_AT, starts_A, output.past_key_values, None)
+
+
+def _one_token(pad_token_id: int) -> GenerationConfig:
+    config = GenerationConfig(pad_token_id=pad_token_id, max_new_tokens=1, do_sample=False, use_cache=True)
+    config.update(return_dict_in_generate=True, output_logits=True)
+    return config
 
 
 class _Forced(LogitsProcessor):
