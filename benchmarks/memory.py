@@ -38,6 +38,7 @@ SHORT = {"max_length": 96, "gradient_checkpointing": False}
 CASES = {
     "LoRA, a separate value model": Setup(LLAMA, **IN_FLOAT32),
     "LoRA, eager attention": Setup(NEOX, **{**IN_FLOAT32, **SHORT}, attention="eager"),
+    "LoRA, autocast": Setup(WIDE, **{**IN_FLOAT32, "autocast": torch.bfloat16}),
     "value adapter, accumulation": Setup(
         WIDE, **IN_FLOAT32, value="adapter", gradient_accumulation_steps=2, gradient_checkpointing=False
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chaos, groups, soak, vocabulary
+from benchmarks import chaos, finished_rows, groups, soak, vocabulary
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.speed import tokens_of
 from benchmarks.workload import SPREADS, Workload
@@ -34,6 +34,14 @@ def test_the_benchmark_of_groups_compares_shared_prompts_with_none():
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("32 x 2"))
     assert row[3:7] == ["128", "8", "groups", "18%"]
     assert float(row[7]) > 0  # a ratio of times, of which other processes of this machine have a say
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_finished_rows_compares_the_ways_of_sampling(capsys):
+    finished_rows.main(["--small"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows if row[1] == "4"] == [f"| {kind}" for kind in finished_rows.KINDS]
+    assert [row[0] for row in rows if len(row) == 3][2:] == [f"| {prompt}" for prompt in finished_rows.PROMPTS]
 
 
 def test_a_workload_of_groups_repeats_its_queries():

@@ -31,7 +31,8 @@ from tests.tiny import (
     tiny_trainer,
 )
 from trl_apa import APATrainer
-from trl_apa.rollout.generation import ResponseLengths, end_token_ids, generation_options, row_criteria
+from trl_apa.rollout.generation import end_token_ids, generation_options
+from trl_apa.rollout.stopping import ResponseLengths, row_criteria
 
 
 def ends_with_eos_only(response):

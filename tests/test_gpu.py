@@ -262,7 +262,7 @@ def test_rows_that_are_left_are_sampled_from_generates_random_numbers(tmp_path, 
     found = []
     for dropping in (True, False):
         if not dropping:
-            monkeypatch.setattr(generation, "rows_can_be_dropped", lambda *given: False)
+            monkeypatch.setattr(generation, "rows_can_be_selected", lambda *given: False)
         torch.manual_seed(5)
         found.append(trainer.generate(queries, return_prompt=False, batch_size=12, stop_strings=["w5"]))
     assert all(map(torch.equal, *found)) and len({len(response) for response in found[0]}) > 1

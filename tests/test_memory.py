@@ -56,7 +56,7 @@ SMALL = LlamaConfig(
 )
 
 
-QUICK_CASES = {"full", "LoRA, no value model", "LoRA, a separate value model", "4-bit base, value adapter"}
+QUICK_CASES = {"full", "LoRA, no value model", "LoRA, autocast", "4-bit base, value adapter"}
 
 
 @pytest.fixture(autouse=True)

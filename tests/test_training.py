@@ -109,10 +109,11 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-@pytest.mark.parametrize("loss_type", ["apa", "ppo"])
-def test_a_run_goes_on_from_any_optimizer_step_as_if_it_had_not_stopped(tmp_path, stop, loss_type):
+@pytest.mark.parametrize(("loss_type", "rows_at_a_time"), [("apa", None), ("ppo", 2)])
+def test_a_run_goes_on_from_any_optimizer_step_as_if_it_had_not_stopped(tmp_path, stop, loss_type, rows_at_a_time):
     """In the middle of an epoch over the rollouts, between two iterations, and in the second: the same bits."""
     options = {"loss_type": loss_type, "max_steps": 12, "scale_rewards": True, "lr_scheduler_type": "linear"}
+    options["generation_batch_size"] = rows_at_a_time
     whole = trainer_for(tmp_path / "whole", **options)
     whole.train()
     cut = trainer_for(tmp_path / "cut", callbacks=[StopAt(stop)], **options)

@@ -16,7 +16,8 @@ from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_
 from trl_apa import APATrainer
 from trl_apa.models import merged_parameters
 from trl_apa.models.dense import as_in_checkpoints
-from trl_apa.rollout.generation import cut_responses, row_criteria
+from trl_apa.rollout.generation import cut_responses
+from trl_apa.rollout.stopping import row_criteria
 from trl_apa.rollout.vllm_generation import check_vllm_can_hold, vllm_sampling
 
 

@@ -214,7 +214,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             those with the same prompt together, which is then read once for all of them. Defaults to `"groups"` if
             `num_generations` is above 1, else to `"rows"`.
         generation_batch_size (`int`, *optional*):
-            In `train` and `evaluate`, prompts a call of `generate`. Defaults to all of an iteration.
+            In `train` and `evaluate`, rows that the model samples at a time. Defaults to all of an iteration.
         stop_strings (`list[str]`, *optional*):
             In `train` and `evaluate`, texts that end a response; they belong to it.
         log_completions (`bool`, *optional*, defaults to `False`), num_completions_to_print (`int`, *optional*,
@@ -339,7 +339,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     max_prompt_length: int | None = option(None, "train(): keep the last tokens of a prompt; all by default.")
     num_generations: int = option(1, "train(): responses to each prompt of an iteration.")
     shuffle: str | None = option(None, "Draw 'rows' or 'groups' of a prompt into optimizer steps.")
-    generation_batch_size: int | None = option(None, "train(): prompts a call of generate; all by default.")
+    generation_batch_size: int | None = option(None, "train(): rows that are sampled at a time; all by default.")
     stop_strings: list[str] | None = option(None, "train(): texts that end a response.")
     log_completions: bool = option(False, "train(): show, save and track the completions of each iteration.")
     num_completions_to_print: int = option(4, "With log_completions: rows on the terminal, chosen at random.")

@@ -16,6 +16,7 @@ from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales
 from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
+from trl_apa.models.autocasting import frozen_weights_cast_once
 from trl_apa.models.layouts import Layouts
 from trl_apa.rollout.batch import Layout, lay_out
 
@@ -189,7 +190,7 @@ def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     policy, rows = module.eval().policy, setup.generation_batch_size
     live, prompt = _counted(module), setup.max_length - setup.max_new_tokens
     cache = DynamicCache(config=policy.config)
-    with live:
+    with live, frozen_weights_cast_once(policy):
         tokens = torch.ones(rows, prompt, dtype=torch.long)
         _sample_next(policy, tokens, tokens, cache)
         first = _peak(live)

@@ -25,7 +25,7 @@ from trl_apa.models.trials import (
     try_reading,
 )
 from trl_apa.rollout.batch import Layout
-from trl_apa.rollout.sampling_trial import SamplingTrial, try_sampling
+from trl_apa.rollout.sampling_trial import SamplingTrial, try_joining, try_sampling
 
 
 T = TypeVar("T")
@@ -255,11 +255,19 @@ def sampling_batches(
     return [list(group) for _, group in groupby(rows, key=lengths.__getitem__)], False
 
 
-def try_sampling_up_to(model: Network, longest: int) -> None:
-    """Make now what trials of sampling rows of up to so many tokens need; see `Layouts.try_up_to`."""
+def try_sampling_up_to(model: Network, longest: int, joins: bool) -> None:
+    """Make now what trials of sampling rows of up to so many tokens need; see `Layouts.try_up_to`.
+
+    Args:
+        model: a language model.
+        longest: tokens.
+        joins: whether there are more rows than are sampled at a time.
+    """
     for length in _lengths_up_to(longest, boundaries(inner_model(model).config)):
         if not _crosses_rope(model, length):
             sampling_trial(model, length)
+            if joins:
+                rows_can_be_joined(model, length)
 
 
 def _sampling_layout(model: Network, longest: int) -> Layout:
@@ -297,8 +305,8 @@ def cache_is_exact(model: Network, longest: int) -> bool:
     return False
 
 
-def rows_can_be_dropped(model: Network, longest: int) -> bool:
-    """Whether a row continues as before when others of its batch are deleted from the cache.
+def rows_can_be_selected(model: Network, longest: int) -> bool:
+    """Whether a row continues as before when it is chosen from the cache, once or more often, and others are deleted.
 
     Args:
         model: a language model.
@@ -306,8 +314,26 @@ def rows_can_be_dropped(model: Network, longest: int) -> bool:
     """
     if is_sharded(model) or inner_model(model).config.is_encoder_decoder or _crosses_rope(model, longest):
         return False
+    if inner_model(model).device.type == "mps":  # where `generate` may take back its last step
+        return False
     trial = sampling_trial(model, longest)
-    return not isinstance(trial, Exception) and trial.is_exact_dropped
+    return not isinstance(trial, Exception) and trial.is_exact_selected
+
+
+def rows_can_be_joined(model: Network, longest: int) -> bool:
+    """Whether rows continue as before when others, which begin later, are put beside them in the cache.
+
+    Args:
+        model: a language model.
+        longest: most tokens of a prompt and its response.
+    """
+    if not rows_can_be_selected(model, longest):
+        return False
+    joined: Difference | Exception = once("joining", model, longest, lambda: try_joining(model, longest))
+    trial = sampling_trial(model, longest)
+    if isinstance(joined, Exception) or isinstance(trial, Exception):
+        return False
+    return joined.relative <= trial.allowed
 
 
 def readable_batches(

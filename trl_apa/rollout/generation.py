@@ -10,100 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from trl_apa.models.layouts import cache_is_exact, rows_can_be_dropped, sampling_batches
+from trl_apa.models.autocasting import frozen_weights_cast_once
+from trl_apa.models.layouts import cache_is_exact, rows_can_be_joined, rows_can_be_selected, sampling_batches
 from trl_apa.models.network_parts import Network, padding_id
 from trl_apa.rollout.batch import pad_queries
-from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_dropping_finished, options_allow_dropping
+from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_selecting_rows, options_allow_selection
 from trl_apa.rollout.generation_defaults import neutral_generation_config
+from trl_apa.rollout.refilled_rows import RefilledRows
 from trl_apa.rollout.sampled_logprobs import LogprobNoter, SampledLogprobs
+from trl_apa.rollout.shared_prompts import equal_queries, have_common
+from trl_apa.rollout.stopping import ResponseLengths, row_criteria
 from trl_apa.trainer.validation import check_positions
-
-
-class ResponseLengths(StoppingCriteria):
-    """Stops each row on EOS or a stop string and remembers after how many tokens it did.
-
-    Our criteria see generated tokens alone: what begins in the prompt is no stop string. `generate` fills the rest of
-    a finished row with the pad token. Where pad equals EOS, or a stop string ended the row, the tokens alone do not
-    tell where the response ended; this does.
-
-    Args:
-        prompt_width: tokens before the first generated one, in every row.
-        criteria: what ends a row.
-        limits_B: most tokens of each row's response, int64; none by default.
-        given: criteria of the caller's, which see what transformers shows them: the prompts too, one answer for every
-            row or for all.
-    """
-
-    def __init__(
-        self,
-        prompt_width: int,
-        criteria: list[StoppingCriteria],
-        limits_B: Tensor | None = None,
-        given: Sequence[StoppingCriteria] = (),
-    ):
-        self.prompt_width = prompt_width
-        self.criteria = criteria
-        self.limits_B = limits_B
-        self.given = given
-        self.lengths_B: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        generated_BR = input_ids[:, self.prompt_width :]
-        generated = generated_BR.shape[1]
-        done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for criterion in self.criteria:
-            done_B |= criterion(generated_BR, scores, **kwargs).to(done_B.device)
-        for criterion in self.given:
-            done_B |= torch.as_tensor(criterion(input_ids, scores, **kwargs), device=done_B.device).bool()
-        if self.limits_B is not None:
-            done_B |= self.limits_B <= generated
-        if self.lengths_B is None:
-            self.lengths_B = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-        self.lengths_B = torch.where(done_B & (self.lengths_B == 0), generated, self.lengths_B)
-        return self.lengths_B > 0
-
-    def of_rows(self, rows: Tensor) -> "ResponseLengths":
-        """The same for some rows, none of which has ended."""
-        limits_A = None if self.limits_B is None else self.limits_B[rows]
-        return ResponseLengths(self.prompt_width, self.criteria, limits_A, self.given)
-
-    def cut(self, tokens_BT: Tensor) -> list[Tensor]:
-        """The generated tokens of each row up to the one that ended it; the complete row if none did."""
-        generated_BR = tokens_BT[:, self.prompt_width :]
-        lengths = [0] * len(generated_BR) if self.lengths_B is None else self.lengths_B.tolist()
-        return [row[: length or len(row)] for row, length in zip(generated_BR, lengths, strict=True)]
-
-    def padded(self, tokens_BT: Tensor, pad_token_id: int) -> Tensor:
-        """The generated tokens of all rows, with the pad after the token that ended a row."""
-        generated_BR = tokens_BT[:, self.prompt_width :]
-        if self.lengths_B is None:
-            return generated_BR
-        lengths_B1 = self.lengths_B[:, None]
-        number_R = torch.arange(generated_BR.shape[1], device=generated_BR.device)
-        return generated_BR.masked_fill((lengths_B1 > 0) & (number_R >= lengths_B1), pad_token_id)
-
-
-class DecodedTextCriteria(StoppingCriteria):
-    """Ends a row whose text holds a stop string: slower than transformers' own, for any tokenizer that decodes.
-
-    Args:
-        tokenizer: decodes the row.
-        stop_strings: texts that end it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str] | str):
-        self.tokenizer = tokenizer
-        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        # Behind another token, since some tokenizers lose the space before the first of a text.
-        before = self.tokenizer.batch_decode(input_ids[:, :1])
-        texts = self.tokenizer.batch_decode(torch.cat([input_ids[:, :1], input_ids], dim=1))
-        generated = [text[len(first) :] for first, text in zip(before, texts, strict=True)]
-        done = [any(stop in text for stop in self.stop_strings) for text in generated]
-        return torch.tensor(done, device=input_ids.device)
 
 
 def generate_responses(
@@ -136,7 +54,8 @@ def generate_responses(
         tokenizer: decodes for `stop_strings`.
         stop_strings: texts that end a response when it holds them; the tokens that spell them belong to it.
         max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
-        batch_size: queries a call of `generate`.
+        batch_size: queries that are sampled at a time. Where there are more, and nothing forbids it, waiting ones take
+            the places of those that have ended, and each is sampled with its own random numbers.
         length_sampler: if given, draws `max_new_tokens` for each batch.
         remove_padding: cut each response where it ended; otherwise all of a batch are as long as the longest.
         pad_to_multiple_of: round the prompt width up to a multiple of it, where prompts are padded.
@@ -167,51 +86,89 @@ def generate_responses(
         return limits
 
     pads = bool(pad_to_multiple_of)
-    for rows, limits_B, padded, cached in _exact_batches(model, queries, batch_size, pads, limits_of):
-        batch = [queries[row] for row in rows]
-        side = "right" if two_stacks else "left"
-        inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of if padded else None, side)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        sampling.max_new_tokens = max(limits_B)
-        sampling.use_cache = generation_config.use_cache is not False and cached
-        criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
-        width = 1 if two_stacks else inputs["input_ids"].shape[1]
-        lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
-        noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, model_inputs)
-        with torch.no_grad(), neutral_generation_config(model), noting as noter:
-            tokens_BT = _tokens_of_batch(model, inputs, sampling, lengths, noter, model_inputs)
-        cut = lengths.cut(tokens_BT)
-        if notes is not None:
-            notes.keep(batch, cut, noter.logprobs(tokens_BT.shape[1] - width))
-        if not remove_padding:
-            cut = list(lengths.padded(tokens_BT, pad_token_id))
-        for row, response in zip(rows, cut, strict=True):
-            responses[row] = response.to(queries[row].device)
+    criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
+    of_batches = given or model_inputs or pads or not remove_padding or length_sampler is not None
+    with frozen_weights_cast_once(model):
+        if len(queries) > batch_size > 1 and not of_batches:
+            limits = limits_of(range(len(queries)))
+            refilled = _refilled_responses(model, queries, limits, batch_size, sampling, criteria, notes)
+            if refilled is not None:
+                return refilled
+        for rows, limits_B, padded, cached in _exact_batches(model, queries, batch_size, pads, limits_of):
+            batch = [queries[row] for row in rows]
+            side = "right" if two_stacks else "left"
+            inputs = pad_queries(batch, sampling.pad_token_id, pad_to_multiple_of if padded else None, side)
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            sampling.max_new_tokens = max(limits_B)
+            sampling.use_cache = generation_config.use_cache is not False and cached
+            width = 1 if two_stacks else inputs["input_ids"].shape[1]
+            lengths = ResponseLengths(width, criteria, torch.tensor(limits_B, device=device), given)
+            noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, model_inputs)
+            with neutral_generation_config(model), noting as noter:
+                tokens_BT = _tokens_of_batch(model, batch, inputs, sampling, lengths, noter, model_inputs)
+            cut = lengths.cut(tokens_BT)
+            if notes is not None:
+                notes.keep(batch, cut, noter.logprobs(tokens_BT.shape[1] - width))
+            if not remove_padding:
+                cut = list(lengths.padded(tokens_BT, pad_token_id))
+            for row, response in zip(rows, cut, strict=True):
+                responses[row] = response.to(queries[row].device)
     return responses
 
 
 def _tokens_of_batch(
     model: Network,
+    batch: Sequence[Tensor],
     inputs: dict[str, Tensor],
     sampling: GenerationConfig,
     lengths: ResponseLengths,
     noter: LogprobNoter,
     model_inputs: dict[str, Any],
 ) -> Tensor:
-    """Prompts and what was sampled, `(B, T)`; rows that have ended are left out of the batch where nothing forbids it.
+    """Prompts and what was sampled, `(B, T)`.
 
+    Where nothing forbids it, rows with one prompt read it once, and those that have ended are left out of the batch.
     What a caller brings (a logits processor, a stopping criterion) may count on the complete batch.
     """
     num_rows, width = inputs["input_ids"].shape
-    drops = num_rows > FEWEST_DROPPED and sampling.use_cache and options_allow_dropping(sampling)
-    drops = drops and not lengths.given and not model_inputs
-    if drops and rows_can_be_dropped(model, width + sampling.max_new_tokens):
-        return generate_dropping_finished(model, inputs, sampling, lengths, noter)
+    allowed = num_rows > 1 and sampling.use_cache and options_allow_selection(sampling)
+    if allowed and not lengths.given and not model_inputs:
+        prompts = equal_queries(batch)
+        pays = num_rows > FEWEST_DROPPED or have_common(prompts)
+        if pays and rows_can_be_selected(model, width + sampling.max_new_tokens):
+            return generate_selecting_rows(model, inputs, sampling, lengths, noter, prompts)
     criteria = StoppingCriteriaList([lengths, noter])
     tokens_BT: Tensor = model.generate(
         **inputs, generation_config=sampling, stopping_criteria=criteria, **model_inputs
     )
     return tokens_BT
+
+
+def _refilled_responses(
+    model: Network,
+    queries: Sequence[Tensor],
+    limits: Sequence[int],
+    size: int,
+    sampling: GenerationConfig,
+    criteria: list[StoppingCriteria],
+    notes: SampledLogprobs | None,
+) -> list[Tensor] | None:
+    """Responses of rows that take the places of others; None where some would be answered otherwise than alone."""
+    lengths = [len(query) for query in queries]
+    longest = max(map(sum, zip(lengths, limits, strict=True)))
+    if sampling.use_cache is False or not options_allow_selection(sampling) or not rows_can_be_joined(model, longest):
+        return None
+    if not sampling_batches(model, sorted(lengths), longest)[1] or not cache_is_exact(model, longest):
+        return None
+    if torch.are_deterministic_algorithms_enabled() and next(model.parameters()).is_cuda:
+        return None  # a GPU's sums of probabilities are not deterministic
+    noting = nullcontext(LogprobNoter()) if notes is None else notes.noting(model, sampling, {})
+    with neutral_generation_config(model), noting as noter:
+        rows = RefilledRows(model, queries, limits, size, sampling, criteria, noter)
+        responses, logprobs_BR = rows.run()
+    if notes is not None:
+        notes.keep(queries, responses, logprobs_BR)
+    return [response.to(query.device) for response, query in zip(responses, queries, strict=True)]
 
 
 def _exact_batches(
@@ -353,21 +310,6 @@ def unmasked_queries(queries: Sequence[Tensor], attention_mask: Any, two_stacks:
             raise ValueError(f"{name} masks tokens before others; an encoder's query can be masked at its end only")
         kept.append(query[mask.bool()])
     return kept
-
-
-def row_criteria(
-    eos_token_id: int | list[int] | None, stop_strings: list[str] | str | None, tokenizer: PreTrainedTokenizerBase
-) -> list[StoppingCriteria]:
-    """What ends a response before its length limit."""
-    criteria: list[StoppingCriteria] = []
-    if eos_token_id is not None:
-        criteria.append(EosTokenCriteria(eos_token_id=eos_token_id))
-    if stop_strings:
-        try:
-            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-        except ValueError:  # it wants a tokenizer that can spell any text
-            criteria.append(DecodedTextCriteria(tokenizer, stop_strings))
-    return criteria
 
 
 def responses_of_completions(

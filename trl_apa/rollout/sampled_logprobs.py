@@ -32,7 +32,8 @@ class LogprobNoter(StoppingCriteria):
         self.temperature = temperature
         # Which rows of how many are asked, where rows that have ended are left out.
         self.rows: tuple[Tensor, int] | None = None
-        self._logits_BV: Tensor | None = None
+        # Of the newest forward pass, of which no token was taken yet.
+        self.logits_BV: Tensor | None = None
         self._columns: list[Tensor] = []
 
     def see(self, module: Any, args: Any, output: Any) -> None:
@@ -42,19 +43,29 @@ class LogprobNoter(StoppingCriteria):
             return
         logits_BV = logits_BTV[:, -1]
         # A view would keep the logits of the complete prompt.
-        self._logits_BV = logits_BV.clone() if logits_BTV.shape[1] > 1 else logits_BV
+        self.logits_BV = logits_BV.clone() if logits_BTV.shape[1] > 1 else logits_BV
+
+    def repeat(self, rows: Tensor) -> None:
+        """Take the logits of these rows, where several rows have come from one of the forward pass."""
+        if self.logits_BV is not None:
+            self.logits_BV = self.logits_BV[rows.to(self.logits_BV.device)]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self._logits_BV is not None and len(self._logits_BV) == len(input_ids):
-            logits_BV = self._logits_BV.float()
+        if self.logits_BV is not None and len(self.logits_BV) == len(input_ids):
+            logits_BV = self.logits_BV.float()
             tokens_B = input_ids[:, -1].to(logits_BV.device)
             column_B = token_logprobs(logits_BV / self.temperature, tokens_B, with_entropy=False)[0]
             if self.rows is not None:
                 rows, num_rows = self.rows
                 column_B = column_B.new_zeros(num_rows).index_copy(0, rows.to(column_B.device), column_B)
             self._columns.append(column_B)
-        self._logits_BV = None
+        self.logits_BV = None
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def take(self) -> Tensor | None:
+        """Of the tokens that were sampled since the last call, nats, float32 `(B, tokens)`; None if none was seen."""
+        columns, self._columns = self._columns, []
+        return torch.stack(columns, dim=1) if columns else None
 
     def logprobs(self, num_tokens: int) -> Tensor | None:
         """Of each sampled token, nats, float32 `(B, num_tokens)`; None unless every token was seen."""

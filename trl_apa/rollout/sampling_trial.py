@@ -23,6 +23,7 @@ from trl_apa.models.trials import (
     trial_rows,
 )
 from trl_apa.rollout.batch import pad_queries
+from trl_apa.rollout.cache_merging import Begun, joined
 from trl_apa.rollout.finished_rows import restarted
 from trl_apa.rollout.generation_defaults import neutral_generation_config
 
@@ -40,8 +41,8 @@ class SamplingTrial:
         together: of a batch of equally long prompts, from those of each prompt alone: rounding.
         batched: of a padded batch of both prompts, from those of each prompt alone.
         cached: of each prompt alone, with a cache, from those of the plain forward of the finished row.
-        dropped: of a row after the other of its batch was deleted from the cache, from those of the batch; None if the
-            cache cannot do that.
+        selected: of a row that was chosen twice from the cache, while the others of its batch were deleted, from those
+            of the batch; None if the cache cannot do that.
         allowed: the largest relative difference that counts as rounding.
     """
 
@@ -49,7 +50,7 @@ class SamplingTrial:
     together: Difference
     batched: Difference
     cached: Difference
-    dropped: Difference | None
+    selected: Difference | None
     allowed: float
 
     @property
@@ -57,8 +58,8 @@ class SamplingTrial:
         return self.cached.relative <= self.allowed
 
     @property
-    def is_exact_dropped(self) -> bool:
-        return self.dropped is not None and self.dropped.relative <= self.allowed
+    def is_exact_selected(self) -> bool:
+        return self.selected is not None and self.selected.relative <= self.allowed
 
     @property
     def is_exact_together(self) -> bool:
@@ -82,11 +83,7 @@ def try_sampling(
     base = inner_model(model)
     pad_token_id, start = special_tokens(base, pad_token_id, start)
     lengths, exact = trial_lengths(base.config, longest), is_precise(base)
-    queries, responses = trial_rows(model, lengths)
-    if len(lengths) == 3 and not base.config.is_encoder_decoder:  # the boundary is after the prompt
-        row = torch.cat([queries[1], responses[1]])
-        queries[1], responses[1] = row[:-SAMPLED], row[-SAMPLED:]
-    responses = [response[:SAMPLED] for response in responses]
+    queries, responses = _rows_to_sample(model, lengths)
     rows = list(zip(queries, responses, strict=True))
     each = [sampling_logits(model, [query], [response], pad_token_id, start)[0] for query, response in rows]
     twice = ([queries[-1], queries[-1].flip(0)], [responses[-1]] * 2, pad_token_id, start)
@@ -97,11 +94,49 @@ def try_sampling(
         together=together,
         batched=difference(each, batched, responses, exact),
         cached=difference([alone(model, *row, start) for row in rows], each, responses, exact),
-        dropped=_after_dropping(model, queries, responses, pad_token_id, batched[-1], exact)
+        selected=_after_selecting(model, queries, responses, pad_token_id, batched[-1], exact)
         if start is None
         else None,
         allowed=allowed_difference(base, together),
     )
+
+
+@torch.no_grad()
+def try_joining(model: Network, longest: int = LONG) -> Difference:
+    """How far the logits of rows that began apart and were then joined are from those of each row alone.
+
+    The last row, which is the longest, joins the others, and they join it.
+
+    Args:
+        model: a decoder for which a `SamplingTrial.is_exact_selected`.
+        longest: see `try_sampling`.
+
+    Raises:
+        TypeError: if the rows of its cache cannot be joined.
+    """
+    base = inner_model(model)
+    pad_token_id = special_tokens(base, None, None)[0]
+    queries, responses = _rows_to_sample(model, trial_lengths(base.config, longest))
+    rows = list(zip(queries, responses, strict=True))
+    each = [sampling_logits(model, [query], [response], pad_token_id)[0][1:] for query, response in rows]
+    actual: list[Tensor] = []
+    for first, second in (slice(0, -1), slice(-1, None)), (slice(-1, None), slice(0, -1)):
+        parts = [_begun(model, queries[part], responses[part], pad_token_id) for part in (first, second)]
+        begun = joined(parts, pad_token_id)
+        options = {"generation_config": _one_token(pad_token_id)}
+        with neutral_generation_config(model):
+            output = restarted(model, begun.tokens_AT, begun.mask_AT, begun.cache, begun.of_cache, **options)
+        logits = list(output.logits[0].float().cpu().split(1))
+        actual += logits if first.stop else [*logits[1:], logits[0]]
+    return difference(each * 2, actual, [response[1:] for response in responses] * 2, is_precise(base))
+
+
+def _rows_to_sample(model: Network, lengths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    queries, responses = trial_rows(model, lengths)
+    if len(lengths) == 3 and not inner_model(model).config.is_encoder_decoder:  # the boundary is after the prompt
+        row = torch.cat([queries[1], responses[1]])
+        queries[1], responses[1] = row[:-SAMPLED], row[-SAMPLED:]
+    return queries, [response[:SAMPLED] for response in responses]
 
 
 @torch.no_grad()
@@ -133,7 +168,7 @@ def sampling_logits(
     return [logits[: len(response)] for logits, response in zip(logits_BRV, responses, strict=True)]
 
 
-def _after_dropping(
+def _after_selecting(
     model: Network,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
@@ -141,23 +176,35 @@ def _after_dropping(
     expected: Tensor,
     exact: bool,
 ) -> Difference | None:
-    """The logits of the last row's second token, when the rows before it were deleted after the first."""
-    inputs = pad_queries(queries, pad_token_id)
-    first = _Forced(torch.stack([response[:1] for response in responses]), inputs["input_ids"].shape[1])
-    config = GenerationConfig(pad_token_id=pad_token_id, max_new_tokens=1, do_sample=False, use_cache=True)
-    config.update(return_dict_in_generate=True, output_logits=True)
-    options = {"generation_config": config}
+    """The logits of the last row's second token, when it was chosen twice after the first, and the others were not."""
+    twice = torch.tensor([len(queries) - 1] * 2, device=queries[0].device)
+    options = {"generation_config": _one_token(pad_token_id)}
     try:
+        begun = _begun(model, queries, responses, pad_token_id)
         with neutral_generation_config(model):
-            begun = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([first]))
-            cache = begun.past_key_values
-            mask_BT = pad(inputs["attention_mask"], (0, 1), value=1)
-            last = torch.tensor([len(queries) - 1], device=begun.sequences.device)
-            output = restarted(model, begun.sequences, mask_BT, cache, last, **options)
+            output = restarted(model, begun.tokens_AT[twice], begun.mask_AT[twice], begun.cache, twice, **options)
     except Exception:  # what a cache of its own cannot do, it says in its own way
         return None
-    actual = output.logits[0].float().cpu()
-    return difference([expected[1:]], [actual], [responses[-1][1:]], exact)
+    actual = output.logits[0].float().cpu().split(1)
+    return difference([expected[1:]] * 2, actual, [responses[-1][1:]] * 2, exact)
+
+
+def _begun(model: Network, queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token_id: int) -> Begun:
+    """Prompts after the first token of each response."""
+    inputs = pad_queries(queries, pad_token_id)
+    width = inputs["input_ids"].shape[1]
+    first = LogitsProcessorList([_Forced(torch.stack([response[:1] for response in responses]), width)])
+    with neutral_generation_config(model):
+        output = model.generate(**inputs, generation_config=_one_token(pad_token_id), logits_processor=first)
+    starts_A = torch.full((len(queries),), width, device=output.sequences.device)
+    mask_AT = pad(inputs["attention_mask"], (0, 1), value=1)
+    return Begun(output.sequences, mask_AT, starts_A, output.past_key_values, None)
+
+
+def _one_token(pad_token_id: int) -> GenerationConfig:
+    config = GenerationConfig(pad_token_id=pad_token_id, max_new_tokens=1, do_sample=False, use_cache=True)
+    config.update(return_dict_in_generate=True, output_logits=True)
+    return config
 
 
 class _Forced(LogitsProcessor):

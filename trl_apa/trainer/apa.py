@@ -429,7 +429,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         Args:
             query_tensor: one query, 1-D token ids, or a list of them, as `dataloader` gives it.
             length_sampler: draws `max_new_tokens` for each batch.
-            batch_size: queries a call of the model's `generate`, when a list is given; engines make their own batches.
+            batch_size: queries that the model samples at a time, when a list is given; engines make their own batches.
             return_prompt: put the query before each response. An encoder-decoder's responses begin with the decoder's
                 start token instead, whatever this says.
             generate_ref_response: also sample from the reference.

@@ -157,7 +157,9 @@ class Experience(_BaseTrainer):
         self._layouts.try_up_to(longest)
         if self.sampler is None:
             with self._module_for_generation() as module, self.accelerator.autocast():
-                try_sampling_up_to(module.policy, longest)
+                size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size
+                joins = size is not None and size < self.args.batch_size
+                try_sampling_up_to(module.policy, longest, joins)
 
     def _tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: batch[name] for name in TOKEN_FIELDS if name in batch}
