@@ -59,6 +59,7 @@ POSITIVE = (
     "target",
     "target_kl",
     "temperature",
+    "tokens_per_micro_batch",
     "total_episodes",
     "value_learning_rate",
     "value_max_grad_norm",
@@ -160,6 +161,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         per_device_train_batch_size (`int`, *optional*):
             Rollouts a forward pass of the update. Defaults to the largest divisor of
             `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
+        tokens_per_micro_batch (`int`, *optional*):
+            Most tokens of a forward pass, pads included: cuts the rows of an optimizer step, still
+            `per_device_train_batch_size * gradient_accumulation_steps` on each process, into few passes of about
+            equally many tokens, as many on every process. The update is the same but for rounding
+            (`docs/training.md`). By default a pass has `per_device_train_batch_size` rows.
         num_epochs_per_batch (`int`, *optional*, defaults to `2`):
             Passes over the rollouts of an iteration. Classic: `ppo_epochs`.
         cliprange (`float`, *optional*):
@@ -306,6 +312,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without EOS.")
     batch_size: int = option(None, "Rollouts of one process in one iteration.")
     per_device_train_batch_size: int = option(None, "Rollouts a forward pass of the update.")
+    tokens_per_micro_batch: int | None = option(None, "Most tokens of a forward pass, in place of a number of rows.")
     num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
     cliprange: float | None = option(None, "PPO, GRPO, RLOO: clip range of the ratio.")
     cliprange_high: float | None = option(None, "GRPO, RLOO, CISPO: clip range above 1, if it is another one.")

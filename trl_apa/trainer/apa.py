@@ -80,6 +80,7 @@ from trl_apa.trainer.statistics import (
     sampling_difference,
     with_classic_names,
 )
+from trl_apa.trainer.token_budget import TokenBudget
 from trl_apa.trainer.training_loop import EndOfIteration, TrainingLoop
 from trl_apa.trainer.update import Update
 from trl_apa.trainer.validation import (
@@ -299,6 +300,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.drift = DriftWatch(f"{'init_kl_coef' if args.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
         self._sampled_logprobs = SampledLogprobs()
+        self._token_budget = TokenBudget(self.processes)
         self._clear_gradient_norms()
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
