@@ -46,6 +46,7 @@ def test_loss_type_changes_nothing_but_what_its_loss_reads():
         "init_kl_coef",
         "cliprange_high",
         "loss_aggregation",
+        "importance_level",
         "kl_in",
         "beta",
         "epsilon",

@@ -21,6 +21,7 @@ from trl_apa.config.sizes import SIZES
 TAKE_EFFECT = {
     *("batch_size", "num_epochs_per_batch", "num_generations", "shuffle", "generation_batch_size"),
     *("gamma", "gae_lambda", "group_normalization", "vf_coef", "cliprange", "cliprange_high", "cliprange_value"),
+    *("importance_correction", "importance_level", "importance_max", "importance_min"),
     *("loss_aggregation", "kl_penalty", "ratio_threshold"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *(

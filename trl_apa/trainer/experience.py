@@ -41,6 +41,7 @@ class Experience(_BaseTrainer):
                 advantages_by_override(self, rollouts)
             else:
                 estimate_advantages(rollouts, self.args, self.processes)
+        self._importance.weigh(rollouts, self.args)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self._layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
@@ -50,6 +51,7 @@ class Experience(_BaseTrainer):
         """What `generate` noted of these responses, `(B, R)`; None unless all are known on all processes."""
         noted_BR = self._sampled_logprobs.take(rollouts.queries, rollouts.responses, rollouts.response_mask_BR)
         unknown = self.processes.sum(torch.tensor(float(noted_BR is None), device=rollouts.device))
+        rollouts.sampled_by_engine = not unknown and self._sampled_logprobs.of_engine
         return None if unknown else noted_BR
 
     @torch.no_grad()
@@ -66,7 +68,8 @@ class Experience(_BaseTrainer):
         needs_old = algorithm.needs_old_logprobs or self.args.kl_in_reward or self.args.early_stopping
         rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self._calls("loss")
-        needs_old = needs_old or (self.args.exact_kl and rollouts.sampling_logprobs_BR is None)
+        noted = rollouts.sampling_logprobs_BR is not None and not rollouts.sampled_by_engine
+        needs_old = needs_old or self.args.importance_correction is not None or (self.args.exact_kl and not noted)
         full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
         if needs_values:

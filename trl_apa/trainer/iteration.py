@@ -132,7 +132,11 @@ class Iteration:
             more["num_responses"] = self.num_responses[step]
         if self.groups is not None:
             more["groups"] = send(torch.tensor([self.groups[row] for row in rows]), self.rollouts.device)
-        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), **more}
+        batch = self.rollouts.micro_batch(rows, pad_token_id, layout) | more
+        weights_BR = self.rollouts.importance_weights_BR
+        if weights_BR is not None:
+            batch["advantages"] = batch["advantages"] * weights_BR[batch["rows"], : batch["advantages"].shape[1]]
+        return batch
 
     def rewind(self, position: int, num_norms: int) -> None:
         """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.
