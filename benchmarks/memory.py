@@ -42,6 +42,9 @@ CASES = {
     "value adapter, accumulation": Setup(
         WIDE, **IN_FLOAT32, value="adapter", gradient_accumulation_steps=2, gradient_checkpointing=False
     ),
+    "LoRA, micro-batches by tokens": Setup(
+        LLAMA, **{**IN_FLOAT32, "micro_batch_size": 6}, tokens_per_micro_batch=3 * 256
+    ),
     "8-bit base, value adapter": Setup(LLAMA, **QUANTISED, quantization="8bit", value="adapter"),
     "4-bit base, value adapter": Setup(LLAMA, **QUANTISED, quantization="4bit", value="adapter"),
     "full": Setup(WIDE, **FULL, gradient_checkpointing=False),
@@ -103,6 +106,7 @@ def build_trainer(setup: Setup, folder: str | Path) -> APATrainer:
         batch_size=setup.micro_batch_size * setup.gradient_accumulation_steps,
         mini_batch_size=setup.micro_batch_size,
         gradient_accumulation_steps=setup.gradient_accumulation_steps,
+        tokens_per_micro_batch=setup.tokens_per_micro_batch,
         gradient_checkpointing=setup.gradient_checkpointing,
         max_completion_length=setup.max_new_tokens,
         num_unfrozen_layers=setup.num_unfrozen_layers,

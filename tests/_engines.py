@@ -22,6 +22,8 @@ STEPS = {"optim": "sgd", "learning_rate": 0.1, "ppo_epochs": 2, "gamma": 0.9, "s
 RUN = {"optim": "sgd", "learning_rate": 0.1, "top_k": 1, "max_completion_length": 5, "max_steps": 4, "seed": 3}
 RUN |= {"ppo_epochs": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
 ACCUMULATED = {"mini_batch_size": 2, "gradient_accumulation_steps": 2}
+# Fewer than two of the longest rows have, so that the two processes need unequally many passes.
+BY_TOKENS = {**ACCUMULATED, "tokens_per_micro_batch": 20}
 
 
 def announce_rank(rank):

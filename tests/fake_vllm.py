@@ -89,7 +89,7 @@ class Server:
     """`vllm serve` as TRL's client sees it, over HTTP on this machine; `llm` is what it holds."""
 
     def __init__(self, model):
-        self.llm, self.requests, self.failing = LLM(model), [], False
+        self.llm, self.requests, self.failing, self.reports = LLM(model), [], False, False
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -120,12 +120,20 @@ class Server:
 
     def complete(self, body):
         self.llm.calls.append(SamplingParams(**body))
+        answers = [self.llm.answer(prompt) for prompt in body["prompt"]]
+        pairs = list(zip(body["prompt"], answers, strict=True))
+        logprobs = [self.logprobs(*pair) if self.reports else None for pair in pairs]
+        rows = zip(pairs, logprobs, strict=True)
         return {
-            "choices": [
-                {"prompt_token_ids": prompt, "token_ids": self.llm.answer(prompt), "logprobs": None}
-                for prompt in body["prompt"]
-            ]
+            "choices": [{"prompt_token_ids": pair[0], "token_ids": pair[1], "logprobs": row} for pair, row in rows]
         }
+
+    def logprobs(self, prompt, answer):
+        """As a server writes them."""
+        rows = self.llm.logprobs(prompt, answer)
+        numbers = [entry.logprob for row in rows for entry in row.values()]
+        tokens = [f"token_id:{token}" for token in answer]
+        return {"tokens": tokens, "token_logprobs": numbers, "top_logprobs": [None] * len(answer)}
 
     def close(self):
         self.http.shutdown()

@@ -47,6 +47,7 @@ def test_loss_type_changes_nothing_but_what_its_loss_reads():
         "cliprange_high",
         "loss_aggregation",
         "normalizer",
+        "importance_level",
         "kl_in",
         "beta",
         "epsilon",

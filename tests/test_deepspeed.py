@@ -7,6 +7,7 @@ import torch
 
 from tests._engines import (
     ACCUMULATED,
+    BY_TOKENS,
     alone,
     announce_rank,
     assert_equal_outcome,
@@ -103,6 +104,7 @@ def everything(rank, stage, folder, base, judge):
     return {
         "full": full,
         "held": held,
+        "by tokens": stepped(make_config, f"{folder}/tokens", rows, config=BY_TOKENS)[1],
         "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
         "bf16": stepped(with_zero(stage, bf16={"enabled": True}), f"{folder}/bf16", rows, base, {"bf16": True})[1],
@@ -143,6 +145,12 @@ def test_two_processes_step_as_one_and_save_whole_networks(ranks, folder, stage)
         whole = sum(parameter.numel() for parameter in trainer.model.parameters())
         assert rank["held"] == (whole if stage == 2 else 0)
     assert_reloads(folder / "full" / "saved", expected["weights"])
+
+
+def test_so_they_do_in_passes_of_so_many_tokens(ranks, folder):
+    _, expected = stepped(alone, folder / "tokens-alone")
+    for rank in ranks:
+        assert_equal_outcome(rank["by tokens"], expected, MISSING)
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder, models):

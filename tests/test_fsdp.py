@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests._engines import (
     ACCUMULATED,
+    BY_TOKENS,
     alone,
     announce_rank,
     assert_equal_outcome,
@@ -72,6 +73,10 @@ def everything(rank, folder, base):
         "row by row": stepped(with_fsdp, f"{folder}/griffin", rows, family_model("griffin", scale=1.0), ACCUMULATED)[
             1
         ],
+        "by tokens": stepped(with_fsdp, f"{folder}/tokens", rows, config=BY_TOKENS)[1],
+        "row by row by tokens": stepped(
+            with_fsdp, f"{folder}/griffin-tokens", rows, family_model("griffin", scale=1.0), BY_TOKENS
+        )[1],
         "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
         "clipped apart": stepped(with_fsdp, f"{folder}/apart", rows, config=ACCUMULATED | CLIPPED_APART)[1],
         "without a critic": stepped(with_fsdp, f"{folder}/no-critic", rows, config=ACCUMULATED | WITHOUT_CRITIC)[1],
@@ -111,6 +116,13 @@ def test_so_they_do_where_rows_are_read_one_by_one(ranks, folder):
     expected = stepped(alone, folder / "griffin-alone", model=family_model("griffin", scale=1.0))[1]
     for rank in ranks:
         assert_equal_outcome(rank["row by row"], expected)
+        assert_equal_outcome(rank["row by row by tokens"], expected)
+
+
+def test_so_they_do_in_passes_of_so_many_tokens(ranks, folder):
+    _, expected = stepped(alone, folder / "tokens-alone")
+    for rank in ranks:
+        assert_equal_outcome(rank["by tokens"], expected)
 
 
 def test_so_they_do_where_each_network_has_a_clip_of_its_own(ranks, folder):

@@ -14,13 +14,15 @@ from benchmarks import gpu
 from benchmarks.memory import CASES, compare
 from tests import _cli
 from trl_apa.commands import memory
-from trl_apa.memory import Setup, advice, predict
+from trl_apa.memory import Planner, Setup, advice, predict
 from trl_apa.memory.networks import build_networks
 from trl_apa.memory.optimizers import state_bytes, step_bytes
+from trl_apa.memory.prediction import PASSING, _longest_rows
 from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes
 from trl_apa.memory.setup import SHARDINGS
 from trl_apa.memory.shapes import KNOWN, config_of
 from trl_apa.memory.sharding import BUFFERS, MASTER, Counts, per_process
+from trl_apa.rollout.batch import Layout
 
 
 # Numbers of parameters that the models' own pages give.
@@ -209,6 +211,54 @@ def test_without_a_value_model_nothing_of_it_is_planned_for(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_r": 0, "dtype": torch.float32, "world_size": 4, "sharding": "fsdp2", "value": None},
+        {"lora_r": 0, "dtype": torch.float32, "gradient_checkpointing": False},
+        {"lora_r": 8, "value": "adapter", "gradient_accumulation_steps": 2},
+    ],
+)
+def test_the_tokens_that_are_proposed_fit_and_hardly_more_would(options):
+    """Predicted with them, and with a fifth more; none where the networks alone, or sampling, need more."""
+    setup = Setup(SMALL, max_length=64, max_new_tokens=8, generation_batch_size=1, **options)
+    prediction = predict(setup)
+    passing = sum(prediction.update.get(name, 0) for name in PASSING)
+    sizes = [prediction.peak // 2, prediction.peak + 5 * passing, prediction.peak + 20 * passing]
+    none, *fitting = Planner(setup).tokens_that_fit(sizes)
+    assert none is None
+    for size, tokens in zip(sizes[1:], fitting, strict=True):
+        assert tokens % 64 == 0
+        assert predict(replace(setup, tokens_per_micro_batch=tokens)).peak <= size
+        assert predict(replace(setup, tokens_per_micro_batch=int(1.2 * tokens) + 64)).peak > size
+    sampled = replace(setup, generation_batch_size=4096)
+    assert Planner(sampled).tokens_that_fit(sizes[:2]) == [None, None]
+
+
+def test_a_micro_batch_of_so_many_tokens_has_as_many_rows():
+    """Twice the longest row, and a row that fills it up; whatever is less than a row is a row."""
+    options = {"lora_r": 0, "dtype": torch.float32, "value": None, "gradient_accumulation_steps": 2}
+    setup = Setup(SMALL, max_length=64, max_new_tokens=8, **options)
+    by_rows = predict(replace(setup, micro_batch_size=2)).update
+    assert predict(replace(setup, tokens_per_micro_batch=160)).update[ACTIVATIONS] > by_rows[ACTIVATIONS]
+    for tokens, rows in (
+        (1, [(56, 8)]),
+        (128, 2 * [(56, 8)]),
+        (160, [*2 * [(56, 8)], (24, 8)]),
+        (133, 2 * [(56, 8)] + [(1, 4)]),
+    ):
+        laid_out = _longest_rows(replace(setup, tokens_per_micro_batch=tokens), Layout.PACKED)
+        assert laid_out["sequence_lengths"] == tuple(map(sum, rows))
+        assert len(laid_out["response_index"]) == sum(response for _, response in rows)
+    padded = _longest_rows(replace(setup, tokens_per_micro_batch=160), Layout.PADDED)
+    assert padded["input_ids"].shape == (2, 64)
+    texts = [text for text, _ in advice._candidates(replace(setup, tokens_per_micro_batch=200))]
+    assert "tokens_per_micro_batch=100" in texts and not any("micro-batches of" in text for text in texts)
+    with pytest.raises(ValueError, match="tokens_per_micro_batch=0: it should be at least 1"):
+        replace(setup, tokens_per_micro_batch=0)
+
+
+@pytest.mark.slow
 def test_what_to_change_is_sorted_by_what_it_saves_and_each_line_holds():
     setup = Setup(SMALL, lora_r=8, quantization="4bit", micro_batch_size=4, max_length=64, max_new_tokens=8)
     setup = replace(setup, gradient_checkpointing=False, optimizer="sgd", generation_batch_size=1)
@@ -268,10 +318,14 @@ def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, caps
     assert run(*options) == 0
     head, _, tail = capsys.readouterr().out.partition("what to change, each change alone:\n")
     # 0.75 GiB are assumed whatever the model.
+    proposed = re.search(r"^largest tokens_per_micro_batch that fits: 80 GB: (\d+)$", head, re.MULTILINE)
+    assert int(proposed[1]) >= 1024 and int(proposed[1]) % 64 == 0
     assert "24 GB (1 GiB usable): does not fit, 0.1 GiB too much" in head and "80 GB (1 GiB usable): fits" in head
     assert tail.splitlines() == ["  nothing that this command knows of"]
+    monkeypatch.setattr("trl_apa.commands.memory.Planner.tokens_that_fit", lambda self, sizes: [None, None])
     assert run(*options, "--overhead", 0) == 0
     assert "what to change" not in capsys.readouterr().out
+    assert memory.proposal([None, None]) == "largest tokens_per_micro_batch that fits: none, with any card"
     change = advice.Change("sell it", peak=2**29, saved=3 * 2**28)
     assert memory.advice([change]) == ["  -   0.8 GiB  sell it (0.5 GiB, fits 24 GB)"]
 

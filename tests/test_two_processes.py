@@ -26,6 +26,7 @@ from tests._two_processes import WORLD_SIZE, run_in_two_processes
 from tests.fake_vllm import Server, install
 from tests.families import family_model
 from tests.test_reward_faults import FAULTS, fails_at
+from tests.test_token_budget import UNEVEN, step_on_uneven_rows, uneven_rollouts
 from tests.test_training import PROMPTS, StopAt, few_nines, logged, parameters
 from tests.test_update import assert_same, learner
 from tests.tiny import CONFIGS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
@@ -366,6 +367,8 @@ def everything(rank, folder):
     for options in WITHOUT_CRITIC:
         results[options] = step_on_half_without_critic(rank, "/".join((own, *options[:2])), *options)
     results["reference rewards"] = ref_rewards_of_rank(rank, f"{own}/reference")
+    for loss_type in ("apa", "ppo"):
+        results["uneven", loss_type] = step_on_uneven_rows(rank, f"{own}/uneven", loss_type)
     results["train without critic"] = train_without_critic(folder)
     results["overridden"] = step_on_half_by_overrides(rank, f"{own}/overridden")
     results["on one base"] = on_one_base(tiny_config, f"{folder}/base", rows, mini_batch_size=4)
@@ -446,6 +449,17 @@ def test_two_ranks_sample_pi_init_for_each_prompt_once_and_agree(ranks):
         assert known == ranks[0]["reference rewards"][2] and len(known) == 3
         assert calls == [6]  # three prompts of the first rank, two samples each
     assert torch.equal(ranks[0]["reference rewards"][0][0], ranks[1]["reference rewards"][0][3])
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "ppo"])
+def test_two_ranks_with_passes_of_so_many_tokens_equal_one_process(tmp_path, ranks, loss_type):
+    """The second rank's rows are several times as long; both make as many passes as it needs."""
+    single = learner(tmp_path, loss_type=loss_type, **{**UNEVEN, "batch_size": 8, "mini_batch_size": 4})
+    stats = [single.step(*uneven_rollouts()) for _ in range(2)][-1]
+    for weights, loss, num_passes in (rank["uneven", loss_type] for rank in ranks):
+        assert_same(weights, parameters(single), tolerance=1e-5)
+        assert loss == pytest.approx(stats["apa/loss/total"], rel=1e-3)
+        assert num_passes == 2 * 4 + 2 * 2 * 4
 
 
 def test_two_ranks_without_a_critic_go_on_with_the_same_bits(ranks, folder):

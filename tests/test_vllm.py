@@ -12,7 +12,7 @@ from tests.test_generation import letter_tokenizer
 from tests.test_training import PROMPTS, few_nines, parameters, trainer_for
 from tests.test_update import assert_same
 from tests.test_value_head import away_from_identity
-from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, EOS, lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
 from trl_apa.models import merged_parameters
 from trl_apa.models.dense import as_in_checkpoints
@@ -101,6 +101,35 @@ def test_training_with_a_server_is_training_with_generate(tmp_path, folder, serv
         "/reset_prefix_cache",
         "/v1/completions",
     ]
+
+
+def test_vllms_own_log_probs_are_compared_and_correct_the_advantages(tmp_path, folder, vllm):
+    """The stand-in's are the policy's; one that samples from other weights has others, and the KL stays exact."""
+    options = {"use_vllm": True, "loss_type": "ppo", "importance_correction": "truncate", "temperature": 1.0}
+    queries, _, scores = tiny_rollouts()
+    for moved in (False, True):
+        trainer = tiny_trainer(tmp_path, policy_from(folder), **options, max_completion_length=5)
+        responses = trainer.generate(queries, return_prompt=False)
+        if moved:
+            llm = trainer.vllm.engine.llm
+            torch.nn.init.normal_(llm.network.lm_head.weight, std=0.5)
+            responses = trainer.generate(queries, return_prompt=False)
+        assert {call.logprobs for call in trainer.vllm.engine.llm.calls} == {0}
+        stats = trainer.step(queries, responses, scores)
+        difference, weight = stats["sampling/logprob_difference_max"], stats["sampling/importance_weight_max"]
+        assert (difference < 1e-4 and abs(weight - 1) < 1e-4) if not moved else (difference > 0.1 and weight <= 3.0)
+        assert abs(stats["objective/kl"]) < 1e-4
+
+
+def test_a_server_without_log_probs_is_as_one_of_which_nothing_is_known(tmp_path, folder, server):
+    queries, _, scores = tiny_rollouts()
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+    trainer = tiny_trainer(tmp_path, policy_from(folder), max_completion_length=5, **options)
+    for server.reports in (False, True):
+        stats = trainer.step(queries, trainer.generate(queries, return_prompt=False), scores)
+        assert ("sampling/logprob_difference_max" in stats) == server.reports
+        assert stats.get("sampling/logprob_difference_max", 0.0) < 1e-4
+        assert server.reports or abs(stats["objective/kl"]) < 1e-4
 
 
 def test_a_server_that_fails_is_named_and_what_was_learned_is_saved(tmp_path, folder, server):

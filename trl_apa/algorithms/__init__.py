@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from trl_apa.algorithms.importance import LEVELS
 from trl_apa.algorithms.losses import Stats, apa_loss, awr_loss, ppo_loss
 from trl_apa.algorithms.named import named
 from trl_apa.algorithms.policy_gradient import cispo_loss, grpo_loss, kl_loss, rloo_loss
@@ -72,6 +73,8 @@ class Algorithm:
         needs_ref_logprobs: whether the loss reads `ref_logprobs_BR`, apart from a KL that `kl_in` puts into it.
         defaults: of options that every algorithm reads, where they are others than `DEFAULTS`.
         of_responses: whether the loss is a squared error of complete responses, for `normalizer` among its options.
+        importance_levels: levels at which `importance_correction` may weigh the advantages, the default first: for a
+            policy gradient, linear in the advantages, "token" and "sequence"; none for other losses.
     """
 
     loss: Callable[[PolicyTokens, Any], tuple[Tensor, Stats]]
@@ -84,6 +87,7 @@ class Algorithm:
     needs_ref_logprobs: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
     of_responses: bool = False
+    importance_levels: tuple[str, ...] = ()
 
     @property
     def prices_kl(self) -> bool:
@@ -178,6 +182,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         needs_old_logprobs=True,
         needs_ref_logprobs=False,
         classic_statistics=True,
+        importance_levels=LEVELS,
     ),
     "grpo": Algorithm(
         _grpo,
@@ -186,6 +191,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         options={"cliprange": 0.2, "cliprange_high": None, "loss_aggregation": "dapo", **KL_IN_LOSS},
         needs_old_logprobs=True,
         needs_ref_logprobs=False,
+        importance_levels=LEVELS,
     ),
     "cispo": Algorithm(
         _cispo,
@@ -194,6 +200,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         options={"cliprange_high": 4.0, **KL_IN_LOSS},
         needs_old_logprobs=True,
         needs_ref_logprobs=False,
+        importance_levels=LEVELS,
     ),
     "rloo": Algorithm(
         _rloo,
@@ -202,6 +209,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         options={"cliprange": 0.2, "cliprange_high": None, **KL_IN_REWARD},
         needs_old_logprobs=True,
         needs_ref_logprobs=False,
+        importance_levels=("sequence",),
     ),
     "mirror_descent": Algorithm(
         _mirror_descent,

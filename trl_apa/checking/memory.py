@@ -57,12 +57,10 @@ def micro_batch(subject: Subject) -> Iterator[Finding]:
     response = min(subject.args.max_completion_length, LONGEST_ON_CPU // 2 if device.type == "cpu" else 2**62)
     length = max(min(subject.longest, LONGEST_ON_CPU if device.type == "cpu" else 2**62), response + 1)
     try:
-        options = {"max_length": length, "max_new_tokens": response, "optimizer": "sgd"}
-        predicted = sum(
-            predict(
-                replace(_setup(subject), micro_batch_size=1, gradient_accumulation_steps=1, **options)
-            ).update.values()
-        )
+        options: dict[str, Any] = {"max_length": length, "max_new_tokens": response, "optimizer": "sgd"}
+        one_row = replace(_setup(subject), micro_batch_size=1, gradient_accumulation_steps=1)
+        one_row = replace(one_row, tokens_per_micro_batch=None)
+        predicted = sum(predict(replace(one_row, **options)).update.values())
     except Exception as error:  # as above
         yield skipped(name, f"not predicted: {' '.join(str(error).split())[:200]}")
         return
@@ -125,6 +123,7 @@ def _setup(subject: Subject) -> Setup:
         num_unfrozen_layers=args.num_unfrozen_layers,
         micro_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        tokens_per_micro_batch=args.tokens_per_micro_batch,
         max_length=longest,
         max_new_tokens=args.max_completion_length,
         generation_batch_size=args.generation_batch_size or args.batch_size,

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.config.fields import option
-from trl_apa.memory import Prediction, Setup, predict
+from trl_apa.memory import Planner, Prediction, Setup
 from trl_apa.memory.advice import Change, changes
 from trl_apa.memory.optimizers import STATES
 from trl_apa.memory.prediction import OVERHEAD, PARTS
@@ -55,6 +55,7 @@ class MemoryArguments:
     reward: str = option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
     batch: int = option(1, "Rows of a micro-batch (mini_batch_size).")
     gradient_accumulation_steps: int = option(1, "Micro-batches of an optimizer step.")
+    tokens_per_micro_batch: int | None = option(None, "Most tokens of a micro-batch, in place of --batch.")
     seq: int = option(1024, "Longest prompt and response together, tokens.")
     new_tokens: int = option(128, "Longest response, tokens (max_completion_length).")
     generation_batch: int = option(8, "Rows that are sampled together (generation_batch_size).")
@@ -91,6 +92,7 @@ class MemoryArguments:
             reward=None if self.reward == "none" else _network(self.reward, NETWORKS["reward"]),
             micro_batch_size=self.batch,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
             max_length=self.seq,
             max_new_tokens=self.new_tokens,
             generation_batch_size=self.generation_batch,
@@ -117,8 +119,10 @@ def main(argv: Sequence[str]) -> int:
     (arguments,) = parser.build(parser.parse(argv))
     setup = arguments.setup()
     with _quietly():
-        prediction = predict(setup)
+        planner = Planner(setup)
+        prediction = planner.prediction
         print("\n".join(table(prediction)), flush=True)
+        print(f"\n{proposal(planner.tokens_that_fit([int(size * GIB) for size in CARDS.values()]))}", flush=True)
         too_small = [card for card, size in CARDS.items() if prediction.peak > size * GIB]
         if too_small:
             print("\nwhat to change, each change alone:", flush=True)
@@ -154,6 +158,12 @@ def table(prediction: Prediction) -> list[str]:
         verdict = f"fits, {left:.1f} GiB left" if left >= 0 else f"does not fit, {-left:.1f} GiB too much"
         lines.append(f"{card} ({size:.0f} GiB usable): {verdict}")
     return lines
+
+
+def proposal(fitting: Sequence[int | None]) -> str:
+    """What each card lets `tokens_per_micro_batch` be."""
+    pairs = [f"{card}: {tokens}" for card, tokens in zip(CARDS, fitting, strict=True) if tokens is not None]
+    return f"largest tokens_per_micro_batch that fits: {', '.join(pairs) or 'none, with any card'}"
 
 
 def _line(name: str, sizes: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from trl_apa.config.by_estimator import (
 )
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
 from trl_apa.config.fields import Json, only_read_by, option, switch
+from trl_apa.config.importance import check_importance_options, fill_importance_level
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
 from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
@@ -42,6 +43,8 @@ POSITIVE = (
     "generation_batch_size",
     "gradient_accumulation_steps",
     "horizon",
+    "importance_max",
+    "importance_min",
     "local_rollout_forward_batch_size",
     "max_completion_length",
     "max_kl",
@@ -60,6 +63,7 @@ POSITIVE = (
     "target",
     "target_kl",
     "temperature",
+    "tokens_per_micro_batch",
     "total_episodes",
     "value_kl_coef",
     "value_learning_rate",
@@ -91,6 +95,7 @@ DEFINES_RUN = (
     *("loss_type", "advantage_estimator", "group_normalization", "kl_coef", "gamma", "gae_lambda", "vf_coef"),
     *("num_ref_samples", "value_kl_coef", "normalizer"),
     *("cliprange", "cliprange_high", "cliprange_value", "loss_aggregation", "kl_in", "adap_kl_ctrl", "target"),
+    *("importance_correction", "importance_level", "importance_max", "importance_min"),
     *("horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("reward_weights", "num_unfrozen_layers", "seed"),
@@ -176,6 +181,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         per_device_train_batch_size (`int`, *optional*):
             Rollouts a forward pass of the update. Defaults to the largest divisor of
             `batch_size // gradient_accumulation_steps` that is at most 8. Classic: `mini_batch_size`.
+        tokens_per_micro_batch (`int`, *optional*):
+            Most tokens of a forward pass, pads included: cuts the rows of an optimizer step, still
+            `per_device_train_batch_size * gradient_accumulation_steps` on each process, into few passes of about
+            equally many tokens, as many on every process. The update is the same but for rounding
+            (`docs/training.md`). By default a pass has `per_device_train_batch_size` rows.
         num_epochs_per_batch (`int`, *optional*, defaults to `2`):
             Passes over the rollouts of an iteration. Classic: `ppo_epochs`.
         cliprange (`float`, *optional*):
@@ -189,6 +199,15 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         kl_in (`str`, *optional*):
             Policy gradients: whether `"reward"` or `"loss"` is charged `kl_coef` for KL. Defaults to the reward for
             PPO and RLOO, to the loss for GRPO and CISPO.
+        importance_correction (`str`, *optional*):
+            PPO, GRPO, CISPO, RLOO: multiply advantages by the ratio of the policy before the update to the one that
+            sampled, from the log-probs that an engine (vLLM, or a `sampler=` that gives them) or `generate` reports:
+            `"truncate"`, ratios brought into the bounds below, or `"mask"`, 0 outside them. Off by default.
+        importance_level (`str`, *optional*):
+            `"token"`, each token by its own ratio, or `"sequence"`, all tokens of a response by that of the response.
+            Defaults to `"token"`, for RLOO, which knows this one alone, to `"sequence"`.
+        importance_max (`float`, *optional*, defaults to `3.0`), importance_min (`float`, *optional*):
+            Bounds of that ratio; None: no bound.
         cliprange_value (`float`, *optional*):
             If set, values are clipped to within it of their old selves in the value loss, as PPO2 does.
         init_kl_coef (`float`, *optional*):
@@ -325,11 +344,16 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
     missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without EOS.")
     batch_size: int = option(None, "Rollouts of one process in one iteration.")
     per_device_train_batch_size: int = option(None, "Rollouts a forward pass of the update.")
+    tokens_per_micro_batch: int | None = option(None, "Most tokens of a forward pass, in place of a number of rows.")
     num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
     cliprange: float | None = option(None, "PPO, GRPO, RLOO: clip range of the ratio.")
     cliprange_high: float | None = option(None, "GRPO, RLOO, CISPO: clip range above 1, if it is another one.")
     loss_aggregation: str | None = option(None, "GRPO only: 'dapo', 'grpo' or 'dr_grpo'.")
     kl_in: str | None = option(None, "Policy gradients: charge 'reward' or 'loss' for KL.")
+    importance_correction: str | None = option(None, "Policy gradients: 'truncate' or 'mask' ratios to the sampler.")
+    importance_level: str | None = option(None, "With importance_correction: ratios of a 'token' or a 'sequence'.")
+    importance_max: float | None = option(3.0, "With importance_correction: largest ratio; None: no bound.")
+    importance_min: float | None = option(None, "With importance_correction: smallest ratio; None: no bound.")
     cliprange_value: float | None = option(None, "Clip range of the values in the value loss; none by default.")
     init_kl_coef: float | None = option(None, "PPO only: classic's name of kl_coef.")
     adap_kl_ctrl: bool | None = switch("With KL in the reward: adapt the coefficient.")
@@ -417,6 +441,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             trl_0_12.translate(self)
             self._translate_aliases()
             self._fill_by_loss_type()
+            fill_importance_level(self)
             for name in BY_ESTIMATOR:
                 fill_by_estimator(self, name)
             self._check_ranges()
@@ -613,6 +638,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             self._fill_selective_option(ours)
         elif ours in BY_ESTIMATOR:
             fill_by_estimator(self, ours)
+        elif ours == "importance_level":
+            fill_importance_level(self)
         elif ours == "whiten_advantages":
             fill_by_algorithm(self)
         elif ours == "kl_coef":
@@ -700,6 +727,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
                 "group_normalization='std' and 'none', with advantage_estimator='group'"
             )
         check_estimator_options(self)
+        check_importance_options(self)
         if self.kl_penalty not in (None, "kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty={self.kl_penalty!r}: it should be one of kl, abs, mse, k3, full")
         if self.kl_in not in (None, "reward", "loss"):

@@ -55,7 +55,10 @@ def _options(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
     rows, sampled = setup.micro_batch_size, setup.generation_batch_size
     if not setup.gradient_checkpointing:
         yield "gradient checkpointing", {"gradient_checkpointing": True}
-    if rows > 1:
+    tokens = setup.tokens_per_micro_batch
+    if tokens is not None and tokens >= 2 * setup.max_length:
+        yield f"tokens_per_micro_batch={tokens // 2}", {"tokens_per_micro_batch": tokens // 2}
+    if rows > 1 and tokens is None:
         steps = setup.gradient_accumulation_steps * 2
         yield (
             f"micro-batches of {rows // 2}, with {steps} accumulation steps",

@@ -1,6 +1,6 @@
 """Peak memory of sampling and of learning, by part, from the config alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,10 @@ from trl_apa.rollout.batch import Layout, lay_out
 LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"
 PASSING = (GRADIENTS, ACTIVATIONS, LOGITS, CACHE)
 ADAPTERS = "adapters and heads"
+# Tokens that are proposed are a multiple of it.
+ROUND = 64
+# Rows of a pass from which on memory grows along a line. Each takes time to pretend.
+ROWS_OF_LINE = 4
 # The parts in the order in which they are shown.
 PARTS = (
     "weights: policy",
@@ -65,26 +69,71 @@ def predict(setup: Setup) -> Prediction:
     Raises:
         ValueError: if the networks cannot be built.
     """
-    # Engines that divide the weights cast them before use. Autocast does it otherwise, and keeps the copies.
-    cast = replace(setup, dtype=setup.autocast or setup.dtype) if setup.is_sharded else setup
-    stored = cast if setup.sharding.startswith("zero") else setup
-    module, reference = build_networks(stored)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    lasting = _lasting(module, reference, stored)
-    counts = count_elements(module)
-    passing_module = module if stored == cast else build_networks(cast)[0]
-    with pretending(passing_module), _autocast(cast):
-        generation = _pretend_generation(passing_module, cast)
-        update = _pretend_update(passing_module, cast)
-    if setup.is_sharded:
-        update[GRADIENTS] = counts.gradients
-    step = {GRADIENTS: counts.gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
-    update = max(update, step, key=lambda parts: sum(parts.values()))
-    phases = []
-    for passing in (generation, update):
-        parts = {**per_process({**lasting, **passing}, counts, setup), OVERHEAD: setup.overhead}
-        phases.append({name: parts[name] for name in PARTS if parts.get(name)})
-    return Prediction(*phases)
+    return Planner(setup).prediction
+
+
+class Planner:
+    """A setup's prediction, and what else its networks, which are built once, say of it.
+
+    Raises:
+        ValueError: if the networks cannot be built.
+    """
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        # Engines that divide the weights cast them before use. Autocast does it otherwise, and keeps the copies.
+        self._cast = replace(setup, dtype=setup.autocast or setup.dtype) if setup.is_sharded else setup
+        stored = self._cast if setup.sharding.startswith("zero") else setup
+        module, reference = build_networks(stored)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._lasting = _lasting(module, reference, stored)
+        self._counts = count_elements(module)
+        self._module = module if stored == self._cast else build_networks(self._cast)[0]
+        with pretending(self._module), _autocast(self._cast):
+            generation = self._parts(_pretend_generation(self._module, self._cast))
+        self._pass = self._parts(self._update(self._cast))
+        step = {GRADIENTS: self._counts.gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
+        step = self._parts(step)
+        self._beside_passes = max(_total(generation), _total(step))
+        self.prediction = Prediction(generation, max(self._pass, step, key=_total))
+
+    def _update(self, setup: Setup) -> dict[str, int]:
+        with pretending(self._module), _autocast(setup):
+            update = _pretend_update(self._module, setup)
+        if setup.is_sharded:
+            update[GRADIENTS] = self._counts.gradients
+        return update
+
+    def _parts(self, passing: dict[str, int]) -> dict[str, int]:
+        parts = per_process({**self._lasting, **passing}, self._counts, self.setup)
+        parts[OVERHEAD] = self.setup.overhead
+        return {name: parts[name] for name in PARTS if parts.get(name)}
+
+    def tokens_that_fit(self, sizes: Sequence[int]) -> list[int | None]:
+        """The largest `tokens_per_micro_batch` with which the run fits, None where it does not fit at all.
+
+        What a pass of some rows needs grows with its tokens along a line, which is found from two passes.
+
+        Args:
+            sizes: bytes that there are.
+        """
+        length = self.setup.max_length
+        tokens = max(ROWS_OF_LINE, self.setup.micro_batch_size) * length
+        peak, larger = (self._peak_with(tokens * factor) for factor in (1, 2))
+        slope = (larger - peak) / tokens
+        found: list[int | None] = []
+        for size in sizes:
+            fitting = int(tokens + (size - peak) / slope) // ROUND * ROUND
+            found.append(fitting if self._beside_passes <= size and fitting >= length else None)
+        return found
+
+    def _peak_with(self, tokens: int) -> int:
+        """Bytes at the peak of passes of so many tokens."""
+        return _total(self._parts(self._update(replace(self._cast, tokens_per_micro_batch=tokens))))
+
+
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
 
 
 def _lasting(module: PolicyAndValue, reference: nn.Module | None, setup: Setup) -> dict[str, int]:
@@ -150,7 +199,7 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: live.count(GRADIENTS, [p.grad]))
     with live:
-        for _ in range(min(setup.gradient_accumulation_steps, 2)):
+        for _ in range(min(setup.gradient_accumulation_steps, 2) if setup.tokens_per_micro_batch is None else 2):
             for networks in module.passes:
                 with module.adapter_for(**networks):
                     forward_and_backward(module, tokens, setup.max_new_tokens, networks)
@@ -160,9 +209,15 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
 
 
 def _longest_rows(setup: Setup, layout: Layout) -> dict[str, Any]:
-    """A micro-batch of rows of which each is as long as a row can be."""
-    queries = [torch.ones(setup.max_length - setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
-    responses = [torch.ones(setup.max_new_tokens, dtype=torch.long)] * setup.micro_batch_size
+    """A micro-batch of rows of which each is as long as a row can be, but for one that fills it up."""
+    rows, rest = setup.micro_batch_size, 0
+    if setup.tokens_per_micro_batch is not None:
+        rows, rest = divmod(max(setup.tokens_per_micro_batch, setup.max_length), setup.max_length)
+    lengths = [(setup.max_length - setup.max_new_tokens, setup.max_new_tokens)] * rows
+    if layout is not Layout.PADDED and rest > 1:  # a shorter row fills the pass
+        response = min(setup.max_new_tokens, rest - 1)
+        lengths.append((rest - response, response))
+    queries, responses = ([torch.ones(row[side], dtype=torch.long) for row in lengths] for side in (0, 1))
     return lay_out(layout, queries, responses, pad_token_id=0)
 
 

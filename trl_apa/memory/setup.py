@@ -39,6 +39,7 @@ class Setup:
         num_unfrozen_layers: train only so many of the highest layers; without adapters.
         micro_batch_size: rows of one forward and backward pass.
         gradient_accumulation_steps: of those passes in one optimizer step.
+        tokens_per_micro_batch: most tokens of such a pass, in place of `micro_batch_size`; None: as many rows.
         max_length: prompt and response, tokens.
         max_new_tokens: response, tokens.
         generation_batch_size: rows that are sampled together.
@@ -62,6 +63,7 @@ class Setup:
     num_unfrozen_layers: int | None = None
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
+    tokens_per_micro_batch: int | None = None
     max_length: int = 1024
     max_new_tokens: int = 128
     generation_batch_size: int = 8
@@ -74,8 +76,8 @@ class Setup:
 
     def __post_init__(self) -> None:
         positive = ("micro_batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens", "world_size")
-        for name in (*positive, "generation_batch_size"):
-            if getattr(self, name) < 1:
+        for name in (*positive, "generation_batch_size", "tokens_per_micro_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it should be at least 1")
         if self.max_new_tokens >= self.max_length:
             raise ValueError(

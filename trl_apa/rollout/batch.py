@@ -57,6 +57,8 @@ class Rollouts:
         old_logprobs_BR: log pi_old of the sampled tokens, nats, from a pass over the rollouts that only PPO, early
             stopping and the exact KL of responses from elsewhere need.
         sampling_logprobs_BR: the same when they were sampled, nats; None unless `generate` noted all of them.
+        sampled_by_engine: whether those are an engine's own, of weights and kernels that are not the policy's.
+        importance_weights_BR: what advantages are multiplied by, for tokens that another policy has sampled.
         kl_penalty_BR: the KL of each token that PPO's reward is charged for, nats.
         rewards_BR: reward of each token, reward units.
         non_score_rewards_BR: the part of them that is no score, where an override of `compute_rewards` says so.
@@ -84,6 +86,8 @@ class Rollouts:
     returns_BR: Tensor | None = UNMEASURED
     decoder_start_token_id: int | None = None
     prompts: list[int] = UNMEASURED
+    sampled_by_engine: bool = False
+    importance_weights_BR: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.queries)

@@ -80,6 +80,13 @@ class SampledLogprobs:
     def __init__(self) -> None:
         self._temperature, self._capacity = 1.0, 0
         self._kept: OrderedDict[tuple[bytes, bytes], Tensor] = OrderedDict()
+        # Of those that `take` gave last, and of those that are kept.
+        self.of_engine = self._some_of_engine = False
+
+    @property
+    def temperature(self) -> float:
+        """At which the update takes its log-probs."""
+        return self._temperature
 
     def at(self, temperature: float, capacity: int) -> "SampledLogprobs":
         """Itself, for responses that are sampled from now on.
@@ -110,10 +117,23 @@ class SampledLogprobs:
         finally:
             handle.remove()
 
-    def keep(self, queries: Sequence[Tensor], responses: Sequence[Tensor], logprobs_BR: Tensor | None) -> None:
-        """Note the log-probs of a batch, `(B, R)` or None; each response has its own length."""
+    def keep(
+        self,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        logprobs_BR: Tensor | None,
+        of_engine: bool = False,
+    ) -> None:
+        """Note the log-probs of a batch, `(B, R)` or None; each response has its own length.
+
+        Args:
+            queries, responses: `B` 1-D tensors of token ids each.
+            logprobs_BR: nats.
+            of_engine: whether an engine reports them, and not the policy itself.
+        """
         if logprobs_BR is None:
             return
+        self._some_of_engine = self._some_of_engine or of_engine
         for key, response, logprobs_R in zip(_keys(queries, responses), responses, logprobs_BR, strict=True):
             self._kept[key] = logprobs_R[: len(response)].clone()
             self._kept.move_to_end(key)
@@ -130,6 +150,7 @@ class SampledLogprobs:
             like_BR: of the shape and on the device of the result.
         """
         kept, self._kept = self._kept, OrderedDict()
+        self.of_engine, self._some_of_engine = self._some_of_engine, False
         if not kept:
             return None
         by_query: dict[bytes, list[tuple[bytes, Tensor]]] = {}

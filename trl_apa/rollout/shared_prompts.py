@@ -53,6 +53,17 @@ def query_keys(queries: Sequence[Tensor]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
+def pays_once(query_tokens: int, num_responses: int, response_tokens: int) -> bool:
+    """Whether a prompt costs less if it is read once for all of its responses.
+
+    Args:
+        query_tokens: of the prompt.
+        num_responses: of a micro-batch to it.
+        response_tokens: of all of them.
+    """
+    return query_tokens >= SHORTEST and query_tokens * num_responses >= SMALLEST_SHARE * response_tokens
+
+
 def prompts_worth_sharing(equal: Sequence[int], queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[int]:
     """A number for each row, the same for rows of a prompt that costs less if it is read once for all of them.
 
@@ -64,13 +75,9 @@ def prompts_worth_sharing(equal: Sequence[int], queries: Sequence[Tensor], respo
     for number, response in zip(equal, responses, strict=True):
         lengths[number].append(len(response))
 
-    def pays(number: int, query: Tensor) -> bool:
-        of_responses = lengths[number]
-        return len(query) >= SHORTEST and len(query) * len(of_responses) >= SMALLEST_SHARE * sum(of_responses)
-
     first_own = max(equal) + 1
     return [
-        number if pays(number, query) else first_own + row
+        number if pays_once(len(query), len(lengths[number]), sum(lengths[number])) else first_own + row
         for row, (number, query) in enumerate(zip(equal, queries, strict=True))
     ]
 

@@ -18,6 +18,8 @@ from trl_apa.models.dense import as_in_checkpoints
 from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
 from trl_apa.rollout.generation import response_limits, responses_of_completions
+from trl_apa.rollout.sampled_logprobs import SampledLogprobs
+from trl_apa.rollout.sampling import note_logprobs
 from trl_apa.rollout.vllm_reload import reload_weights
 from trl_apa.trainer.validation import check_positions
 
@@ -179,6 +181,7 @@ class VLLMSampler:
         length_sampler: Callable[[], int] | None = None,
         remove_padding: bool = True,
         model_inputs: dict[str, Any] | None = None,
+        notes: SampledLogprobs | None = None,
     ) -> list[Tensor]:
         """Sample one response to each query, cut where `generation.generate_responses` would cut it.
 
@@ -193,6 +196,7 @@ class VLLMSampler:
             length_sampler: if given, draws `max_new_tokens`, once for all queries.
             remove_padding: cut each response; otherwise all are as long as the longest.
             model_inputs: inputs that vLLM does not support; there should be none.
+            notes: keep vLLM's own log-probs of the responses.
 
         Returns:
             1-D int64 tensors on the queries' devices.
@@ -209,12 +213,18 @@ class VLLMSampler:
             )
         )
         self._bring_up_to_date(step)
-        vars(self.engine).update(sampling, max_completion_length=max(limits))
+        # 0: of the sampled token alone.
+        wanted = None if notes is None or not generation_config.do_sample else 0
+        vars(self.engine).update(sampling, max_completion_length=max(limits), logprobs=wanted)
         prompts = [query.tolist() for query in queries]
-        completions = self._sample(prompts)
-        return responses_of_completions(
+        completions, logprobs = self._sample(prompts)
+        responses = responses_of_completions(
             queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
         )
+        if logprobs is not None:
+            of_tokens = [[token[0] for token in row] for row in logprobs]
+            note_logprobs(notes, queries, responses, completions, of_tokens, generation_config)
+        return responses
 
     def samples_and_logprobs(
         self, queries: Sequence[Tensor], max_new_tokens: int, step: int
@@ -282,18 +292,18 @@ class VLLMSampler:
         with errors_without_secrets(vars(self.args)):
             self.engine.sync_weights()
 
-    def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _sample(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[list[float | None]]] | None]:
+        """Token ids, and of each the log-prob in a list of its own if vLLM gives them."""
         self._failure = None
 
-        def ask() -> list[list[int]]:
-            completions: list[list[int]] = self.engine.generate(prompts, None, 1)[1]
-            return completions
+        def ask() -> Any:
+            return self.engine.generate(prompts, None, 1)[1:3]
 
         # With a server, or one vLLM over several processes, the asking itself is done together.
         together = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
-        completions = ask() if together else self.on_all_processes(ask)
+        completions, logprobs = ask() if together else self.on_all_processes(ask)
         self.on_all_processes(self._raise_failure)
-        return completions
+        return completions, logprobs
 
     def _ask_server_noting_failure(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
         """One process sends the request for all; if that fails, the others must not wait for an answer."""

@@ -56,6 +56,7 @@ from trl_apa.trainer.estimation import check_compared_rows, check_groups
 from trl_apa.trainer.experience import Experience
 from trl_apa.trainer.gradient_guard import GradientGuard
 from trl_apa.trainer.hooked_stages import statistics_by_override
+from trl_apa.trainer.importance import ImportanceCorrection, importance_statistics
 from trl_apa.trainer.optimization import (
     check_optimizer_is_finite,
     given_scheduler,
@@ -83,6 +84,7 @@ from trl_apa.trainer.statistics import (
     sampling_difference,
     with_classic_names,
 )
+from trl_apa.trainer.token_budget import TokenBudget
 from trl_apa.trainer.training_loop import EndOfIteration, TrainingLoop
 from trl_apa.trainer.update import Update
 from trl_apa.trainer.validation import (
@@ -302,6 +304,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.drift = DriftWatch(f"{'init_kl_coef' if args.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
         self._sampled_logprobs = SampledLogprobs()
+        self._token_budget = TokenBudget(self.processes)
+        self._importance = ImportanceCorrection()
         self._clear_gradient_norms()
         self.add_callback(EndOfIteration(self))
         if self.pop_callback(ProgressCallback) is not None:
@@ -507,6 +511,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self, sampler: VLLMSampler | EngineSampler, queries: list[Tensor], **options: Any
     ) -> list[Tensor]:
         """Responses of vLLM, which has weights of its own, or of an engine that may call the policy."""
+        options["notes"] = self._sampled_logprobs.at(self.args.temperature, 8 * self.args.batch_size)
         if isinstance(sampler, VLLMSampler):
             return sampler.responses(queries, step=self.state.global_step, **options)
         with self._module_for_generation(), self.accelerator.autocast():
@@ -609,6 +614,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         with timer("calc_stats"):
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
             stats |= sampling_difference(iteration.rollouts, iteration.record, iteration.plan[0], self.accelerator)
+            stats |= importance_statistics(iteration.rollouts, self.accelerator)
             overridden = statistics_by_override(self, iteration) if self._calls("record_step_stats") else {}
             stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
@@ -664,9 +670,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, *compared = counted_rows(
             *gather_rollouts(rollouts, record, self.accelerator), lengths_B, ended_B, *compared
         )
-        known_BR = (
-            everywhere.sampling_logprobs_BR if everywhere.old_logprobs_BR is None else everywhere.old_logprobs_BR
-        )
+        noted_BR = None if rollouts.sampled_by_engine else everywhere.sampling_logprobs_BR
+        known_BR = noted_BR if everywhere.old_logprobs_BR is None else everywhere.old_logprobs_BR
         logprobs_BR = logprobs_BR if known_BR is None else known_BR
         kl_coef = None if args.algorithm.prices_kl else args.kl_coef
         stats: dict[str, Any] = rollout_statistics(everywhere, logprobs_BR, entropy_BR, lengths_B, ended_B, kl_coef)

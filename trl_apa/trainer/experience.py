@@ -1,5 +1,6 @@
 """Rollouts to what their update needs: passes of the networks over them, and the stages of `preparation`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ class Experience(_BaseTrainer):
                 ref_rewards_BN = shaped_ref_rewards(rollouts, self.args, self.run_state)
                 estimate_advantages(rollouts, self.args, self.processes, ref_rewards_BN)
             subtract_normalizer(rollouts, self.args, self.processes)
+        self._importance.weigh(rollouts, self.args)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self._layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
@@ -56,6 +58,7 @@ class Experience(_BaseTrainer):
         """What `generate` noted of these responses, `(B, R)`; None unless all are known on all processes."""
         noted_BR = self._sampled_logprobs.take(rollouts.queries, rollouts.responses, rollouts.response_mask_BR)
         unknown = self.processes.sum(torch.tensor(float(noted_BR is None), device=rollouts.device))
+        rollouts.sampled_by_engine = not unknown and self._sampled_logprobs.of_engine
         return None if unknown else noted_BR
 
     @torch.no_grad()
@@ -72,8 +75,9 @@ class Experience(_BaseTrainer):
         needs_old = algorithm.needs_old_logprobs or self.args.kl_in_reward or self.args.early_stopping
         rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self._calls("loss")
+        noted = rollouts.sampling_logprobs_BR is not None and not rollouts.sampled_by_engine
         reads_drift = self.args.exact_kl or self.args.normalizes_groups
-        needs_old = needs_old or (reads_drift and rollouts.sampling_logprobs_BR is None)
+        needs_old = needs_old or self.args.importance_correction is not None or (reads_drift and not noted)
         full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
         if needs_values:
@@ -84,12 +88,8 @@ class Experience(_BaseTrainer):
             rollouts.kl_penalty_BR = blank_BR.clone()
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
-        size = self.args.local_rollout_forward_batch_size or self.args.per_device_train_batch_size
         layout_for = partial(self._layouts, packable=not full_kl)
-        by_length = rollouts.by_length(range(len(rollouts)))
-        order = in_reading_order(rollouts, by_length, size, layout_for(rollouts.longest(), share=True))
-        for start in range(0, len(rollouts), size):
-            rows = order[start : start + size]
+        for rows in self._passes_before_update(rollouts, layout_for):
             layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
             batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
             index, width = batch["rows"], batch["response_mask"].shape[1]
@@ -115,6 +115,35 @@ class Experience(_BaseTrainer):
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )
         return (full[0], full[1]) if full else None
+
+    def _passes_before_update(self, rollouts: Rollouts, layout_for: Callable[..., Layout]) -> list[list[int]]:
+        """The rows of each forward pass over an iteration, cut by tokens or into equally many rows."""
+        args, rows = self.args, rollouts.by_length(range(len(rollouts)))
+        if args.tokens_per_micro_batch is not None and args.local_rollout_forward_batch_size is None:
+            return self._cut_by_tokens(rollouts, [rows], layout_for)[0]
+        size = args.local_rollout_forward_batch_size or args.per_device_train_batch_size
+        order = in_reading_order(rollouts, rows, size, layout_for(rollouts.longest(), share=True))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _cut_by_tokens(
+        self,
+        rollouts: Rollouts,
+        steps: list[list[int]],
+        layout_for: Callable[..., Layout],
+        groups: list[int] | None = None,
+    ) -> list[list[list[int]]]:
+        """For each list of rows, which are read with the same weights, those of its passes: see `TokenBudget`."""
+        budget = self.args.tokens_per_micro_batch
+        if is_sharded(self.accelerator):
+            layout = layout_for(rollouts.longest())
+            # As many calls of a network on every process.
+            budget = 0 if layout is Layout.ONE_BY_ONE else budget
+
+            def layout_for(longest: int, share: bool = False) -> Layout:
+                return layout
+
+        passes: list[list[list[int]]] = self._token_budget.passes(rollouts, steps, budget, layout_for, groups)
+        return passes
 
     @torch.no_grad()
     def _reference_outputs(self, batch: dict[str, Tensor], with_logits: bool = False) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def loss_by_override(
         trainer: an `APATrainer`.
         outputs: `logprobs`, `values`, `logits`, with gradient; without a value model the override gets None for values
             and returns.
-        batch: of `Iteration.next_micro_batch`.
+        batch: of `Iteration.batch`.
     """
     mask_BR = batch["response_mask"]
     trainer._ref_logprobs_of_loss = batch["ref_logprobs"]

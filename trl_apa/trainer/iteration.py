@@ -27,7 +27,9 @@ class Iteration:
         steps_per_epoch: optimizer steps of one pass over the rollouts.
         micro_batch_size: rows a forward pass.
         record: what the passes leave behind for the statistics.
-        position: micro-batches handed out so far.
+        position: micro-batches of `micro_batch_size` rows handed out so far.
+        cuts: for each optimizer step the rows of its forward passes, where `tokens_per_micro_batch` cuts them and not
+            `micro_batch_size`; not saved.
         stopped: whether what remains is left out.
     """
 
@@ -42,6 +44,7 @@ class Iteration:
     stopped: bool = False
     num_responses: Tensor | None = None
     groups: list[int] | None = None
+    cuts: list[list[list[int]]] | None = None
 
     @classmethod
     def begin(
@@ -99,27 +102,41 @@ class Iteration:
     def epochs_done(self) -> float:
         return self.steps_done / self.steps_per_epoch
 
-    def next_micro_batch(self, pad_token_id: int, layout_for: Callable[..., Layout]) -> dict[str, Any]:
-        """The next rows of the plan as `Rollouts.micro_batch` gives them, and what the loss reads beside.
+    def next_passes(self) -> list[list[int]]:
+        """The rows of the forward passes of the plan's next micro-batch.
 
-        Args:
-            pad_token_id: what to fill with.
-            layout_for: tokens of the longest row, and whether rows `share` a prompt, to the layout of a micro-batch.
+        One pass; with `cuts` none until the last micro-batch of an optimizer step, which has all of the step's.
         """
         step, number = divmod(self.position, self.micro_batches_per_step)
         if number == 0:
             self.record.observing = step < self.steps_per_epoch
             self.record.optimizer_steps.append({})
-        start = number * self.micro_batch_size
-        rows = self.plan[step][start : start + self.micro_batch_size]
         self.position += 1
+        if self.cuts is not None:
+            return self.cuts[step] if self.ends_step else []
+        start = number * self.micro_batch_size
+        return [self.plan[step][start : start + self.micro_batch_size]]
+
+    def batch(self, rows: list[int], pad_token_id: int, layout_for: Callable[..., Layout]) -> dict[str, Any]:
+        """Rows of a forward pass as `Rollouts.micro_batch` gives them, and what the loss reads beside.
+
+        Args:
+            rows: of a pass that was handed out last.
+            pad_token_id: what to fill with.
+            layout_for: tokens of the longest row, and whether rows `share` a prompt, to the layout of a pass.
+        """
+        step = (self.position - 1) // self.micro_batches_per_step
         layout = layout_for(self.rollouts.longest(rows), share=self.rollouts.share_prompts(rows))
         more = {"num_tokens": self.num_tokens[step]}
         if self.num_responses is not None:
             more["num_responses"] = self.num_responses[step]
         if self.groups is not None:
             more["groups"] = send(torch.tensor([self.groups[row] for row in rows]), self.rollouts.device)
-        return {**self.rollouts.micro_batch(rows, pad_token_id, layout), **more}
+        batch = self.rollouts.micro_batch(rows, pad_token_id, layout) | more
+        weights_BR = self.rollouts.importance_weights_BR
+        if weights_BR is not None:
+            batch["advantages"] = batch["advantages"] * weights_BR[batch["rows"], : batch["advantages"].shape[1]]
+        return batch
 
     def rewind(self, position: int, num_norms: int) -> None:
         """As it was when `position` micro-batches, the last one the last of its optimizer step, were handed out.
@@ -141,8 +158,8 @@ class Iteration:
         self.record.grad_norms.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors, numbers and containers of these."""
-        shallow = {field.name: getattr(self, field.name) for field in fields(self)}
+        """Everything but the cuts, as tensors, numbers and containers of these."""
+        shallow = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cuts"}
         return shallow | {name: vars(shallow[name]) for name in ("rollouts", "record")}
 
     @classmethod

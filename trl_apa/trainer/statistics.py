@@ -201,15 +201,16 @@ def sampling_difference(
 
     Returns:
         `sampling/logprob_difference_mean` and `_max` over the counted tokens of all processes, nats; nothing unless
-        the log-probs were noted.
+        the log-probs were noted. Tokens of which an engine does not know it are left out.
     """
     if rollouts.sampling_logprobs_BR is None:
         return {}
     rows = slice(None) if rollouts.old_logprobs_BR is not None else first_rows
     passed_BR = record.logprobs_BR if rollouts.old_logprobs_BR is None else rollouts.old_logprobs_BR
     apart_BR = (passed_BR[rows] - rollouts.sampling_logprobs_BR[rows]).abs()
-    apart_BR = keep_counted(apart_BR, rollouts.response_mask_BR[rows])
-    count = rollouts.response_mask_BR[rows].sum().float()
+    known_BR = rollouts.response_mask_BR[rows] & ~apart_BR.isnan()
+    apart_BR = keep_counted(apart_BR, known_BR)
+    count = known_BR.sum().float()
     table = accelerator.gather(torch.stack([apart_BR.sum(), count, apart_BR.max()])[None])
     total, count, _ = table.sum(dim=0).tolist()
     return {

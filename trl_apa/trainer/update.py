@@ -48,7 +48,7 @@ class Update(_BaseTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward pass of the iteration's next micro-batch; `inputs` are not read.
+        """Forward and backward passes of the iteration's next micro-batch; `inputs` are not read.
 
         Called by `step` and by the Trainer's loop alike, which gets new rollouts when those before are used up.
         """
@@ -57,11 +57,27 @@ class Update(_BaseTrainer):
         iteration = self.run_state.iteration
         # An override of loss reads logits, which a packed row does not have.
         layouts = partial(self._layouts, packable=False) if self._calls("loss") else self._layouts
-        batch = iteration.next_micro_batch(self._pad_token_id, layouts)
-        module, losses = self.accelerator.unwrap_model(model), []
-        ends_step = self.accelerator.sync_gradients
+        if self.args.tokens_per_micro_batch is not None and iteration.cuts is None:
+            iteration.cuts = self._cut_by_tokens(iteration.rollouts, iteration.plan, layouts, iteration.groups)
+        passes, ends_step = iteration.next_passes(), self.accelerator.sync_gradients
+        module = self.accelerator.unwrap_model(model)
         if module.base_is_shared and iteration.starts_step:
             forget_gradients([p for parameters in module.trainable_parameters().values() for p in parameters])
+        loss = torch.zeros((), device=self.accelerator.device)
+        for number, rows in enumerate(passes, 1):
+            last = number == len(passes)
+            batch = iteration.batch(rows, self._pad_token_id, layouts)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                self.accelerator.gradient_state._set_sync_gradients(ends_step and last)
+                loss = loss + self._learn_from(batch, model, num_items_in_batch)
+        if iteration.ends_step and self._ratio_explodes():
+            model.zero_grad()
+        return loss
+
+    def _learn_from(self, batch: dict[str, Any], model: nn.Module, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Forward and backward pass over some rows, of both networks together or one after the other."""
+        module, losses = self.accelerator.unwrap_model(model), []
+        ends_step = self.accelerator.sync_gradients
         for number, networks in enumerate(module.passes, 1):
             if self.is_deepspeed_enabled:  # which updates the weights in the backward pass that it takes for the last
                 is_last = number == len(module.passes)
@@ -69,8 +85,6 @@ class Update(_BaseTrainer):
             with module.adapter_for(**networks):
                 losses.append(super().training_step(model, {**batch, **networks}, num_items_in_batch))
         loss: Tensor = sum(losses)
-        if iteration.ends_step and self._ratio_explodes():
-            model.zero_grad()
         return loss
 
     def _stop_if_moved_too_far(self) -> None:
