@@ -63,6 +63,7 @@ class Rollouts:
         decoder_start_token_id: of an encoder-decoder, the token that its decoder reads before a response; None for a
             decoder alone, which reads the query there.
         prompts: a number for each row, the same for rows with equal queries: see `equal_queries`.
+        sampling_statistics: what sampling says of itself for the log; None if nothing.
     """
 
     queries: list[Tensor]
@@ -81,6 +82,7 @@ class Rollouts:
     returns_BR: Tensor | None = UNMEASURED
     decoder_start_token_id: int | None = None
     prompts: list[int] = UNMEASURED
+    sampling_statistics: dict[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.queries)

@@ -119,6 +119,7 @@ def generate_responses(
     pad_to_multiple_of: int | None = None,
     model_inputs: dict[str, Any] | None = None,
     notes: SampledLogprobs | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Sample one response to each query.
 
@@ -143,6 +144,7 @@ def generate_responses(
         model_inputs: passed on to `generate` (such as a logits processor); `stopping_criteria` among them, a list,
             are added to what ends a response.
         notes: keeps the log-probs of what is sampled.
+        limits: most tokens of each response, in place of `max_new_tokens`.
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
@@ -158,13 +160,15 @@ def generate_responses(
     pad_token_id, sampling = generation_config.pad_token_id, copy.copy(generation_config)
     sampling.pad_token_id = padding_id(pad_token_id, [model])
     if length_sampler is None and max_length is None:
-        check_positions(queries, [generation_config.max_new_tokens] * len(queries), model, "query + max_new_tokens")
+        most = response_limits([len(query) for query in queries], generation_config, limits=limits)
+        check_positions(queries, most, model, "query + max_new_tokens")
 
     def limits_of(rows: Sequence[int]) -> list[int]:
         before = [1 if two_stacks else len(queries[row]) for row in rows]
-        limits = response_limits(before, generation_config, max_length, length_sampler)
-        check_positions([queries[row] for row in rows], limits, model, "batch")
-        return limits
+        own = None if limits is None else [limits[row] for row in rows]
+        most = response_limits(before, generation_config, max_length, length_sampler, own)
+        check_positions([queries[row] for row in rows], most, model, "batch")
+        return most
 
     pads = bool(pad_to_multiple_of)
     for rows, limits_B, padded, cached in _exact_batches(model, queries, batch_size, pads, limits_of):
@@ -243,10 +247,22 @@ def _exact_batches(
 def response_limits(
     prompt_lengths: Sequence[int],
     generation_config: GenerationConfig,
-    max_length: int | None,
-    length_sampler: Callable[[], int] | None,
+    max_length: int | None = None,
+    length_sampler: Callable[[], int] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[int]:
-    """Most tokens that each response of a batch may have, after what the decoder reads before it."""
+    """Most tokens that each response of a batch may have, after what the decoder reads before it.
+
+    Raises:
+        ValueError: if `max_length` leaves no token for one, or `limits` is not one number of at least 1 for each.
+    """
+    if limits is not None:
+        if len(limits) != len(prompt_lengths) or min(limits) < 1:
+            raise ValueError(
+                f"max_new_tokens is {list(limits)}; it should be a number, or one for each of {len(prompt_lengths)} "
+                "queries, at least 1"
+            )
+        return list(limits)
     if length_sampler is not None:
         return [length_sampler()] * len(prompt_lengths)
     if max_length is None:
@@ -268,8 +284,9 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
         kwargs: the caller's; None leaves the default, and a `generation_config` among them counts for what it sets.
 
     Returns:
-        `generation_config`, `stop_strings`, `max_length`, and what is left as `model_inputs`. Warns if the caller
-        samples at another temperature than the default, at which the update takes its log-probs.
+        `generation_config`, `stop_strings`, `max_length`, `limits` (if `max_new_tokens` is a list, one number for each
+        query), and what is left as `model_inputs`. Warns if the caller samples at another temperature than the
+        default, at which the update takes its log-probs.
 
     Raises:
         ValueError: for an option under which a query has not one response, for inputs beside the queries, or if
@@ -298,6 +315,10 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
             stacklevel=4,
         )
     max_new_tokens_given = "max_new_tokens" in kwargs
+    limits = kwargs.get("max_new_tokens")
+    limits = list(limits) if isinstance(limits, list | tuple) else None
+    if limits:
+        kwargs["max_new_tokens"] = max(limits)
     max_length, stop_strings = kwargs.pop("max_length", None), kwargs.pop("stop_strings", None)
     generation_config = GenerationConfig(**options)
     return {
@@ -305,6 +326,7 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
         "generation_config": generation_config,
         "stop_strings": stop_strings,
         "max_length": None if max_new_tokens_given else max_length,
+        "limits": limits,
     }
 
 

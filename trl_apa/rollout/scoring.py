@@ -33,7 +33,15 @@ from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.reward_calls import call, call_functions
 from trl_apa.rollout.reward_values import Value, check_sizes, read_answer, total
-from trl_apa.rollout.texts import answer_text, as_read, end_ids, is_ended, sampled_ids, scored_ids
+from trl_apa.rollout.texts import (
+    answer_text,
+    as_read,
+    end_ids,
+    is_ended,
+    sampled_ids,
+    scored_conversation_ids,
+    scored_ids,
+)
 
 
 # As a reward function: the reward model on the policy's own base.
@@ -106,6 +114,8 @@ class RewardModel:
         if self.tokenizer is None:
             return sampled_ids(prompt, prompt_ids, completion_ids, self.policy_tokenizer, self.end_token_ids)
         ended = is_ended(completion_ids, self.end_token_ids)
+        if is_conversational({"prompt": prompt}) and len(completion) > 1:
+            return scored_conversation_ids([*prompt, *completion], ended, self.tokenizer)
         if is_conversational({"prompt": prompt}):
             return self.text_ids(prompt, completion[-1]["content"], ended)
         prompt = as_read(prompt, prompt_ids, self.policy_tokenizer)

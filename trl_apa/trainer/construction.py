@@ -1,6 +1,6 @@
 """What the constructors of the online and the offline trainer do alike, on networks that `assembly` has made."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ def make_scorer(
     end_token_ids: Collection[int],
     accelerator: Accelerator,
     args: Any,
+    weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Scorer | None:
     """The reward functions of a trainer, None without them; reward models are on the device and fit the policy.
@@ -47,7 +48,8 @@ def make_scorer(
         tokenizer, end_token_ids: the policy's.
         module: the policy, whose base a reward adapter is on.
         accelerator: of the trainer.
-        args: weights of the functions, and lengths of prompts and responses.
+        args: lengths of prompts and responses.
+        weights: of the functions; those of `args` by default.
         options: more of `Scorer`.
 
     Raises:
@@ -61,4 +63,4 @@ def make_scorer(
         if isinstance(function, RewardModel):
             function.check_fits(module.policy, args.max_prompt_length, args.max_completion_length)
             serve_sharded_weights(function.model, accelerator)
-    return Scorer(functions, args.reward_weights, **options)
+    return Scorer(functions, args.reward_weights if weights is None else weights, **options)
