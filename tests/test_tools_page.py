@@ -19,7 +19,7 @@ def test_the_calculator_runs(tmp_path, monkeypatch):
     script = Script(tokenizer, {"40 + 2?": [call("add", a=40, b=2), "It is 42."]})
     code = CALCULATOR.replace('"Qwen/Qwen3-0.6B"', "tool_model(), processing_class=tokenizer, sampler=script")
     code = code.replace(
-        "max_steps=1000", "max_steps=1, batch_size=2, mini_batch_size=2, logging_steps=1, use_cpu=True"
+        "max_steps=1000", "max_steps=1, ppo_epochs=1, batch_size=2, mini_batch_size=2, logging_steps=1, use_cpu=True"
     )
     scope = {"tool_model": tool_model, "tokenizer": tokenizer, "script": script}
     exec(code, scope)
