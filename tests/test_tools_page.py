@@ -10,7 +10,7 @@ from tests.tool_dialogues import Script, add, ask, call, tool_model, tool_tokeni
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-CALCULATOR, COUNTER = re.findall(r"```python\n(.*?)```", (DOCS / "tools.md").read_text(), flags=re.DOTALL)
+CALCULATOR, COUNTER, _ = re.findall(r"```python\n(.*?)```", (DOCS / "tools.md").read_text(), flags=re.DOTALL)
 
 
 def test_the_calculator_runs(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.reward_calls import call, call_functions
 from trl_apa.rollout.reward_values import Value, check_sizes, read_answer, total
+from trl_apa.rollout.served_rewards import ServedReward, is_address
 from trl_apa.rollout.texts import (
     answer_text,
     as_read,
@@ -407,7 +408,8 @@ def reward_functions(
 
     Args:
         functions: one of, or a list of: a callable, a sequence classifier, folder or hub name of one, or
-            "adapter:PATH" for one that is an adapter on the policy's base ("adapter" for the one that is there).
+            "adapter:PATH" for one that is an adapter on the policy's base ("adapter" for the one that is there), or
+            the address of a server, "https://HOST/PATH".
         processing_classes: for each the classifier's tokenizer; None means the one where the classifier came from, or,
             if there is none, that it reads the policy's token ids.
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
@@ -435,6 +437,8 @@ def reward_functions(
                 )
             path = function.removeprefix(ADAPTER).removeprefix(":") or None
             function = AdapterReward(module, path, tokenizer=policy_tokenizer, end_token_ids=end_token_ids)
+        elif is_address(function):
+            function = ServedReward(function)
         elif isinstance(function, str | os.PathLike):
             function = load_reward_model(os.fspath(function))
         if isinstance(function, PreTrainedModel | PeftModel):

@@ -149,7 +149,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         reward_funcs (*optional*):
             What `train`, `evaluate` and `score` score with: one of, or a list of, functions
             `(prompts, completions, completion_ids, **columns) -> list of floats`, sequence classifiers of one label,
-            and folders or hub names of these. Also accepted as `reward_model`.
+            folders or hub names of these, and addresses of servers. Also accepted as `reward_model`.
         reward_processing_classes (*optional*):
             The classifiers' tokenizers, where they are not the ones that lie with them.
         peft_config (`PeftConfig`, *optional*):

@@ -11,6 +11,7 @@ from trl_apa.models import PolicyAndValue
 from trl_apa.models.network_checks import check_answers_text
 from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id
 from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.rollout.served_rewards import ServedReward
 
 
 def networks_that_read(module: PolicyAndValue, reference: Network | None) -> list[Network]:
@@ -60,6 +61,8 @@ def make_scorer(
     given = (reward_funcs, processing_classes, tokenizer, accelerator.device, module, end_token_ids)
     functions = reward_functions(*given)
     for function in functions:
+        if isinstance(function, ServedReward) and args.reward_timeout is not None:
+            function.timeout = args.reward_timeout
         if isinstance(function, RewardModel):
             function.check_fits(module.policy, args.max_prompt_length, args.max_completion_length)
             serve_sharded_weights(function.model, accelerator)
