@@ -239,6 +239,11 @@ class BadReset(Counter):
         raise OSError("the server is away")
 
 
+class Picture(Counter):
+    def reset(self, **kwargs):
+        return [{"type": "text", "text": "Look:"}, {"type": "image", "image": None}]
+
+
 class BadObservation(Counter):
     def reset(self, **kwargs):
         return 3
@@ -275,6 +280,7 @@ def test_environments_that_cannot_be_are_refused_when_the_trainer_is_made(tmp_pa
     [
         (BadReset, ROWS, RuntimeError, "environment BadReset: reset failed: OSError: the server is away"),
         (BadObservation, ROWS, ValueError, "BadObservation: reset gave a int"),
+        (Picture, ROWS, ValueError, "environment Picture: reset: a block of type 'image'; only texts"),
         (
             {"a": Counter},
             ROWS,
@@ -288,6 +294,12 @@ def test_an_iteration_that_cannot_begin_says_why(tmp_path, factory, rows, error,
     trainer, _ = tool_trainer(tmp_path, TURNS, rows, environment_factory=factory, reward=length_reward)
     with pytest.raises(error, match=problem):
         trainer.train()
+
+
+def test_the_classic_loop_cannot_score_with_an_environment(tmp_path):
+    trainer, _ = tool_trainer(tmp_path, TURNS, ROWS, environment_factory=Counter)
+    with pytest.raises(ValueError, match=r"score\(\) was called with an environment"):
+        trainer.score([torch.tensor([5])], [torch.tensor([6])])
 
 
 def test_a_turn_reward_that_is_no_number_is_refused_by_name(tmp_path):

@@ -314,7 +314,7 @@ class TextEnvironment:
         room = max_positions(network)
         if room is not None and options["max_length"] is None:
             most = options["generation_config"].max_new_tokens
-            options["limits"] = [min(most, room - len(query)) for query in query_tensors]
+            options["row_limits"] = [min(most, room - len(query)) for query in query_tensors]
         batching: dict[str, Any] = {"batch_size": batch_size, "pad_to_multiple_of": pad_to_multiple_of}
         with held_repeatable(network):
             return generate_responses(network, query_tensors, tokenizer=self.tokenizer, **options, **batching)

@@ -81,7 +81,7 @@ class EngineSampler:
         length_sampler: Callable[[], int] | None = None,
         remove_padding: bool = True,
         model_inputs: dict[str, Any] | None = None,
-        limits: Sequence[int] | None = None,
+        row_limits: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """One response to each query, cut where `generation.generate_responses` would cut it.
 
@@ -91,7 +91,7 @@ class EngineSampler:
             max_length: most tokens of a query and its response together, in place of `max_new_tokens`.
             length_sampler: if given, draws `max_new_tokens`, once for all queries.
             remove_padding: cut each response; otherwise all are as long as the longest.
-            limits: most tokens of each response, in place of `max_new_tokens`.
+            row_limits: most tokens of each response, in place of `max_new_tokens`.
 
         Returns:
             1-D int64 tensors on the queries' devices.
@@ -102,7 +102,7 @@ class EngineSampler:
 
         def sample() -> list[Tensor]:
             lengths = [len(query) for query in queries]
-            most = response_limits(lengths, generation_config, max_length, length_sampler, limits)
+            most = response_limits(lengths, generation_config, max_length, length_sampler, row_limits)
             check_positions(queries, most, self.policy, "query + max_new_tokens")
             request = SamplingRequest(generation_config, most, stop_strings, model_inputs or {}, step)
             prompts = [query.tolist() for query in queries]

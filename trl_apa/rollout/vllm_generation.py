@@ -179,7 +179,7 @@ class VLLMSampler:
         length_sampler: Callable[[], int] | None = None,
         remove_padding: bool = True,
         model_inputs: dict[str, Any] | None = None,
-        limits: Sequence[int] | None = None,
+        row_limits: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Sample one response to each query, cut where `generation.generate_responses` would cut it.
 
@@ -194,7 +194,7 @@ class VLLMSampler:
             length_sampler: if given, draws `max_new_tokens`, once for all queries.
             remove_padding: cut each response; otherwise all are as long as the longest.
             model_inputs: inputs that vLLM does not support; there should be none.
-            limits: most tokens of each response, in place of `max_new_tokens`.
+            row_limits: most tokens of each response, in place of `max_new_tokens`.
 
         Returns:
             1-D int64 tensors on the queries' devices.
@@ -206,7 +206,7 @@ class VLLMSampler:
         vocabulary = self.policy.config.get_text_config().vocab_size
         most, sampling = self.on_all_processes(
             lambda: (
-                self._limits(queries, counts, generation_config, max_length, length_sampler, limits),
+                self._limits(queries, counts, generation_config, max_length, length_sampler, row_limits),
                 vllm_sampling(generation_config, stop_strings, model_inputs or {}, vocabulary),
             )
         )

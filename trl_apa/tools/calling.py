@@ -172,7 +172,7 @@ def as_text(result: Any) -> str:
     blocks = isinstance(result, list) and bool(result)
     if blocks and all(isinstance(block, dict) and "type" in block for block in result):
         if other := [str(block["type"]) for block in result if block["type"] != "text"]:
-            raise ValueError(f"a tool returned a block of type {other[0]!r}; only texts can be read")
+            raise ValueError(f"a block of type {other[0]!r}; only texts can be read")
         result = "".join(str(block.get("text", "")) for block in result)
     # A lone surrogate, half of a character, is no text that can be tokenised.
     return str(result).encode("utf-8", "backslashreplace").decode("utf-8")

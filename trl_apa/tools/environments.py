@@ -11,6 +11,7 @@ from trl import is_conversational
 
 from trl_apa.rollout.reward_calls import private_copy
 from trl_apa.rollout.reward_values import as_float
+from trl_apa.tools.calling import as_text
 from trl_apa.tools.functions import Tool, Toolbox, methods_of
 from trl_apa.values import described_error, shown
 
@@ -102,7 +103,10 @@ class Environments:
         if observation is None:
             return prompt
         if isinstance(observation, list):
-            observation = "".join(block.get("text", "") for block in observation if isinstance(block, dict))
+            try:
+                observation = as_text(observation)
+            except ValueError as error:
+                raise ValueError(f"environment {kind}: reset: {error}") from None
         if not isinstance(observation, str):
             raise ValueError(
                 f"environment {kind}: reset gave a {type(observation).__name__}; it should give a text or None"

@@ -449,7 +449,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             generate_ref_response: also sample from the reference.
             remove_padding: cut each response where it ended; otherwise the pads after it stay.
             pad_to_multiple_of: round the padded prompt width up.
-            generation_kwargs: anything that transformers' `generate` takes. `stopping_criteria` are added to what ends
+            generation_kwargs: anything that transformers' `generate` takes. `max_new_tokens` may also be a list, one
+                number for each query. `stopping_criteria` are added to what ends
                 a response; of a query only the tokens that an `attention_mask` of its shape shows are read (a list of
                 masks for a list of queries).
 

@@ -28,6 +28,7 @@ from trl_apa.rollout.episodes import Episodes
 from trl_apa.rollout.prompts import PromptSource, as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
+from trl_apa.tools.environments import EnvironmentReward
 from trl_apa.tools.making import Player, rows_without_data
 from trl_apa.tools.player import ToolPlayer
 from trl_apa.tools.turns import Sampled
@@ -477,6 +478,10 @@ class TrainingLoop(ResumableRuns):
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
+        if any(isinstance(function, EnvironmentReward) for function in self.scorer.functions):
+            raise ValueError(
+                "score() was called with an environment that gives rewards; only train() and evaluate() play in it"
+            )
         policy = self.accelerator.unwrap_model(self.model).policy
         check_score_inputs(queries, responses, prompts, columns, policy, self.processing_class)
         rows: list[dict[str, Any]] = [{"input_ids": query} for query in queries]
