@@ -47,6 +47,8 @@ from trl_apa.rollout.texts import (
 
 # As a reward function: the reward model on the policy's own base.
 ADAPTER = "adapter"
+# Before the file with the rubric of a judge.
+JUDGE = "judge:"
 # Runs work, and sees to it that it fails in all processes if it fails in one.
 OnAllProcesses = Callable[[Callable[[], Any]], Any]
 
@@ -409,7 +411,7 @@ def reward_functions(
     Args:
         functions: one of, or a list of: a callable, a sequence classifier, folder or hub name of one, or
             "adapter:PATH" for one that is an adapter on the policy's base ("adapter" for the one that is there), or
-            the address of a server, "https://HOST/PATH".
+            the address of a server, "https://HOST/PATH", or "judge:FILE" for a judge with that rubric.
         processing_classes: for each the classifier's tokenizer; None means the one where the classifier came from, or,
             if there is none, that it reads the policy's token ids.
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
@@ -437,6 +439,10 @@ def reward_functions(
                 )
             path = function.removeprefix(ADAPTER).removeprefix(":") or None
             function = AdapterReward(module, path, tokenizer=policy_tokenizer, end_token_ids=end_token_ids)
+        elif isinstance(function, str) and function.startswith(JUDGE):
+            from trl_apa.winrate.rubric import JudgeReward  # needs the openai package
+
+            function = JudgeReward(function.removeprefix(JUDGE))
         elif is_address(function):
             function = ServedReward(function)
         elif isinstance(function, str | os.PathLike):
