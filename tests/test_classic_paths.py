@@ -53,7 +53,7 @@ LEFT_OUT = {
         *("is_torch_greater_2_0", "is_transformers_greater_than", "strtobool"),
     },
     "another constructor here: `trainer.running_scores` is made by the trainer": {"RunningMoments"},
-    "text environments, which are not here yet": {"StringStoppingCriteria", "TextEnvironment", "TextHistory"},
+    "part of TextEnvironment.generate: give stop_strings to generate": {"StringStoppingCriteria"},
 }
 REASON = {name: reason for reason, names in LEFT_OUT.items() for name in names}
 

@@ -23,6 +23,7 @@ from tests.tiny import (
     EOS,
     FAMILIES,
     PAD,
+    VOCABULARY,
     byte_tokenizer,
     lora_config,
     tiny_config,
@@ -342,3 +343,23 @@ def test_entropy_and_logprobs_are_those_of_the_distribution(tmp_path):
     stats = trainer.step(*tiny_rollouts())
     assert stats["apa/policy/entropy"] == pytest.approx(math.log(32), rel=1e-5)
     assert stats["objective/entropy"] == pytest.approx(math.log(32) * stats["tokens/responses_len_mean"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_limit_for_each_query(tmp_path, family):
+    """Also where a short limit is all that the positions of its row allow, beside a row with a long one."""
+    trainer = tiny_trainer(tmp_path, model=tiny_model(family))
+    generator = torch.Generator().manual_seed(0)
+    queries = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in (50, 10, 30)]
+    limits, options = [14, 54, 20], {"return_prompt": False, "eos_token_id": VOCABULARY - 1, "do_sample": False}
+    together = trainer.generate(queries, max_new_tokens=limits, **options)
+    alone = [trainer.generate([q], max_new_tokens=most, **options)[0] for q, most in zip(queries, limits, strict=True)]
+    assert [row.tolist() for row in together] == [row.tolist() for row in alone]
+    assert [row.tolist() for row in trainer.generate(queries[:2], max_length=64, **options)] == [
+        row.tolist() for row in alone[:2]
+    ]
+    for wrong in ([14, 54], [14, 54, 0], []):
+        with pytest.raises(ValueError, match=r"max_new_tokens is \[.*one for each of 3 queries"):
+            trainer.generate(queries, max_new_tokens=wrong, **options)
+    with pytest.raises(ValueError, match="64"):
+        trainer.generate(queries, max_new_tokens=[15, 1, 1], **options)

@@ -34,6 +34,7 @@ TAKE_EFFECT = {
         "optimize_device_cache",
     ),
     *("max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "stop_strings"),
+    *("max_tool_calling_iterations", "tool_timeout"),
     *("chat_template_kwargs", "local_rollout_forward_batch_size", "ds3_gather_for_generation", "total_episodes"),
     *("log_completions", "num_completions_to_print", "compare_steps", "push_to_hub_if_best_kwargs", "resume_anyway"),
     *("task_name", "model_name", "query_dataset", "reward_model", "sft_model_path", "reward_model_path"),

@@ -5,6 +5,7 @@ from typing import Any
 from accelerate.utils import is_peft_model as _is_peft_model_in_any_wrapper
 from peft import PeftModel
 from torch import nn
+from trl.chat_template_utils import parse_response
 from trl.import_utils import is_vllm_available
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _use_triton
@@ -31,6 +32,7 @@ __all__ = [
     "entropy_from_logits",
     "is_peft_model",
     "is_vllm_available",
+    "parse_response",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "remove_hooks",

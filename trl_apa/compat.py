@@ -24,6 +24,8 @@ NAMES = (
     "PPOv2Config",
     "PPOv2Trainer",
     "PreTrainedModelWrapper",
+    "TextEnvironment",
+    "TextHistory",
     "create_reference_model",
     "get_kbit_device_map",
     "set_seed",

@@ -20,6 +20,7 @@ PPO_NAMES = {
     "PPOv2Config": f"{PPO}:PPOConfig",
     "PPOv2Trainer": f"{PPO}:PPOTrainer",
 }
+ENVIRONMENT = dict.fromkeys(("TextEnvironment", "TextHistory"), "trl_apa.classic.environment")
 BEST_OF_N = {"BestOfNSampler": "trl_apa.classic.best_of_n"}
 CONTROLLERS = dict.fromkeys(("AdaptiveKLController", "FixedKLController"), "trl_apa.algorithms.kl")
 WRAPPER = {"PreTrainedModelWrapper": "trl_apa.models.value_head:ValueHeadWrapper"}
@@ -32,7 +33,7 @@ ARCHITECTURES = {"SUPPORTED_ARCHITECTURES": "trl_apa.models.value_head"}
 DEVICE_MAP = {"get_kbit_device_map": NAMES_OF_CLASSIC}
 OF_TRL = dict.fromkeys(("ModelConfig", "get_peft_config", "get_quantization_config"), "trl")
 # What TRL 0.11 had at the top, beside the names that `trl_apa` lists.
-CLASSIC_NAMES = {**PPO_NAMES, **BEST_OF_N, **WRAPPER, **ARCHITECTURES, **DEVICE_MAP, **OF_TRL} | {
+CLASSIC_NAMES = {**PPO_NAMES, **ENVIRONMENT, **BEST_OF_N, **WRAPPER, **ARCHITECTURES, **DEVICE_MAP, **OF_TRL} | {
     "is_liger_kernel_available": "trl.import_utils"
 }
 
@@ -59,6 +60,8 @@ NEW_PATHS = {name: f"{folder}.{name}" for folder, names in MOVED.items() for nam
 }
 # Path below `trl_apa` -> its names, each with its module, and with `:name` where it is called otherwise there.
 NAMES: dict[str, dict[str, str]] = {
+    "environment": ENVIRONMENT,
+    "environment.base_environment": ENVIRONMENT,
     "experimental": {},
     "experimental.ppo": {**PPO_NAMES, **WRAPPERS, **WRAPPER},
     "experimental.ppo.modeling_value_head": {**WRAPPERS, **WRAPPER, **VALUE_HEAD},

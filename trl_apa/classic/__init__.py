@@ -6,6 +6,8 @@ from trl_apa.module_paths import lazy_names
 
 
 if TYPE_CHECKING:
+    from .environment import TextEnvironment as TextEnvironment
+    from .environment import TextHistory as TextHistory
     from .names import AdaptiveKLController as AdaptiveKLController
     from .names import FixedKLController as FixedKLController
     from .names import LengthSampler as LengthSampler
@@ -27,5 +29,7 @@ __getattr__ = lazy_names(
         "set_seed": ".names",
         "PPOConfig": ".ppo",
         "PPOTrainer": ".ppo",
+        "TextEnvironment": ".environment",
+        "TextHistory": ".environment",
     },
 )

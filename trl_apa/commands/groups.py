@@ -8,6 +8,7 @@ from trl import ModelConfig
 
 from trl_apa.commands.options import Part
 from trl_apa.config.apa import ALIASES, NOT_READ_BACK, WITHOUT_EFFECT, APAConfig
+from trl_apa.config.tools import ToolOptions
 from trl_apa.config.trl_0_12 import TRL012Options
 from trl_apa.config.vllm import VLLMOptions
 
@@ -51,6 +52,8 @@ def apa_title(name: str) -> str:
         return "sampling"
     if name in VLLMOptions.__dataclass_fields__:
         return "sampling with vLLM"
+    if name in ToolOptions.__dataclass_fields__:
+        return "sampling"
     if name in PLACES:
         return PLACES[name]
     if name in TrainingArguments.__dataclass_fields__:

@@ -27,6 +27,7 @@ from trl_apa.config.importance import check_importance_options, fill_importance_
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
 from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
+from trl_apa.config.tools import ToolOptions
 from trl_apa.config.trackers import check_project_kwargs, tracker_names, tracker_objects
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
@@ -112,11 +113,11 @@ WITHOUT_EFFECT = {
 
 
 @dataclass
-class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOptions, _BaseConfig):
+class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOptions, RedactedOptions, _BaseConfig):
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
     PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
-    those of vLLM in [`VLLMOptions`](trl_apa/config/vllm.py).
+    those of vLLM in [`VLLMOptions`](trl_apa/config/vllm.py) and of tools in [`ToolOptions`](trl_apa/config/tools.py).
 
     An option may be set later too, under any of its names: it counts from the next `step`, `generate` or `train` on,
     or the assignment raises (`trl_apa/config/later.py` has the table).
@@ -447,6 +448,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
             self._check_ranges()
             self._check_hub_options()
             self._check_vllm()
+            self._check_tool_options()
             fill_batch_sizes(self)
             self._fill_aliases()
             if self.optimize_device_cache and self.torch_empty_cache_steps is None:
@@ -627,6 +629,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, RedactedOp
         self._check_ranges()
         self._check_hub_options()
         self._check_vllm()
+        self._check_tool_options()
         if ours in TRACKER_OPTIONS:
             self._check_trackers()
 

@@ -19,6 +19,7 @@ LIMITS = (
     "reward_timeout",
     "score_clip",
     "target_kl",
+    "tool_timeout",
     "value_max_grad_norm",
     "vllm_server_timeout",
 )

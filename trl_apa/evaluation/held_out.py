@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trl_apa.algorithms.masking import keep_counted
 from trl_apa.rollout.batch import Layout, lay_out, longest_row, response_mask
+from trl_apa.rollout.episodes import Episodes
 from trl_apa.rollout.prompts import as_rows
 from trl_apa.rollout.scoring import Scores
 
@@ -29,11 +30,10 @@ class EvaluationSteps:
     """What the online and the offline trainer do each in its own way when they evaluate.
 
     Args:
-        query: a row to its prompt, 1-D token ids.
-        respond: prompts to responses of the policy and of pi_init, 1-D token ids; None where pi_init is not sampled.
+        respond: rows to rollouts of the policy and of pi_init; None where pi_init is not sampled.
         logprobs: a batch with its `response_mask` to log pi and log pi_init of the response tokens, nats `(B, R)`, and
             the entropy of the policy's next-token distributions, nats `(B, R)` or None.
-        score: rows, prompts and responses to scores.
+        score: rows and their rollouts to scores.
         layouts: the layout of a batch, from the tokens of its longest row.
         pad_token_id, decoder_start_token_id: for that layout.
         end_token_ids: what ends a response.
@@ -42,10 +42,9 @@ class EvaluationSteps:
         dtype: of the means.
     """
 
-    query: Callable[[Row], Tensor]
-    respond: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor] | None]]
+    respond: Callable[[list[Row]], tuple[Episodes, Episodes | None]]
     logprobs: Callable[[dict[str, Any]], tuple[Tensor, Tensor, Tensor | None]]
-    score: Callable[[list[Row], list[Tensor], list[Tensor]], Scores]
+    score: Callable[[list[Row], Episodes], Scores]
     layouts: Callable[[int], Layout]
     pad_token_id: int
     end_token_ids: Sequence[int]
@@ -110,8 +109,7 @@ def held_out_metrics(trainer: "APATrainer | OfflineAPATrainer", rows: list[Row])
     own = [rows[number % len(rows)] for number in numbers]
     parts = [own[start : start + size] for start in range(0, len(own), size)]
     with random_numbers_of_its_own(trainer.args.seed + process):
-        queries = together(lambda: [[steps.query(row) for row in part] for part in parts])
-        work = partial(_measure, trainer, steps, parts, queries)
+        work = partial(_measure, trainer, steps, parts)
         measured = work() if steps.in_lockstep else together(work)
     everywhere = gather_object(list(zip(numbers, measured, strict=True)))
     kept = [row for number, row in everywhere if number < len(rows) and row["kept"]]
@@ -139,18 +137,13 @@ def distinct_ngrams(texts: Sequence[str | list[int]], n: int) -> float:
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
-def _measure(
-    trainer: "APATrainer | OfflineAPATrainer",
-    steps: EvaluationSteps,
-    parts: list[list[Row]],
-    queries: list[list[Tensor]],
-) -> list[Row]:
+def _measure(trainer: "APATrainer | OfflineAPATrainer", steps: EvaluationSteps, parts: list[list[Row]]) -> list[Row]:
     """What `_rows` says of every row. All are sampled before one is scored: vLLM samples for all processes together,
     and a reward function that fails in one of them must not leave the others waiting for it."""
-    responses = [steps.respond(part) for part in queries]
+    sampled = [steps.respond(part) for part in parts]
     # Where weights are sharded, the networks are run by all processes together, too.
-    nats = [_kl_and_entropy(trainer, steps, asked, both[0]) for asked, both in zip(queries, responses, strict=True)]
-    together = zip(parts, queries, responses, nats, strict=True)
+    nats = [_kl_and_entropy(trainer, steps, episodes) for episodes, _ in sampled]
+    together = zip(parts, sampled, nats, strict=True)
     return [row for part in together for row in _rows(trainer, steps, *part)]
 
 
@@ -158,44 +151,43 @@ def _rows(
     trainer: "APATrainer | OfflineAPATrainer",
     steps: EvaluationSteps,
     rows: list[Row],
-    queries: list[Tensor],
-    both: tuple[list[Tensor], list[Tensor] | None],
+    both: tuple[Episodes, Episodes | None],
     nats: dict[str, Tensor],
 ) -> list[Row]:
     """Of each row its numbers, whether it was scored (`kept`), and the policy's response as `text`.
 
     Args:
-        both: responses of the policy, and of pi_init.
+        both: rollouts of the policy, and of pi_init.
         nats: what `_kl_and_entropy` says of the policy's.
     """
-    responses, ref_responses = both
-    scores = steps.score(rows, queries, responses)
+    episodes, of_reference = both
+    scores, sampled = steps.score(rows, episodes), episodes.sampled
     columns = {
         "kept": scores.kept_B,
         "reward": scores.total_B,
         **nats,
-        "response_length": torch.tensor([len(response) for response in responses]),
-        "eos_share": torch.tensor([int(response[-1]) in steps.end_token_ids for response in responses]),
+        "response_length": torch.tensor([len(tokens) for tokens in sampled]),
+        "eos_share": torch.tensor([int(response[-1]) in steps.end_token_ids for response in episodes.responses]),
         **{f"rewards/{name}": scores.by_function_BF[:, i] for i, name in enumerate(scores.names)},
     }
-    if ref_responses is not None:
-        ref_scores = steps.score(rows, queries, ref_responses)
+    if of_reference is not None:
+        ref_scores = steps.score(rows, of_reference)
         columns["kept"] = scores.kept_B & ref_scores.kept_B
         columns["ref_reward"] = ref_scores.total_B
         columns["win_rate"] = ((scores.total_B - ref_scores.total_B).sign() + 1) / 2
-    texts = trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
+    texts = trainer.processing_class.batch_decode(sampled, skip_special_tokens=True)
     values = zip(*(column.tolist() for column in columns.values()), texts, strict=True)
     return [dict(zip([*columns, "text"], row, strict=True)) for row in values]
 
 
 @torch.no_grad()
 def _kl_and_entropy(
-    trainer: "APATrainer | OfflineAPATrainer", steps: EvaluationSteps, queries: list[Tensor], responses: list[Tensor]
+    trainer: "APATrainer | OfflineAPATrainer", steps: EvaluationSteps, episodes: Episodes
 ) -> dict[str, Tensor]:
     """Sums over each response, nats, `(B,)`: `kl`, of log pi - log pi_init, and `entropy_sum`, of the policy."""
     device, start = trainer.accelerator.device, steps.decoder_start_token_id
-    mask_BR = response_mask(responses, device=device)
-    queries, responses = send_to_device([queries, responses], device)
+    mask_BR = response_mask(episodes.responses, episodes.masks, device)
+    queries, responses = send_to_device([episodes.queries, episodes.responses], device)
     layout = steps.layouts(longest_row(queries, responses, start))
     tokens = lay_out(layout, queries, responses, steps.pad_token_id, start)
     logprobs_BR, ref_logprobs_BR, entropy_BR = steps.logprobs({**tokens, "response_mask": mask_BR})

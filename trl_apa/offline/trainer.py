@@ -37,6 +37,7 @@ from trl_apa.offline.losses import dro_loss, ilql_loss, state_normaliser_loss
 from trl_apa.offline.networks import OfflineNetworks, offline_networks
 from trl_apa.offline.value_fitting import fit_value_model
 from trl_apa.redaction.trackers import hide_secrets_from
+from trl_apa.rollout.episodes import Episodes
 from trl_apa.rollout.generation import end_token_ids, generate_responses, generation_options
 from trl_apa.rollout.prompts import as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
@@ -470,8 +471,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     def evaluation_steps(self) -> held_out.EvaluationSteps:
         """How `evaluate` asks the learned policy, and scores its responses."""
         return held_out.EvaluationSteps(
-            query=self._query,
-            respond=lambda queries: (self._respond(queries), None),
+            respond=lambda rows: (self._episodes(rows), None),
             logprobs=self._policy_and_reference,
             score=self._score,
             layouts=self._layouts,
@@ -484,6 +484,10 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         query = query_of(row, tokenizer, args.max_prompt_length, args.chat_template_kwargs)
         check_tokens("a prompt of eval_dataset", query, num_token_ids(self.networks.policy), tokenizer)
         return query
+
+    def _episodes(self, rows: list[dict[str, Any]]) -> Episodes:
+        queries = [self._query(row) for row in rows]
+        return Episodes(queries, self._respond(queries))
 
     def _respond(self, queries: list[Tensor]) -> list[Tensor]:
         args, tokenizer = self.args, self.processing_class
@@ -504,7 +508,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
                 ref_logprobs_BR, _ = response_logprobs(reference, *arguments)
         return logprobs_BR, ref_logprobs_BR, None
 
-    def _score(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Scores:
+    def _score(self, rows: list[dict[str, Any]], episodes: Episodes) -> Scores:
+        queries, responses = episodes.queries, episodes.responses
         texts = prompts_and_completions(rows, queries, responses, self.processing_class)
         assert self.scorer is not None  # `evaluate` has asked for it
         return self.scorer(*texts, queries, responses, reward_columns(rows))

@@ -67,6 +67,7 @@ class Rollouts:
         decoder_start_token_id: of an encoder-decoder, the token that its decoder reads before a response; None for a
             decoder alone, which reads the query there.
         prompts: a number for each row, the same for rows with equal queries: see `equal_queries`.
+        sampling_statistics: what sampling says of itself for the log; None if nothing.
     """
 
     queries: list[Tensor]
@@ -88,6 +89,7 @@ class Rollouts:
     prompts: list[int] = UNMEASURED
     sampled_by_engine: bool = False
     importance_weights_BR: Tensor | None = None
+    sampling_statistics: dict[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.queries)

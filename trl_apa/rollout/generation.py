@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from trl_apa.models.autocasting import frozen_weights_cast_once
 from trl_apa.models.layouts import cache_is_exact, rows_can_be_joined, rows_can_be_selected, sampling_batches
-from trl_apa.models.network_parts import Network, padding_id
+from trl_apa.models.network_parts import Network, max_positions, padding_id
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.finished_rows import FEWEST_DROPPED, generate_selecting_rows, options_allow_selection
 from trl_apa.rollout.generation_defaults import neutral_generation_config
@@ -37,6 +37,7 @@ def generate_responses(
     pad_to_multiple_of: int | None = None,
     model_inputs: dict[str, Any] | None = None,
     notes: SampledLogprobs | None = None,
+    row_limits: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Sample one response to each query.
 
@@ -62,6 +63,7 @@ def generate_responses(
         model_inputs: passed on to `generate` (such as a logits processor); `stopping_criteria` among them, a list,
             are added to what ends a response.
         notes: keeps the log-probs of what is sampled.
+        row_limits: most tokens of each response, in place of `max_new_tokens`.
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
@@ -77,11 +79,13 @@ def generate_responses(
     pad_token_id, sampling = generation_config.pad_token_id, copy.copy(generation_config)
     sampling.pad_token_id = padding_id(pad_token_id, [model])
     if length_sampler is None and max_length is None:
-        check_positions(queries, [generation_config.max_new_tokens] * len(queries), model, "query + max_new_tokens")
+        most = response_limits([len(query) for query in queries], generation_config, limits=row_limits)
+        check_positions(queries, most, model, "query + max_new_tokens")
 
     def limits_of(rows: Sequence[int]) -> list[int]:
         before = [1 if two_stacks else len(queries[row]) for row in rows]
-        limits = response_limits(before, generation_config, max_length, length_sampler)
+        own = None if row_limits is None else [row_limits[row] for row in rows]
+        limits = response_limits(before, generation_config, max_length, length_sampler, own)
         check_positions([queries[row] for row in rows], limits, model, "batch")
         return limits
 
@@ -193,17 +197,57 @@ def _exact_batches(
         longest = max(total(pair) for pair in zip(lengths, limits, strict=True))
         batches, padded = sampling_batches(model, lengths, longest, pads)
         cached = cache_is_exact(model, longest)
-        for batch in batches:
+        before = [1] * len(rows) if model.config.is_encoder_decoder else lengths
+        for batch in within_positions([list(batch) for batch in batches], before, limits, max_positions(model)):
             yield [rows[i] for i in batch], [limits[i] for i in batch], padded, cached
+
+
+def within_positions(
+    batches: list[list[int]], before: Sequence[int], limits: Sequence[int], positions: int | None
+) -> list[list[int]]:
+    """Batches in which no row runs out of the model's positions while another one is still sampled.
+
+    A row that has ended is filled with pads up to the end of the longest response, each at a position of its own.
+
+    Args:
+        batches: numbers of rows.
+        before: tokens that the decoder reads before each row's response.
+        limits: most tokens of each response; with `before` at most `positions`.
+        positions: of the model; None if it sets no limit.
+    """
+    if positions is None:
+        return batches
+    parts = []
+    for batch in batches:
+        left = list(batch)
+        while left:
+            most = max(limits[row] for row in left)
+            part = [row for row in left if before[row] + most <= positions]
+            # The row of the largest limit is among them; without one, the limits were too large from the start.
+            parts.append(part or left)
+            left = [row for row in left if row not in parts[-1]]
+    return parts
 
 
 def response_limits(
     prompt_lengths: Sequence[int],
     generation_config: GenerationConfig,
-    max_length: int | None,
-    length_sampler: Callable[[], int] | None,
+    max_length: int | None = None,
+    length_sampler: Callable[[], int] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[int]:
-    """Most tokens that each response of a batch may have, after what the decoder reads before it."""
+    """Most tokens that each response of a batch may have, after what the decoder reads before it.
+
+    Raises:
+        ValueError: if `max_length` leaves no token for one, or `limits` is not one number of at least 1 for each.
+    """
+    if limits is not None:
+        if len(limits) != len(prompt_lengths) or min(limits) < 1:
+            raise ValueError(
+                f"max_new_tokens is {list(limits)}; it should be a number, or one for each of {len(prompt_lengths)} "
+                "queries, at least 1"
+            )
+        return list(limits)
     if length_sampler is not None:
         return [length_sampler()] * len(prompt_lengths)
     if max_length is None:
@@ -225,8 +269,9 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
         kwargs: the caller's; None leaves the default, and a `generation_config` among them counts for what it sets.
 
     Returns:
-        `generation_config`, `stop_strings`, `max_length`, and what is left as `model_inputs`. Warns if the caller
-        samples at another temperature than the default, at which the update takes its log-probs.
+        `generation_config`, `stop_strings`, `max_length`, `row_limits` (of a list as `max_new_tokens`, one number for
+        each query), and what is left as `model_inputs`. Warns if the caller samples at another temperature than the
+        default, at which the update takes its log-probs.
 
     Raises:
         ValueError: for an option under which a query has not one response, for inputs beside the queries, or if
@@ -255,6 +300,10 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
             stacklevel=4,
         )
     max_new_tokens_given = "max_new_tokens" in kwargs
+    row_limits = kwargs.get("max_new_tokens")
+    row_limits = list(row_limits) if isinstance(row_limits, list | tuple) else None
+    if row_limits is not None:
+        kwargs["max_new_tokens"] = max(row_limits, default=1)
     max_length, stop_strings = kwargs.pop("max_length", None), kwargs.pop("stop_strings", None)
     generation_config = GenerationConfig(**options)
     return {
@@ -262,6 +311,7 @@ def generation_options(defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict
         "generation_config": generation_config,
         "stop_strings": stop_strings,
         "max_length": None if max_new_tokens_given else max_length,
+        "row_limits": row_limits,
     }
 
 

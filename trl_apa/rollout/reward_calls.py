@@ -16,6 +16,10 @@ from trl_apa.values import described_error
 ATOMS = frozenset({str, int, float, bool, bytes, type(None)})
 
 
+class Shared(list[Any]):
+    """A column of objects that reward functions get as they are, not as copies: connections, environments."""
+
+
 class _Stopped(Exception):
     """Nothing more is to be called; why is kept elsewhere."""
 
@@ -46,9 +50,7 @@ def call(name: str, function: Callable[..., Any], arguments: Mapping[str, list[A
         RuntimeError, KeyboardInterrupt: naming the function, whatever it has raised.
     """
     try:
-        return function(
-            **{argument: [private_copy(value) for value in column] for argument, column in arguments.items()}
-        )
+        return function(**{argument: _own(column) for argument, column in arguments.items()})
     except BaseException as error:
         raise failure(name, error) from error
 
@@ -77,6 +79,10 @@ def call_functions(
         return _call_all(functions, arguments, progress)
     answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
     return answers
+
+
+def _own(column: list[Any]) -> list[Any]:
+    return column if isinstance(column, Shared) else [private_copy(value) for value in column]
 
 
 def private_copy(value: Any) -> Any:

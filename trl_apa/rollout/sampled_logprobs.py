@@ -140,6 +140,10 @@ class SampledLogprobs:
         while len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
 
+    def known(self, query: Tensor, response: Tensor) -> Tensor | None:
+        """The log-probs of one response, nats, 1-D; None if they were not noted."""
+        return self._kept.get(_keys([query], [response])[0])
+
     def take(self, queries: Sequence[Tensor], responses: Sequence[Tensor], like_BR: Tensor) -> Tensor | None:
         """The log-probs of these responses, nats, `(B, R)`, 0 behind a response; None unless all are known.
 

@@ -100,6 +100,7 @@ class EngineSampler:
         remove_padding: bool = True,
         model_inputs: dict[str, Any] | None = None,
         notes: SampledLogprobs | None = None,
+        row_limits: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """One response to each query, cut where `generation.generate_responses` would cut it.
 
@@ -110,6 +111,7 @@ class EngineSampler:
             length_sampler: if given, draws `max_new_tokens`, once for all queries.
             remove_padding: cut each response; otherwise all are as long as the longest.
             notes: keep the engine's log-probs, if it gives them.
+            row_limits: most tokens of each response, in place of `max_new_tokens`.
 
         Returns:
             1-D int64 tensors on the queries' devices.
@@ -120,9 +122,10 @@ class EngineSampler:
         """
 
         def sample() -> list[Tensor]:
-            limits = response_limits([len(q) for q in queries], generation_config, max_length, length_sampler)
-            check_positions(queries, limits, self.policy, "query + max_new_tokens")
-            request = SamplingRequest(generation_config, limits, stop_strings, model_inputs or {}, step)
+            lengths = [len(query) for query in queries]
+            most = response_limits(lengths, generation_config, max_length, length_sampler, row_limits)
+            check_positions(queries, most, self.policy, "query + max_new_tokens")
+            request = SamplingRequest(generation_config, most, stop_strings, model_inputs or {}, step)
             prompts = [query.tolist() for query in queries]
             with torch.no_grad():
                 sampled = self.sampler.sample(self.policy, prompts, request)
@@ -136,7 +139,7 @@ class EngineSampler:
                 raise ValueError(f"sampler gave {len(completions)} responses to {len(prompts)} prompts")
             given = request.model_inputs.get("stopping_criteria", ())
             cutting = (generation_config, stop_strings, self.tokenizer, remove_padding, given)
-            responses = responses_of_completions(queries, completions, limits, *cutting)
+            responses = responses_of_completions(queries, completions, most, *cutting)
             if logprobs is not None:
                 note_logprobs(notes, queries, responses, completions, logprobs, generation_config)
             return responses

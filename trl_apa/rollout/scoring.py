@@ -33,11 +33,22 @@ from trl_apa.models.policy_and_value import PolicyAndValue
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.reward_calls import call, call_functions
 from trl_apa.rollout.reward_values import Value, check_sizes, read_answer, total
-from trl_apa.rollout.texts import answer_text, as_read, end_ids, is_ended, sampled_ids, scored_ids
+from trl_apa.rollout.served_rewards import ServedReward, is_address
+from trl_apa.rollout.texts import (
+    answer_text,
+    as_read,
+    end_ids,
+    is_ended,
+    sampled_ids,
+    scored_conversation_ids,
+    scored_ids,
+)
 
 
 # As a reward function: the reward model on the policy's own base.
 ADAPTER = "adapter"
+# Before the file with the rubric of a judge.
+JUDGE = "judge:"
 # Runs work, and sees to it that it fails in all processes if it fails in one.
 OnAllProcesses = Callable[[Callable[[], Any]], Any]
 
@@ -106,6 +117,8 @@ class RewardModel:
         if self.tokenizer is None:
             return sampled_ids(prompt, prompt_ids, completion_ids, self.policy_tokenizer, self.end_token_ids)
         ended = is_ended(completion_ids, self.end_token_ids)
+        if is_conversational({"prompt": prompt}) and len(completion) > 1:
+            return scored_conversation_ids([*prompt, *completion], ended, self.tokenizer)
         if is_conversational({"prompt": prompt}):
             return self.text_ids(prompt, completion[-1]["content"], ended)
         prompt = as_read(prompt, prompt_ids, self.policy_tokenizer)
@@ -397,7 +410,8 @@ def reward_functions(
 
     Args:
         functions: one of, or a list of: a callable, a sequence classifier, folder or hub name of one, or
-            "adapter:PATH" for one that is an adapter on the policy's base ("adapter" for the one that is there).
+            "adapter:PATH" for one that is an adapter on the policy's base ("adapter" for the one that is there), or
+            the address of a server, "https://HOST/PATH", or "judge:FILE" for a judge with that rubric.
         processing_classes: for each the classifier's tokenizer; None means the one where the classifier came from, or,
             if there is none, that it reads the policy's token ids.
         policy_tokenizer: the policy's; a classifier whose tokenizer agrees with it reads the ids as they are.
@@ -425,6 +439,12 @@ def reward_functions(
                 )
             path = function.removeprefix(ADAPTER).removeprefix(":") or None
             function = AdapterReward(module, path, tokenizer=policy_tokenizer, end_token_ids=end_token_ids)
+        elif isinstance(function, str) and function.startswith(JUDGE):
+            from trl_apa.winrate.rubric import JudgeReward  # needs the openai package
+
+            function = JudgeReward(function.removeprefix(JUDGE))
+        elif is_address(function):
+            function = ServedReward(function)
         elif isinstance(function, str | os.PathLike):
             function = load_reward_model(os.fspath(function))
         if isinstance(function, PreTrainedModel | PeftModel):

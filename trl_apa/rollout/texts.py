@@ -129,6 +129,13 @@ def scored_ids(
     return [*before, *own, *(after if ended or needs_frame else [])]
 
 
+def scored_conversation_ids(
+    messages: list[dict[str, Any]], ended: bool, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The same for a prompt and a completion of several messages, the calls and the answers of tools among them."""
+    return _chat_ids(messages, ended, tokenizer)
+
+
 def _chat_ids(messages: list[dict[str, Any]], ended: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     options = {"tokenize": True, "return_dict": False}
     if ended:

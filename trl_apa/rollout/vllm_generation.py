@@ -182,6 +182,7 @@ class VLLMSampler:
         remove_padding: bool = True,
         model_inputs: dict[str, Any] | None = None,
         notes: SampledLogprobs | None = None,
+        row_limits: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Sample one response to each query, cut where `generation.generate_responses` would cut it.
 
@@ -197,6 +198,7 @@ class VLLMSampler:
             remove_padding: cut each response; otherwise all are as long as the longest.
             model_inputs: inputs that vLLM does not support; there should be none.
             notes: keep vLLM's own log-probs of the responses.
+            row_limits: most tokens of each response, in place of `max_new_tokens`.
 
         Returns:
             1-D int64 tensors on the queries' devices.
@@ -206,20 +208,20 @@ class VLLMSampler:
         """
         counts = gather_object([len(queries)]) if self.args.vllm_mode == "server" else [len(queries)]
         vocabulary = self.policy.config.get_text_config().vocab_size
-        limits, sampling = self.on_all_processes(
+        most, sampling = self.on_all_processes(
             lambda: (
-                self._limits(queries, counts, generation_config, max_length, length_sampler),
+                self._limits(queries, counts, generation_config, max_length, length_sampler, row_limits),
                 vllm_sampling(generation_config, stop_strings, model_inputs or {}, vocabulary),
             )
         )
         self._bring_up_to_date(step)
         # 0: of the sampled token alone.
         wanted = None if notes is None or not generation_config.do_sample else 0
-        vars(self.engine).update(sampling, max_completion_length=max(limits), logprobs=wanted)
+        vars(self.engine).update(sampling, max_completion_length=max(most), logprobs=wanted)
         prompts = [query.tolist() for query in queries]
         completions, logprobs = self._sample(prompts)
         responses = responses_of_completions(
-            queries, completions, limits, generation_config, stop_strings, self.tokenizer, remove_padding
+            queries, completions, most, generation_config, stop_strings, self.tokenizer, remove_padding
         )
         if logprobs is not None:
             of_tokens = [[token[0] for token in row] for row in logprobs]
@@ -263,6 +265,7 @@ class VLLMSampler:
         generation_config: GenerationConfig,
         max_length: int | None,
         length_sampler: Callable[[], int] | None,
+        given: Sequence[int] | None = None,
     ) -> list[int]:
         """Most tokens of each response."""
         if len(set(counts)) > 1:
@@ -270,7 +273,7 @@ class VLLMSampler:
                 f"with a vLLM server every process must pass the same number of queries; they pass {counts}"
             )
         lengths = [len(query) for query in queries]
-        limits = response_limits(lengths, generation_config, max_length, length_sampler)
+        limits = response_limits(lengths, generation_config, max_length, length_sampler, given)
         check_positions(queries, limits, self.policy, "query + max_new_tokens")
         most = self.args.vllm_max_model_length
         if most is not None and max(map(sum, zip(lengths, limits, strict=True))) > most:

@@ -48,6 +48,7 @@ from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import Scorer
 from trl_apa.rollout.shared_prompts import query_keys
 from trl_apa.rollout.vllm_generation import VLLMSampler
+from trl_apa.tools.making import make_player, with_environment_rewards
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
 from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
@@ -153,7 +154,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         reward_funcs (*optional*):
             What `train`, `evaluate` and `score` score with: one of, or a list of, functions
             `(prompts, completions, completion_ids, **columns) -> list of floats`, sequence classifiers of one label,
-            and folders or hub names of these. Also accepted as `reward_model`.
+            folders or hub names of these, and addresses of servers. Also accepted as `reward_model`.
         reward_processing_classes (*optional*):
             The classifiers' tokenizers, where they are not the ones that lie with them.
         peft_config (`PeftConfig`, *optional*):
@@ -165,6 +166,14 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         sampler (`Sampler`, *optional*):
             An inference engine of your own that answers prompts in place of the model's `generate`
             (`docs/extending.md`).
+        tools (`list[Callable]`, *optional*):
+            Functions, coroutine functions too, that the policy may call in `train` and `evaluate`, with type hints and
+            docstrings (`docs/tools.md`).
+        environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
+            Makes an environment, one for each rollout, whose public methods are tools, as in TRL; several by the name
+            in the data set's column `environment`.
+        rollout_func (`Callable`, *optional*):
+            `(prompts, trainer) -> dict` samples in place of the trainer in `train` and `evaluate`, as in TRL.
 
     Raises:
         ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -200,6 +209,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         sampler: Sampler | None = None,
+        tools: list[Callable[..., Any]] | None = None,
+        environment_factory: Any = None,
+        rollout_func: Callable[..., Any] | None = None,
     ):
         _check_places(model, training_data_collator)
         args = one_of("args", args, "config", config)
@@ -257,6 +269,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
             answer_as_classic(self.ref_model)
         self._check_overrides()
+        self._player = make_player(tools, environment_factory, rollout_func, self, self._end_token_ids)
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin(sampler)
         self._follow_options(counts_episodes)
@@ -287,8 +300,12 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         note_global_sizes(args, self.accelerator.num_processes)
 
     def _make_scorer(self, reward_funcs: Any, processing_classes: Any) -> Scorer | None:
-        args, given = self.args, (reward_funcs, processing_classes, self.processing_class, self.model)
-        options = {"skip_unscored": args.skip_unscored, "timeout": args.reward_timeout}
+        args = self.args
+        functions, weights = with_environment_rewards(self._player, reward_funcs, args.reward_weights)
+        if isinstance(processing_classes, list | tuple) and isinstance(functions, list):
+            processing_classes = [*processing_classes, *[None] * (len(functions) - len(processing_classes))]
+        given = (functions, processing_classes, self.processing_class, self.model)
+        options = {"weights": weights, "skip_unscored": args.skip_unscored, "timeout": args.reward_timeout}
         return make_scorer(*given, self._end_token_ids, self.accelerator, args, **options)
 
     def _begin(self, sampler: Sampler | None) -> None:
@@ -439,7 +456,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             generate_ref_response: also sample from the reference.
             remove_padding: cut each response where it ended; otherwise the pads after it stay.
             pad_to_multiple_of: round the padded prompt width up.
-            generation_kwargs: anything that transformers' `generate` takes. `stopping_criteria` are added to what ends
+            generation_kwargs: anything that transformers' `generate` takes. `max_new_tokens` may also be a list, one
+                number for each query. `stopping_criteria` are added to what ends
                 a response; of a query only the tokens that an `attention_mask` of its shape shows are read (a list of
                 masks for a list of queries).
 
@@ -618,6 +636,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             overridden = statistics_by_override(self, iteration) if self._calls("record_step_stats") else {}
             stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
+        stats |= iteration.rollouts.sampling_statistics or {}
         self.run_state.end_iteration(stats["objective/kl"])
         # Losses with the policy that sampled as anchor have targets near it, not near pi_init.
         near = {"apa/policy/unexplained"} if self.args.algorithm.needs_old_logprobs else set()

@@ -1,6 +1,6 @@
 """What the constructors of the online and the offline trainer do alike, on networks that `assembly` has made."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,6 +11,7 @@ from trl_apa.models import PolicyAndValue
 from trl_apa.models.network_checks import check_answers_text
 from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id
 from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
+from trl_apa.rollout.served_rewards import ServedReward
 
 
 def networks_that_read(module: PolicyAndValue, reference: Network | None) -> list[Network]:
@@ -38,6 +39,7 @@ def make_scorer(
     end_token_ids: Collection[int],
     accelerator: Accelerator,
     args: Any,
+    weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Scorer | None:
     """The reward functions of a trainer, None without them; reward models are on the device and fit the policy.
@@ -47,7 +49,8 @@ def make_scorer(
         tokenizer, end_token_ids: the policy's.
         module: the policy, whose base a reward adapter is on.
         accelerator: of the trainer.
-        args: weights of the functions, and lengths of prompts and responses.
+        args: lengths of prompts and responses.
+        weights: of the functions; those of `args` by default.
         options: more of `Scorer`.
 
     Raises:
@@ -58,7 +61,9 @@ def make_scorer(
     given = (reward_funcs, processing_classes, tokenizer, accelerator.device, module, end_token_ids)
     functions = reward_functions(*given)
     for function in functions:
+        if isinstance(function, ServedReward) and args.reward_timeout is not None:
+            function.timeout = args.reward_timeout
         if isinstance(function, RewardModel):
             function.check_fits(module.policy, args.max_prompt_length, args.max_completion_length)
             serve_sharded_weights(function.model, accelerator)
-    return Scorer(functions, args.reward_weights, **options)
+    return Scorer(functions, args.reward_weights if weights is None else weights, **options)

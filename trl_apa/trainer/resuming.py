@@ -219,6 +219,7 @@ class ResumableRuns(_BaseTrainer):
                 DATA: self._fingerprint_of_data(),
                 REWARDS: self._names_of_rewards(),
                 REFERENCE: self._initial_policy,
+                "tools": self._names_of_tools(),
             }
         )
 
@@ -226,6 +227,10 @@ class ResumableRuns(_BaseTrainer):
         """Names of the reward functions; None if there are none."""
         scorer = getattr(self, "scorer", None)
         return None if scorer is None else scorer.names
+
+    def _names_of_tools(self) -> list[str]:
+        """Names of what answers the policy between its turns."""
+        return []
 
     def _fingerprint_of_data(self) -> str | None:
         return data_fingerprint(self.train_dataset)

@@ -24,9 +24,14 @@ from trl_apa.evaluation import held_out
 from trl_apa.models import load_policy_and_value
 from trl_apa.redaction.trackers import hide_secrets_from
 from trl_apa.rollout.batch import without_start_tokens
+from trl_apa.rollout.episodes import Episodes
 from trl_apa.rollout.prompts import PromptSource, as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
+from trl_apa.tools.environments import EnvironmentReward
+from trl_apa.tools.making import Player, rows_without_data
+from trl_apa.tools.player import ToolPlayer
+from trl_apa.tools.turns import Sampled
 from trl_apa.trainer.reference_rewards import ReferenceSampling, find_ref_rewards, padded_ref_rewards
 from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.trainer.resuming import ResumableRuns, random_state_restored_on_error
@@ -77,6 +82,7 @@ class TrainingLoop(ResumableRuns):
     """
 
     _source: PromptSource
+    _player: Player | None
     _timer: StageTimer | None = None
     _reporters_started = False
     # Whether scheduler, engine and optimizer are ready for `step`.
@@ -143,7 +149,10 @@ class TrainingLoop(ResumableRuns):
             RuntimeError: if it is called while it runs, by a callback or a reward function.
         """
         self._refuse_while_training("train")
-        if self.train_dataset is None:
+        dataset = self.train_dataset
+        if dataset is None:
+            dataset = rows_without_data(self._player, self.args)
+        if dataset is None:
             raise ValueError("train() needs train_dataset, the prompts")
         if self.scorer is None:
             raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
@@ -167,7 +176,7 @@ class TrainingLoop(ResumableRuns):
                 "have a common divisor of 2 or more"
             )
         self._source = PromptSource(
-            self.train_dataset,
+            dataset,
             args.batch_size // args.num_generations,
             args.seed,
             self.accelerator.process_index,
@@ -269,11 +278,13 @@ class TrainingLoop(ResumableRuns):
         self._timer = timer = StageTimer()
         try:
             with random_state_restored_on_error():
-                queries, responses, texts, scores, ref_rewards = self._scored_responses(timer)
+                episodes, texts, scores, ref_rewards = self._scored_episodes(timer)
         except BaseException:
             self._save_what_was_learned()
             raise
-        rollouts, ended_B = self._collect(queries, responses, list(scores.total_B), None)
+        collected = (episodes.queries, episodes.responses, list(scores.total_B), episodes.masks)
+        rollouts, ended_B = self._collect(*collected)
+        rollouts.sampling_statistics = episodes.statistics or None
         rollouts.response_mask_BR &= scores.kept_B[:, None].to(rollouts.device)
         if ref_rewards is not None:
             rollouts.ref_rewards_BN = padded_ref_rewards(ref_rewards, rollouts.device)
@@ -325,38 +336,76 @@ class TrainingLoop(ResumableRuns):
         rows = [rows[(k * count + self.accelerator.process_index) % len(rows)] for k in range(-(-len(rows) // count))]
 
         self._start_reporters()
-        queries = self.processes.together(lambda: [self._query(row) for row in rows])
-        responses = self._respond_on_all_processes(queries, do_sample=False)
-        texts, scores = self._scores_on_all_processes(rows, queries, responses)
+        episodes = self._episodes(rows, do_sample=False)
+        texts, scores = self._scores_on_all_processes(rows, episodes)
         self._log_completions(texts, scores)
 
-    def _scored_responses(
-        self, timer: StageTimer
-    ) -> tuple[list[Tensor], list[Tensor], Texts, Scores, list[Tensor] | None]:
-        """Queries, responses, both as texts, scores, and rewards of pi_init's responses if they are read.
+    def _scored_episodes(self, timer: StageTimer) -> tuple[Episodes, Texts, Scores, list[Tensor] | None]:
+        """Rollouts of the next iteration, their texts, scores, and rewards of pi_init's responses if they are read.
 
         Raises:
             ValueError: if not one response of all processes was scored.
         """
-        rows, queries = self.processes.together(self._next_queries)
+        rows = self.processes.together(self._next_rows)
         with timer("generate"):
-            responses = self._respond_on_all_processes(queries)
+            episodes = self._episodes(rows)
         with timer("score"):
-            texts, scores = self._scores_on_all_processes(rows, queries, responses)
-        self._check_on_all_processes(queries, responses, list(scores.total_B), None)
+            texts, scores = self._scores_on_all_processes(rows, episodes)
+        self._check_on_all_processes(episodes.queries, episodes.responses, list(scores.total_B), episodes.masks)
         if not self.processes.sum(scores.kept_B.sum().float().to(self.accelerator.device)):
             raise ValueError("no response of this iteration was scored: every one had a None or NaN")
         ref_rewards = None
         if self.args.estimator.needs_ref_rewards:
             with timer("reference_rewards"):
-                ref_rewards = self._find_ref_rewards(rows, queries)
-        return queries, responses, texts, scores, ref_rewards
+                ref_rewards = self._find_ref_rewards(rows, episodes.queries)
+        return episodes, texts, scores, ref_rewards
 
-    def _next_queries(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
-        """This process's rows of the next iteration, each `num_generations` times, and their token ids."""
+    def _next_rows(self) -> list[dict[str, Any]]:
+        """This process's rows of the next iteration, each `num_generations` times."""
         rows = self._source.rows(self.num_iterations_done)
-        rows = [row for row in rows for _ in range(self.args.num_generations)]
-        return rows, [self._query(row) for row in rows]
+        return [row for row in rows for _ in range(self.args.num_generations)]
+
+    def _episodes(self, rows: list[dict[str, Any]], of_reference: bool = False, **options: Any) -> Episodes:
+        """One rollout to each row.
+
+        Args:
+            rows: of this process; every process has as many.
+            of_reference: whether pi_init samples. Only where rollouts have several turns.
+            options: of `generate`.
+        """
+        if self._player is None:
+            queries = self.processes.together(lambda: [self._query(row) for row in rows])
+            return Episodes(queries, self._respond_on_all_processes(queries, **options))
+        sample = partial(self._sample_turn, of_reference=of_reference, **options)
+        episodes: Episodes = self._player(rows, sample)
+        for query, response, logprobs in episodes.noted:
+            self._sampled_logprobs.keep([query], [response], logprobs[None])
+        return episodes
+
+    def _sample_turn(
+        self, contexts: list[Tensor], limits: list[int], of_reference: bool = False, **options: Any
+    ) -> list[Sampled]:
+        """A turn of each rollout, see `tools.turns.SampleTurn`."""
+        options["max_new_tokens"] = limits
+        if of_reference:
+            responses = self._respond_on_all_processes(contexts, generate_ref_response=True, **options)[1]
+            return [Sampled(response.tolist()) for response in responses]
+        responses = self._respond_on_all_processes(contexts, **options)
+        known = map(self._sampled_logprobs.known, contexts, responses)
+        return [Sampled(ids.tolist(), logprobs) for ids, logprobs in zip(responses, known, strict=True)]
+
+    def _held_out_episodes(self, rows: list[dict[str, Any]]) -> tuple[Episodes, Episodes | None]:
+        """Rollouts of the policy and of pi_init, which a `rollout_func` does not sample."""
+        if isinstance(self._player, ToolPlayer):
+            return self._episodes(rows), self._episodes(rows, of_reference=True)
+        if self._player is not None:
+            return self._episodes(rows), None
+        queries = self.processes.together(lambda: [self._query(row) for row in rows])
+        both = self._respond_on_all_processes(queries, generate_ref_response=True)
+        return Episodes(queries, both[0]), Episodes(queries, both[1])
+
+    def _names_of_tools(self) -> list[str]:
+        return [] if self._player is None else self._player.names
 
     def _close_iteration(self) -> float | None:
         """After an optimizer step: the KL of the iteration, nats a response, if that was its last."""
@@ -400,12 +449,20 @@ class TrainingLoop(ResumableRuns):
         scores: Scores = self.scorer(*texts, queries, responses, reward_columns(rows))
         return scores
 
-    def _scores_on_all_processes(
-        self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]
-    ) -> tuple[Texts, Scores]:
+    def _scores_on_all_processes(self, rows: list[dict[str, Any]], episodes: Episodes) -> tuple[Texts, Scores]:
         """Prompts and completions, and their scores, failing everywhere if one process fails."""
-        texts, columns = self.processes.together(lambda: (self._texts(rows, queries, responses), reward_columns(rows)))
-        return texts, self.scorer(*texts, queries, responses, columns, self.processes.together)
+
+        def read() -> tuple[Texts, dict[str, list[Any]]]:
+            columns = {**reward_columns(rows), **episodes.columns}
+            if episodes.completions is not None and episodes.prompts is not None:
+                return (episodes.prompts, episodes.completions), columns
+            return self._texts(rows, episodes.queries, episodes.responses), columns
+
+        texts, columns = self.processes.together(read)
+        tokens = (episodes.queries, episodes.responses)
+        scores: Scores = self.scorer(*texts, *tokens, columns, self.processes.together)
+        episodes.release()
+        return texts, scores
 
     def score(
         self, queries: list[Tensor], responses: list[Tensor], prompts: list[Any] | None = None, **columns: list[Any]
@@ -428,6 +485,10 @@ class TrainingLoop(ResumableRuns):
         """
         if self.scorer is None:
             raise ValueError("score() needs reward_funcs or reward_model")
+        if any(isinstance(function, EnvironmentReward) for function in self.scorer.functions):
+            raise ValueError(
+                "score() was called with an environment that gives rewards; only train() and evaluate() play in it"
+            )
         policy = self.accelerator.unwrap_model(self.model).policy
         check_score_inputs(queries, responses, prompts, columns, policy, self.processing_class)
         rows = _as_rows(queries, prompts, columns)
@@ -469,7 +530,9 @@ class TrainingLoop(ResumableRuns):
         options = {"batch_size": size, "stop_strings": args.stop_strings}
         sampling = ReferenceSampling(
             respond=lambda queries: self.processes.together(lambda: self._responses_of_reference(queries, **options)),
-            score=lambda *asked: self._scores_on_all_processes(*asked)[1],
+            score=lambda rows, queries, responses: self._scores_on_all_processes(rows, Episodes(queries, responses))[
+                1
+            ],
             num_samples=args.num_ref_samples,
             end_token_ids=self._end_token_ids,
             missing_eos_penalty=args.missing_eos_penalty or 0.0,
@@ -508,10 +571,9 @@ class TrainingLoop(ResumableRuns):
     def evaluation_steps(self) -> held_out.EvaluationSteps:
         """How `evaluate` asks the policy and pi_init, and scores their responses."""
         return held_out.EvaluationSteps(
-            query=self._query,
-            respond=partial(self._respond_on_all_processes, generate_ref_response=True),
+            respond=self._held_out_episodes,
             logprobs=self.policy_and_reference,
-            score=lambda rows, queries, responses: self._scores_on_all_processes(rows, queries, responses)[1],
+            score=lambda rows, episodes: self._scores_on_all_processes(rows, episodes)[1],
             layouts=self._layouts,
             pad_token_id=self._pad_token_id,
             end_token_ids=self._end_token_ids,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from trl_apa.winrate.verdicts import WORTH
 
 
 class VerdictCache:
-    """A file of JSON lines `{"key": ..., "verdict": ...}` that only grows.
+    """A file of JSON lines `{"key": ..., "verdict": ...}` that only grows; scores are verdicts too.
 
     A key is a digest of the judge's identity and the question; neither texts nor addresses are written. A line that
     is not such an entry counts for nothing, whatever it holds: the half line of a run that was killed, other JSON,
@@ -19,16 +19,18 @@ class VerdictCache:
 
     Args:
         path: the file; it and its folder are made with the first verdict.
+        is_verdict: which values can be verdicts; those of a comparison by default.
 
     Raises:
         OSError: if `path` is there and cannot be read.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, is_verdict: Callable[[str], bool] = WORTH.__contains__):
+        self.path, self.is_verdict = Path(path), is_verdict
         self._verdicts: dict[str, str] = {}
         if self.path.is_file():
-            self._verdicts = dict(filter(None, map(_entry, self.path.read_bytes().splitlines())))
+            entries = (_entry(line, is_verdict) for line in self.path.read_bytes().splitlines())
+            self._verdicts = dict(filter(None, entries))
 
     def __len__(self) -> int:
         return len(self._verdicts)
@@ -48,10 +50,10 @@ class VerdictCache:
         """Remember a verdict, on disk too.
 
         Raises:
-            ValueError: if it is none of `WORTH`.
+            ValueError: if it cannot be one.
             OSError: if the file cannot be written.
         """
-        if verdict not in WORTH:
+        if not self.is_verdict(verdict):
             raise ValueError(f"verdict={verdict!r}: it should be one of {', '.join(WORTH)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "verdict": verdict}).encode() + b"\n"
@@ -63,10 +65,10 @@ class VerdictCache:
         self._verdicts[key] = verdict
 
 
-def _entry(line: bytes) -> tuple[str, str] | None:
+def _entry(line: bytes, is_verdict: Callable[[str], bool]) -> tuple[str, str] | None:
     try:
         value = json.loads(line.decode())
         key, verdict = value["key"], value["verdict"]
-        return (key, verdict) if isinstance(key, str) and verdict in WORTH else None
+        return (key, verdict) if isinstance(key, str) and is_verdict(verdict) else None
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

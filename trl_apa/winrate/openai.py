@@ -38,8 +38,8 @@ class _Unreadable(Exception):
         self.response = response
 
 
-class OpenAIJudge:
-    """Asks a chat model to compare the answers in words and to end with its verdict.
+class ChatJudge:
+    """Asks a chat model about many things, some at a time, and reads its replies.
 
     The `openai` package waits and asks again, longer each time, after time-outs, lost connections and the answers
     408, 409, 429 and 5xx.
@@ -55,15 +55,10 @@ class OpenAIJudge:
             given up, and made again as `max_retries` says.
         workers: requests at a time.
 
-    Attributes:
-        without_verdict: why replies had no verdict, and how many each.
-
     Raises:
         ImportError: without the `openai` package.
         ValueError: if the endpoint is OpenAI's and there is no key, or an option is out of range.
     """
-
-    sees_order = True
 
     def __init__(
         self,
@@ -87,52 +82,53 @@ class OpenAIJudge:
         self.base_url, self.max_retries, self.timeout = base_url, max_retries, timeout
         fields = {"temperature": 0, **(request or {})}
         self.request = {name: value for name, value in fields.items() if value is not None}
-        self.without_verdict: Counter[str] = Counter()
-        text = judging_text(Question("", "", "", ""), IN_WORDS)
-        self.identity = {
-            "judge": "openai",
-            "model": model,
-            "base_url": base_url,
-            "request": self.request,
-            "text": text,
-        }
+        self.identity = {"judge": "openai", "model": model, "base_url": base_url, "request": self.request}
 
-    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
-        """Verdicts as they come; None where the reply has none.
+    def text_about(self, item: Any) -> str:
+        """What the model is asked about an item."""
+        raise NotImplementedError
+
+    def read(self, body: bytes) -> Reading:
+        """What a chat completion says.
 
         Raises:
-            JudgeError: after the verdicts that came, if a question got no answer that can be read. It says what the
-                endpoint answered, and does not hold the key.
+            NotACompletion: if `body` is none.
+        """
+        raise NotImplementedError
+
+    def readings(self, items: Sequence[Any]) -> Iterator[tuple[int, Reading]]:
+        """Number of an item and what the reply says of it, as they come.
+
+        Raises:
+            JudgeError: after the replies that came, if an item got none that can be read. It says what the endpoint
+                answered, and does not hold the key.
         """
         from openai import OpenAIError
 
         failed: Exception | None = None
         try:
-            for number, reading in self._readings(questions):
-                if reading.verdict is None:
-                    self.without_verdict[reading.reason] += 1
-                yield number, reading.verdict
+            yield from self._readings(items)
         except (OpenAIError, _Unreadable) as error:
             failed = error
         # Raised out here it does not carry along the error in which the key may stand.
         if failed is not None:
             raise JudgeError(self._failure(failed))
 
-    def _readings(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reading]]:
+    def _readings(self, items: Sequence[Any]) -> Iterator[tuple[int, Reading]]:
         from trl_apa.winrate.client import bounded_client
 
         with loop_in_a_thread() as loop:
             # The package refuses to start without a key, which many servers of one's own do not ask for.
             client = bounded_client(self._key or "none", self.base_url or OPENAI_URL, self.max_retries, self.timeout)
             try:
-                yield from as_they_come(loop, partial(self._reading, client), questions, self.workers)
+                yield from as_they_come(loop, partial(self._reading, client), items, self.workers)
             finally:
                 asyncio.run_coroutine_threadsafe(client.close(), loop).result()
 
-    async def _reading(self, client: Any, question: Question) -> Reading:
+    async def _reading(self, client: Any, item: Any) -> Reading:
         from openai import BadRequestError
 
-        messages = [{"role": "user", "content": judging_text(question, IN_WORDS)}]
+        messages = [{"role": "user", "content": self.text_about(item)}]
         try:
             raw = await client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, extra_body=self.request
@@ -142,7 +138,7 @@ class OpenAIJudge:
                 raise
             return Reading(None, f"refused by the endpoint ({error.code})")
         try:
-            return read_completion(raw.http_response.content)
+            return self.read(raw.http_response.content)
         except NotACompletion as error:
             raise _Unreadable(raw.http_response, str(error)) from None
 
@@ -157,6 +153,46 @@ class OpenAIJudge:
         """Servers may repeat the key that they refuse."""
         text = text.replace(self._key, HIDDEN) if self._key else text
         return without_secrets_in_error(text, {"api_key": self._key}, self.identity)
+
+
+class OpenAIJudge(ChatJudge):
+    """Asks a chat model to compare two answers in words and to end with its verdict.
+
+    Args:
+        model, options: see [`ChatJudge`].
+
+    Attributes:
+        without_verdict: why replies had no verdict, and how many each.
+
+    Raises:
+        ImportError, ValueError: as [`ChatJudge`].
+    """
+
+    sees_order = True
+
+    def __init__(self, model: str, *args: Any, **options: Any):
+        super().__init__(model, *args, **options)
+        self.without_verdict: Counter[str] = Counter()
+        self.identity["text"] = self.text_about(Question("", "", "", ""))
+
+    def text_about(self, item: Question) -> str:
+        """The two answers, and what to do."""
+        return judging_text(item, IN_WORDS)
+
+    def read(self, body: bytes) -> Reading:
+        """The verdict, see `replies.read_completion`."""
+        return read_completion(body)
+
+    def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+        """Verdicts as they come; None where the reply has none.
+
+        Raises:
+            JudgeError: after the verdicts that came, see `readings`.
+        """
+        for number, reading in self.readings(questions):
+            if reading.verdict is None:
+                self.without_verdict[reading.reason] += 1
+            yield number, reading.verdict
 
 
 def _check_options(

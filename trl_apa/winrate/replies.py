@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trl_apa.winrate.prompting import VERDICTS
@@ -11,6 +12,7 @@ from trl_apa.winrate.prompting import VERDICTS
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "")
 # Some models escape the brackets, as Markdown, or write spaces or small letters in them.
 VERDICT = r"\\?\[\\?\[\s*([ABC])\s*\\?\]\\?\]"
+SCORE = r"\\?\[\\?\[\s*([+-]?\d+(?:\.\d+)?)\s*\\?\]\\?\]"
 # With only punctuation around it, which Markdown uses too.
 VERDICT_LINE = rf"^[^\w\n]*_*{VERDICT}_*[^\w\n]*$"
 
@@ -32,10 +34,15 @@ class Reading(NamedTuple):
 
 
 def read_completion(body: bytes) -> Reading:
-    """The verdict of the first choice of a chat completion.
+    """The verdict of the first choice of a chat completion, as `read_text` finds it."""
+    return read_reply(body, read_text)
 
-    A reply that did not end by itself (cut by length, a content filter, a call of a tool), a refusal, and one without
-    text have none.
+
+def read_reply(body: bytes, read: Callable[[str], Reading]) -> Reading:
+    """What `read` says of the text of the first choice of a chat completion.
+
+    Nothing of a reply that did not end by itself (cut by length, a content filter, a call of a tool), a refusal, and
+    one without text.
 
     Raises:
         NotACompletion: if `body` is not a chat completion.
@@ -50,7 +57,7 @@ def read_completion(body: bytes) -> Reading:
     if message.get("refusal"):
         return Reading(None, "a refusal")
     text = _text(message.get("content"))
-    return read_text(text) if text.strip() else Reading(None, "no text")
+    return read(text) if text.strip() else Reading(None, "no text")
 
 
 def read_text(text: str) -> Reading:
@@ -59,7 +66,7 @@ def read_text(text: str) -> Reading:
     A reply with both `[[A]]` and `[[B]]` has none. Of a tie and a winner counts what stands on a line of its own, as
     it was asked for. What a reasoning model thought before `</think>` is not read.
     """
-    answer = text.rpartition("</think>")[2].partition("<think>")[0]
+    answer = spoken(text)
     letters = _letters(VERDICT, answer)
     if len(letters) == 2 and "C" in letters:
         letters = _letters(VERDICT_LINE, answer) or letters
@@ -68,6 +75,27 @@ def read_text(text: str) -> Reading:
     if letters:
         return Reading(None, "several verdicts: " + ", ".join(f"[[{letter}]]" for letter in sorted(letters)))
     return Reading(None, "none of [[A]], [[B]] and [[C]]")
+
+
+def read_score(text: str, lowest: float, highest: float) -> Reading:
+    """The score of a reply, `[[7]]` say, as `verdict`; None if it has none, several, or one out of range.
+
+    What a reasoning model thought before `</think>` is not read.
+    """
+    numbers = {float(number) for number in re.findall(SCORE, spoken(text))}
+    if len(numbers) > 1:
+        return Reading(None, "several scores")
+    if not numbers:
+        return Reading(None, "no score in double brackets")
+    score = numbers.pop()
+    if not lowest <= score <= highest:
+        return Reading(None, f"a score out of range: {score:g}")
+    return Reading(repr(score))
+
+
+def spoken(text: str) -> str:
+    """A reply without what a reasoning model thought."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _letters(pattern: str, text: str) -> set[str]:

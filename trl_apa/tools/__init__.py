@@ -1,0 +1,1 @@
+"""Tools and environments: rollouts in which something answers the policy between its turns."""
