@@ -345,6 +345,19 @@ def test_prompts_that_are_no_chat_messages_are_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("loss_type", ["qrpo", "astar_po"])
+def test_rewards_of_pi_init_have_to_be_given_where_rollouts_have_several_turns(tmp_path, loss_type):
+    given = {"tools": [add], "reward": length_reward, "config": {"loss_type": loss_type}}
+    turns = {"first?": [call("add", a=1, b=2), "3."]}
+    trainer, _ = tool_trainer(tmp_path / "none", turns, ask("first?"), **given)
+    with pytest.raises(ValueError, match="train_dataset has no column ref_rewards: with tools, environment_factory"):
+        trainer.train()
+    rows = [{**row, "ref_rewards": [1.0, 2.0, 3.0]} for row in ask("first?")]
+    trainer, _ = tool_trainer(tmp_path / "given", turns, rows, **given)
+    trainer.train()
+    assert trainer.state.global_step > 0 and not trainer.run_state.ref_rewards
+
+
 @pytest.mark.parametrize(
     "options", [{"tool_timeout": 0.0}, {"tool_timeout": -1.0}, {"max_tool_calling_iterations": -1}]
 )

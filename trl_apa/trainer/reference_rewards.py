@@ -46,6 +46,20 @@ class ReferenceSampling:
     seed: int
 
 
+def check_ref_rewards_are_given(dataset: Any, advantage_estimator: str) -> None:
+    """For rollouts of several turns, of which none is sampled from pi_init to compare with.
+
+    Raises:
+        ValueError: if the prompts come without rewards of responses of pi_init.
+    """
+    names = getattr(dataset, "column_names", None) or (dataset[0] if len(dataset) else ())
+    if COLUMN not in names:
+        raise ValueError(
+            f"train_dataset has no column {COLUMN}: with tools, environment_factory or rollout_func no rollouts of "
+            f"pi_init are sampled for advantage_estimator={advantage_estimator!r}; give their rewards with each prompt"
+        )
+
+
 def find_ref_rewards(
     rows: list[Row],
     queries: list[Tensor],

@@ -32,7 +32,12 @@ from trl_apa.tools.environments import EnvironmentReward
 from trl_apa.tools.making import Player, rows_without_data
 from trl_apa.tools.player import ToolPlayer
 from trl_apa.tools.turns import Sampled
-from trl_apa.trainer.reference_rewards import ReferenceSampling, find_ref_rewards, padded_ref_rewards
+from trl_apa.trainer.reference_rewards import (
+    ReferenceSampling,
+    check_ref_rewards_are_given,
+    find_ref_rewards,
+    padded_ref_rewards,
+)
 from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.trainer.resuming import ResumableRuns, random_state_restored_on_error
 from trl_apa.trainer.script_trackers import connect_reporters
@@ -175,6 +180,8 @@ class TrainingLoop(ResumableRuns):
                 f"loss_type={args.loss_type!r} compares responses to a prompt in a forward pass; they should "
                 "have a common divisor of 2 or more"
             )
+        if self._player is not None and args.estimator.needs_ref_rewards:
+            check_ref_rewards_are_given(dataset, args.advantage_estimator)
         self._source = PromptSource(
             dataset,
             args.batch_size // args.num_generations,
