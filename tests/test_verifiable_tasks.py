@@ -98,13 +98,28 @@ def test_the_family_s_curves_differ_in_their_methods_and_rates_alone(name, tmp_p
         for label, curve in curves.items():
             options = algorithm_options(figure.command, curve)
             config = config_of(figure.command, options, 0, task, tmp_path)
-            assert (config.num_generations, config.mini_batch_size, config.batch_size) == (8, 32, 64)
+            assert (config.mini_batch_size, config.batch_size) == (32, 64)
+            assert config.num_generations == (1 if config.estimator.needs_ref_rewards else 8)
             assert config.num_ppo_epochs == 2 and not config.scale_rewards
             methods.append(panel if name.startswith("tune") else label)
     if name.startswith("tune"):
         assert rates == [rates[0]] * len(figure.panels) and len(rates[0]) == 5 and figure.seeds == [1, 2]
     family = [label for curves in read_figure(CONFIGS, "family").panels.values() for label in curves]
     assert list(dict.fromkeys(methods)) == family and len(family) == len(set(family))
+
+
+@pytest.mark.parametrize("loss_type", ["astar_po", "qrpo"])
+def test_answers_of_the_fine_tuned_model_are_scored_once_for_each_prompt(task, tmp_path, loss_type):
+    task._reference_rewards.clear()
+    first = task.reference_rewards(task.train_prompts[:3], 4)
+    assert [len(rewards) for rewards in first] == [4, 4, 4]
+    again = task.reference_rewards([task.train_prompts[2], task.train_prompts[5], task.train_prompts[0]], 4)
+    assert again[0] == first[2] and again[2] == first[0]
+    options = {"loss_type": loss_type, "num_ref_samples": 4, "mini_batch_size": 8, "learning_rate": 1e-3}
+    run_mini(task, "train", options, 5, tmp_path)
+    assert len(task._reference_rewards[4]) > 4
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [row["samples"] for row in log] == [0, 8, 16]
 
 
 def test_a_figure_takes_over_another_s_curves_and_gives_each_its_rate(tmp_path):
