@@ -631,7 +631,7 @@ def test_the_pipeline_compares_checkpoints(pipeline):
     for _, name, _ in evaluate.COLUMNS:
         assert name in before and name in after
     assert before["reward"] == pytest.approx(before["rewards/reward"])
-    lines = evaluate.table({"before": before, "after": after}).splitlines()
+    lines = evaluate.table({"before": before, "after": after}, "before").splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and lines[1].startswith("before")
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
-from trl_apa.evaluation.held_out import distinct_ngrams, held_out_metrics
+from trl_apa.commands.evaluate import COLUMNS, table
+from trl_apa.evaluation.held_out import distinct_ngrams, held_out_metrics, standard_error
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 
 
@@ -100,10 +101,27 @@ def test_the_means_are_those_of_a_loop_over_the_rows_by_themselves(tmp_path, kin
     assert metrics["kl"] == pytest.approx(kl, abs=1e-5) and abs(kl) > 1e-3
     assert metrics["reward"] == pytest.approx(sum(rewards) / 4, rel=1e-6) == metrics["rewards/longer"]
     assert metrics["reward_std"] == pytest.approx(torch.tensor(rewards).std(unbiased=False).item(), rel=1e-5)
+    assert metrics["reward_stderr"] == pytest.approx(torch.tensor(rewards).std().item() / 2, rel=1e-5)  # of four
+    assert metrics["kl_stderr"] > 0 and ("win_rate_stderr" in metrics) == (kind == "online")
     assert metrics["response_length"] == pytest.approx(sum(len(ids) for _, ids in own) / 4)
     assert metrics["eos_share"] == pytest.approx(sum(ids[-1] == EOS for _, ids in own) / 4)
     texts = tiny_tokenizer().batch_decode([ids for _, ids in own], skip_special_tokens=True)
     assert [metrics[f"distinct_{n}"] for n in (1, 2)] == [distinct_ngrams(texts, n) for n in (1, 2)]
+
+
+def test_a_standard_error_hand_worked():
+    # 1, 2, 3, 6: mean 3, squared differences 4 + 1 + 0 + 9 = 14, variance 14 / 3, over 4 values 7 / 6
+    assert standard_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == pytest.approx(math.sqrt(7 / 6))
+    assert standard_error(torch.tensor([5.0])) == 0.0
+
+
+def test_the_table_has_intervals_and_no_wins_of_the_reference_over_itself():
+    metrics = {name: 0.5 for _, name, _ in COLUMNS} | {"reward_stderr": 0.1, "kl_stderr": 0.0, "win_rate_stderr": 0.25}
+    heads, reference, other = table({"base": metrics, "tuned": metrics}, "base").splitlines()
+    assert heads.split() == [heading for heading, _, _ in COLUMNS]
+    assert "+0.500 ± 0.196" in reference and reference.split()[-1] == "-"
+    assert other.endswith("0.500 ± 0.490") and "0.500 ± 0.000" in other
+    assert len({len(line) for line in (heads, reference, other)}) == 1
 
 
 def test_online_and_offline_measure_the_same_of_one_policy(tmp_path):

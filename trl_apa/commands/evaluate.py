@@ -24,6 +24,8 @@ MODEL_NAMES = {"dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "
 SAMPLING_NAMES = {"temperature", "top_p", "top_k", "max_completion_length", "stop_strings", "max_prompt_length"}
 SAMPLING_NAMES |= {"generation_batch_size", "chat_template_kwargs", "seed", "use_cpu", "bf16"}
 APA_NAMES = {*SAMPLING_NAMES, "reward_weights", "per_device_eval_batch_size"}
+# Standard errors on either side of a mean within which the mean of all prompts lies in 95 of 100 samples of prompts.
+NUM_STDERRS = 1.96
 # Heading, metric, format.
 COLUMNS = (
     ("reward", "reward", "{:+.3f}"),
@@ -91,18 +93,31 @@ def main(argv: Sequence[str]) -> int:
             )
             results[name] = held_out_metrics(trainer, list(prompts))
     if config.should_save:
-        print(f"{len(prompts)} prompts; KL and wins against {reference_name}")
-        print(table(results))
+        print(f"{len(prompts)} prompts; KL and wins against {reference_name}; after ± half a 95% interval")
+        print(table(results, reference_name))
         if arguments.output is not None:
             Path(arguments.output).absolute().parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The metrics as text, a checkpoint a line."""
-    width = max(len(name) for name in results)
-    lines = [" " * width + "".join(f"{heading:>12}" for heading, _, _ in COLUMNS)]
+def table(results: dict[str, dict[str, Any]], reference_name: str) -> str:
+    """The metrics as text, a checkpoint a line. The reference has no wins over itself."""
+    rows = [["", *(heading for heading, _, _ in COLUMNS)]]
     for name, metrics in results.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{form.format(metrics[key]):>12}" for _, key, form in COLUMNS))
-    return "\n".join(lines)
+        cells = [_cell(metrics, key, form) for _, key, form in COLUMNS]
+        if name == reference_name:
+            cells = ["-" if key == "win_rate" else cell for cell, (_, key, _) in zip(cells, COLUMNS, strict=True)]
+        rows.append([name, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
+        for name, *cells in rows
+    )
+
+
+def _cell(metrics: dict[str, Any], name: str, form: str) -> str:
+    text = form.format(metrics[name])
+    if f"{name}_stderr" not in metrics:
+        return text
+    return f"{text} ± {NUM_STDERRS * metrics[f'{name}_stderr']:.3f}"

@@ -1,5 +1,6 @@
 """How good a policy is on prompts it was not trained on: reward, KL to pi_init, wins over pi_init's own answers."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from trl_apa.trainer.apa import APATrainer
 
 Row = dict[str, Any]
+
+# Means that come with their standard error, `<name>_stderr`.
+UNCERTAIN = ("reward", "kl", "win_rate")
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def held_out_metrics(trainer: "APATrainer | OfflineAPATrainer", rows: list[Row])
         rows: prompts, with the columns that the reward functions read.
 
     Returns:
-        In reward units `reward`, `reward_std` and `rewards/<function>`; `kl`, nats a response, the mean of
+        In reward units `reward`, `reward_std` and `rewards/<function>`; `reward_stderr`, `kl_stderr` and online
+        `win_rate_stderr`, see `standard_error`, of these means over the prompts; `kl`, nats a response, the mean of
         log pi - log pi_init over the policy's responses; `response_length`, tokens; `eos_share`; `distinct_1` and
         `distinct_2`, see `distinct_ngrams`; `runtime`, seconds. Online also `ref_reward`, reward units; `win_rate`,
         the share of prompts on which the policy scores higher than pi_init, a tie counting half; `entropy` of the
@@ -120,11 +125,21 @@ def held_out_metrics(trainer: "APATrainer | OfflineAPATrainer", rows: list[Row])
     entropy_sums = columns.pop("entropy_sum", None)
     metrics = {name: float(values.mean()) for name, values in columns.items()}
     metrics["reward_std"] = float(columns["reward"].std(unbiased=False))
+    metrics |= {f"{name}_stderr": standard_error(columns[name]) for name in UNCERTAIN if name in columns}
     if entropy_sums is not None:
         metrics["entropy"] = float(entropy_sums.sum() / columns["response_length"].sum())
     texts = [row["text"] for row in kept]
     metrics |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
     return {**metrics, "runtime": time.perf_counter() - start}
+
+
+def standard_error(values_B: Tensor) -> float:
+    """Of the mean of independent values `(B,)`, in their unit: their unbiased standard deviation over sqrt(B).
+
+    0 for a single value, which says nothing of its spread.
+    """
+    count = len(values_B)
+    return float(values_B.std()) / math.sqrt(count) if count > 1 else 0.0
 
 
 def distinct_ngrams(texts: Sequence[str | list[int]], n: int) -> float:
