@@ -23,14 +23,17 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
+from reproduction.command import make_parser as paper_parser
 from tests._cli import refused, run
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa import APAConfig
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
 from trl_apa.commands.models import import_reward_function
+from trl_apa.commands.parsing import OneLineParser
 from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
 from trl_apa.data.sources import Row
+from trl_apa.demo.options import parse_options
 from trl_apa.models import load_reward_model
 from trl_apa.offline import OfflineConfig
 
@@ -139,12 +142,47 @@ def test_the_file_is_read_as_the_command_line_and_the_command_line_wins(tmp_path
 
 def test_help_groups_the_options(capsys):
     assert run("train", "--help") == 0
-    groups = dict(part.split(":\n", 1) for part in capsys.readouterr().out.split("\n\n") if ":\n" in part)
+    short = capsys.readouterr().out
+    assert run("train", "--help-all") == 0
+    told = capsys.readouterr().out
+    shown, everything = (set(re.findall(r"^  (--\w+)", text, flags=re.MULTILINE)) for text in (short, told))
+    assert shown < everything and "--ppo_epochs" in everything - shown and "--learning_rate" in shown
+    groups = dict(part.split(":\n", 1) for part in told.split("\n\n") if ":\n" in part)
     places = {"the algorithm": "--kl_coef", "sampling": "--top_p", "LoRA": "--lora_r", "data": "--eval_share"}
     places |= {"optimizer and schedule": "--learning_rate", "names and options of older scripts": "--ppo_epochs"}
     places |= {"rewards": "--reward_weights", "saving and resuming": "--save_steps", "launching": "--num_processes"}
     for title, option in places.items():
         assert [name for name, text in groups.items() if f"  {option}" in text] == [title]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "demo", "paper"])
+def test_help_shows_each_option_once_and_no_default_where_there_is_none(capsys, command):
+    assert run(command, "--help") == 0
+    told = capsys.readouterr().out.partition("options:")[2]
+    options = re.findall(r"^  (--[\w-]+)", told, flags=re.MULTILINE)
+    assert len(options) > 5 and len({option.replace("_", "-") for option in options}) == len(options)
+    assert not re.search(r"--\S.*, --", told) and "default: None" not in " ".join(told.split())
+    assert command == "paper" or re.search(r"\(default:\s+[^N\s]", told)
+
+
+def test_options_are_read_with_either_spelling(tmp_path):
+    path = str(tmp_path)
+    for spelling in (
+        ["--output_dir", path],
+        ["--output-dir", path],
+        [f"--output-dir={path}"],
+        [f"--output_dir={path}"],
+    ):
+        values = train.make_parser().parse([*spelling, "--kl-coef", "0.5", "--max_steps", "3"])
+        assert (values["output_dir"], values["kl_coef"], values["max_steps"]) == (path, 0.5, 3)
+        assert str(parse_options([*spelling, "--sft_steps", "7"]).output_dir) == path
+        options = paper_parser().parse_args(["fig3", "--scale", "mini", *spelling, "--sft-steps", "7"])
+        assert (options.output_dir, options.sft_steps) == (path, 7)
+    command = OneLineParser(prog="p")
+    command.add_argument("--a-b")
+    command.add_argument("rest", nargs="*")
+    assert command.parse_args(["--a_b=c_d", "--", "--a_b"]).rest == ["--a_b"]
+    assert command.parse_args(["--a_b=c_d"]).a_b == "c_d"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

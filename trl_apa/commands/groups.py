@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from transformers import TrainingArguments
 from trl import ModelConfig
 
-from trl_apa.commands.options import Part
+from trl_apa.commands.options import OLDER_NAMES, Part
 from trl_apa.config.apa import ALIASES, NOT_READ_BACK, WITHOUT_EFFECT, APAConfig
 from trl_apa.config.tools import ToolOptions
 from trl_apa.config.trl_0_12 import TRL012Options
@@ -32,7 +32,6 @@ PLACES = dict.fromkeys(("reward_weights", "reward_timeout", "skip_unscored"), "r
 PLACES |= dict.fromkeys(("push_to_hub_if_best_kwargs", "compare_steps"), "Hugging Face hub")
 PLACES |= dict.fromkeys(("log_completions", "num_completions_to_print"), "logging")
 PLACES |= dict.fromkeys(("tracker_project_name", "tracker_kwargs", "project_kwargs"), "logging")
-OLDER_NAMES = "names and options of older scripts"
 # Of classic configs: kept for the record there, and of no use to a command.
 OLDER = {*ALIASES, *NOT_READ_BACK, *WITHOUT_EFFECT, "forward_batch_size", "exp_name", "task_name", "model_name"}
 OLDER |= {"query_dataset", "reward_model", "init_kl_coef", "steps"}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
-from trl_apa.commands.parsing import OneLineParser
+from trl_apa.commands.parsing import DefaultsFormatter, OneLineParser
 from trl_apa.redaction import without_secrets, without_secrets_in_error
 
 
@@ -40,6 +40,8 @@ TITLES = (
     "launching",
     "Hugging Face hub",
 )
+# The group that only `--help-all` shows.
+OLDER_NAMES = "names and options of older scripts"
 
 
 class Part(NamedTuple):
@@ -73,10 +75,21 @@ class CommandParser:
         self._hints = {name: hint for part in parts for name, hint in get_type_hints(part.dataclass).items()}
         program = f"trl-apa {command}"
         usage = f"{program} [--config FILE] [--option value ...]"
-        self._parser = _Parser(_groups(parts), prog=program, usage=usage, description=description, allow_abbrev=False)
+        self._parser = _Parser(
+            _groups(parts),
+            prog=program,
+            usage=usage,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=DefaultsFormatter,
+        )
         self._parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
+        if self._parser.hidden:
+            self._parser.add_argument(
+                "--help-all", action=_HelpAll, help="show also the names and options of older scripts, and exit"
+            )
         self._actions = {action.dest: action for action in reversed(self._parser._actions)}
-        self._names = sorted(self._actions.keys() - {"help", "config"})
+        self._names = sorted(self._actions.keys() - {"help", "help_all", "config"})
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Every option's value, by name.
@@ -139,21 +152,41 @@ class CommandParser:
 
 
 class _Parser(TrlParser):
-    def format_help(self) -> str:
+    _action_groups: list[argparse._ArgumentGroup]
+
+    @property
+    def hidden(self) -> list[argparse._ArgumentGroup]:
+        """Groups that `--help` leaves out."""
+        return [group for group in self._action_groups if group.title == OLDER_NAMES]
+
+    def format_help(self, everything: bool = False) -> str:
         """Without the secrets of a file, whose options are defaults."""
         defaults = {action: action.default for action in self._actions}
+        groups = self._action_groups
         try:
             for action, default in defaults.items():
                 action.default = without_secrets({action.dest: default})[action.dest]
+            if not everything:
+                self._action_groups = [group for group in groups if group not in self.hidden]
             text: str = super().format_help()
             return text
         finally:
+            self._action_groups = groups
             for action, default in defaults.items():
                 action.default = default
 
     def error(self, message: str) -> None:
         """Without the usage, which is a page long."""
         self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser._print_message(parser.format_help(everything=True))
+        parser.exit()
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:

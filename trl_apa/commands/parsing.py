@@ -1,6 +1,7 @@
 """The parser of the commands that read no YAML. Imports nothing heavy, so that `--help` answers at once."""
 
 import argparse
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from trl_apa.redaction import without_secrets_in_error
@@ -10,14 +11,43 @@ from trl_apa.redaction import without_secrets_in_error
 DEBUG = "TRL_APA_DEBUG"
 
 
+class OnceFormatter(argparse.HelpFormatter):
+    """Shows each option in one spelling, though `--output_dir` and `--output-dir` are both read."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        strings = action.option_strings
+        action.option_strings = once(strings)
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = strings
+
+
+class DefaultsFormatter(OnceFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults too, where an option that is not given has a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def once(option_strings: Sequence[str]) -> list[str]:
+    """The spellings of an option without those that only exchange `-` and `_` in one before them."""
+    found: dict[str, str] = {}
+    for text in option_strings:
+        found.setdefault(text.replace("_", "-"), text)
+    return list(found.values())
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports an invalid argument in one line, without the usage, which can be a page long.
+
+    Options with several words are read with `-` and with `_` between them.
 
     `--debug`, which `trl_apa.cli` reads and takes away, stands in its `--help` alone.
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(**{"formatter_class": OnceFormatter, **kwargs})
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
@@ -25,3 +55,18 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""
         self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, with the other spelling of each option read as the option."""
+        return super().parse_known_args(None if args is None else self._spelled(args), namespace)
+
+    def _spelled(self, arguments: Iterable[str]) -> list[str]:
+        known = {text.replace("_", "-"): text for text in self._option_string_actions if text.startswith("--")}
+        spelled, is_option = [], True
+        for argument in arguments:
+            is_option = is_option and argument != "--"
+            name, sign, value = argument.partition("=")
+            if is_option and argument.startswith("--") and name not in self._option_string_actions:
+                argument = known.get(name.replace("_", "-"), name) + sign + value
+            spelled.append(argument)
+        return spelled

@@ -328,7 +328,9 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
     _largest_mini_batch: ClassVar[int] = 8
 
     loss_type: str = option("apa", f"Policy loss: {', '.join(ALGORITHMS)}, or module:name of an Algorithm.")
-    kl_coef: float | None = option(None, "lambda of the paper's objective (2); PPO: the initial KL coefficient.")
+    kl_coef: float | None = option(
+        None, "lambda of the paper's objective (2); PPO: the initial KL coefficient. By default loss_type's: APA 0.1."
+    )
     advantage_estimator: str = option(None, f"{', '.join(ESTIMATORS)}, or module:name; only gae needs a value model.")
     group_normalization: str | None = option(None, "With advantage_estimator='group': 'none', or 'std' of the group.")
     normalizer: str | None = option(None, "APA, APA on responses: 'none' or 'group' for log Z(s) in the target.")
