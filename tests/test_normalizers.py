@@ -228,11 +228,7 @@ def test_log_probs_that_generate_noted_serve_as_well(tmp_path):
 
 
 def test_it_is_off_by_default_and_changes_the_update_with_a_value_model_too(tmp_path):
-    assert [tiny_config(tmp_path, loss_type=name).normalizer for name in ("apa", "response_apa", "rebel")] == [
-        "none",
-        "none",
-        None,
-    ]
+    assert {tiny_config(tmp_path, loss_type=name).normalizer for name in ("apa", "response_apa", "rebel")} == {None}
     plain, grouped = (tiny_trainer(tmp_path, normalizer=normalizer) for normalizer in ("none", "group"))
     default = parameters_after_step(tiny_trainer(tmp_path), *tiny_pairs())
     assert_same(parameters_after_step(plain, *tiny_pairs()), default, tolerance=1e-30)

@@ -648,4 +648,5 @@ def test_the_defaults_are_those_that_worked_offline(tmp_path):
     assert config(tmp_path).loss_type == "awr" and config(tmp_path).kl_coef == 0.25
     apa = config(tmp_path, loss_type="apa")
     assert apa.kl_coef == 0.3 and apa.freeze_value and apa.value_epochs > 0 and not apa.learn_state_normaliser
+    assert [config(tmp_path, loss_type=name).kl_coef for name in ("qrpo", "dro", "ilql")] == [0.1, 0.3, None]
     assert json.loads(apa.to_json_string())["loss_type"] == "apa"

@@ -172,7 +172,7 @@ def _plus_kl(
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "apa": Algorithm(_apa, kl_coef=0.1, options={"normalizer": "none"}),
+    "apa": Algorithm(_apa, kl_coef=0.1, options={"normalizer": None}),
     "awr": Algorithm(_awr, kl_coef=1.0, needs_ref_logprobs=False),
     "ppo": Algorithm(
         _ppo,
@@ -230,7 +230,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         _response_apa,
         kl_coef=0.2,
         defaults={"advantage_estimator": "group", "whiten_advantages": False},
-        options={"normalizer": "none"},
+        options={"normalizer": None},
         of_responses=True,
     ),
     "astar_po": Algorithm(

@@ -34,7 +34,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             `"qrpo"`, quantile rewards, without a value model; `"dro"`, policy and value fitted together.
         kl_coef (`float`, *optional*):
             lambda of objective (2) for APA and AWR, in units of the advantage; beta of QRPO; tau of DRO, in reward
-            units per nat. Defaults to `0.3` for APA and DRO, `0.25` for AWR, `0.03` for QRPO. ILQL reads `ilql_beta`
+            units per nat. Defaults to `0.3` for APA and DRO, `0.25` for AWR, `0.1` for QRPO. ILQL reads `ilql_beta`
             instead.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount a token.
@@ -95,7 +95,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
 
     defines_run: ClassVar[tuple[str, ...]] = DEFINES_RUN
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
-    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25, "qrpo": 0.03, "dro": 0.3}
+    _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25, "qrpo": 0.1, "dro": 0.3}
 
     loss_type: str = option("awr", "'apa', 'awr', 'ilql', 'qrpo' or 'dro'.")
     kl_coef: float | None = option(None, "lambda of the paper's objective (2); ILQL has none.")
