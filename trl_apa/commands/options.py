@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 import types
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
@@ -185,7 +186,7 @@ class _HelpAll(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        parser._print_message(parser.format_help(everything=True))
+        parser._print_message(parser.format_help(everything=True), sys.stdout)
         parser.exit()
 
 
