@@ -127,10 +127,10 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
         prompts = _draw(rng, task.train_prompts, sizes.batch_size, config.num_generations)
         queries = encode(task.tokenizer, prompts)
         responses = trainer.generate(queries, return_prompt=False, batch_size=sizes.batch_size)
-        ref_rewards = None
+        more = {}
         if config.estimator.needs_ref_rewards:
-            ref_rewards = task.reference_rewards(prompts, config.num_ref_samples)
-        trainer.step(queries, responses, task.score(prompts, responses), ref_rewards=ref_rewards)
+            more["ref_rewards"] = task.reference_rewards(prompts, config.num_ref_samples)
+        trainer.step(queries, responses, task.score(prompts, responses), **more)
         cpu_seconds += time.process_time() - began
         if _is_due(iteration, sizes.iterations, sizes.evaluations):
             so_far = {"samples": iteration * sizes.batch_size, "cpu_seconds": cpu_seconds}
