@@ -127,7 +127,7 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
         prompts = _draw(rng, task.train_prompts, sizes.batch_size, config.num_generations)
         queries = encode(task.tokenizer, prompts)
         responses = trainer.generate(queries, return_prompt=False, batch_size=sizes.batch_size)
-        more = {}
+        more: dict[str, Any] = {}
         if config.estimator.needs_ref_rewards:
             more["ref_rewards"] = task.reference_rewards(prompts, config.num_ref_samples)
         trainer.step(queries, responses, task.score(prompts, responses), **more)
