@@ -95,7 +95,7 @@ class _Read(NamedTuple):
 
     def only(self, prompt: int) -> "_Read":
         """Without the other prompts, which are deleted from the cache."""
-        kept = torch.tensor([self.prompts.index(prompt)], device=self.logits_UV.device)
+        kept = torch.tensor([self.prompts.index(prompt)])  # on the CPU, which chooses rows on any device
         self.cache.batch_select_indices(kept)
         noted_UV = None if self.noted_UV is None else self.noted_UV[kept]
         return self._replace(prompts=[prompt], logits_UV=self.logits_UV[kept], noted_UV=noted_UV)
@@ -180,7 +180,8 @@ class RefilledRows:
         self.choice.rows_A, self.choice.starts_A = new, starts_N
         scores_NV = self.choice(tokens_NT, read.logits_UV[of_read])
         tokens_NT = torch.cat([tokens_NT, scores_NV.argmax(dim=-1, keepdim=True)], dim=1)
-        self.noter.logits_BV = None if read.noted_UV is None else read.noted_UV[of_read]
+        self.noter.logits_BV = read.noted_UV
+        self.noter.repeat(of_read)
         self.noter(tokens_NT, None)
         ends = RowEnds(self.criteria, starts_N, self.limits_B[new])
         ends(tokens_NT, None)
