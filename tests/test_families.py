@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from transformers import GenerationConfig
 
-from tests.all_families import families, small_model, why_left_out
+from tests.all_families import VOCABULARY, families, small_model, why_left_out
 from tests.tiny import lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.checking import learning, reading, run, saving
 from trl_apa.rollout.batch import Layout
+from trl_apa.rollout.generation import generate_responses
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-SAMPLE = ("cohere2", "deepseek_v3", "gemma3", "phimoe", "rwkv")
+SAMPLE = ("cohere2", "deepseek_v3", "phimoe", "gemma3", "rwkv")
 PROMPTS = ["w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11 w12 w13"]
 FULL = (reading.layouts, reading.sampling, reading.greedy, reading.modes, reading.reference, learning.gradient)
 FULL += (saving.reloaded,)
@@ -118,6 +121,39 @@ def test_what_holds_for_a_family_is_what_the_page_says(kind):
     if (why := why_left_out(kind)) is not None:
         pytest.skip(why)
     assert row(kind) == row_of_the_page(kind)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in SAMPLE[3:] else pytest.param(kind, marks=pytest.mark.families) for kind in families()]
+)
+def test_greedy_answers_do_not_depend_on_how_many_rows_are_sampled_at_a_time(kind):
+    """Prompts and responses within the families' windows and beyond, and prompts that are asked twice."""
+    if (why := why_left_out(kind)) is not None:
+        pytest.skip(why)
+    model = in_double(kind)
+    lengths, generator = (3, 19, 1, 12, 21, 7), torch.Generator().manual_seed(0)
+    queries = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in lengths]
+    queries += [queries[2], queries[4], queries[2]]
+    ends = list(range(5, VOCABULARY, 8))
+    config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=ends, max_new_tokens=12, use_cache=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expected = generate_responses(model, queries, config, None, batch_size=1)
+        except (RuntimeError, ValueError) as error:
+            pytest.skip(f"not even one prompt can be answered: {error}")
+        for size in (3, len(queries)):
+            assert all(map(torch.equal, generate_responses(model, queries, config, None, batch_size=size), expected))
+
+
+def in_double(kind):
+    """In float64, where a family computes in it: no two tokens are as likely."""
+    try:
+        model = small_model(kind).double()
+        model(torch.tensor([[2, 3]]))
+    except Exception:
+        return small_model(kind)
+    return model
 
 
 @pytest.mark.skipif(not page_is_of_this_version(), reason="the page is of another version of transformers")

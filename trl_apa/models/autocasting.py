@@ -21,7 +21,8 @@ def frozen_weights_cast_once(model: Network) -> Iterator[None]:
     """
     kind = next(model.parameters()).device.type
     keeps = torch.is_autocast_enabled(kind) and torch.is_autocast_cache_enabled() and not is_sharded(model)
-    frozen = [p for p in model.parameters() if keeps and p.dtype == torch.float32 and not p.requires_grad]
+    weights = model.parameters() if keeps else ()
+    frozen = [p for p in weights if p.dtype == torch.float32 and not p.requires_grad and not p.is_inference()]
     with torch.no_grad():
         try:
             for parameter in frozen:

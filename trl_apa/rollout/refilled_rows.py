@@ -32,7 +32,7 @@ class StreamChoice(LogitsProcessor):
     Args:
         config: `do_sample`, `temperature`, `top_k`, `top_p`.
         num_rows, limit: rows of the call, and most tokens of a response.
-        device: of the logits.
+        device: of the tokens; the numbers are drawn from its generator.
     """
 
     def __init__(self, config: GenerationConfig, num_rows: int, limit: int, device: torch.device):
@@ -40,7 +40,7 @@ class StreamChoice(LogitsProcessor):
         # Which rows are asked, and in which column of their tokens the response of each begins.
         self.rows_A = self.starts_A = torch.zeros(0, dtype=torch.long, device=device)
         if self.samples:
-            self.uniform_BR = torch.rand(num_rows, limit, dtype=torch.float64).to(device)
+            self.uniform_BR = torch.rand(num_rows, limit, dtype=torch.float64, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.samples:
@@ -50,7 +50,7 @@ class StreamChoice(LogitsProcessor):
         total_A1 = below_AV[:, -1:]
         point_A1 = self.uniform_BR[self.rows_A, number_A][:, None].to(scores.device) * total_A1
         # The last token with a probability, where rounding makes the point the total.
-        last_A1 = torch.searchsorted(below_AV, total_A1)
+        last_A1 = torch.searchsorted(below_AV, total_A1).clamp(max=scores.shape[-1] - 1)
         chosen_A1 = torch.searchsorted(below_AV, point_A1, right=True).minimum(last_A1)
         return one_token(scores, chosen_A1)
 
@@ -95,7 +95,7 @@ class _Read(NamedTuple):
 
     def only(self, prompt: int) -> "_Read":
         """Without the other prompts, which are deleted from the cache."""
-        kept = torch.tensor([self.prompts.index(prompt)], device=self.logits_UV.device)
+        kept = torch.tensor([self.prompts.index(prompt)])  # on the CPU, which chooses rows on any device
         self.cache.batch_select_indices(kept)
         noted_UV = None if self.noted_UV is None else self.noted_UV[kept]
         return self._replace(prompts=[prompt], logits_UV=self.logits_UV[kept], noted_UV=noted_UV)
@@ -180,7 +180,8 @@ class RefilledRows:
         self.choice.rows_A, self.choice.starts_A = new, starts_N
         scores_NV = self.choice(tokens_NT, read.logits_UV[of_read])
         tokens_NT = torch.cat([tokens_NT, scores_NV.argmax(dim=-1, keepdim=True)], dim=1)
-        self.noter.logits_BV = None if read.noted_UV is None else read.noted_UV[of_read]
+        self.noter.logits_BV = read.noted_UV
+        self.noter.repeat(of_read)
         self.noter(tokens_NT, None)
         ends = RowEnds(self.criteria, starts_N, self.limits_B[new])
         ends(tokens_NT, None)
