@@ -75,7 +75,7 @@ class Game:
             points: what it is worth.
         """
         self.moves += 1
-        self.turn_reward += points
+        self.turn_reward = self.turn_reward + torch.tensor(points)
         return "moved"
 
 
@@ -86,7 +86,7 @@ class Finished(Game):
         return 10.0
 
 
-SHORT = {"max_completion_length": 200}  # pi_init samples as many
+SHORT = {"max_completion_length": 180}  # pi_init samples as many
 ROWS = [{**row, "start": start} for row, start in zip(ask("one?", "two?"), (5, 7), strict=True)]
 TURNS = {"one?": [call("increase", by=2), call("increase", by=1), "Done."], "two?": ["Nothing."]}
 

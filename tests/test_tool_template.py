@@ -64,6 +64,29 @@ def test_a_tool_s_answer_follows_as_the_template_writes_it(family):
     assert cut == FAMILIES[family] + told
 
 
+SCHEMA = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "required": ["a"], "properties": {
+    "a": {"type": "integer", "description": "a number"}}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseekv3"])
+def test_a_call_as_the_template_writes_it_is_read_with_its_arguments(family):
+    tokenizer, end = of_family(family)
+    template = ToolTemplate(tokenizer, [end])
+    question = [{"role": "user", "content": "?"}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 12}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*question, turn], tokenize=False)
+    # A template may open thoughts that a turn without them lacks.
+    same = [one == other for one, other in zip(prompt, whole, strict=False)]
+    common = whole[: same.index(False)] if False in same else prompt
+    sampled = whole[len(common) :]
+    ids, context = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sampled, common))
+    message = template.read(ids, context, [{"type": "function", "function": SCHEMA}])
+    [asked] = message["tool_calls"]
+    assert asked["function"] == {"name": "add", "arguments": {"a": 12}}
+
+
 def test_any_other_end_of_the_policy_s_is_one_too():
     tokenizer = tool_tokenizer()
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]

@@ -373,3 +373,13 @@ def test_reward_models_with_a_tokenizer_of_their_own_read_every_message():
     messages += [{"role": "tool", "name": "add", "content": "30"}, {"role": "assistant", "content": "So 30."}]
     text = tokenizer.decode(scored_conversation_ids(private_copy(messages), True, tokenizer))
     assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_options_set_later_count_from_the_next_iteration(tmp_path):
+    turns = {"first?": [call("add", a=1, b=2)]}
+    trainer, script = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add])
+    trainer.args.max_tool_calling_iterations = 0
+    trainer.train()
+    assert len(script.asked) == 1
+    with pytest.raises(ValueError, match="tool_timeout=-1"):
+        trainer.args.tool_timeout = -1.0

@@ -29,8 +29,8 @@ def test_vllm_samples_every_turn_as_generate_does(tmp_path, monkeypatch):
         for parameter in model.parameters():
             parameter.mul_(3.0)  # answers that are not all alike
     model.save_pretrained(tmp_path / "model")
-    options = {"max_completion_length": 150, "max_tool_calling_iterations": 2, "stop_strings": ["a", "e", "t"],
-               "top_k": 1, "max_steps": 2, "learning_rate": 1e-3}  # fmt: skip
+    options = {"max_completion_length": 90, "max_tool_calling_iterations": 1, "stop_strings": ["a", "e", "t"],
+               "top_k": 1, "max_steps": 1, "learning_rate": 1e-3}  # fmt: skip
     kept = []
     for use_vllm in (False, True):
         made, _ = tool_trainer(

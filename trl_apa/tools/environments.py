@@ -118,16 +118,13 @@ class Environments:
 
     def reward_functions(self) -> list["EnvironmentReward"]:
         """One for each class of environments that has a reward of its own."""
-        instances = {type(free[0]): free[0] for free in self._free.values()}
-        return [
-            (
-                AsyncEnvironmentReward
-                if inspect.iscoroutinefunction(getattr(kind, "get_reward", None))
-                else EnvironmentReward
-            )(kind, hasattr(instance, TURN_REWARD))
-            for kind, instance in instances.items()
-            if hasattr(kind, "get_reward") or hasattr(instance, TURN_REWARD)
-        ]
+        made: list[EnvironmentReward] = []
+        for kind, instance in {type(free[0]): free[0] for free in self._free.values()}.items():
+            by_turn, total = hasattr(instance, TURN_REWARD), getattr(kind, "get_reward", None)
+            if by_turn or total is not None:
+                is_async = inspect.iscoroutinefunction(total)
+                made.append((AsyncEnvironmentReward if is_async else EnvironmentReward)(kind, by_turn))
+        return made
 
     def _made(self, name: Any) -> Any:
         return self.factories[name]()
@@ -139,8 +136,8 @@ def take_turn_reward(instance: Any) -> float:
     Raises:
         ValueError: naming the environment, if it is not a number.
     """
-    value = getattr(instance, TURN_REWARD, None) or 0.0
-    read = as_float(value)
+    value = getattr(instance, TURN_REWARD, None)
+    read = 0.0 if value is None else _as_number(value)
     if read is None:
         raise ValueError(
             f"environment {type(instance).__name__}: turn_reward is {shown(value)}; it should be a number"
@@ -148,6 +145,14 @@ def take_turn_reward(instance: Any) -> float:
     with suppress(AttributeError):  # a property computes it anew
         setattr(instance, TURN_REWARD, 0.0)
     return read
+
+
+def _as_number(value: Any) -> float | None:
+    """A number of any type, a tensor of one element too; NaN for None, and None if it is no number."""
+    try:
+        return as_float(value.item() if hasattr(value, "item") else value)
+    except (ValueError, RuntimeError):  # several elements
+        return None
 
 
 def check_conversation(prompt: Any) -> None:
@@ -191,7 +196,7 @@ class EnvironmentReward:
             return [0.0] * len(rewards)
         if not self.has_total:
             return rewards
-        if (read := as_float(total)) is None or math.isnan(read):
+        if (read := _as_number(total)) is None or math.isnan(read):
             return total
         return [*rewards[:-1], rewards[-1] + read - sum(rewards)]
 

@@ -37,9 +37,8 @@ def make_player(
     if trainer.is_encoder_decoder:
         raise ValueError("tools and environment_factory need a decoder; model is an encoder-decoder")
     environments = None if environment_factory is None else Environments(environment_factory, functions)
-    return ToolPlayer(
-        functions, environments, trainer.processing_class, end_token_ids, trainer.args, trainer.processes
-    )
+    of_trainer = (trainer.processing_class, end_token_ids, lambda: trainer.args, trainer.processes)
+    return ToolPlayer(functions, environments, *of_trainer)
 
 
 def with_environment_rewards(

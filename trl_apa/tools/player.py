@@ -1,6 +1,6 @@
 """Rows of a data set to rollouts with tools or in environments: prompts, turns, and what reward functions read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,7 @@ class ToolPlayer:
         environments: of the run, or None. They have the tools too.
         tokenizer: the policy's.
         end_token_ids: what ends a turn of the policy's.
-        args: the trainer's options; `max_tool_calling_iterations`, `tool_timeout` and the lengths are read anew for
-            each batch.
+        options: gives the trainer's options; they may change from one batch to the next.
         processes: of the run.
 
     Raises:
@@ -42,13 +41,18 @@ class ToolPlayer:
         environments: Environments | None,
         tokenizer: PreTrainedTokenizerBase,
         end_token_ids: Sequence[int],
-        args: Any,
+        options: Callable[[], Any],
         processes: Processes,
     ):
         self.toolbox, self.environments = Toolbox.of(tools), environments
         self.tokenizer, self.end_token_ids = tokenizer, end_token_ids
-        self.args, self.processes, self.caller = args, processes, ToolCaller()
+        self.options, self.processes, self.caller = options, processes, ToolCaller()
         self._template()
+
+    @property
+    def args(self) -> Any:
+        """The trainer's options as they are."""
+        return self.options()
 
     @property
     def names(self) -> list[str]:

@@ -49,6 +49,7 @@ from trl_apa.rollout.scoring import Scorer
 from trl_apa.rollout.shared_prompts import query_keys
 from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.tools.making import make_player, with_environment_rewards
+from trl_apa.tools.sampling import EpisodeSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
 from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
@@ -320,7 +321,9 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.run_state = RunState(kl_ctl, running_scores, args.global_batch_size)
         self.drift = DriftWatch(f"{'init_kl_coef' if args.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
-        self._sampled_logprobs = SampledLogprobs()
+        self._sampled_logprobs = notes = SampledLogprobs()
+        sampling = (self._query, self._respond_on_all_processes, notes, self.processes)
+        self._episodes = EpisodeSampler(self._player, *sampling)
         self._token_budget = TokenBudget(self.processes)
         self._importance = ImportanceCorrection()
         self._clear_gradient_norms()

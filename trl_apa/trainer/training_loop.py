@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
 from trl_apa.tools.environments import EnvironmentReward
 from trl_apa.tools.making import Player, rows_without_data
-from trl_apa.tools.player import ToolPlayer
-from trl_apa.tools.turns import Sampled
+from trl_apa.tools.sampling import EpisodeSampler
 from trl_apa.trainer.reference_rewards import (
     ReferenceSampling,
     check_ref_rewards_are_given,
@@ -88,6 +86,7 @@ class TrainingLoop(ResumableRuns):
 
     _source: PromptSource
     _player: Player | None
+    _episodes: EpisodeSampler
     _timer: StageTimer | None = None
     _reporters_started = False
     # Whether scheduler, engine and optimizer are ready for `step`.
@@ -372,45 +371,6 @@ class TrainingLoop(ResumableRuns):
         rows = self._source.rows(self.num_iterations_done)
         return [row for row in rows for _ in range(self.args.num_generations)]
 
-    def _episodes(self, rows: list[dict[str, Any]], of_reference: bool = False, **options: Any) -> Episodes:
-        """One rollout to each row.
-
-        Args:
-            rows: of this process; every process has as many.
-            of_reference: whether pi_init samples. Only where rollouts have several turns.
-            options: of `generate`.
-        """
-        if self._player is None:
-            queries = self.processes.together(lambda: [self._query(row) for row in rows])
-            return Episodes(queries, self._respond_on_all_processes(queries, **options))
-        sample = partial(self._sample_turn, of_reference=of_reference, **options)
-        episodes: Episodes = self._player(rows, sample)
-        for query, response, logprobs in episodes.noted:
-            self._sampled_logprobs.keep([query], [response], logprobs[None])
-        return episodes
-
-    def _sample_turn(
-        self, contexts: list[Tensor], limits: list[int], of_reference: bool = False, **options: Any
-    ) -> list[Sampled]:
-        """A turn of each rollout, see `tools.turns.SampleTurn`."""
-        options["max_new_tokens"] = limits
-        if of_reference:
-            responses = self._respond_on_all_processes(contexts, generate_ref_response=True, **options)[1]
-            return [Sampled(response.tolist()) for response in responses]
-        responses = self._respond_on_all_processes(contexts, **options)
-        known = map(self._sampled_logprobs.known, contexts, responses)
-        return [Sampled(ids.tolist(), logprobs) for ids, logprobs in zip(responses, known, strict=True)]
-
-    def _held_out_episodes(self, rows: list[dict[str, Any]]) -> tuple[Episodes, Episodes | None]:
-        """Rollouts of the policy and of pi_init, which a `rollout_func` does not sample."""
-        if isinstance(self._player, ToolPlayer):
-            return self._episodes(rows), self._episodes(rows, of_reference=True)
-        if self._player is not None:
-            return self._episodes(rows), None
-        queries = self.processes.together(lambda: [self._query(row) for row in rows])
-        both = self._respond_on_all_processes(queries, generate_ref_response=True)
-        return Episodes(queries, both[0]), Episodes(queries, both[1])
-
     def _names_of_tools(self) -> list[str]:
         return [] if self._player is None else self._player.names
 
@@ -578,7 +538,7 @@ class TrainingLoop(ResumableRuns):
     def evaluation_steps(self) -> held_out.EvaluationSteps:
         """How `evaluate` asks the policy and pi_init, and scores their responses."""
         return held_out.EvaluationSteps(
-            respond=self._held_out_episodes,
+            respond=self._episodes.with_reference,
             logprobs=self.policy_and_reference,
             score=lambda rows, episodes: self._scores_on_all_processes(rows, episodes)[1],
             layouts=self._layouts,
