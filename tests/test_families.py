@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from tests.all_families import VOCABULARY, families, small_model, why_left_out
 from tests.tiny import lora_config, tiny_rollouts, tiny_trainer
 from trl_apa.checking import learning, reading, run, saving
+from trl_apa.models.layouts import sampling_trial
 from trl_apa.rollout.batch import Layout
 from trl_apa.rollout.generation import generate_responses
 
@@ -148,12 +149,11 @@ def test_greedy_answers_do_not_depend_on_how_many_rows_are_sampled_at_a_time(kin
 
 def in_double(kind):
     """In float64, where a family computes in it: no two tokens are as likely."""
-    try:
-        model = small_model(kind).double()
-        model(torch.tensor([[2, 3]]))
-    except Exception:
-        return small_model(kind)
-    return model
+    model = small_model(kind).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        works = not isinstance(sampling_trial(model, 34), Exception)
+    return model if works else small_model(kind)
 
 
 @pytest.mark.skipif(not page_is_of_this_version(), reason="the page is of another version of transformers")
