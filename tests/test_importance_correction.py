@@ -148,8 +148,10 @@ def test_the_update_is_the_one_of_advantages_times_the_weights(tmp_path, monkeyp
     stats = step_of(trainer)
     weights = expected_weights(0.7, level, correction)
 
-    def weighed(rollouts, args, processes, original=experience.estimate_advantages):
-        original(rollouts, args, processes)
+    original = experience.estimate_advantages
+
+    def weighed(rollouts, *more):
+        original(rollouts, *more)
         rollouts.advantages_BR = rollouts.advantages_BR * weights
 
     plain = trainer_with(tmp_path, Reporting(reports=False), **options)
