@@ -34,7 +34,7 @@ COMMANDS = {
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
     "check": ("trl_apa.commands.check", "check whether a model's numbers can be trusted on this machine"),
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
-    "winrate": ("trl_apa.commands.winrate", "how often a judge prefers one model's answers to another's"),
+    "winrate": ("trl_apa.commands.winrate_options", "how often a judge prefers one model's answers to another's"),
     "merge": ("trl_apa.commands.merge", "merge an adapter into its base, as a plain checkpoint"),
     "paper": ("trl_apa.commands.paper", "run and plot the curves of a figure of the paper, from a clone"),
     "plot": ("trl_apa.commands.plot", "reward, KL, and reward against KL of runs, as PNG"),

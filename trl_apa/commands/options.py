@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
 
+from trl_apa.commands.field_parser import FieldParser, OptionField
 from trl_apa.commands.parsing import OneLineParser
-from trl_apa.redaction import without_secrets, without_secrets_in_error
+from trl_apa.redaction import without_secrets
 
 
 # Groups of `--help` in their order; those that are not here come last.
@@ -73,7 +73,8 @@ class CommandParser:
         self._hints = {name: hint for part in parts for name, hint in get_type_hints(part.dataclass).items()}
         program = f"trl-apa {command}"
         usage = f"{program} [--config FILE] [--option value ...]"
-        self._parser = _Parser(_groups(parts), prog=program, usage=usage, description=description, allow_abbrev=False)
+        self.groups = _groups(parts)
+        self._parser = _Parser(self.groups, prog=program, usage=usage, description=description, allow_abbrev=False)
         self._parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
         self._actions = {action.dest: action for action in reversed(self._parser._actions)}
         self._names = sorted(self._actions.keys() - {"help", "config"})
@@ -90,14 +91,12 @@ class CommandParser:
         config.add_argument("--config")
         path = config.parse_known_args(argv)[0].config
         if path is not None:
-            self._parser.set_defaults_with_config(**self._from_file(path))
-        *groups, _, unknown = self._parser.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
+            self._parser.set_defaults_from(self._from_file(path))
+        values, unknown = self._parser.parse_known_args(list(argv))
         for text in unknown:
             name = text.lstrip("-").partition("=")[0]
             raise ValueError(self._unknown(name, "--") if text.startswith("--") else f"unexpected argument {text!r}")
-        return {name: value for group in groups for name, value in vars(group).items()}
+        return {name: value for name, value in vars(values).items() if name != "config"}
 
     def build(self, values: dict[str, Any]) -> list[Any]:
         """One object a part.
@@ -138,22 +137,17 @@ class CommandParser:
         return _converted(action, value)
 
 
-class _Parser(TrlParser):
+class _Parser(FieldParser):
     def format_help(self) -> str:
         """Without the secrets of a file, whose options are defaults."""
         defaults = {action: action.default for action in self._actions}
         try:
             for action, default in defaults.items():
                 action.default = without_secrets({action.dest: default})[action.dest]
-            text: str = super().format_help()
-            return text
+            return super().format_help()
         finally:
             for action, default in defaults.items():
                 action.default = default
-
-    def error(self, message: str) -> None:
-        """Without the usage, which is a page long."""
-        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
@@ -199,22 +193,15 @@ def _names(part: Part) -> list[str]:
     return [field.name for field in fields if field.init and (part.names is None or field.name in part.names)]
 
 
-def _groups(parts: Sequence[Part]) -> list[type]:
-    """One dataclass a title, because TrlParser makes one group of options a dataclass."""
-    groups: dict[str, list[Any]] = {}
+def _groups(parts: Sequence[Part]) -> dict[str, list[OptionField]]:
+    """The options by the titles of their groups, in the order of `TITLES`."""
+    groups: dict[str, list[OptionField]] = {}
     for part in parts:
         hints = get_type_hints(part.dataclass)
         fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
-            old = fields[name]
-            field = dataclasses.field(
-                default=old.default, default_factory=old.default_factory, metadata=dict(old.metadata)
-            )
-            groups.setdefault(part.title_of(name), []).append((name, hints[name], field))
-    return [
-        dataclasses.make_dataclass("Options", groups[title], namespace={"_argument_group_name": title})
-        for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))
-    ]
+            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], fields[name]))
+    return {title: groups[title] for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))}
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
