@@ -40,6 +40,15 @@ def test_help_needs_no_library_that_computes(command):
     assert "usage: trl-apa" in asked.stdout
 
 
+def test_train_lists_its_options_without_what_trains():
+    """Beside `TrainingArguments`, which imports torch: no model, no data set, no tracker, no other parser."""
+    unused = ("datasets", "pandas", "wandb", "transformers.hf_argparser", "transformers.trainer")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    argv = [sys.executable, "-c", ASK, ",".join(unused), "train", "--help"]
+    asked = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
+    assert asked.stderr.splitlines()[-1] == "imported: []"
+
+
 class Colour(Enum):
     RED = "red"
     BLUE = "blue"
@@ -107,9 +116,6 @@ def test_every_kind_of_field_is_read_as_transformers_reads_it():
     with pytest.raises(ValueError, match="wrong: a union of types is read as one of them"):
         wrong = OptionField("wrong", int | float | None, dataclasses.field(default=None))
         FieldParser({"fields": [wrong]})
-
-
-MAKERS = {"check": check.make_parser, "evaluate": evaluate.make_parser, "generate": generate.make_parser}
 
 
 @pytest.mark.parametrize("module", [check, evaluate, generate, memory, offline, reward, sft, train])

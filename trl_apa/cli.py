@@ -28,7 +28,7 @@ COMMANDS = {
     "demo": ("trl_apa.demo", "a complete RLHF pipeline with a small model on the CPU: SFT, reward model, APA"),
     "sft": ("trl_apa.commands.sft", "supervised fine-tuning with TRL's SFTTrainer"),
     "reward": ("trl_apa.commands.reward", "train a reward model on preferences with TRL's RewardTrainer"),
-    "train": ("trl_apa.commands.train", "align a policy with APA, AWR or PPO"),
+    "train": ("trl_apa.commands.train_options", "align a policy with APA, AWR or PPO"),
     "offline": ("trl_apa.commands.offline", "train on fixed responses with APA, AWR or ILQL"),
     "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
     "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
