@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from reproduction.drawing import draw_figure
 from reproduction.figures import CONFIGS, read_entry, read_figure
 from reproduction.logs import Row, read_rows
 from reproduction.running import Job, full_jobs, mini_jobs, run_full, run_in_small
@@ -19,7 +18,6 @@ from reproduction.sizes import MiniSizes
 from reproduction.tables import tables
 from trl_apa.commands.outputs import check_output_folder
 from trl_apa.commands.parsing import OneLineParser
-from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 def make_parser() -> OneLineParser:
@@ -101,6 +99,9 @@ def refuse_what_has_no_effect(options: argparse.Namespace, of_the_curves: Sequen
 
 def draw(title: str, jobs: Sequence[Job], path: Path) -> None:
     """The picture and the tables of the runs that are there; what cannot be written is a warning."""
+    from reproduction.drawing import draw_figure
+    from trl_apa.trainer.tracker_failures import warn_if_report_fails
+
     panels: dict[str, dict[str, list[list[Row]]]] = {}
     for job in jobs:
         panels.setdefault(job.panel, {}).setdefault(job.label, []).append(read_rows(job.folder))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reproduction.win_rates import Comparison, WinRates, answers_file, sampling_seed, summarize, verdicts_file
-from trl_apa.commands import generate, winrate
+from trl_apa.commands import generate, winrate_options
 from trl_apa.commands.options import did_you_mean, read_yaml
 from trl_apa.commands.row_file import record_of
 from trl_apa.winrate import Judgement, Pair
@@ -40,7 +40,7 @@ def options_of(comparison: Comparison, more: Sequence[str]) -> Options:
         ValueError: for an option that neither command has, or that the file's does not.
         SystemExit: for a value of the wrong type.
     """
-    parser = winrate.make_parser()
+    parser = winrate_options.make_parser()
     of_winrate = vars(parser.parse_args([*ANY_ANSWERS, *ANY_JUDGE])).keys() - {"ours", "theirs"}
     of_generate = generate.make_parser().parse([]).keys()
     in_file = read_yaml(str(comparison.winrate))

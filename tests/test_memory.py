@@ -322,7 +322,7 @@ def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, caps
     assert int(proposed[1]) >= 1024 and int(proposed[1]) % 64 == 0
     assert "24 GB (1 GiB usable): does not fit, 0.1 GiB too much" in head and "80 GB (1 GiB usable): fits" in head
     assert tail.splitlines() == ["  nothing that this command knows of"]
-    monkeypatch.setattr("trl_apa.commands.memory.Planner.tokens_that_fit", lambda self, sizes: [None, None])
+    monkeypatch.setattr("trl_apa.memory.prediction.Planner.tokens_that_fit", lambda self, sizes: [None, None])
     assert run(*options, "--overhead", 0) == 0
     assert "what to change" not in capsys.readouterr().out
     assert memory.proposal([None, None]) == "largest tokens_per_micro_batch that fits: none, with any card"

@@ -7,18 +7,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from peft import LoraConfig
-from trl import ModelConfig
-
-from trl_apa.checking import Finding, Report
-from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.config.apa import APAConfig
 from trl_apa.config.fields import option
-from trl_apa.models.gguf import adapter_config_file, load_config
-from trl_apa.trainer.apa import APATrainer
+
+
+# What computes is imported where it is used, so that `--help` answers at once.
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from trl import ModelConfig
+
+    from trl_apa.checking import Report
+    from trl_apa.config.apa import APAConfig
 
 
 NEW_LORA = "lora"
@@ -63,16 +64,22 @@ class CheckArguments:
             raise ValueError("model is not set: name a folder or a hub name")
         return self.model
 
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> "ModelConfig":
         """The same for the loader."""
+        from trl import ModelConfig
+
         dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
         bits = {"load_in_8bit": self.quantization == "8bit", "load_in_4bit": self.quantization == "4bit"}
         return ModelConfig(
             model_name_or_path=self.model, dtype=dtype, attn_implementation=self.attn_implementation, **bits
         )
 
-    def peft_config(self) -> LoraConfig | None:
+    def peft_config(self) -> "LoraConfig | None":
         """New adapters, if they are asked for; an adapter by name brings its own."""
+        from peft import LoraConfig
+
+        from trl_apa.models.gguf import adapter_config_file, load_config
+
         is_adapter = adapter_config_file(self.model_name()) is not None
         if is_adapter or (self.peft is None and self.quantization is None):
             return None
@@ -85,8 +92,10 @@ class CheckArguments:
             task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
         )
 
-    def config(self, folder: str) -> APAConfig:
+    def config(self, folder: str) -> "APAConfig":
         """The options of the run that is meant."""
+        from trl_apa.config.apa import APAConfig
+
         return APAConfig(
             output_dir=folder,
             report_to="none",
@@ -120,6 +129,8 @@ def main(argv: Sequence[str]) -> int:
         argv = ["--model", *argv]
     (arguments,) = make_parser().build(make_parser().parse(argv))
     arguments.model_name()
+    import torch
+
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU")
     prompts = None if arguments.prompts is None else _lines(arguments.prompts)
@@ -133,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
-def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report:
+def check(arguments: CheckArguments, prompts: list[str] | None = None) -> "Report":
     """Load a model as a run would, make its trainer, and check its networks.
 
     A trainer that refuses what it is given, because sizes do not fit say, is the finding that something is wrong.
@@ -141,6 +152,10 @@ def check(arguments: CheckArguments, prompts: list[str] | None = None) -> Report
     Raises:
         ValueError: if the model or its tokenizer cannot be loaded.
     """
+    from trl_apa.checking import Finding, Report
+    from trl_apa.commands.models import load_policy, load_tokenizer
+    from trl_apa.trainer.apa import APATrainer
+
     name, loading, trust = arguments.model_name(), arguments.model_config(), arguments.trust_remote_code
     tokenizer = load_tokenizer(name, loading, trust)
     model = load_policy(name, loading, trust)

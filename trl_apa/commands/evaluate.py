@@ -14,7 +14,7 @@ from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
-from trl_apa.commands.train import reward_part
+from trl_apa.commands.train_options import reward_part
 from trl_apa.config.fields import option
 from trl_apa.evaluation.held_out import held_out_metrics
 from trl_apa.trainer.apa import APATrainer

@@ -5,19 +5,20 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.config.fields import option
-from trl_apa.memory import Planner, Prediction, Setup
-from trl_apa.memory.advice import Change, changes
+from trl_apa.memory.choices import ATTENTIONS, NETWORKS, REFERENCES, SHARDINGS
 from trl_apa.memory.optimizers import STATES
-from trl_apa.memory.prediction import OVERHEAD, PARTS
-from trl_apa.memory.setup import ATTENTIONS, NETWORKS, REFERENCES, SHARDINGS
-from trl_apa.memory.shapes import config_of
 
+
+# What computes is imported where it is used, so that `--help` answers at once.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from trl_apa.memory import Prediction, Setup
+    from trl_apa.memory.advice import Change
 
 GIB = 2**30
 # What torch can use of cards that are sold by these sizes, GiB.
@@ -68,12 +69,17 @@ class MemoryArguments:
         0.75, "GiB assumed for the CUDA context, libraries' workspaces and what the allocator cannot use."
     )
 
-    def setup(self) -> Setup:
+    def setup(self) -> "Setup":
         """The same in the terms of the prediction.
 
         Raises:
             ValueError: if a model cannot be found, or an option does not go with another.
         """
+        import torch
+
+        from trl_apa.memory import Setup
+        from trl_apa.memory.shapes import config_of
+
         if self.model is None:
             raise ValueError("model is not set: pass a folder, a hub name or a list of sizes")
         dtype = self.dtype or ("bfloat16" if self.quantization else "float32")
@@ -105,7 +111,9 @@ class MemoryArguments:
         )
 
 
-def _network(name: str, kinds: Collection[str | None]) -> str | PretrainedConfig:
+def _network(name: str, kinds: Collection[str | None]) -> "str | PretrainedConfig":
+    from trl_apa.memory.shapes import config_of
+
     return name if name in kinds else config_of(name)
 
 
@@ -117,6 +125,9 @@ def main(argv: Sequence[str]) -> int:
         Part(MemoryArguments, lambda name: "training"),
     )
     (arguments,) = parser.build(parser.parse(argv))
+    from trl_apa.memory import Planner
+    from trl_apa.memory.advice import changes
+
     setup = arguments.setup()
     with _quietly():
         planner = Planner(setup)
@@ -144,8 +155,10 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def table(prediction: Prediction) -> list[str]:
+def table(prediction: "Prediction") -> list[str]:
     """Lines of a table of both phases, GiB, and which cards hold the larger one."""
+    from trl_apa.memory.prediction import OVERHEAD, PARTS
+
     lines = [f"{'GiB at the peak':<22}{'generation':>12}{'update':>12}"]
     for name in PARTS:
         sizes = [phase.get(name, 0) for phase in (prediction.generation, prediction.update)]
@@ -170,7 +183,7 @@ def _line(name: str, sizes: Sequence[int]) -> str:
     return f"{name:<22}" + "".join(f"{size / GIB:>12.2f}" for size in sizes)
 
 
-def advice(found: Sequence[Change]) -> list[str]:
+def advice(found: "Sequence[Change]") -> list[str]:
     """A line a change: what it saves, and the smallest card that holds the rest."""
     lines = []
     for change in found:

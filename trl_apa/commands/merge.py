@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from trl_apa.commands.outputs import check_output_folder
 from trl_apa.commands.parsing import OneLineParser
 
@@ -19,6 +17,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the merged weights")
     options = parser.parse_args(argv)
     check_output_folder("output_dir", options.output_dir)
+    import torch
+
     from trl_apa.commands.models import loading
     from trl_apa.models import merge_and_save
 

@@ -14,7 +14,7 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.commands.rows import DataArguments, load_rows, preference
-from trl_apa.commands.train import OtherModelArguments, reward_part
+from trl_apa.commands.train_options import OtherModelArguments, reward_part
 from trl_apa.data.pairs import Preference
 from trl_apa.data.sources import Row
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, label_pairs

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
 
+from trl_apa.commands.field_parser import FieldParser, OptionField
 from trl_apa.commands.parsing import DefaultsFormatter, OneLineParser
-from trl_apa.redaction import without_secrets, without_secrets_in_error
+from trl_apa.redaction import without_secrets
 
 
 # Groups of `--help` in their order; those that are not here come last.
@@ -76,8 +76,9 @@ class CommandParser:
         self._hints = {name: hint for part in parts for name, hint in get_type_hints(part.dataclass).items()}
         program = f"trl-apa {command}"
         usage = f"{program} [--config FILE] [--option value ...]"
+        self.groups = _groups(parts)
         self._parser = _Parser(
-            _groups(parts),
+            self.groups,
             prog=program,
             usage=usage,
             description=description,
@@ -104,14 +105,12 @@ class CommandParser:
         config.add_argument("--config")
         path = config.parse_known_args(argv)[0].config
         if path is not None:
-            self._parser.set_defaults_with_config(**self._from_file(path))
-        *groups, _, unknown = self._parser.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
+            self._parser.set_defaults_from(self._from_file(path))
+        values, unknown = self._parser.parse_known_args(list(argv))
         for text in unknown:
             name = text.lstrip("-").partition("=")[0]
             raise ValueError(self._unknown(name, "--") if text.startswith("--") else f"unexpected argument {text!r}")
-        return {name: value for group in groups for name, value in vars(group).items()}
+        return {name: value for name, value in vars(values).items() if name != "config"}
 
     def build(self, values: dict[str, Any]) -> list[Any]:
         """One object a part.
@@ -152,9 +151,7 @@ class CommandParser:
         return _converted(action, value)
 
 
-class _Parser(TrlParser):
-    _action_groups: list[argparse._ArgumentGroup]
-
+class _Parser(FieldParser):
     @property
     def hidden(self) -> list[argparse._ArgumentGroup]:
         """Groups that `--help` leaves out."""
@@ -169,16 +166,11 @@ class _Parser(TrlParser):
                 action.default = without_secrets({action.dest: default})[action.dest]
             if not everything:
                 self._action_groups = [group for group in groups if group not in self.hidden]
-            text: str = super().format_help()
-            return text
+            return super().format_help()
         finally:
             self._action_groups = groups
             for action, default in defaults.items():
                 action.default = default
-
-    def error(self, message: str) -> None:
-        """Without the usage, which is a page long."""
-        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
 
 
 class _HelpAll(argparse.Action):
@@ -233,22 +225,15 @@ def _names(part: Part) -> list[str]:
     return [field.name for field in fields if field.init and (part.names is None or field.name in part.names)]
 
 
-def _groups(parts: Sequence[Part]) -> list[type]:
-    """One dataclass a title, because TrlParser makes one group of options a dataclass."""
-    groups: dict[str, list[Any]] = {}
+def _groups(parts: Sequence[Part]) -> dict[str, list[OptionField]]:
+    """The options by the titles of their groups, in the order of `TITLES`."""
+    groups: dict[str, list[OptionField]] = {}
     for part in parts:
         hints = get_type_hints(part.dataclass)
         fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
-            old = fields[name]
-            field = dataclasses.field(
-                default=old.default, default_factory=old.default_factory, metadata=dict(old.metadata)
-            )
-            groups.setdefault(part.title_of(name), []).append((name, hints[name], field))
-    return [
-        dataclasses.make_dataclass("Options", groups[title], namespace={"_argument_group_name": title})
-        for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))
-    ]
+            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], fields[name]))
+    return {title: groups[title] for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))}
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:

@@ -3,9 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_apa.config.fields import option
 from trl_apa.data import BadRow, Preference, preference_rows, sft_rows, split_by_prompt
@@ -13,6 +11,9 @@ from trl_apa.data.hh import parse_row, split_dialogue
 from trl_apa.data.layouts import LAYOUTS, rows_in_layout
 from trl_apa.data.sources import Row, iter_rows
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Fields = dict[str, Any]
 
@@ -71,7 +72,7 @@ class _Keyed(NamedTuple):
     row: Row
 
 
-def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> tuple[Dataset, Dataset | None]:
+def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> "tuple[Dataset, Dataset | None]":
     """Rows to train on, and held-out rows if the arguments name any.
 
     Args:
@@ -100,7 +101,7 @@ def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> tup
     return train, _converted(arguments.eval_dataset_name or name, held_out, convert, arguments.max_eval_rows)
 
 
-def load_prompts(arguments: DataArguments) -> Dataset:
+def load_prompts(arguments: DataArguments) -> "Dataset":
     """The prompts of the commands that do not train: the held-out share, if there is one, else all.
 
     Raises:
@@ -136,7 +137,7 @@ def _opening_text(fields: Fields) -> str:
     return str(value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value)
 
 
-def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields], limit: int | None) -> Dataset:
+def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields], limit: int | None) -> "Dataset":
     good: dict[str, Fields] = {}
     bad: list[BadRow] = []
     for place, row in enumerate(rows):
@@ -159,6 +160,8 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
         print(f"{source}: {len(bad)} rows are left out, the first of them row {bad[0].row}: {bad[0].reason}")
     names = dict.fromkeys(name for fields in good.values() for name in fields)
     try:
+        from datasets import Dataset
+
         return Dataset.from_dict({name: [fields.get(name) for fields in good.values()] for name in names})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: a column holds values of different types: {error}") from error

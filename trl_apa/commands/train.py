@@ -1,88 +1,41 @@
 """`trl-apa train`: align a policy with APA, AWR or PPO."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
-from trl_apa.commands.groups import apa_part, model_part
-from trl_apa.commands.launching import LAUNCH_PART, launch
+from trl_apa.commands.launching import launch
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
-from trl_apa.commands.models import import_reward_function, load_policy, load_rewards, load_tokenizer, loading
-from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, loading
+from trl_apa.commands.options import CommandParser
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import APA_COLUMNS, print_lines
-from trl_apa.commands.rows import DataArguments, load_rows, prompts_by
+from trl_apa.commands.rows import load_rows, prompts_by
+from trl_apa.commands.train_options import OtherModelArguments as OtherModelArguments
+from trl_apa.commands.train_options import RewardArguments as RewardArguments
+from trl_apa.commands.train_options import make_parser as make_parser
 from trl_apa.config.apa import APAConfig
-from trl_apa.config.fields import option
 from trl_apa.models.critic import ADAPTER_PREFIX
 from trl_apa.rollout.prompts import PromptSource
 from trl_apa.trainer.apa import APATrainer
 
 
-@dataclass
-class RewardArguments:
-    """What scores the responses."""
-
-    reward_model_name_or_path: list[str] | None = option(
-        None,
-        "Reward models: folders or hub names of classifiers with one label, or 'adapter:PATH' for one "
-        "that is an adapter on the policy's base.",
-    )
-    reward_funcs: list[str] | None = option(
-        None, "Reward functions by dotted name (my_rewards.politeness), found from the working directory."
-    )
-    trust_remote_code: bool = option(False, "Let code that comes with models and tokenizers run.")
-
-    def functions(self) -> list[Callable[..., Any]]:
-        """The functions, imported.
-
-        Raises:
-            ValueError: if one cannot be imported, or if there is neither a function nor a model.
-        """
-        if not self.reward_funcs and not self.reward_model_name_or_path:
-            raise ValueError("no rewards: set reward_model_name_or_path, reward_funcs, or both")
-        return [import_reward_function(name) for name in self.reward_funcs or ()]
-
-
-@dataclass
-class OtherModelArguments:
-    """The networks beside the policy."""
-
-    ref_model_name_or_path: str | None = option(None, "pi_init, the policy before training by default.")
-    value_model: str = option(
-        "separate",
-        "'separate': a copy of the policy's trunk; 'adapter' or 'adapter:PATH': a second adapter on the "
-        "policy's base; 'head': classic's head on the policy; or a folder or hub name of a reward model, a "
-        "language model or a saved value model.",
-    )
-
-
-def reward_part() -> Part:
-    """The options about scores."""
-    return Part(RewardArguments, lambda name: "rewards" if name.startswith("reward") else "model")
-
-
-def make_parser() -> CommandParser:
-    """The options of the command."""
-    return CommandParser(
-        "train",
-        "Align a policy with Advantage-Induced Policy Alignment: sample, score, learn.",
-        Part(DataArguments, lambda name: "data"),
-        reward_part(),
-        model_part(),
-        Part(OtherModelArguments, lambda name: "model"),
-        apa_part(),
-        LAUNCH_PART,
-    )
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     parser = make_parser()
-    values = parser.parse(argv)
+    return run(argv, parser, parser.parse(argv))
+
+
+def run(argv: Sequence[str], parser: CommandParser, values: dict[str, Any]) -> int:
+    """Run the command with its options, read; returns the exit status.
+
+    Args:
+        argv: the command line, for the processes of a launch.
+        parser: that has read it.
+        values: every option.
+    """
     if launch("train", argv, values):
         return 0
     data, rewards, model, others, config, _ = parser.build(values)

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_apa.commands.models import checkpoint_stamp, loading
-from trl_apa.commands.parsing import OneLineParser
 from trl_apa.commands.rows import demonstration
-from trl_apa.data.layouts import LAYOUTS, rows_in_layout
+from trl_apa.commands.winrate_options import PROGRAM, make_parser
+from trl_apa.data.layouts import rows_in_layout
 from trl_apa.data.sources import iter_rows
 from trl_apa.files import replace_text
 from trl_apa.models import gguf, load_language_model, load_reward_model
@@ -32,65 +32,13 @@ from trl_apa.winrate import (
 )
 
 
-def make_parser() -> OneLineParser:
-    """The options of the command."""
-    parser = OneLineParser(
-        prog="trl-apa winrate",
-        description="How often a judge prefers the answers in A to those in B. Every pair is judged in both orders.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("ours", metavar="A", help="answers of one model, as `trl-apa generate` writes them")
-    parser.add_argument("theirs", metavar="B", help="answers of the other model to the same prompts")
-    add = parser.add_argument
-    add("--judge", choices=("openai", "local"), required=True, help="an OpenAI-compatible endpoint, or a model here")
-    add(
-        "--judge_model",
-        required=True,
-        help="name at the endpoint; or folder or hub name of a reward or language model",
-    )
-    add(
-        "--references", metavar="ROWS", help="preferences or demonstrations with the same prompts, as `sft` reads them"
-    )
-    add("--references_layout", choices=tuple(LAYOUTS), help="as dataset_layout of the other commands")
-    add("--references_data_dir", help="folder inside a hub data set")
-    add("--references_split", default="train", help="split of a hub data set (default: %(default)s)")
-    add("--cut_at", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
-    add("--output", metavar="FILE", help="file for the result and every verdict, as JSON; written at the end")
-    add(
-        "--cache",
-        metavar="FILE",
-        help="file of the verdicts, each written as it comes, which are not asked for again (default: "
-        "winrate_cache.jsonl beside A)",
-    )
-    add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    add("--confidence", type=float, default=0.95, help="of the interval (default: %(default)s)")
-    openai = parser.add_argument_group("--judge openai")
-    openai.add_argument("--base_url", help="of the endpoint (default: OpenAI's)")
-    openai.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with the key (default: %(default)s)")
-    openai.add_argument("--request", type=_json_object, default={}, help="JSON: more fields of the request")
-    openai.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
-    openai.add_argument("--retries", type=int, default=6, help="of a request (default: %(default)s)")
-    openai.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        help="of a request, seconds from connecting to the last byte; of each retry anew (default: %(default)s)",
-    )
-    local = parser.add_argument_group("--judge local")
-    local.add_argument(
-        "--tie_margin", type=float, default=0.0, help="scores within this margin are a tie (default: %(default)s)"
-    )
-    local.add_argument("--batch_size", type=int, default=8, help="of a forward pass (default: %(default)s)")
-    local.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
-    local.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
-    local.add_argument("--trust_remote_code", action="store_true", help="let code that comes with the model run")
-    return parser
-
-
 def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status: see `run`."""
+    return run(make_parser().parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status: 1 if the endpoint failed, after which the run can be repeated."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
     try:
         ours, theirs = read_answers(options.ours), read_answers(options.theirs)
         references = read_references(options, {json.dumps(answer.prompt) for answer in ours})
@@ -106,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         if options.output is not None:
             write(options.output, options, result, judgements)
     except JudgeError as error:
-        print(f"{parser.prog}: {error}\nthe verdicts so far are in {cache.path}: run it again", file=sys.stderr)
+        print(f"{PROGRAM}: {error}\nthe verdicts so far are in {cache.path}: run it again", file=sys.stderr)
         return 1
     print(describe(options, result))
     return 0
@@ -298,14 +246,3 @@ def write(path: str, options: argparse.Namespace, result: dict[str, float], judg
     about = {name: getattr(options, name) for name in ("ours", "theirs", "judge", "judge_model", "references", "seed")}
     text = json.dumps({**about, **result, "judgements": rows}, indent=2, ensure_ascii=False)
     replace_text(path, text + "\n")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return value
-
-
-# What argparse calls the type in its message.
-_json_object.__name__ = "JSON object"

@@ -12,7 +12,6 @@ from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import ALGORITHMS, SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.algorithms.estimators import ESTIMATORS, AdvantageEstimator, estimator_of
 from trl_apa.algorithms.policy_gradient import GRPO_AGGREGATIONS
-from trl_apa.classic.core import flatten_dict
 from trl_apa.config import trl_0_12
 from trl_apa.config.by_estimator import (
     BY_ESTIMATOR,
@@ -31,7 +30,6 @@ from trl_apa.config.tools import ToolOptions
 from trl_apa.config.trackers import check_project_kwargs, tracker_names, tracker_objects
 from trl_apa.config.vllm import VLLMOptions
 from trl_apa.redaction import RedactedOptions, errors_without_secrets, without_secrets
-from trl_apa.trainer.reporting import check_trackers
 
 
 # Options that should be greater than 0 where they are set.
@@ -532,6 +530,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
 
         Trackers get this: keys and tokens are left out of it.
         """
+        from trl_apa.classic.core import flatten_dict
+
         named = [tracker.name for tracker in tracker_objects(self.log_with)]
         trackers = {"log_with": [*self.report_to, *named]} if named else {}
         return flatten_dict(super().to_dict() | {"total_ppo_epochs": self.total_ppo_epochs} | trackers)
@@ -582,6 +582,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             self.report_to = tracker_names(self.report_to) or "none"
 
     def _check_trackers(self) -> None:
+        from trl_apa.trainer.reporting import check_trackers  # which needs what a list of options does not
+
         self._parse_json("tracker_kwargs")
         self._parse_json("project_kwargs")
         check_project_kwargs(self.project_kwargs)

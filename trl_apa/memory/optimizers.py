@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 # bitsandbytes keeps the states of smaller tensors in float32, and of others one float32 scale for so many elements.
@@ -55,12 +58,12 @@ STATES: dict[str, Callable[[Shape, int], int]] = {
 }
 
 
-def state_bytes(optimizer: str, parameters: Iterable[torch.Tensor]) -> int:
+def state_bytes(optimizer: str, parameters: "Iterable[torch.Tensor]") -> int:
     """States of all of `parameters`."""
     return sum(STATES[optimizer](tuple(p.shape), p.element_size()) for p in parameters)
 
 
-def step_bytes(optimizer: str, parameters: Iterable[torch.Tensor]) -> int:
+def step_bytes(optimizer: str, parameters: "Iterable[torch.Tensor]") -> int:
     """What `optimizer.step` needs for a moment: the unfused AdamW a copy of all parameters, the fused one nothing."""
     if optimizer != "adamw_torch":
         return 0

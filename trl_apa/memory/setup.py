@@ -6,17 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from trl_apa.memory.choices import ATTENTIONS, NETWORKS, REFERENCES, SHARDINGS
 from trl_apa.memory.optimizers import STATES
-
-
-SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
-REFERENCES = ("auto", "base", "adapter", "copy")
-ATTENTIONS = ("eager", "sdpa", "flash")
-# Of networks that are not given as a config.
-NETWORKS: dict[str, tuple[str | None, ...]] = {
-    "value": ("separate", "adapter", "head", None),
-    "reward": (None, "adapter", "separate"),
-}
 
 
 @dataclass(frozen=True)
