@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         jobs = full_jobs(figure, seeds, folder)
         if status := run_full(figure, jobs, of_the_curves):
             return status
-    in_small = "" if options.scale == "full" or figure.only_mini else "; here in small, on the task of the demo"
+    in_small = "" if options.scale == "full" or figure.only_mini else f"; here in small, task {figure.task}"
     draw(f"{figure.name}: {figure.title}{in_small}", jobs, folder / f"{figure.name}.png")
     print(folder / f"{figure.name}.png")
     return 0

@@ -31,7 +31,7 @@ from trl_apa.trainer.apa import APATrainer
 ONLINE_OPTIONS = frozenset(
     "loss_type kl_coef init_kl_coef adap_kl_ctrl target horizon cliprange cliprange_value gamma gae_lambda "
     "scale_rewards whiten_advantages num_epochs_per_batch num_generations advantage_estimator group_normalization "
-    "loss_aggregation kl_in".split()
+    "loss_aggregation kl_in normalizer num_ref_samples value_kl_coef".split()
 )
 OFFLINE_OPTIONS = frozenset(
     "loss_type kl_coef gamma gae_lambda whiten_advantages value_epochs freeze_value learn_state_normaliser expectile "
@@ -121,6 +121,7 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
     sizes, policy = task.sizes, task.policy()
     trainer = APATrainer(config, policy, tokenizer=task.tokenizer)
     rng, cpu_seconds = random.Random(config.seed), 0.0
+    ref_rewards: dict[str, list[float]] = {}
     log.append({"step": 0, "samples": 0, **task.measure(policy)})
     for iteration in range(1, sizes.iterations + 1):
         began = time.process_time()
@@ -129,7 +130,9 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
         responses = trainer.generate(queries, return_prompt=False, batch_size=sizes.batch_size)
         more: dict[str, Any] = {}
         if config.estimator.needs_ref_rewards:
-            more["ref_rewards"] = task.reference_rewards(prompts, config.num_ref_samples)
+            new = set(prompts) - ref_rewards.keys()
+            ref_rewards |= {prompt: task.reference_rewards(prompt, config.num_ref_samples) for prompt in new}
+            more["ref_rewards"] = [ref_rewards[prompt] for prompt in prompts]
         trainer.step(queries, responses, task.score(prompts, responses), **more)
         cpu_seconds += time.process_time() - began
         if _is_due(iteration, sizes.iterations, sizes.evaluations):

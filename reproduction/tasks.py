@@ -34,7 +34,6 @@ class Task(ABC):
 
     def __init__(self, folder: Path, sizes: MiniSizes):
         self.folder, self.sizes = folder, sizes
-        self._reference_rewards: dict[int, dict[str, list[float]]] = {}
 
     @property
     @abstractmethod
@@ -78,15 +77,11 @@ class Task(ABC):
             raise FloatingPointError("the policy has weights that are not finite")
         return {f"eval_{name}": value for name, value in self.measure_finite(policy).items()}
 
-    def reference_rewards(self, prompts: Sequence[str], count: int) -> list[list[float]]:
-        """Rewards of `count` answers of the fine-tuned model to each prompt, which are sampled once for each."""
-        known = self._reference_rewards.setdefault(count, {})
-        if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in known)):
-            asked = [prompt for prompt in new for _ in range(count)]
-            answers = sample(self.initial_policy, self.tokenizer, asked, self.max_new_tokens, seed=11 + len(known))
-            scores = [float(score) for score in self.score(asked, answers)]
-            known |= {prompt: scores[number * count : (number + 1) * count] for number, prompt in enumerate(new)}
-        return [known[prompt] for prompt in prompts]
+    def reference_rewards(self, prompt: str, count: int) -> list[float]:
+        """Rewards of `count` answers of the fine-tuned model to a prompt, the same whenever it is asked."""
+        seed = int(sha256(prompt.encode()).hexdigest()[:8], 16)
+        answers = sample(self.initial_policy, self.tokenizer, [prompt] * count, self.max_new_tokens, seed=seed)
+        return [float(score) for score in self.score([prompt] * count, answers)]
 
     @cached_property
     def fixed_rows(self) -> list[dict[str, Any]]:

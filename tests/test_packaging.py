@@ -233,6 +233,11 @@ def test_the_source_distribution_holds_what_the_wheel_leaves_out(tmp_path: Path)
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert {file for file in files if "__pycache__" not in file} - names == set()
     assert {"reproduction/command.py", "reproduction/configs/figures.yaml"} <= names
+    if not (ROOT / ".git").exists():
+        return
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    left_out = {name for name in kept if name not in names}
+    assert {name.partition("/")[0] for name in left_out} <= {".github", ".pre-commit-config.yaml"}
 
 
 class TestCommandLine:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.test_training import StopAt, parameters, trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step
@@ -262,6 +263,24 @@ def test_it_counts_from_the_next_step_on_where_it_is_set_later(tmp_path, monkeyp
             warnings.simplefilter("ignore")
             trainer.step(*rollouts_of_groups())
         assert len(seen) == 2 * passes
+
+
+class SetWithinStep(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        args.tokens_per_micro_batch = 10
+
+
+def test_set_within_an_optimizer_step_it_reads_no_row_twice(tmp_path):
+    options = {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    options |= {"max_completion_length": 6, "optim": "sgd"}
+    plain = trainer_for(tmp_path / "plain", **options)
+    plain.train()
+    later = trainer_for(tmp_path / "later", callbacks=[SetWithinStep()], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        later.train()
+    assert later.args.tokens_per_micro_batch == 10
+    assert_same(parameters(later), parameters(plain))
 
 
 @pytest.mark.parametrize("stop", [1, 3])

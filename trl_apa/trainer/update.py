@@ -57,7 +57,8 @@ class Update(_BaseTrainer):
         iteration = self.run_state.iteration
         # An override of loss reads logits, which a packed row does not have.
         layouts = partial(self._layouts, packable=False) if self._calls("loss") else self._layouts
-        if self.args.tokens_per_micro_batch is not None and iteration.cuts is None:
+        # Between two optimizer steps: rows that a step has read already are not cut again.
+        if self.args.tokens_per_micro_batch is not None and iteration.cuts is None and iteration.ends_step:
             iteration.cuts = self._cut_by_tokens(iteration.rollouts, iteration.plan, layouts, iteration.groups)
         passes, ends_step = iteration.next_passes(), self.accelerator.sync_gradients
         module = self.accelerator.unwrap_model(model)
