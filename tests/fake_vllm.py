@@ -90,11 +90,14 @@ class Server:
 
     def __init__(self, model):
         self.llm, self.requests, self.failing, self.reports = LLM(model), [], False, False
+        self.logprobs_mode = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer({"data": [{"id": model}]})
+                told = {"logprobs_mode": server.logprobs_mode} if server.logprobs_mode else {}
+                told = {"vllm_config": {"model_config": told}}
+                self.answer(told if self.path.startswith("/server_info") else {"data": [{"id": model}]})
 
             def do_POST(self):
                 body = loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")

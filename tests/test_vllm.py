@@ -1,5 +1,7 @@
 """Sampling with vLLM: TRL's own classes over a stand-in for vLLM, compared with sampling by transformers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
@@ -130,6 +132,22 @@ def test_a_server_without_log_probs_is_as_one_of_which_nothing_is_known(tmp_path
         assert ("sampling/logprob_difference_max" in stats) == server.reports
         assert stats.get("sampling/logprob_difference_max", 0.0) < 1e-4
         assert server.reports or abs(stats["objective/kl"]) < 1e-4
+
+
+@pytest.mark.parametrize("mode", [None, "raw_logprobs", "processed_logprobs"])
+@pytest.mark.parametrize("changed", [{"temperature": 0.5}, {"top_p": 0.9}, {}])
+def test_log_probs_of_a_server_count_only_where_they_say_how_it_sampled(tmp_path, folder, server, mode, changed):
+    queries, _, _ = tiny_rollouts()
+    server.reports, server.logprobs_mode = True, mode
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "loss_type": "ppo"}
+    options |= {"importance_correction": "truncate", "max_completion_length": 5, **changed}
+    trainer = tiny_trainer(tmp_path, policy_from(folder), **options)
+    known = not changed or mode == "processed_logprobs"
+    with nullcontext() if known else pytest.warns(UserWarning, match="restart it with --logprobs-mode processed"):
+        responses = trainer.generate(queries, return_prompt=False)
+    noted = [trainer._sampled_logprobs.known(*pair) is not None for pair in zip(queries, responses, strict=True)]
+    assert noted == [known] * len(queries)
+    assert {call.logprobs for call in server.llm.calls} == {0 if known else None}
 
 
 def test_a_server_that_fails_is_named_and_what_was_learned_is_saved(tmp_path, folder, server):

@@ -1,12 +1,13 @@
 """Prompts to responses with vLLM, through TRL's own class: the policy's weights over, token ids back."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -27,6 +28,9 @@ from trl_apa.trainer.validation import check_positions
 # Options of transformers' GenerationConfig that need no translation, or change nothing of what is sampled.
 NEUTRAL = {"do_sample", "use_cache", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "min_length"}
 NEUTRAL |= {"decoder_start_token_id", "num_beams", "num_return_sequences", "return_dict_in_generate"}
+# Log-probs after all of the sampling options; and the values of these with which they are the model's own.
+PROCESSED = "processed_logprobs"
+UNCHANGED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens"}
 
 
@@ -170,6 +174,7 @@ class VLLMSampler:
         if (client := getattr(self.engine, "vllm_client", None)) is not None:
             self._ask_server, client.generate = client.generate, self._ask_server_noting_failure
         self._synced_at: tuple[int, int] | None = None
+        self._is_processed: bool | None = None
 
     def responses(
         self,
@@ -215,18 +220,39 @@ class VLLMSampler:
             )
         )
         self._bring_up_to_date(step)
-        # 0: of the sampled token alone.
-        wanted = None if notes is None or not generation_config.do_sample else 0
+        noted = notes is not None and generation_config.do_sample and self._logprobs_are_of_samples(sampling)
+        wanted = 0 if noted else None  # 0: of the sampled token alone
         vars(self.engine).update(sampling, max_completion_length=max(most), logprobs=wanted)
         prompts = [query.tolist() for query in queries]
         completions, logprobs = self._sample(prompts)
         responses = responses_of_completions(
             queries, completions, most, generation_config, stop_strings, self.tokenizer, remove_padding
         )
-        if logprobs is not None:
+        if noted and logprobs is not None:
             of_tokens = [[token[0] for token in row] for row in logprobs]
             note_logprobs(notes, queries, responses, completions, of_tokens, generation_config)
         return responses
+
+    def _logprobs_are_of_samples(self, sampling: dict[str, Any]) -> bool:
+        """Whether vLLM's log-probs are of the distribution that these options of `vllm_sampling` sample from.
+
+        A server says how it was started. One that does not say is taken for one that was started as usual: its
+        log-probs are of the model's logits, before temperature, top-p and penalties.
+        """
+        if self.args.vllm_mode != "server" or all(sampling[name] == value for name, value in UNCHANGED.items()):
+            return True
+        if self._is_processed is None:
+            client = getattr(self.engine, "vllm_client", None)
+            told = [client is not None and logprobs_mode_of(client) == PROCESSED]
+            self._is_processed = bool(broadcast_object_list(told)[0])
+            if not self._is_processed and self.args.importance_correction is not None:
+                warnings.warn(
+                    "the vLLM server reports log-probs before temperature, top_p and penalties, which do not say how "
+                    f"it sampled; restart it with --logprobs-mode {PROCESSED} for importance_correction",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        return self._is_processed
 
     def samples_and_logprobs(
         self, queries: Sequence[Tensor], max_new_tokens: int, step: int
@@ -321,6 +347,15 @@ class VLLMSampler:
         if self._failure is not None:
             said = without_secrets_in_error(str(self._failure), vars(self.args))
             raise RuntimeError(f"the vLLM server failed: {type(self._failure).__name__}: {said}")
+
+
+def logprobs_mode_of(client: Any) -> str | None:
+    """Which log-probs a server reports, `"processed_logprobs"` or another; None if it does not say."""
+    try:
+        mode: str = client.get_server_info()["model_config"]["logprobs_mode"]
+        return mode
+    except Exception:  # TRL's client raises nothing narrower for a server that refuses
+        return None
 
 
 def vllm_sampling(
