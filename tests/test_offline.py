@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from tests._two_processes import run_in_two_processes
 from tests.test_two_processes import announce_rank
@@ -16,9 +16,11 @@ from trl_apa.algorithms.advantages import gae
 from trl_apa.algorithms.masking import masked_whiten
 from trl_apa.data import Preference
 from trl_apa.models import reference_policy
+from trl_apa.models.layouts import rows_can_be_selected
 from trl_apa.models.logprobs import response_logits, response_logprobs
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, QValueModel, advantage_shifted, label_pairs
 from trl_apa.rollout.batch import pad_tokens
+from trl_apa.rollout.generation import generate_responses
 
 
 PROMPT = [5, 6, 7]
@@ -474,6 +476,20 @@ def test_the_shift_is_made_in_float32(tmp_path):
             shifted = policy(input_ids=ids).logits
     assert plain.dtype == torch.bfloat16
     torch.testing.assert_close(shifted, plain.float() + 2.0 * q_model.advantages(hidden), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_a_model_that_keeps_its_rows_beside_the_cache_samples_them_all_to_the_end(tmp_path, beta):
+    """ILQL's values have a cache of their own, of which no row is left out, even where they move no logit."""
+    trainer = trainer_of(tmp_path, ragged_rows(), loss_type="ilql")
+    policy, q_model = trainer.networks.policy.eval(), trainer.networks.value_model
+    queries = [torch.tensor([3, 4 + row]) for row in range(12)]
+    sampling = GenerationConfig(do_sample=True, max_new_tokens=12, eos_token_id=list(range(2, 12)), pad_token_id=0)
+    with advantage_shifted(policy, q_model, beta=beta):
+        assert not rows_can_be_selected(policy, 14)
+        for size in (12, 5):
+            responses = generate_responses(policy, queries, sampling, tiny_tokenizer(), batch_size=size)
+            assert len({len(response) for response in responses}) > 2
 
 
 # ---- held-out rewards ----

@@ -149,9 +149,9 @@ def test_an_evaluation_measures_what_each_row_has_alone(tmp_path, monkeypatch, f
     """KL to another pi_init, of answers that are sampled in the evaluation."""
     model, ref_model, measured = family_model(family), family_model(family, scale=3.0), []
 
-    def noted(trainer, steps, queries, responses):
-        nats = measure(trainer, steps, queries, responses)
-        measured.append((queries, responses, nats["kl"]))
+    def noted(trainer, steps, episodes):
+        nats = measure(trainer, steps, episodes)
+        measured.append((episodes.queries, episodes.responses, nats["kl"]))
         return nats
 
     measure = evaluation._kl_and_entropy

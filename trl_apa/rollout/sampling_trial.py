@@ -41,8 +41,8 @@ class SamplingTrial:
         together: of a batch of equally long prompts, from those of each prompt alone: rounding.
         batched: of a padded batch of both prompts, from those of each prompt alone.
         cached: of each prompt alone, with a cache, from those of the plain forward of the finished row.
-        selected: of a row that was chosen twice from the cache, while the others of its batch were deleted, from those
-            of the batch; None if the cache cannot do that.
+        selected: of a row that was chosen several times from the cache, while the others of its batch were deleted,
+            from those of the batch; None if the cache cannot do that.
         allowed: the largest relative difference that counts as rounding.
     """
 
@@ -176,17 +176,21 @@ def _after_selecting(
     expected: Tensor,
     exact: bool,
 ) -> Difference | None:
-    """The logits of the last row's second token, when it was chosen twice after the first, and the others were not."""
-    twice = torch.tensor([len(queries) - 1] * 2, device=queries[0].device)
+    """The logits of the last row's second token, when it alone was chosen after the first.
+
+    It is chosen once more than there were rows: what a model keeps of its rows beside the cache then does not fit.
+    """
+    copies = len(queries) + 1
+    chosen = torch.tensor([len(queries) - 1] * copies, device=queries[0].device)
     options = {"generation_config": _one_token(pad_token_id)}
     try:
         begun = _begun(model, queries, responses, pad_token_id)
         with neutral_generation_config(model):
-            output = restarted(model, begun.tokens_AT[twice], begun.mask_AT[twice], begun.cache, twice, **options)
+            output = restarted(model, begun.tokens_AT[chosen], begun.mask_AT[chosen], begun.cache, chosen, **options)
     except Exception:  # what a cache of its own cannot do, it says in its own way
         return None
     actual = output.logits[0].float().cpu().split(1)
-    return difference([expected[1:]] * 2, actual, [responses[-1][1:]] * 2, exact)
+    return difference([expected[1:]] * copies, actual, [responses[-1][1:]] * copies, exact)
 
 
 def _begun(model: Network, queries: Sequence[Tensor], responses: Sequence[Tensor], pad_token_id: int) -> Begun:

@@ -153,18 +153,7 @@ class TrainingLoop(ResumableRuns):
             RuntimeError: if it is called while it runs, by a callback or a reward function.
         """
         self._refuse_while_training("train")
-        dataset = self.train_dataset
-        if dataset is None:
-            dataset = rows_without_data(self._player, self.args)
-        if dataset is None:
-            raise ValueError("train() needs train_dataset, the prompts")
-        if self.scorer is None:
-            raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
-        if self._calls("prepare_dataloader"):
-            raise ValueError(
-                "prepare_dataloader is overridden, but train() reads train_dataset by itself; give the rows that it "
-                "should read as train_dataset, or loop over trainer.dataloader with generate, score and step"
-            )
+        dataset = self._prompts_of_train()
         args = self.args
         args.check_sizes()
         if args.needs_groups and args.num_generations == 1:
@@ -345,6 +334,26 @@ class TrainingLoop(ResumableRuns):
         episodes = self._episodes(rows, do_sample=False)
         texts, scores = self._scores_on_all_processes(rows, episodes)
         self._log_completions(texts, scores)
+
+    def _prompts_of_train(self) -> Any:
+        """The data set of prompts.
+
+        Raises:
+            ValueError: if it is missing, or a reward; or if a subclass overrides `prepare_dataloader`.
+        """
+        dataset = self.train_dataset
+        if dataset is None:
+            dataset = rows_without_data(self._player, self.args)
+        if dataset is None:
+            raise ValueError("train() needs train_dataset, the prompts")
+        if self.scorer is None:
+            raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
+        if self._calls("prepare_dataloader"):
+            raise ValueError(
+                "prepare_dataloader is overridden, but train() reads train_dataset by itself; give the rows that it "
+                "should read as train_dataset, or loop over trainer.dataloader with generate, score and step"
+            )
+        return dataset
 
     def _scored_episodes(self, timer: StageTimer) -> tuple[Episodes, Texts, Scores, list[Tensor] | None]:
         """Rollouts of the next iteration, their texts, scores, and rewards of pi_init's responses if they are read.
