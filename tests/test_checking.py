@@ -69,7 +69,7 @@ def test_without_a_value_model_what_is_there_is_checked(folder, capsys):
     [
         ("llama", dict),
         pytest.param("llama", lambda: {"peft_config": lora_config()}, marks=pytest.mark.slow),
-        ("gpt2", lora),
+        pytest.param("gpt2", lora, marks=pytest.mark.slow),
         pytest.param("gpt_neox", lambda: {"value_model": "head"}, marks=pytest.mark.slow),
         pytest.param("t5", dict, marks=pytest.mark.slow),
         ("bart", lambda: {"value_model": "head"}),
@@ -87,7 +87,7 @@ def test_nothing_is_wrong_with_families_that_are_exact(tmp_path, family, trainer
 
 @pytest.mark.parametrize(
     "family",
-    ["longrope", "bias in the mask", *(pytest.param(f, marks=pytest.mark.slow) for f in ("rwkv", "sampled experts"))],
+    ["bias in the mask", *(pytest.param(f, marks=pytest.mark.slow) for f in ("longrope", "rwkv", "sampled experts"))],
 )
 def test_what_is_not_exact_in_a_batch_is_said_and_not_used(tmp_path, family):
     trainer = tiny_trainer(tmp_path, family_model(family), {"value_model": "head"}, **SMALL, max_prompt_length=8)

@@ -214,7 +214,7 @@ def test_all_that_is_below_a_frozen_layer_is_frozen(family, below, above):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("gemma3", {"lora_r": 0, "num_unfrozen_layers": 1}),
+        pytest.param("gemma3", {"lora_r": 0, "num_unfrozen_layers": 1}, marks=pytest.mark.slow),
         ("llama4_text", {"value": "adapter"}),
     ],
 )

@@ -361,7 +361,7 @@ def test_same_seed_same_numbers(tmp_path):
         assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
-@pytest.mark.parametrize("loss_type", ["awr", "ppo"])
+@pytest.mark.parametrize("loss_type", [pytest.param("awr", marks=pytest.mark.slow), "ppo"])
 def test_other_losses_run_in_a_terminal(tmp_path, loss_type):
     result, screen = quiet_run(tmp_path, terminal=True, loss_type=loss_type, kl_coef=0.5, **TINY)
     assert result["options"]["loss_type"] == loss_type

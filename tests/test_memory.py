@@ -58,7 +58,7 @@ SMALL = LlamaConfig(
 )
 
 
-QUICK_CASES = {"full", "LoRA, no value model", "LoRA, autocast", "4-bit base, value adapter"}
+QUICK_CASES = {"full", "LoRA, autocast", "4-bit base, value adapter"}
 
 
 @pytest.fixture(autouse=True)

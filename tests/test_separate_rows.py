@@ -128,7 +128,9 @@ def test_offline_learning_reads_rows_separately_too(tmp_path, loss_type):
     assert_same(*results, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("family", ["griffin", "dynamic RoPE", "longrope"])
+@pytest.mark.parametrize(
+    "family", ["longrope", *(pytest.param(f, marks=pytest.mark.slow) for f in ("griffin", "dynamic RoPE"))]
+)
 @pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_a_run_is_resumed_as_if_it_had_not_stopped(tmp_path, family):
     """In the middle of an iteration, whose rows cross the boundaries of the config by then."""

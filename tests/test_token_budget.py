@@ -283,7 +283,7 @@ def test_set_within_an_optimizer_step_it_reads_no_row_twice(tmp_path):
     assert_same(parameters(later), parameters(plain))
 
 
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_train_makes_the_same_updates_and_resumes_with_another_number(tmp_path, stop):
     """In the middle of an iteration: to the bit with the same number, and with another one but for rounding."""
     options = {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
