@@ -33,6 +33,7 @@ from trl_apa.tools.sampling import EpisodeSampler
 from trl_apa.trainer.reference_rewards import (
     ReferenceSampling,
     check_ref_rewards_are_given,
+    check_ref_rewards_in_dataset,
     find_ref_rewards,
     padded_ref_rewards,
 )
@@ -180,7 +181,7 @@ class TrainingLoop(ResumableRuns):
                 "have a common divisor of 2 or more"
             )
         if self._player is not None and args.estimator.needs_ref_rewards:
-            check_ref_rewards_are_given(dataset, args.advantage_estimator)
+            check_ref_rewards_in_dataset(dataset, args.advantage_estimator)
         self._source = PromptSource(
             dataset,
             args.batch_size // args.num_generations,
@@ -369,6 +370,8 @@ class TrainingLoop(ResumableRuns):
     def _next_rows(self) -> list[dict[str, Any]]:
         """This process's rows of the next iteration, each `num_generations` times."""
         rows = self._source.rows(self.num_iterations_done)
+        if self._player is not None and self.args.estimator.needs_ref_rewards:
+            check_ref_rewards_are_given(rows, "an iteration", self.args.advantage_estimator)
         return [row for row in rows for _ in range(self.args.num_generations)]
 
     def _names_of_tools(self) -> list[str]:
@@ -482,11 +485,17 @@ class TrainingLoop(ResumableRuns):
             A 1-D tensor a query, reward units, less `missing_eos_penalty` where a response did not end.
 
         Raises:
-            ValueError: without `reward_funcs` or `reward_model`; on queries that `generate` would not take.
+            ValueError: without `reward_funcs` or `reward_model`; with tools, `environment_factory` or `rollout_func`,
+                where pi_init would answer in one turn; on queries that `generate` would not take.
             RuntimeError, TimeoutError: if a reward function fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("reference_rewards() needs reward_funcs or reward_model")
+        if self._player is not None:
+            raise ValueError(
+                "reference_rewards() samples responses of pi_init in one turn, and this trainer has tools, "
+                "environment_factory or rollout_func: score rollouts of pi_init yourself"
+            )
         policy = self.accelerator.unwrap_model(self.model).policy
         check_score_inputs(queries, queries, prompts, columns, policy, self.processing_class)
         return self._find_ref_rewards(_as_rows(queries, prompts, columns), queries)
@@ -505,7 +514,7 @@ class TrainingLoop(ResumableRuns):
             missing_eos_penalty=args.missing_eos_penalty or 0.0,
             seed=hash((args.seed, self.accelerator.process_index, len(known))) % 2**63,
         )
-        return find_ref_rewards(rows, queries, known, sampling, self.processes)
+        return find_ref_rewards(rows, queries, known, sampling if self._player is None else None, self.processes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
