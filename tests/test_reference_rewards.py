@@ -389,6 +389,54 @@ def test_reference_samples_are_those_of_pi_init_also_after_training(tmp_path):
         tiny_trainer(tmp_path, loss_type="qrpo").reference_rewards(queries)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("missing_eos_penalty", 5.0),
+        ("temperature", 0.3),
+        ("max_completion_length", 2),
+        ("top_p", 0.2),
+        ("top_k", 1),
+        ("stop_strings", ["w", "w9"]),
+    ],
+)
+def test_known_rewards_are_dropped_when_what_they_depend_on_changes(tmp_path, option, value):
+    """Then they are those of a trainer that had the option from the beginning; and again those of before."""
+    queries = [torch.tensor([2, 3]), torch.tensor([4, 5, 6])]
+    asked = Counted()
+    trainer, other = run(tmp_path, "qrpo", asked), run(tmp_path, "qrpo", **{option: value})
+    before, initial = trainer.reference_rewards(queries), getattr(trainer.args, option)
+    assert torch.equal(torch.cat(trainer.reference_rewards(queries)), torch.cat(before)) and len(asked.calls) == 1
+    setattr(trainer.args, option, value)
+    changed = torch.cat(trainer.reference_rewards(queries))
+    assert torch.equal(changed, torch.cat(other.reference_rewards(queries))) and len(asked.calls) == 2
+    assert not torch.equal(changed, torch.cat(before))
+    if isinstance(value, list):
+        trainer.args.stop_strings.pop()  # the same list, changed in place
+        trainer.reference_rewards(queries)
+        assert len(asked.calls) == 3
+    setattr(trainer.args, option, initial)
+    assert torch.equal(torch.cat(trainer.reference_rewards(queries)), torch.cat(before))
+
+
+def test_options_of_another_run_drop_what_its_checkpoint_knows(tmp_path):
+    """With `resume_anyway`, and of a state that does not say what its rewards were made with."""
+    options = {"dataset": [{"prompt": prompt} for prompt in PROMPTS[:8]], "max_steps": 12}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, "qrpo", callbacks=[StopAt(8)], **options).train()
+    asked = Counted()
+    resumed = run(tmp_path, "qrpo", asked, **{**options, "temperature": 0.5})
+    resumed.train(resume_from_checkpoint=True, resume_anyway=["temperature"])
+    assert 12 in [len(call) for call in asked.calls]
+    state = resumed.run_state.state_dict()
+    assert state["ref_rewards_options"]["temperature"] == 0.5 and state["ref_rewards"]
+    del state["ref_rewards_options"]
+    resumed.run_state.load_state_dict(state, torch.device("cpu"), 12)
+    queries = [torch.tensor(tiny_tokenizer()(PROMPTS[0])["input_ids"])]
+    resumed.reference_rewards(queries)
+    assert len(asked.calls[-1]) == 3 and len(resumed.run_state.ref_rewards) == 1
+
+
 @pytest.mark.parametrize(("loss_type", "stop"), [("qrpo", 3), ("astar_po", 8)])
 def test_a_run_resumes_with_the_same_bits_and_samples_no_prompt_again(tmp_path, loss_type, stop):
     """In the middle of an iteration, and at the end of a pass over the prompts."""

@@ -24,6 +24,11 @@ from trl_apa.values import shown
 Row = dict[str, Any]
 # The column of a data set that holds them.
 COLUMN = "ref_rewards"
+# Options that the rewards of sampled responses depend on and that may be set between two iterations.
+OPTIONS = (
+    *("num_ref_samples", "missing_eos_penalty"),
+    *("temperature", "top_p", "top_k", "max_completion_length", "stop_strings"),
+)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from trl_apa.tools.environments import EnvironmentReward
 from trl_apa.tools.making import Player, rows_without_data
 from trl_apa.tools.sampling import EpisodeSampler
 from trl_apa.trainer.reference_rewards import (
+    OPTIONS,
     ReferenceSampling,
     check_ref_rewards_are_given,
     check_ref_rewards_in_dataset,
@@ -475,8 +476,10 @@ class TrainingLoop(ResumableRuns):
     ) -> list[Tensor]:
         """Scores of `num_ref_samples` responses of pi_init to each query, for `step(ref_rewards=...)`.
 
-        Each prompt is sampled and scored once; equal queries have equal scores, now and later. `train` takes what it
-        needs by itself. All processes call this, with equally many queries.
+        Each prompt is sampled and scored once; equal queries have equal scores, now and later, until an option of the
+        config that they depend on is set to another value. They are sampled as the config says: options given to
+        `generate` itself do not count here. `train` takes what it needs by itself. All processes call this, with
+        equally many queries.
 
         Args:
             queries, prompts, columns: as in `score`.
@@ -501,7 +504,8 @@ class TrainingLoop(ResumableRuns):
         return self._find_ref_rewards(_as_rows(queries, prompts, columns), queries)
 
     def _find_ref_rewards(self, rows: list[dict[str, Any]], queries: list[Tensor]) -> list[Tensor]:
-        args, known = self.args, self.run_state.ref_rewards
+        args = self.args
+        known = self.run_state.ref_rewards_made_with({name: getattr(args, name) for name in OPTIONS})
         size = args.generation_batch_size or args.local_rollout_forward_batch_size or args.batch_size
         options = {"batch_size": size, "stop_strings": args.stop_strings}
         sampling = ReferenceSampling(
