@@ -24,7 +24,9 @@ from trl_apa.algorithms.reference_rewards import (
     quantile_advantages,
 )
 from trl_apa.algorithms.regression import response_regression_loss
+from trl_apa.distributed.processes import Processes
 from trl_apa.rollout.prompts import PromptSource
+from trl_apa.trainer.reference_rewards import ReferenceSampling, find_ref_rewards
 
 
 __all__ = ["tree"]  # the fixture
@@ -491,6 +493,35 @@ def test_a_sample_that_did_not_end_is_charged_and_one_that_was_not_scored_is_lef
     nothing = run(tmp_path, "qrpo", lambda completions, **_: [None] * len(completions), **options)
     with pytest.raises(ValueError, match=r"no response of pi_init to the prompt \[2, 3\] was scored"):
         nothing.reference_rewards(queries)
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_a_prompt_that_is_asked_only_to_make_as_many_calls_need_not_be_scored(new):
+    """One process of several, of which another has three new prompts."""
+    queries, known = [torch.tensor([2, 3]), torch.tensor([4, 5, 6])], {}
+    asked = []
+
+    def score(rows, queries, responses):
+        asked.append(len(queries))
+        kept_B = torch.arange(len(queries)) < (2 if good else 0)
+        return SimpleNamespace(total_B=torch.ones(len(queries)), kept_B=kept_B)
+
+    def find(rows, new_elsewhere):
+        accelerator = SimpleNamespace(device="cpu", gather=lambda count: torch.cat([count, count + new_elsewhere]))
+        processes = Processes(accelerator)
+        processes.together = lambda work: work()
+        sampling = ReferenceSampling(lambda queries: [torch.tensor([5, EOS])] * len(queries), score, 2, [EOS], 0.0, 0)
+        return find_ref_rewards([{}] * len(rows), rows, known, sampling, processes)
+
+    good = True
+    find(queries[:1], 0)
+    good = bool(new)
+    found = find([queries[0], queries[new]], 3)
+    assert asked == [2, 2 * (3 + new)] and [rewards.tolist() for rewards in found] == [[1.0, 1.0]] * 2
+    assert len(known) == 1 + new
+    good = False
+    with pytest.raises(ValueError, match=r"no response of pi_init to the prompt \[7\] was scored"):
+        find([torch.tensor([7])], 3)
 
 
 def test_a_group_of_the_policys_own_responses_is_no_substitute():

@@ -121,9 +121,13 @@ def find_ref_rewards(
         # Processes with fewer new prompts ask some again, so that all make the same calls.
         asked = list(islice(cycle(missing.values() or [0]), count))
         sampled = _sample(
-            [rows[number] for number in asked], [queries[number] for number in asked], sampling, processes
+            [rows[number] for number in asked],
+            [queries[number] for number in asked],
+            len(missing),
+            sampling,
+            processes,
         )
-        own = dict(zip(missing, sampled, strict=False))
+        own = dict(zip(missing, sampled, strict=True))
         for rewards in gather_object([own]):
             for name, values in rewards.items():
                 known.setdefault(name, values)
@@ -140,9 +144,9 @@ def _given(number: int, row: Row, may_sample: bool) -> Tensor | None:
 
 
 def _sample(
-    rows: list[Row], queries: list[Tensor], sampling: ReferenceSampling, processes: Processes
+    rows: list[Row], queries: list[Tensor], needed: int, sampling: ReferenceSampling, processes: Processes
 ) -> list[list[float]]:
-    """For each prompt the rewards of the responses to it that were scored."""
+    """For each of the first `needed` prompts the rewards of the responses to it that were scored, one or more."""
     rows = [row for row in rows for _ in range(sampling.num_samples)]
     queries = [query for query in queries for _ in range(sampling.num_samples)]
     with random_numbers_of_its_own(sampling.seed):
@@ -151,7 +155,7 @@ def _sample(
     ended_B = torch.tensor([int(response[-1]) in sampling.end_token_ids for response in responses])
     rewards_B = scores.total_B.cpu() - sampling.missing_eos_penalty * ~ended_B
     parts = zip(rewards_B.split(sampling.num_samples), scores.kept_B.cpu().split(sampling.num_samples), strict=True)
-    found = [rewards[kept].tolist() for rewards, kept in parts]
+    found = [rewards[kept].tolist() for rewards, kept in parts][:needed]
 
     def check() -> None:
         if not all(found):
