@@ -17,6 +17,7 @@ from tests.test_training import PROMPTS, StopAt, logged, parameters, trainer_for
 from tests.test_update import assert_same, parameters_after_step, row_logprobs
 from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa.algorithms.advantages import group_advantages
+from trl_apa.algorithms.estimators import AdvantageEstimator
 from trl_apa.algorithms.reference_rewards import (
     log_quantile_partition,
     optimal_value_advantages,
@@ -334,6 +335,28 @@ def test_options(tmp_path):
         with pytest.raises(ValueError, match=message):
             tiny_config(tmp_path, **options)
     assert tiny_config(tmp_path, loss_type="grpo", advantage_estimator="optimal_value", value_kl_coef=1.0).kl_coef == 0
+
+
+def above_the_mean(rows, args):
+    """A user's estimator, which does not read kl_coef."""
+    above_B = rows.rewards_BR.sum(dim=1) - rows.ref_rewards_BN.nanmean(dim=1)
+    return above_B[:, None].expand_as(rows.rewards_BR), None
+
+
+ABOVE_THE_MEAN = AdvantageEstimator(above_the_mean, row_by_row=True, needs_ref_rewards=True)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "rloo", "ppo"])
+def test_a_users_estimator_may_have_a_kl_coef_of_zero(tmp_path, loss_type):
+    options = {"loss_type": loss_type, "advantage_estimator": f"{__name__}:ABOVE_THE_MEAN", "kl_coef": 0.0}
+    options |= {"optim": "sgd", "learning_rate": 0.1}
+    trainer = tiny_trainer(tmp_path, **options)
+    before = parameters(trainer)
+    trainer.step(*tiny_rollouts(), ref_rewards=[[0.0, 1.0]] * 4)
+    after = parameters(trainer)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ValueError, match="whiten_rewards=True with advantage_estimator="):
+        tiny_config(tmp_path, **options, whiten_rewards=True)
 
 
 class Counted:
