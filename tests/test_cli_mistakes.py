@@ -81,6 +81,10 @@ def place(tmp_path_factory):
     Path("torn.json.gz").write_bytes(gzip.compress(b"[]" * 99)[:-9])
     jsonl(Path("long.jsonl"), [{"prompt": f"{n}" * 300, "chosen": "y", "rejected": "z"} for n in range(8)])
     jsonl(Path("demonstrations.jsonl"), [{"prompt": "x" * 300, "completion": "y"}] * 8)
+    rewarded = {"prompt": "x", "completion": "y", "reward": 1.0}
+    compared = {**rewarded, "ref_rewards": [0.5]}
+    jsonl(Path("rewarded.jsonl"), [compared, rewarded] * 4)
+    jsonl(Path("mixed.jsonl"), [compared, {"prompt": "x", "chosen": "y", "rejected": "z"}] * 4)
     jsonl(Path("answers.jsonl"), [{"prompt": "p", "completion": "c"}])
     Path("nothing").mkdir()
     Path("run").mkdir()
@@ -180,7 +184,14 @@ EARLY = {
         ("--config json.yaml", "tracker_kwargs is not JSON"),
         ("--use_vllm", "vLLM is not installed"),
     ],
-    "offline": [*TRAINING, *REWARDED, ("--dataset_name long.jsonl", "row 1 has 300 tokens of prompt and 2 of resp")],
+    "offline": [
+        *TRAINING,
+        *REWARDED,
+        ("--dataset_name long.jsonl", "row 1 has 300 tokens of prompt and 2 of resp"),
+        ("--loss_type qrpo", "row 1 is a preference pair and has no ref_rewards, which loss_type='qrpo' compares"),
+        ("--loss_type qrpo --dataset_name rewarded.jsonl", "row 2 has no ref_rewards, which loss_type='qrpo'"),
+        ("--loss_type qrpo --dataset_name mixed.jsonl", "row 2 is a preference pair and has no ref_rewards"),
+    ],
     "sft": [
         *TRAINING,
         ("--dataset_name demonstrations.jsonl", "row 1 has 301 tokens; the model has 256 positions"),

@@ -85,6 +85,22 @@ def test_weights_worked_by_hand():
         weights("mask", "row")
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apart", [0.2, 2.0, 89.0, 1e4, math.inf])
+def test_no_ratio_is_infinite_however_far_the_sampler_is(level, correction, dtype, apart):
+    """Of 512 tokens each way; an advantage of 0 times a weight is 0."""
+    logprobs = torch.full((2, 512), -1.0, dtype=dtype)
+    sampling = logprobs - torch.tensor([[apart], [-apart]], dtype=dtype)
+    mask = torch.ones(2, 512).bool()
+    unbounded = importance_weights(logprobs, sampling, mask, correction, level, None)
+    assert unbounded.float().isfinite().all() and (unbounded[0] > 1).all() and (unbounded[1] < 1).all()
+    assert (unbounded.float() * 0.0 == 0).all()
+    bounded = importance_weights(logprobs, sampling, mask, correction, level, 1.1)
+    assert bounded[0].unique().tolist() == pytest.approx([0.0 if correction == "mask" else 1.1])
+
+
 class Reporting:
     """Answers with fixed responses, and with log-probs that are `SHIFTS` away from those of a copy of the policy."""
 
@@ -113,6 +129,17 @@ def step_of(trainer):
     responses = trainer.generate(QUERIES, return_prompt=False)
     assert [r.tolist() for r in responses] == [r.tolist() for r in RESPONSES]
     return trainer.step(QUERIES, responses, SCORES)
+
+
+def test_a_step_without_upper_bound_stays_finite_where_an_advantage_is_zero(tmp_path):
+    """Equal scores of the group make all advantages 0; the engine is 30 nats a token away."""
+    options = {"loss_type": "rloo", "importance_correction": "truncate", "importance_level": "sequence"}
+    far = Reporting(lambda row, logprobs: [number - 30.0 for number in logprobs])
+    trainer = trainer_with(tmp_path, far, importance_max=None, kl_coef=0.0, **options)
+    responses = trainer.generate(QUERIES, return_prompt=False)
+    stats = trainer.step(QUERIES, responses, [torch.tensor(1.0)] * 8)
+    assert stats["sampling/importance_weight_max"] > 1e30
+    assert all(parameter.isfinite().all() for parameter in parameters(trainer).values())
 
 
 def expected_weights(temperature, level, correction):

@@ -17,6 +17,7 @@ from tests.test_training import PROMPTS, StopAt, logged, parameters, trainer_for
 from tests.test_update import assert_same, parameters_after_step, row_logprobs
 from tests.tiny import EOS, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa.algorithms.advantages import group_advantages
+from trl_apa.algorithms.estimators import AdvantageEstimator
 from trl_apa.algorithms.reference_rewards import (
     log_quantile_partition,
     optimal_value_advantages,
@@ -24,7 +25,9 @@ from trl_apa.algorithms.reference_rewards import (
     quantile_advantages,
 )
 from trl_apa.algorithms.regression import response_regression_loss
+from trl_apa.distributed.processes import Processes
 from trl_apa.rollout.prompts import PromptSource
+from trl_apa.trainer.reference_rewards import ReferenceSampling, find_ref_rewards
 
 
 __all__ = ["tree"]  # the fixture
@@ -334,6 +337,28 @@ def test_options(tmp_path):
     assert tiny_config(tmp_path, loss_type="grpo", advantage_estimator="optimal_value", value_kl_coef=1.0).kl_coef == 0
 
 
+def above_the_mean(rows, args):
+    """A user's estimator, which does not read kl_coef."""
+    above_B = rows.rewards_BR.sum(dim=1) - rows.ref_rewards_BN.nanmean(dim=1)
+    return above_B[:, None].expand_as(rows.rewards_BR), None
+
+
+ABOVE_THE_MEAN = AdvantageEstimator(above_the_mean, row_by_row=True, needs_ref_rewards=True)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "rloo", "ppo"])
+def test_a_users_estimator_may_have_a_kl_coef_of_zero(tmp_path, loss_type):
+    options = {"loss_type": loss_type, "advantage_estimator": f"{__name__}:ABOVE_THE_MEAN", "kl_coef": 0.0}
+    options |= {"optim": "sgd", "learning_rate": 0.1}
+    trainer = tiny_trainer(tmp_path, **options)
+    before = parameters(trainer)
+    trainer.step(*tiny_rollouts(), ref_rewards=[[0.0, 1.0]] * 4)
+    after = parameters(trainer)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ValueError, match="whiten_rewards=True with advantage_estimator="):
+        tiny_config(tmp_path, **options, whiten_rewards=True)
+
+
 class Counted:
     """A reward function that notes how many responses it was asked about."""
 
@@ -387,6 +412,54 @@ def test_reference_samples_are_those_of_pi_init_also_after_training(tmp_path):
     assert len(trained.run_state.ref_rewards) == 3 and torch.equal(found[0], found[2])
     with pytest.raises(ValueError, match="needs reward_funcs or reward_model"):
         tiny_trainer(tmp_path, loss_type="qrpo").reference_rewards(queries)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("missing_eos_penalty", 5.0),
+        ("temperature", 0.3),
+        ("max_completion_length", 2),
+        ("top_p", 0.2),
+        ("top_k", 1),
+        ("stop_strings", ["w", "w9"]),
+    ],
+)
+def test_known_rewards_are_dropped_when_what_they_depend_on_changes(tmp_path, option, value):
+    """Then they are those of a trainer that had the option from the beginning; and again those of before."""
+    queries = [torch.tensor([2, 3]), torch.tensor([4, 5, 6])]
+    asked = Counted()
+    trainer, other = run(tmp_path, "qrpo", asked), run(tmp_path, "qrpo", **{option: value})
+    before, initial = trainer.reference_rewards(queries), getattr(trainer.args, option)
+    assert torch.equal(torch.cat(trainer.reference_rewards(queries)), torch.cat(before)) and len(asked.calls) == 1
+    setattr(trainer.args, option, value)
+    changed = torch.cat(trainer.reference_rewards(queries))
+    assert torch.equal(changed, torch.cat(other.reference_rewards(queries))) and len(asked.calls) == 2
+    assert not torch.equal(changed, torch.cat(before))
+    if isinstance(value, list):
+        trainer.args.stop_strings.pop()  # the same list, changed in place
+        trainer.reference_rewards(queries)
+        assert len(asked.calls) == 3
+    setattr(trainer.args, option, initial)
+    assert torch.equal(torch.cat(trainer.reference_rewards(queries)), torch.cat(before))
+
+
+def test_options_of_another_run_drop_what_its_checkpoint_knows(tmp_path):
+    """With `resume_anyway`, and of a state that does not say what its rewards were made with."""
+    options = {"dataset": [{"prompt": prompt} for prompt in PROMPTS[:8]], "max_steps": 12}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, "qrpo", callbacks=[StopAt(8)], **options).train()
+    asked = Counted()
+    resumed = run(tmp_path, "qrpo", asked, **{**options, "temperature": 0.5})
+    resumed.train(resume_from_checkpoint=True, resume_anyway=["temperature"])
+    assert 12 in [len(call) for call in asked.calls]
+    state = resumed.run_state.state_dict()
+    assert state["ref_rewards_options"]["temperature"] == 0.5 and state["ref_rewards"]
+    del state["ref_rewards_options"]
+    resumed.run_state.load_state_dict(state, torch.device("cpu"), 12)
+    queries = [torch.tensor(tiny_tokenizer()(PROMPTS[0])["input_ids"])]
+    resumed.reference_rewards(queries)
+    assert len(asked.calls[-1]) == 3 and len(resumed.run_state.ref_rewards) == 1
 
 
 @pytest.mark.parametrize(("loss_type", "stop"), [("qrpo", 3), ("astar_po", 8)])
@@ -443,6 +516,35 @@ def test_a_sample_that_did_not_end_is_charged_and_one_that_was_not_scored_is_lef
     nothing = run(tmp_path, "qrpo", lambda completions, **_: [None] * len(completions), **options)
     with pytest.raises(ValueError, match=r"no response of pi_init to the prompt \[2, 3\] was scored"):
         nothing.reference_rewards(queries)
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_a_prompt_that_is_asked_only_to_make_as_many_calls_need_not_be_scored(new):
+    """One process of several, of which another has three new prompts."""
+    queries, known = [torch.tensor([2, 3]), torch.tensor([4, 5, 6])], {}
+    asked = []
+
+    def score(rows, queries, responses):
+        asked.append(len(queries))
+        kept_B = torch.arange(len(queries)) < (2 if good else 0)
+        return SimpleNamespace(total_B=torch.ones(len(queries)), kept_B=kept_B)
+
+    def find(rows, new_elsewhere):
+        accelerator = SimpleNamespace(device="cpu", gather=lambda count: torch.cat([count, count + new_elsewhere]))
+        processes = Processes(accelerator)
+        processes.together = lambda work: work()
+        sampling = ReferenceSampling(lambda queries: [torch.tensor([5, EOS])] * len(queries), score, 2, [EOS], 0.0, 0)
+        return find_ref_rewards([{}] * len(rows), rows, known, sampling, processes)
+
+    good = True
+    find(queries[:1], 0)
+    good = bool(new)
+    found = find([queries[0], queries[new]], 3)
+    assert asked == [2, 2 * (3 + new)] and [rewards.tolist() for rewards in found] == [[1.0, 1.0]] * 2
+    assert len(known) == 1 + new
+    good = False
+    with pytest.raises(ValueError, match=r"no response of pi_init to the prompt \[7\] was scored"):
+        find([torch.tensor([7])], 3)
 
 
 def test_a_group_of_the_policys_own_responses_is_no_substitute():

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from tests.tool_dialogues import Script, add, ask, call, tool_tokenizer, tool_trainer
@@ -350,12 +351,50 @@ def test_rewards_of_pi_init_have_to_be_given_where_rollouts_have_several_turns(t
     given = {"tools": [add], "reward": length_reward, "config": {"loss_type": loss_type}}
     turns = {"first?": [call("add", a=1, b=2), "3."]}
     trainer, _ = tool_trainer(tmp_path / "none", turns, ask("first?"), **given)
-    with pytest.raises(ValueError, match="train_dataset has no column ref_rewards: with tools, environment_factory"):
+    problem = "row 0 of train_dataset has no ref_rewards: with tools, environment_factory"
+    with pytest.raises(ValueError, match=problem):
         trainer.train()
+    with pytest.raises(ValueError, match=r"reference_rewards\(\) samples responses of pi_init in one turn"):
+        trainer.reference_rewards([torch.tensor([2, 3])])
     rows = [{**row, "ref_rewards": [1.0, 2.0, 3.0]} for row in ask("first?")]
     trainer, _ = tool_trainer(tmp_path / "given", turns, rows, **given)
     trainer.train()
     assert trainer.state.global_step > 0 and not trainer.run_state.ref_rewards
+
+
+def stream(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize("several_turns_by", ["tools", "rollout_func"])
+@pytest.mark.parametrize(
+    ("make_dataset", "problem"),
+    [
+        (list, "row 1 of train_dataset has no ref_rewards: with tools, environment_factory or rollout_func"),
+        (Dataset.from_list, "row 1 of train_dataset has no ref_rewards"),
+        (
+            lambda rows: Dataset.from_list(rows).remove_columns("ref_rewards"),
+            "train_dataset has no column ref_rewards",
+        ),
+        (stream, "row 1 of an iteration has no ref_rewards"),
+        (lambda rows: stream([{"prompt": row["prompt"]} for row in rows]), "row 0 of an iteration has no ref_rewards"),
+    ],
+)
+def test_a_single_row_without_rewards_of_pi_init_is_named_before_anything_is_sampled(
+    tmp_path, make_dataset, problem, several_turns_by
+):
+    def never(*_, **__):
+        raise AssertionError("a rollout was sampled")
+
+    rows = [{**row, "ref_rewards": given} for row, given in zip(ask("a?", "b?"), ([1.0], None), strict=True)]
+    several = {"tools": [add]} if several_turns_by == "tools" else {"rollout_func": never}
+    config = {"loss_type": "qrpo", "batch_size": 2, "mini_batch_size": 2}
+    trainer, _ = tool_trainer(tmp_path, None, rows, reward=length_reward, config=config, **several)
+    trainer.train_dataset, trainer._respond = make_dataset(rows), never
+    with pytest.raises(ValueError, match=problem):
+        trainer.train()
+    with pytest.raises(ValueError, match="row 1 has no ref_rewards, and responses of pi_init in one turn"):
+        trainer._find_ref_rewards(rows, [torch.tensor([2, 3])] * 2)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from trl_apa.algorithms.masking import check_response_tensors, keep_counted
 
 CORRECTIONS = ("truncate", "mask")
 LEVELS = ("token", "sequence")
+# exp of it is finite in float32; an infinite weight times an advantage of 0 would be NaN.
+LARGEST_LOG_RATIO = 88.0
 
 
 def importance_weights(
@@ -35,10 +37,10 @@ def importance_weights(
         response_mask_BR (`Tensor` `(B, R)`): bool, `True` = a counted response token.
         correction (`str`): `"truncate"` or `"mask"`.
         level (`str`, *optional*, defaults to `"token"`): `"token"` or `"sequence"`.
-        highest, lowest (`float`, *optional*): bounds of the ratio; None: no bound.
+        highest, lowest (`float`, *optional*): bounds of the ratio; None: no bound but that of float32.
 
     Returns:
-        The weights `(B, R)`, without gradient; 1 behind the mask at the level of tokens.
+        The weights `(B, R)`, finite, without gradient; 1 behind the mask at the level of tokens.
 
     Raises:
         ValueError: if `correction` or `level` is none of these, a shape is not the mask's `(B, R)`, or the mask is not
@@ -53,7 +55,8 @@ def importance_weights(
     difference_BR = keep_counted(difference_BR, response_mask_BR)
     if level == "sequence":
         difference_BR = difference_BR.sum(dim=1, keepdim=True).expand_as(difference_BR)
-    ratio_BR = difference_BR.exp()
+    # A response of a few hundred tokens can differ by 100 nats: its ratio is then the largest that float32 holds.
+    ratio_BR = difference_BR.clamp(max=LARGEST_LOG_RATIO).exp()
     if correction == "truncate":
         return ratio_BR if highest is None and lowest is None else ratio_BR.clamp(min=lowest, max=highest)
     outside_BR = torch.zeros_like(response_mask_BR)

@@ -18,16 +18,20 @@ def group_normalized_advantages(
     """
     Advantages less an estimate of lambda log Z for each prompt: the policy's own mean residual.
 
-        Adv' = Adv + lambda mean over the prompt's tokens of (log pi_old(a|s) - log pi_init(a|s) - Adv / lambda)
+        Adv' = Adv + lambda mean over the tokens of the prompt's other responses of
+               (log pi_old(a|s) - log pi_init(a|s) - Adv / lambda)
 
-    With Adv' in place of Adv the residuals of a prompt's tokens have mean 0 before the update. At pi* of (3) a
-    residual is -log Z(s): where log Z(s) is the same in all states of a prompt, pi* is a fixed point whoever sampled;
-    where it is not, what remains is how far log Z(s) is from its mean over the prompt's tokens. On the policy's own
-    samples a constant has no expected gradient, and takes only noise away.
+    At pi* of (3) a residual is -log Z(s): where log Z(s) is the same in all states of a prompt, pi* is a fixed point
+    whoever sampled; where it is not, what remains is how far log Z(s) is from its mean over the prompt's tokens. The
+    response's own tokens are left out of the mean, because a token's log pi correlates with the residuals of those
+    that follow it. On the policy's own samples the constant is then independent of the response, has no expected
+    gradient if the loss is divided by a fixed number of tokens, and takes only noise away. It is 0 where no other
+    response of the prompt has a counted token.
 
-    With `of_responses` log-ratios are summed over a response, Adv is that of the response, and the mean is over the
-    prompt's responses. The state is then the prompt alone, and this is exact: pi_init exp(Adv / lambda) / Z is a fixed
-    point, and the only one, for any behaviour policy that covers all responses.
+    With `of_responses` log-ratios are summed over a response, Adv is that of the response, and the mean is over all of
+    the prompt's responses: leaving one out would multiply the residuals of G responses by G / (G - 1). The state is
+    then the prompt alone, and this is exact: pi_init exp(Adv / lambda) / Z is a fixed point, and the only one, for any
+    behaviour policy that covers all responses.
 
     Args:
         advantages_BR (`Tensor` `(B, R)`): Adv as it would enter the loss, reward units (or whitened).
@@ -55,5 +59,7 @@ def group_normalized_advantages(
         count_B = (lengths_B > 0).to(lengths_B.dtype)
     group_B, num_groups = group_numbers(prompts_B, response_mask_BR)
     sums_B, counts_B = (sum_of_group(x_B, group_B, num_groups) for x_B in (total_B, count_B))
-    shift_B = sums_B / counts_B.clamp(min=1)
+    if not of_responses:
+        sums_B, counts_B = sums_B - total_B, counts_B - count_B
+    shift_B = torch.where(counts_B > 0, sums_B / counts_B.clamp(min=1), torch.zeros_like(sums_B))
     return torch.where(response_mask_BR, advantages_BR + shift_B[:, None], torch.zeros_like(advantages_BR))

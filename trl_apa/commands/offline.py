@@ -1,6 +1,6 @@
 """`trl-apa offline`: learn from fixed responses with APA, AWR, ILQL, QRPO or DRO."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
     functions = rewards.functions()
     rows, held_out = load_rows(data, response_with_reward)
+    check_ref_rewards_are_given(rows, config.loss_type)
     tokenizer, model_config = load_tokenizer(name, model, trust), config_of(name, model, trust)
     check_response_lengths(rows, tokenizer, model_config, config)
     check_prompt_lengths(held_out, tokenizer, model_config, config)
@@ -104,6 +105,20 @@ def response_with_reward(row: Row) -> dict[str, Any]:
     if isinstance(row.fields.get("chosen"), list):
         raise ValueError("has chat messages; give rows with prompt, completion and reward")
     return preference(row)
+
+
+def check_ref_rewards_are_given(rows: Iterable[dict[str, Any]], loss_type: str) -> None:
+    """
+    Raises:
+        ValueError: with the number of the row, from 1, if one has no `ref_rewards` and the loss reads them.
+    """
+    for number, row in enumerate(rows, start=1) if loss_type == "qrpo" else ():
+        if row.get("ref_rewards") is None:
+            kind = "is a preference pair and " if row.get("chosen") is not None else ""
+            raise ValueError(
+                f"row {number} {kind}has no ref_rewards, which loss_type='qrpo' compares its reward with: give rows "
+                "with prompt, completion, reward and ref_rewards"
+            )
 
 
 def labelled(rows: Sequence[dict[str, Any]], scorers: list[Any], tokenizer: Any, config: OfflineConfig) -> list[Any]:

@@ -146,8 +146,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             prompt's rewards. Defaults to `"std"` for GRPO and CISPO, else to `"none"`.
         normalizer (`str`, *optional*):
             APA and APA on responses: what stands for log Z(s) in the target. `"none"`, the default and the paper's 0,
-            or `"group"`, a constant for each prompt, estimated from its responses before each update
-            (`docs/algorithm.md`). `"group"` needs `num_generations` of 2 or more.
+            or `"group"`, a constant for each prompt, estimated from its responses before each update, for APA from the
+            prompt's other responses (`docs/algorithm.md`). `"group"` needs `num_generations` of 2 or more.
         num_ref_samples (`int`, *optional*, defaults to `8`):
             With `advantage_estimator="quantile"` or `"optimal_value"`: in `train` and `reference_rewards`, responses
             of pi_init that are sampled and scored once for each prompt, unless its row has `ref_rewards`.

@@ -48,8 +48,8 @@ def fill_by_algorithm(config: "APAConfig") -> None:
 def check_estimator_options(config: "APAConfig") -> None:
     """
     Raises:
-        ValueError: if `group_normalization` is another text than it should be, `kl_coef` is 0 where the estimator
-            divides by it, or rewards are whitened that are compared with those of pi_init.
+        ValueError: if `group_normalization` is another text than it should be, `kl_coef` is 0 where a built-in
+            estimator divides by it, or rewards are whitened that are compared with those of pi_init.
     """
     if config.advantage_estimator == "group_log_mean_exp" and config.kl_coef == 0:
         raise ValueError(
@@ -65,7 +65,8 @@ def check_estimator_options(config: "APAConfig") -> None:
 
 def _check_ref_rewards_options(config: "APAConfig") -> None:
     setting = f"advantage_estimator={config.advantage_estimator!r}"
-    if config.kl_coef == 0 and not (config.reads("value_kl_coef") and config.value_kl_coef):
+    divides = config.advantage_estimator in ("quantile", "optimal_value")
+    if divides and config.kl_coef == 0 and not (config.reads("value_kl_coef") and config.value_kl_coef):
         raise ValueError(f"kl_coef=0.0 with {setting}, which divides by it: set it to more")
     if config.whiten_rewards:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trl_apa.distributed.processes import Processes
 from trl_apa.evaluation.held_out import random_numbers_of_its_own
+from trl_apa.rollout.prompts import as_rows
 from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.shared_prompts import token_keys
 from trl_apa.trainer.validation import LARGEST_SCORE
@@ -23,6 +24,11 @@ from trl_apa.values import shown
 Row = dict[str, Any]
 # The column of a data set that holds them.
 COLUMN = "ref_rewards"
+# Options that the rewards of sampled responses depend on and that may be set between two iterations.
+OPTIONS = (
+    *("num_ref_samples", "missing_eos_penalty"),
+    *("temperature", "top_p", "top_k", "max_completion_length", "stop_strings"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,25 +52,43 @@ class ReferenceSampling:
     seed: int
 
 
-def check_ref_rewards_are_given(dataset: Any, advantage_estimator: str) -> None:
+def check_ref_rewards_in_dataset(dataset: Any, advantage_estimator: str) -> None:
+    """`check_ref_rewards_are_given` for all rows, where they can be read at little cost.
+
+    Raises:
+        ValueError: if a prompt comes without rewards of responses of pi_init.
+    """
+    rows = dataset if isinstance(dataset, list) else []
+    if hasattr(dataset, "__len__") and hasattr(dataset, "select_columns"):
+        if COLUMN not in dataset.column_names:
+            raise ValueError(f"train_dataset has no column {COLUMN}: {_only_given(advantage_estimator)}")
+        rows = dataset.select_columns([COLUMN])
+    check_ref_rewards_are_given(rows, "train_dataset", advantage_estimator)
+
+
+def check_ref_rewards_are_given(rows: Iterable[Any], whose: str, advantage_estimator: str) -> None:
     """For rollouts of several turns, of which none is sampled from pi_init to compare with.
 
     Raises:
-        ValueError: if the prompts come without rewards of responses of pi_init.
+        ValueError: with the number of the row, from 0, if one comes without rewards of responses of pi_init.
     """
-    names = getattr(dataset, "column_names", None) or (dataset[0] if len(dataset) else ())
-    if COLUMN not in names:
-        raise ValueError(
-            f"train_dataset has no column {COLUMN}: with tools, environment_factory or rollout_func no rollouts of "
-            f"pi_init are sampled for advantage_estimator={advantage_estimator!r}; give their rewards with each prompt"
-        )
+    for number, row in enumerate(as_rows(rows)):
+        if row.get(COLUMN) is None:
+            raise ValueError(f"row {number} of {whose} has no {COLUMN}: {_only_given(advantage_estimator)}")
+
+
+def _only_given(advantage_estimator: str) -> str:
+    return (
+        "with tools, environment_factory or rollout_func no rollouts of pi_init are sampled for "
+        f"advantage_estimator={advantage_estimator!r}; give their rewards with each prompt"
+    )
 
 
 def find_ref_rewards(
     rows: list[Row],
     queries: list[Tensor],
     known: dict[str, list[float]],
-    sampling: ReferenceSampling,
+    sampling: ReferenceSampling | None,
     processes: Processes,
 ) -> list[Tensor]:
     """Rewards of responses of pi_init to each prompt: those of its row, those that are known, or of new samples.
@@ -75,30 +99,35 @@ def find_ref_rewards(
         rows: of this process, of which some may have `ref_rewards`.
         queries: their prompts, 1-D token ids.
         known: from earlier calls, by prompt; what is sampled is added on all processes.
-        sampling: see there.
+        sampling: see there; None where nothing may be sampled.
         processes: of the run; all call this.
 
     Returns:
         1-D float32 tensors, reward units.
 
     Raises:
-        ValueError: if `ref_rewards` of a row is not what it should be, or no response to a prompt was scored.
+        ValueError: if `ref_rewards` of a row is not what it should be, or missing where nothing may be sampled; or if
+            no response to a prompt was scored.
     """
     names = [hashlib.blake2b(key, digest_size=16).hexdigest() for key in token_keys(queries)]
-    given = processes.together(lambda: [_given(number, row) for number, row in enumerate(rows)])
+    given = processes.together(lambda: [_given(number, row, sampling is not None) for number, row in enumerate(rows)])
     missing: dict[str, int] = {}
     for number, name in enumerate(names):
         if given[number] is None and name not in known:
             missing.setdefault(name, number)
     accelerator = processes.accelerator
     count = int(accelerator.gather(torch.tensor([len(missing)], device=accelerator.device)).max())
-    if count:
+    if count and sampling is not None:
         # Processes with fewer new prompts ask some again, so that all make the same calls.
         asked = list(islice(cycle(missing.values() or [0]), count))
         sampled = _sample(
-            [rows[number] for number in asked], [queries[number] for number in asked], sampling, processes
+            [rows[number] for number in asked],
+            [queries[number] for number in asked],
+            len(missing),
+            sampling,
+            processes,
         )
-        own = dict(zip(missing, sampled, strict=False))
+        own = dict(zip(missing, sampled, strict=True))
         for rewards in gather_object([own]):
             for name, values in rewards.items():
                 known.setdefault(name, values)
@@ -107,15 +136,17 @@ def find_ref_rewards(
     ]
 
 
-def _given(number: int, row: Row) -> Tensor | None:
+def _given(number: int, row: Row, may_sample: bool) -> Tensor | None:
     rewards = row.get(COLUMN)
+    if rewards is None and not may_sample:
+        raise ValueError(f"row {number} has no {COLUMN}, and responses of pi_init in one turn are no rollouts")
     return None if rewards is None else as_ref_rewards(f"{COLUMN} of row {number}", rewards)
 
 
 def _sample(
-    rows: list[Row], queries: list[Tensor], sampling: ReferenceSampling, processes: Processes
+    rows: list[Row], queries: list[Tensor], needed: int, sampling: ReferenceSampling, processes: Processes
 ) -> list[list[float]]:
-    """For each prompt the rewards of the responses to it that were scored."""
+    """For each of the first `needed` prompts the rewards of the responses to it that were scored, one or more."""
     rows = [row for row in rows for _ in range(sampling.num_samples)]
     queries = [query for query in queries for _ in range(sampling.num_samples)]
     with random_numbers_of_its_own(sampling.seed):
@@ -124,7 +155,7 @@ def _sample(
     ended_B = torch.tensor([int(response[-1]) in sampling.end_token_ids for response in responses])
     rewards_B = scores.total_B.cpu() - sampling.missing_eos_penalty * ~ended_B
     parts = zip(rewards_B.split(sampling.num_samples), scores.kept_B.cpu().split(sampling.num_samples), strict=True)
-    found = [rewards[kept].tolist() for rewards, kept in parts]
+    found = [rewards[kept].tolist() for rewards, kept in parts][:needed]
 
     def check() -> None:
         if not all(found):

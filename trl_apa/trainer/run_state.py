@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class RunState:
         iteration_began_at: optimizer steps that were made when the iteration began.
         best_mean_score: highest mean score of an iteration so far, reward units.
         ref_rewards: rewards of responses of pi_init, by prompt: see `reference_rewards.find_ref_rewards`.
+        ref_rewards_options: what these depend on, by name.
         first_iteration, episodes_before: where the counting of this run began, and the rollouts that were counted
             before.
     """
@@ -41,6 +43,7 @@ class RunState:
     iteration_began_at: int = 0
     best_mean_score: float = -math.inf
     ref_rewards: dict[str, list[float]] = field(default_factory=dict)
+    ref_rewards_options: dict[str, Any] = field(default_factory=dict)
     first_iteration: int = 0
     episodes_before: int = 0
 
@@ -60,6 +63,12 @@ class RunState:
         """Start a new run of `train`; adaptive state and the number of iterations are kept."""
         self.iteration, self.unlogged, self.last_kl, self.ref_rewards = None, [], None, {}
         self.first_iteration, self.episodes_before = self.num_iterations_done, 0
+
+    def ref_rewards_made_with(self, options: dict[str, Any]) -> dict[str, list[float]]:
+        """Rewards of pi_init's responses that are known, to be added to; dropped if they were made with others."""
+        if options != self.ref_rewards_options:
+            self.ref_rewards, self.ref_rewards_options = {}, deepcopy(options)
+        return self.ref_rewards
 
     def begin_iteration(self, iteration: Iteration, global_step: int) -> None:
         """The next iteration, planned after `global_step` optimizer steps."""
@@ -98,6 +107,7 @@ class RunState:
             "kl_ctl": self.kl_ctl.state_dict(),
             "unlogged": self.unlogged,
             "ref_rewards": self.ref_rewards,
+            "ref_rewards_options": self.ref_rewards_options,
         }
 
     def load_state_dict(
@@ -126,6 +136,7 @@ class RunState:
             self.kl_ctl.load_state_dict(state["kl_ctl"])
         if with_iteration:
             self.ref_rewards = state.get("ref_rewards", {})
+            self.ref_rewards_options = state.get("ref_rewards_options", {})
         if state["iteration"] is not None and with_iteration:
             self.iteration = Iteration.from_state_dict(state["iteration"], device)
 

@@ -31,8 +31,10 @@ from trl_apa.tools.environments import EnvironmentReward
 from trl_apa.tools.making import Player, rows_without_data
 from trl_apa.tools.sampling import EpisodeSampler
 from trl_apa.trainer.reference_rewards import (
+    OPTIONS,
     ReferenceSampling,
     check_ref_rewards_are_given,
+    check_ref_rewards_in_dataset,
     find_ref_rewards,
     padded_ref_rewards,
 )
@@ -169,7 +171,7 @@ class TrainingLoop(ResumableRuns):
                 "have a common divisor of 2 or more"
             )
         if self._player is not None and args.estimator.needs_ref_rewards:
-            check_ref_rewards_are_given(dataset, args.advantage_estimator)
+            check_ref_rewards_in_dataset(dataset, args.advantage_estimator)
         self._source = PromptSource(
             dataset,
             args.batch_size // args.num_generations,
@@ -378,6 +380,8 @@ class TrainingLoop(ResumableRuns):
     def _next_rows(self) -> list[dict[str, Any]]:
         """This process's rows of the next iteration, each `num_generations` times."""
         rows = self._source.rows(self.num_iterations_done)
+        if self._player is not None and self.args.estimator.needs_ref_rewards:
+            check_ref_rewards_are_given(rows, "an iteration", self.args.advantage_estimator)
         return [row for row in rows for _ in range(self.args.num_generations)]
 
     def _names_of_tools(self) -> list[str]:
@@ -481,8 +485,10 @@ class TrainingLoop(ResumableRuns):
     ) -> list[Tensor]:
         """Scores of `num_ref_samples` responses of pi_init to each query, for `step(ref_rewards=...)`.
 
-        Each prompt is sampled and scored once; equal queries have equal scores, now and later. `train` takes what it
-        needs by itself. All processes call this, with equally many queries.
+        Each prompt is sampled and scored once; equal queries have equal scores, now and later, until an option of the
+        config that they depend on is set to another value. They are sampled as the config says: options given to
+        `generate` itself do not count here. `train` takes what it needs by itself. All processes call this, with
+        equally many queries.
 
         Args:
             queries, prompts, columns: as in `score`.
@@ -491,17 +497,24 @@ class TrainingLoop(ResumableRuns):
             A 1-D tensor a query, reward units, less `missing_eos_penalty` where a response did not end.
 
         Raises:
-            ValueError: without `reward_funcs` or `reward_model`; on queries that `generate` would not take.
+            ValueError: without `reward_funcs` or `reward_model`; with tools, `environment_factory` or `rollout_func`,
+                where pi_init would answer in one turn; on queries that `generate` would not take.
             RuntimeError, TimeoutError: if a reward function fails, or does not answer in time.
         """
         if self.scorer is None:
             raise ValueError("reference_rewards() needs reward_funcs or reward_model")
+        if self._player is not None:
+            raise ValueError(
+                "reference_rewards() samples responses of pi_init in one turn, and this trainer has tools, "
+                "environment_factory or rollout_func: score rollouts of pi_init yourself"
+            )
         policy = self.accelerator.unwrap_model(self.model).policy
         check_score_inputs(queries, queries, prompts, columns, policy, self.processing_class)
         return self._find_ref_rewards(_as_rows(queries, prompts, columns), queries)
 
     def _find_ref_rewards(self, rows: list[dict[str, Any]], queries: list[Tensor]) -> list[Tensor]:
-        args, known = self.args, self.run_state.ref_rewards
+        args = self.args
+        known = self.run_state.ref_rewards_made_with({name: getattr(args, name) for name in OPTIONS})
         size = args.generation_batch_size or args.local_rollout_forward_batch_size or args.batch_size
         options = {"batch_size": size, "stop_strings": args.stop_strings}
         sampling = ReferenceSampling(
@@ -514,7 +527,7 @@ class TrainingLoop(ResumableRuns):
             missing_eos_penalty=args.missing_eos_penalty or 0.0,
             seed=hash((args.seed, self.accelerator.process_index, len(known))) % 2**63,
         )
-        return find_ref_rewards(rows, queries, known, sampling, self.processes)
+        return find_ref_rewards(rows, queries, known, sampling if self._player is None else None, self.processes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's logs, with the means of the iterations that ended since the last ones."""
