@@ -163,6 +163,136 @@ def test_rewards_of_turns_are_on_the_last_tokens_of_their_turns(tmp_path, kind, 
     assert (log["turns/reward_1"], log["turns/reward_2"]) == (1.5, 2.0) and "turns/reward_3" not in log
 
 
+class Moves:
+    """A game whose `turn_reward` is made where each of its kinds makes it."""
+
+    def reset(self, **kwargs):
+        self.moves = 0
+
+
+class MadeAtFirst(Game):
+    pass
+
+
+class MadeInReset(Moves):
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        self.turn_reward = 0.0
+
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.turn_reward += points
+        return "moved"
+
+
+class MadeInTheClass(MadeInReset):
+    turn_reward = 0.0
+    reset = Moves.reset
+
+
+class MadeInAMove(Moves):
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.turn_reward = points
+        return "moved"
+
+
+class MadeBySetattr(Moves):
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        setattr(self, "turn_reward", points)  # noqa: B010
+        return "moved"
+
+
+class Computed(Moves):
+    def reset(self, **kwargs):
+        self.points = 0.0
+
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.points = points
+        return "moved"
+
+    @property
+    def turn_reward(self):
+        return self.points  # an AttributeError before `reset`
+
+
+class Delegated(Moves):
+    def __init__(self):
+        self.inner = None
+
+    def reset(self, **kwargs):
+        self.inner = Game()
+
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.turn_reward = self.inner.turn_reward + points
+        return "moved"
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+KINDS = [MadeAtFirst, MadeInReset, MadeInTheClass, MadeInAMove, MadeBySetattr, Computed, Delegated]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_total", [False, True])
+def test_a_turn_reward_is_part_of_the_reward_wherever_it_is_made(tmp_path, kind, with_total):
+    kind = type(kind.__name__, (kind,), {"get_reward": lambda self: 10.0} if with_total else {})
+    turns = {"one?": [call("move", points=1.5), call("move", points=2), "Done."], "two?": ["Done."]}
+    trainer, _ = tool_trainer(tmp_path, turns, ask("one?", "two?"), environment_factory=kind)
+    kept = collected(trainer)
+    trainer.train()
+    [(queries, _, scores, _)] = kept
+    played = ["one?" in text for text in trainer.processing_class.batch_decode(queries)]
+    expected = [10.0, 10.0] if with_total else [3.5 if one else 0.0 for one in played]
+    assert list(map(float, scores)) == expected
+    rewards = trainer.run_state.iteration.rollouts.rewards_BR[played.index(True)]
+    assert rewards[rewards != 0].tolist() == [1.5, 2.0, *([6.5] if with_total else [])]
+
+
+def test_a_turn_reward_that_nobody_could_expect_is_refused(tmp_path):
+    def outside(environment):
+        environment.turn_reward = 1.0
+
+    class Moved(Moves):
+        def move(self, points: float) -> str:
+            """Moves.
+
+            Args:
+                points: what it is worth.
+            """
+            outside(self)
+            return "moved"
+
+    turns = {"one?": [call("move", points=1), "Done."]}
+    trainer, _ = tool_trainer(tmp_path, turns, ask("one?"), reward=length_reward, environment_factory=Moved)
+    with pytest.raises(ValueError, match="environment Moved: turn_reward appeared during a rollout"):
+        trainer.train()
+
+
 def test_gae_gives_each_turn_the_rewards_that_follow_it_and_skips_what_was_told(tmp_path):
     turns = {"one?": [call("move", points=1), call("move", points=2), "Done."]}
     options = {"gamma": 0.9, "lam": 1.0, "whiten_advantages": False}

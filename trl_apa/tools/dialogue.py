@@ -1,12 +1,12 @@
 """Rollouts with tools: chat prompts, the policy's calls, what the tools answer, and the statistics of all of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl_apa.tools.calling import Call, Outcome, ToolCaller
-from trl_apa.tools.environments import TURN_REWARD, take_turn_reward
+from trl_apa.tools.environments import take_turn_reward
 from trl_apa.tools.functions import Toolbox
 from trl_apa.tools.messages import asked_calls, with_dicts_of_arguments
 from trl_apa.tools.template import UNKNOWN_TOOL, ToolTemplate
@@ -46,12 +46,14 @@ class ToolWorld:
         caller: calls the tools.
         timeout: seconds for a call; None for no limit.
         seats: of each rollout, by the `id` of its episode.
+        turn_reward: takes the reward of the last turn from an environment.
     """
 
     template: ToolTemplate
     caller: ToolCaller
     timeout: float | None
     seats: dict[int, Seat] = field(default_factory=dict)
+    turn_reward: Callable[[Any], float | None] = take_turn_reward
 
     def read(self, episodes: Sequence[Episode]) -> None:
         """Add the assistant's message of each rollout's last turn."""
@@ -92,8 +94,8 @@ class ToolWorld:
                     logger.warning("tool %s did not answer within tool_timeout=%s seconds", call.name, self.timeout)
                 seat.timeouts += 1
                 seat.is_stuck |= getattr(call.function, "__self__", None) is seat.environment is not None
-        if seat.environment is not None and hasattr(seat.environment, TURN_REWARD):
-            episode.add_reward(take_turn_reward(seat.environment))
+        if seat.environment is not None and (reward := self.turn_reward(seat.environment)) is not None:
+            episode.add_reward(reward)
         messages = [
             {"role": "tool", "name": call.name, "content": outcome.text}
             for call, outcome in zip(calls, outcomes, strict=True)
