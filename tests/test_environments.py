@@ -353,6 +353,40 @@ def test_evaluation_keeps_each_environment_until_its_rollout_is_scored(tmp_path)
     assert metrics["eval_reward"] == pytest.approx((8 + 7 + 9) / 3)
 
 
+@pytest.mark.parametrize("options", [{}, {"reward_timeout": 20.0}])
+def test_async_tools_environments_and_reward_functions_share_one_event_loop(tmp_path, options):
+    """A lock and a future that one of them made can be awaited by the others."""
+    loops = []
+
+    class Session(Counter):
+        async def increase(self, by: int) -> str:
+            """Increases the counter.
+
+            Args:
+                by: how much.
+            """
+            loops.append(asyncio.get_running_loop())
+            self.answer = loops[-1].create_future()
+            loops[-1].call_later(0.05, self.answer.set_result, 7.0)
+            return "soon"
+
+        async def get_reward(self):
+            loops.append(asyncio.get_running_loop())
+            return await asyncio.wait_for(self.answer, 5)
+
+    async def other(completions, environments, **_):
+        loops.append(asyncio.get_running_loop())
+        return [await environment.answer for environment in environments]
+
+    turns = {"one?": [call("increase", by=2), "Done."]}
+    config = {"max_steps": 2, **options}
+    trainer, _ = tool_trainer(tmp_path, turns, ROWS[:1], reward=other, environment_factory=Session, config=config)
+    kept = collected(trainer)
+    trainer.train()
+    assert [float(scores[0]) for _, _, scores, _ in kept] == [14.0, 14.0]
+    assert len(set(loops)) == 1 and len(loops) == 6
+
+
 class NoReset:
     def move(self) -> str:
         """Moves."""

@@ -5,10 +5,12 @@ import copy
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
+from trl_apa.rollout.event_loop import EVENT_LOOP
 from trl_apa.values import described_error
 
 
@@ -30,6 +32,7 @@ class _Progress:
     def __init__(self) -> None:
         self.at_work = "?"
         self.stopped = threading.Event()
+        self.awaited: Future[None] | None = None
 
 
 def failure(name: str, error: BaseException) -> BaseException:
@@ -77,7 +80,11 @@ def call_functions(
     progress = _Progress()
     if timeout is None:
         return _call_all(functions, arguments, progress)
-    answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
+    try:
+        answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
+    finally:
+        if progress.awaited is not None and progress.awaited.cancel():
+            EVENT_LOOP.leave_if_blocked()
     return answers
 
 
@@ -124,12 +131,12 @@ def _call_all(
                 answer.close()  # Python warns of one that never began
         raise
     if awaited:
-        for number, answer in _await_all(awaited, [name for name, _ in functions]).items():
+        for number, answer in _await_all(awaited, [name for name, _ in functions], progress).items():
             answers[number] = answer
     return answers
 
 
-def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dict[int, Any]:
+def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str], progress: _Progress) -> dict[int, Any]:
     """The results of calls that run together, under their numbers; the first failure ends all."""
     answers: dict[int, Any] = {}
     failures: list[tuple[str, BaseException]] = []
@@ -145,10 +152,16 @@ def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dic
             raise _Stopped from error  # what has a meaning to the event loop must not reach it
 
     async def settle_all() -> None:
-        await asyncio.gather(*(settle(number, pending) for number, pending in calls.items()))
+        tasks = [asyncio.ensure_future(settle(number, pending)) for number, pending in calls.items()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     try:
-        _run(settle_all())
+        _run(settle_all(), progress)
     except BaseException as error:
         unanswered = ", ".join(names[number] for number in calls if number not in answers)
         name, cause = (unanswered, error) if isinstance(error, KeyboardInterrupt) or not failures else failures[0]
@@ -156,14 +169,14 @@ def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dic
     return answers
 
 
-def _run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """To its end, also where a loop is running already, as in a notebook."""
+def _run(coroutine: Coroutine[Any, Any, None], progress: _Progress) -> None:
+    """To its end, in the event loop that async tools share."""
+    progress.awaited = EVENT_LOOP.submit(coroutine)
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(coroutine)
-    else:
-        _in_a_thread(lambda: asyncio.run(coroutine), _Progress())
+        progress.awaited.result()
+    except BaseException:  # Ctrl-C, say
+        progress.awaited.cancel()
+        raise
 
 
 def _in_a_thread(work: Callable[[], Any], progress: _Progress, seconds: float | None = None) -> Any:
