@@ -410,6 +410,17 @@ def test_no_call_of_the_policy_s_ends_a_run_with_a_reward_model_of_another_token
     assert "error" in told_apart(trainer, responses[0], masks[0])[1]  # the policy reads what was wrong
 
 
+@pytest.mark.parametrize(("most", "share"), [(0, 1 / 2), (1, 0.0), (2, 0.0)])
+def test_only_rollouts_that_ended_with_calls_are_unanswered(tmp_path, most, share):
+    turns = {"first?": [call("add", a=1, b=2), "Three."], "second?": ["Two."]}
+    config = {"max_tool_calling_iterations": most}
+    rows = ask("first?", "second?")
+    trainer, _ = tool_trainer(tmp_path, turns, rows, reward=length_reward, tools=[add], config=config)
+    trainer.train()
+    [log] = [log for log in trainer.state.log_history if "turns/mean" in log]
+    assert log["turns/unanswered_share"] == share
+
+
 def test_options_set_later_count_from_the_next_iteration(tmp_path):
     turns = {"first?": [call("add", a=1, b=2)]}
     trainer, script = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add])
