@@ -16,6 +16,8 @@ from trl_apa.values import described_error
 
 # Values of these types cannot be edited in place.
 ATOMS = frozenset({str, int, float, bool, bytes, type(None)})
+# Seconds that functions with `limits_itself` get beyond the limit, which they keep by themselves, to say what failed.
+GRACE = 2.0
 
 
 class Shared(list[Any]):
@@ -81,7 +83,8 @@ def call_functions(
     if timeout is None:
         return _call_all(functions, arguments, progress)
     try:
-        answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
+        grace = GRACE if any(getattr(function, "limits_itself", False) for _, function in functions) else 0.0
+        answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout, grace)
     finally:
         if progress.awaited is not None and progress.awaited.cancel():
             EVENT_LOOP.leave_if_blocked()
@@ -179,8 +182,10 @@ def _run(coroutine: Coroutine[Any, Any, None], progress: _Progress) -> None:
         raise
 
 
-def _in_a_thread(work: Callable[[], Any], progress: _Progress, seconds: float | None = None) -> Any:
-    """The result of `work` if it comes in time.
+def _in_a_thread(
+    work: Callable[[], Any], progress: _Progress, seconds: float | None = None, grace: float = 0.0
+) -> Any:
+    """The result of `work` if it comes within `seconds`, or `grace` seconds later.
 
     `progress.stopped` tells what is left behind to begin with nothing more.
     """
@@ -195,7 +200,7 @@ def _in_a_thread(work: Callable[[], Any], progress: _Progress, seconds: float | 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        thread.join(None if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+        thread.join(None if seconds is None else min(seconds + grace, threading.TIMEOUT_MAX))
     finally:
         progress.stopped.set()
     if not outcome:
