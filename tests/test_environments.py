@@ -8,6 +8,7 @@ import torch
 
 from tests.test_tools import collected, length_reward, told_apart
 from tests.tool_dialogues import add, ask, call, tool_trainer
+from trl_apa.rollout.prompts import reward_columns
 
 
 class Counter:
@@ -385,6 +386,28 @@ def test_async_tools_environments_and_reward_functions_share_one_event_loop(tmp_
     trainer.train()
     assert [float(scores[0]) for _, _, scores, _ in kept] == [14.0, 14.0]
     assert len(set(loops)) == 1 and len(loops) == 6
+
+
+def test_rows_of_different_environments_may_have_different_columns(tmp_path):
+    rows = [
+        {**ask("one?")[0], "environment": "count", "start": 1},
+        {**ask("two?")[0], "environment": "game", "board": [3]},
+    ]
+    seen = {}
+
+    def reward(completions, prompts, **columns):
+        order = sorted(range(2), key=lambda row: prompts[row][0]["content"])
+        seen.update({name: [columns[name][row] for row in order] for name in ("environment", "start", "board")})
+        return [0.0] * len(completions)
+
+    factories = {"count": Counter, "game": Game}
+    trainer, _ = tool_trainer(tmp_path, {"?": ["Done."]}, rows, reward=reward, environment_factory=factories)
+    trainer.train()
+    assert seen == {"environment": ["count", "game"], "start": [1, None], "board": [None, [3]]}
+    assert reward_columns([{"prompt": "a"}, {"b": 1, "query": "c"}, {"d": 2}]) == {
+        "b": [None, 1, None],
+        "d": [None, None, 2],
+    }
 
 
 class NoReset:
