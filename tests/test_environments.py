@@ -388,6 +388,18 @@ def test_async_tools_environments_and_reward_functions_share_one_event_loop(tmp_
     assert len(set(loops)) == 1 and len(loops) == 6
 
 
+def test_half_a_character_in_what_reset_shows_does_not_end_a_run(tmp_path):
+    class Half(Counter):
+        def reset(self, **kwargs):
+            super().reset()
+            return "half \ud83d"
+
+    trainer, _ = tool_trainer(tmp_path, TURNS, ROWS[:1], environment_factory=Half)
+    kept = collected(trainer)
+    trainer.train()
+    assert r"half \ud83d" in trainer.processing_class.decode(kept[0][0][0])
+
+
 def test_rows_of_different_environments_may_have_different_columns(tmp_path):
     rows = [
         {**ask("one?")[0], "environment": "count", "start": 1},

@@ -254,8 +254,9 @@ def test_limits_of_tokens_and_of_rounds(tmp_path):
 
 def test_evaluation_has_tools_too_for_the_policy_and_for_pi_init(tmp_path):
     turns = {"first?": [call("add", a=40, b=2), "So 42."]}
-    trainer, _ = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add])
+    trainer, script = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add])
     metrics = trainer.evaluate(ask("first?"))
+    assert len(script.asked) == 2  # the policy is not sampled beside pi_init
     sampled = len(trainer.processing_class(f"{call('add', a=40, b=2)}<|im_end|>So 42.<|im_end|>")["input_ids"])
     assert metrics["eval_response_length"] == sampled and metrics["eval_eos_share"] == 1.0
     assert "eval_win_rate" in metrics

@@ -102,7 +102,7 @@ class Environments:
         prompt = [dict(message) for message in given]
         if observation is None:
             return prompt
-        if isinstance(observation, list):
+        if isinstance(observation, list | str):
             try:
                 observation = as_text(observation)
             except ValueError as error:
