@@ -422,6 +422,19 @@ def test_rows_of_different_environments_may_have_different_columns(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("size", "most"), [(1, 2), (2, 4), (3, 6)])
+def test_evaluation_needs_two_environments_for_each_row_of_a_batch_and_no_more(tmp_path, size, most):
+    class Counted(Counter):
+        made = 0
+
+    config = {"per_device_eval_batch_size": size, **SHORT}
+    trainer, _ = tool_trainer(tmp_path, TURNS, ROWS, environment_factory=Counted, config=config)
+    for _ in range(2):
+        metrics = trainer.evaluate([{**ROWS[1], "start": start} for start in range(7)])
+        assert metrics["eval_reward"] == metrics["eval_ref_reward"] == 3.0
+    assert Counted.made == most
+
+
 class NoReset:
     def move(self) -> str:
         """Moves."""

@@ -553,6 +553,7 @@ class TrainingLoop(ResumableRuns):
             end_token_ids=self._end_token_ids,
             decoder_start_token_id=self._decoder_start_token_id,
             in_lockstep=True,
+            score_at_once=getattr(self._player, "environments", None) is not None,
             dtype=torch.float32,
         )
 
