@@ -8,6 +8,7 @@ import torch
 
 from tests.test_tools import collected, length_reward, told_apart
 from tests.tool_dialogues import add, ask, call, tool_trainer
+from trl_apa.rollout.prompts import reward_columns
 
 
 class Counter:
@@ -163,6 +164,136 @@ def test_rewards_of_turns_are_on_the_last_tokens_of_their_turns(tmp_path, kind, 
     assert (log["turns/reward_1"], log["turns/reward_2"]) == (1.5, 2.0) and "turns/reward_3" not in log
 
 
+class Moves:
+    """A game whose `turn_reward` is made where each of its kinds makes it."""
+
+    def reset(self, **kwargs):
+        self.moves = 0
+
+
+class MadeAtFirst(Game):
+    pass
+
+
+class MadeInReset(Moves):
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        self.turn_reward = 0.0
+
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.turn_reward += points
+        return "moved"
+
+
+class MadeInTheClass(MadeInReset):
+    turn_reward = 0.0
+    reset = Moves.reset
+
+
+class MadeInAMove(Moves):
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.turn_reward = points
+        return "moved"
+
+
+class MadeBySetattr(Moves):
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        setattr(self, "turn_reward", points)  # noqa: B010
+        return "moved"
+
+
+class Computed(Moves):
+    def reset(self, **kwargs):
+        self.points = 0.0
+
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.points = points
+        return "moved"
+
+    @property
+    def turn_reward(self):
+        return self.points  # an AttributeError before `reset`
+
+
+class Delegated(Moves):
+    def __init__(self):
+        self.inner = None
+
+    def reset(self, **kwargs):
+        self.inner = Game()
+
+    def move(self, points: float) -> str:
+        """Moves.
+
+        Args:
+            points: what it is worth.
+        """
+        self.turn_reward = self.inner.turn_reward + points
+        return "moved"
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+KINDS = [MadeAtFirst, MadeInReset, MadeInTheClass, MadeInAMove, MadeBySetattr, Computed, Delegated]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_total", [False, True])
+def test_a_turn_reward_is_part_of_the_reward_wherever_it_is_made(tmp_path, kind, with_total):
+    kind = type(kind.__name__, (kind,), {"get_reward": lambda self: 10.0} if with_total else {})
+    turns = {"one?": [call("move", points=1.5), call("move", points=2), "Done."], "two?": ["Done."]}
+    trainer, _ = tool_trainer(tmp_path, turns, ask("one?", "two?"), environment_factory=kind)
+    kept = collected(trainer)
+    trainer.train()
+    [(queries, _, scores, _)] = kept
+    played = ["one?" in text for text in trainer.processing_class.batch_decode(queries)]
+    expected = [10.0, 10.0] if with_total else [3.5 if one else 0.0 for one in played]
+    assert list(map(float, scores)) == expected
+    rewards = trainer.run_state.iteration.rollouts.rewards_BR[played.index(True)]
+    assert rewards[rewards != 0].tolist() == [1.5, 2.0, *([6.5] if with_total else [])]
+
+
+def test_a_turn_reward_that_nobody_could_expect_is_refused(tmp_path):
+    def outside(environment):
+        environment.turn_reward = 1.0
+
+    class Moved(Moves):
+        def move(self, points: float) -> str:
+            """Moves.
+
+            Args:
+                points: what it is worth.
+            """
+            outside(self)
+            return "moved"
+
+    turns = {"one?": [call("move", points=1), "Done."]}
+    trainer, _ = tool_trainer(tmp_path, turns, ask("one?"), reward=length_reward, environment_factory=Moved)
+    with pytest.raises(ValueError, match="environment Moved: turn_reward appeared during a rollout"):
+        trainer.train()
+
+
 def test_gae_gives_each_turn_the_rewards_that_follow_it_and_skips_what_was_told(tmp_path):
     turns = {"one?": [call("move", points=1), call("move", points=2), "Done."]}
     options = {"gamma": 0.9, "lam": 1.0, "whiten_advantages": False}
@@ -221,6 +352,87 @@ def test_evaluation_keeps_each_environment_until_its_rollout_is_scored(tmp_path)
     )
     metrics = trainer.evaluate([ROWS[0], ROWS[1], {**ROWS[1], "start": 9}])
     assert metrics["eval_reward"] == pytest.approx((8 + 7 + 9) / 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"reward_timeout": 20.0}])
+def test_async_tools_environments_and_reward_functions_share_one_event_loop(tmp_path, options):
+    """A lock and a future that one of them made can be awaited by the others."""
+    loops = []
+
+    class Session(Counter):
+        async def increase(self, by: int) -> str:
+            """Increases the counter.
+
+            Args:
+                by: how much.
+            """
+            loops.append(asyncio.get_running_loop())
+            self.answer = loops[-1].create_future()
+            loops[-1].call_later(0.05, self.answer.set_result, 7.0)
+            return "soon"
+
+        async def get_reward(self):
+            loops.append(asyncio.get_running_loop())
+            return await asyncio.wait_for(self.answer, 5)
+
+    async def other(completions, environments, **_):
+        loops.append(asyncio.get_running_loop())
+        return [await environment.answer for environment in environments]
+
+    turns = {"one?": [call("increase", by=2), "Done."]}
+    config = {"max_steps": 2, **options}
+    trainer, _ = tool_trainer(tmp_path, turns, ROWS[:1], reward=other, environment_factory=Session, config=config)
+    kept = collected(trainer)
+    trainer.train()
+    assert [float(scores[0]) for _, _, scores, _ in kept] == [14.0, 14.0]
+    assert len(set(loops)) == 1 and len(loops) == 6
+
+
+def test_half_a_character_in_what_reset_shows_does_not_end_a_run(tmp_path):
+    class Half(Counter):
+        def reset(self, **kwargs):
+            super().reset()
+            return "half \ud83d"
+
+    trainer, _ = tool_trainer(tmp_path, TURNS, ROWS[:1], environment_factory=Half)
+    kept = collected(trainer)
+    trainer.train()
+    assert r"half \ud83d" in trainer.processing_class.decode(kept[0][0][0])
+
+
+def test_rows_of_different_environments_may_have_different_columns(tmp_path):
+    rows = [
+        {**ask("one?")[0], "environment": "count", "start": 1},
+        {**ask("two?")[0], "environment": "game", "board": [3]},
+    ]
+    seen = {}
+
+    def reward(completions, prompts, **columns):
+        order = sorted(range(2), key=lambda row: prompts[row][0]["content"])
+        seen.update({name: [columns[name][row] for row in order] for name in ("environment", "start", "board")})
+        return [0.0] * len(completions)
+
+    factories = {"count": Counter, "game": Game}
+    trainer, _ = tool_trainer(tmp_path, {"?": ["Done."]}, rows, reward=reward, environment_factory=factories)
+    trainer.train()
+    assert seen == {"environment": ["count", "game"], "start": [1, None], "board": [None, [3]]}
+    assert reward_columns([{"prompt": "a"}, {"b": 1, "query": "c"}, {"d": 2}]) == {
+        "b": [None, 1, None],
+        "d": [None, None, 2],
+    }
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 2), (2, 4), (3, 6)])
+def test_evaluation_needs_two_environments_for_each_row_of_a_batch_and_no_more(tmp_path, size, most):
+    class Counted(Counter):
+        made = 0
+
+    config = {"per_device_eval_batch_size": size, **SHORT}
+    trainer, _ = tool_trainer(tmp_path, TURNS, ROWS, environment_factory=Counted, config=config)
+    for _ in range(2):
+        metrics = trainer.evaluate([{**ROWS[1], "start": start} for start in range(7)])
+        assert metrics["eval_reward"] == metrics["eval_ref_reward"] == 3.0
+    assert Counted.made == most
 
 
 class NoReset:

@@ -1,10 +1,12 @@
 """`rollout_func=`: a function of the user's that samples, with TRL's signature."""
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_tools import collected, length_reward
 from tests.tool_dialogues import add, ask, tool_tokenizer, tool_trainer
+from trl_apa.tools.rollout_function import read_rollouts
 
 
 def fixed(prompts, trainer):
@@ -122,3 +124,30 @@ def test_it_does_not_go_with_tools(tmp_path, more):
 def test_it_must_be_a_function(tmp_path):
     with pytest.raises(ValueError, match="rollout_func is a str"):
         tool_trainer(tmp_path, None, ask("one?"), rollout_func="sample", tokenizer=tool_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ([1, 2], [1, 2]),
+        ((1, 2), [1, 2]),
+        (torch.tensor([1.5, 2.5]), [1.5, 2.5]),
+        (np.array([1, 2]), [1, 2]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        ((1, 2, 3), [(1, 2, 3)] * 2),
+        (np.array(3), [np.array(3)] * 2),
+        ("ab", ["ab"] * 2),
+        ({"a": 1, "b": 2}, [{"a": 1, "b": 2}] * 2),
+    ],
+)
+def test_a_column_has_a_row_for_each_rollout_or_one_value_for_all(given, rows):
+    ids = {"prompt_ids": np.array([[1, 2], [3, 4]]), "completion_ids": [np.array([5]), torch.tensor([6, 7])]}
+    read = read_rollouts({**ids, "env_mask": [np.array([1]), [1, 0]], "column": given}, 2)
+    assert read.columns == {"column": rows}
+    assert [response.tolist() for response in read.responses] == [[5], [6, 7]]
+
+
+def test_a_column_of_a_tensor_s_rows_is_a_list_of_them():
+    ids = {"prompt_ids": [[1], [1]], "completion_ids": [[5], [6]]}
+    read = read_rollouts({**ids, "states": torch.eye(2)}, 2)
+    assert [row.tolist() for row in read.columns["states"]] == [[1.0, 0.0], [0.0, 1.0]]

@@ -63,6 +63,25 @@ def test_it_is_shown_rubric_request_columns_and_answer_and_its_scores_come_back_
     assert reward.__name__ == "judge:short"
 
 
+@pytest.mark.parametrize(
+    ("names", "tags"),
+    [
+        (["answer"], ["column_answer"]),
+        (["request", "rubric"], ["column_request", "column_rubric"]),
+        (["answer", "column_answer"], ["column_column_answer", "column_answer"]),
+        (["column_answer", "question", "answer"], ["column_answer", "question", "column_column_answer"]),
+    ],
+)
+def test_a_column_of_any_name_is_shown_beside_rubric_request_and_answer(tmp_path, endpoint, names, tags):
+    server = endpoint(length)
+    columns = {name: [f"value of {name}"] for name in names}
+    assert JudgeReward(rubric_file(tmp_path, server, columns=names))(["Why?"], ["Because."], **columns) == [8.0]
+    asked = server.requests[0]["messages"][0]["content"]
+    assert [section(asked, tag) for tag in tags] == [f"value of {name}" for name in names]
+    assert [section(asked, tag) for tag in ("rubric", "request", "answer")] == ["Is it short?", "Why?", "Because."]
+    assert all(asked.count(f"<{tag}>") == 1 for tag in (*tags, "rubric", "request", "answer"))
+
+
 def test_equal_answers_are_asked_once_and_scores_are_remembered_on_disk(tmp_path, endpoint):
     server = endpoint(length)
     path = rubric_file(tmp_path, server, cache="scores.jsonl")

@@ -212,6 +212,29 @@ def test_train_learns_from_a_server_s_scores_beside_a_function_s(tmp_path):
     assert made.scorer.names[0].startswith("127.0.0.1:")
 
 
+def test_what_the_server_said_is_in_the_error_where_reward_timeout_ends_the_waiting(tmp_path):
+    async def other(completions, **_):
+        return [0.0] * len(completions)
+
+    for _ in range(3):  # the limits of the function and of the run are the same: which ends first is chance
+        with server(lambda number, body: (503, "overloaded")) as (url, _):
+            made = trainer(tmp_path, [other, url], reward_timeout=0.3)
+            made.scorer.functions[1].max_retries = 1000
+            with pytest.raises(
+                RuntimeError, match=r"no scores within 0\.3 seconds; the last try: HTTP 503: .overloaded"
+            ):
+                made.train()
+
+
+def test_a_function_beside_a_server_is_limited_too(tmp_path):
+    def slow(completions, **_):
+        time.sleep(20)
+
+    with server(by_length) as (url, _):
+        with pytest.raises(TimeoutError, match=r"slow gave no answer within reward_timeout=0\.3 seconds"):
+            trainer(tmp_path, [slow, url], reward_timeout=0.3).train()
+
+
 @pytest.mark.parametrize(
     ("reply", "error", "problem"),
     [

@@ -131,6 +131,10 @@ def fails(query):
     raise ZeroDivisionError("by nothing")
 
 
+def fails_oddly(query):
+    raise ValueError("half \udc00")
+
+
 @pytest.mark.parametrize(
     ("said", "answer"),
     [
@@ -138,10 +142,13 @@ def fails(query):
         ("<request><Absent>x<call>", "Unknown tool Absent.<response>"),
         ("<request>x<call>", "Unknown tool call: <request>x<call><response>"),
         ("<request><Number>x<call>", "42<response>"),
+        ("<request><Half>x<call>", "half \\ud83d<response>"),
+        ("<request><Odd>x<call>", "Tool error: half \\udc00<response>"),
     ],
 )
 def test_what_a_tool_says_and_its_failures_are_told(said, answer):
-    made = environment([said], tools={"Fails": fails, "Number": lambda query: 42}, max_turns=1)
+    tools = {"Fails": fails, "Number": lambda query: 42, "Half": lambda query: "half \ud83d", "Odd": fails_oddly}
+    made = environment([said], tools=tools, max_turns=1)
     assert made.run(["task"])[-1][0].last_text_segment == answer
 
 

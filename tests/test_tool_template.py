@@ -3,6 +3,7 @@
 import pytest
 
 from tests.tool_dialogues import SPECIAL, TEMPLATES, tool_tokenizer
+from trl_apa.tools.messages import asked_calls, with_dicts_of_arguments
 from trl_apa.tools.template import ToolTemplate
 
 
@@ -117,7 +118,8 @@ def test_a_turn_is_read_with_the_types_of_the_schema_and_bad_calls_are_text():
     template = ToolTemplate(tokenizer, [end])
 
     def read(text):
-        return template.read(tokenizer(text)["input_ids"], tokenizer("<|im_start|>assistant\n")["input_ids"], [])
+        context = tokenizer("<|im_start|>assistant\n")["input_ids"]
+        return template.read(tokenizer(text)["input_ids"], context, [])
 
     called = read('Let me.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>')
     assert called["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
@@ -126,6 +128,36 @@ def test_a_turn_is_read_with_the_types_of_the_schema_and_bad_calls_are_text():
                  '<tool_call>\n{"arguments": {}}\n</tool_call>', '<tool_call>\n[1, 2]\n</tool_call>'):  # fmt: skip
         message = read(text)
         assert message["role"] == "assistant" and "tool_calls" not in message and isinstance(message["content"], str)
+
+
+ARGUMENTS = {
+    '"x"': {},
+    "[1]": {},
+    "3": {},
+    "true": {},
+    '{"a": "half \\ud83d"}': {"a": "half \\ud83d"},
+    '{"\\udc00": [{"b": "\\ud800"}]}': {"\\udc00": [{"b": "\\ud800"}]},
+    '{"a": "\\ud83d\\ude00"}': {"a": "\U0001f600"},
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_whatever_the_policy_calls_with_its_message_can_be_rendered_and_written(arguments):
+    tokenizer, end = of_family("qwen3")
+    text = f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+    read = ToolTemplate(tokenizer, [end]).read(tokenizer(text)["input_ids"], [], [])
+    [(name, asked)], message = asked_calls(read), with_dicts_of_arguments(read)
+    assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": ARGUMENTS[arguments]}
+    assert name == "add" and isinstance(asked, dict) == arguments.startswith("{")
+    assert len(tokenizer.apply_chat_template([{"role": "user", "content": "?"}, message])) and repr(message).encode()
+
+
+@pytest.mark.parametrize("depth", [100, 5000])
+def test_a_call_that_is_nested_too_deep_for_templates_and_copies_is_text(depth):
+    tokenizer, end = of_family("qwen3")
+    text = f'<tool_call>\n{{"name": "add", "arguments": {{"a": {"[" * depth + "]" * depth}}}}}\n</tool_call><|im_end|>'
+    message = ToolTemplate(tokenizer, [end]).read(tokenizer(text)["input_ids"], [], [])
+    assert "tool_calls" not in message and "[" * depth in message["content"]
 
 
 @pytest.mark.parametrize(

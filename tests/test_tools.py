@@ -2,15 +2,17 @@
 
 import asyncio
 import copy
+import json
 import threading
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
-from tests.tool_dialogues import Script, add, ask, call, tool_tokenizer, tool_trainer
+from tests.tool_dialogues import Script, add, ask, call, tool_model, tool_tokenizer, tool_trainer
 from trl_apa.rollout.reward_calls import private_copy
+from trl_apa.rollout.scoring import RewardModel
 from trl_apa.rollout.texts import scored_conversation_ids
 from trl_apa.tools.template import ToolTemplate
 
@@ -253,8 +255,9 @@ def test_limits_of_tokens_and_of_rounds(tmp_path):
 
 def test_evaluation_has_tools_too_for_the_policy_and_for_pi_init(tmp_path):
     turns = {"first?": [call("add", a=40, b=2), "So 42."]}
-    trainer, _ = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add])
+    trainer, script = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add])
     metrics = trainer.evaluate(ask("first?"))
+    assert len(script.asked) == 2  # the policy is not sampled beside pi_init
     sampled = len(trainer.processing_class(f"{call('add', a=40, b=2)}<|im_end|>So 42.<|im_end|>")["input_ids"])
     assert metrics["eval_response_length"] == sampled and metrics["eval_eos_share"] == 1.0
     assert "eval_win_rate" in metrics
@@ -412,6 +415,50 @@ def test_reward_models_with_a_tokenizer_of_their_own_read_every_message():
     messages += [{"role": "tool", "name": "add", "content": "30"}, {"role": "assistant", "content": "So 30."}]
     text = tokenizer.decode(scored_conversation_ids(private_copy(messages), True, tokenizer))
     assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+REFUSES_TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, REFUSES_TOOLS])
+@pytest.mark.filterwarnings("ignore:the chat template of reward model")
+@pytest.mark.parametrize("arguments", ['"x"', "[1]", '{"a": "\\ud83d"}', '{"\\ud83d": 1}'])
+def test_no_call_of_the_policy_s_ends_a_run_with_a_reward_model_of_another_tokenizer(tmp_path, arguments, template):
+    bad = f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call>'
+    own = tool_tokenizer()
+    own.add_tokens(["another"])
+    own.chat_template = template or own.chat_template
+    policy = tool_tokenizer()
+    config = LlamaConfig(**{**tool_model().config.to_dict(), "vocab_size": 300, "num_labels": 1})
+    reward = RewardModel(LlamaForSequenceClassification(config), policy, own)
+    seen = []
+
+    def written(completions, **_):
+        seen.extend(json.dumps(completions, ensure_ascii=False).encode() for _ in completions)
+        return [0.0] * len(completions)
+
+    turns = {"first?": [bad, "Done."]}
+    rewards = [reward, written]
+    trainer, _ = tool_trainer(tmp_path, turns, ask("first?"), policy, rewards, tools=[add])
+    kept = collected(trainer)
+    trainer.train()
+    [(_, responses, scores, masks)] = kept
+    assert seen and torch.isfinite(torch.as_tensor(scores[0]))
+    assert "error" in told_apart(trainer, responses[0], masks[0])[1]  # the policy reads what was wrong
+
+
+@pytest.mark.parametrize(("most", "share"), [(0, 1 / 2), (1, 0.0), (2, 0.0)])
+def test_only_rollouts_that_ended_with_calls_are_unanswered(tmp_path, most, share):
+    turns = {"first?": [call("add", a=1, b=2), "Three."], "second?": ["Two."]}
+    config = {"max_tool_calling_iterations": most}
+    rows = ask("first?", "second?")
+    trainer, _ = tool_trainer(tmp_path, turns, rows, reward=length_reward, tools=[add], config=config)
+    trainer.train()
+    [log] = [log for log in trainer.state.log_history if "turns/mean" in log]
+    assert log["turns/unanswered_share"] == share
 
 
 def test_options_set_later_count_from_the_next_iteration(tmp_path):

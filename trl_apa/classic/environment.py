@@ -15,6 +15,7 @@ from trl_apa.models.adapters import held_repeatable
 from trl_apa.models.network_parts import max_positions, pad_token_id_of
 from trl_apa.rollout.generation import generate_responses, generation_options
 from trl_apa.rollout.tokenizing import prompt_ids
+from trl_apa.tools.calling import as_text
 
 
 # What transformers' `generate` samples where nobody says how many.
@@ -234,9 +235,9 @@ class TextEnvironment:
         if tool not in self.tools:
             return f"Unknown tool {tool}."
         try:
-            return str(self.tools[tool](query))
+            return as_text(str(self.tools[tool](query)))
         except Exception as error:
-            return f"Tool error: {error}"
+            return as_text(f"Tool error: {error}")
 
     def parse_tool_call(self, text: str) -> tuple[str | None, str | None]:
         """Name of the tool and its query in `<request><name>query<call>`; None, None if there is no such call."""

@@ -43,6 +43,8 @@ class EvaluationSteps:
         end_token_ids: what ends a response.
         in_lockstep: whether `respond`, `logprobs` and `score` talk to other processes, which then have to make equally
             many calls; otherwise each process has its own number, and an error is told to the others at the end.
+        score_at_once: score each batch before the next one is sampled, so that its environments may be used again;
+            only `in_lockstep`, where `score` fails in all processes if it fails in one.
         dtype: of the means.
     """
 
@@ -54,6 +56,7 @@ class EvaluationSteps:
     end_token_ids: Sequence[int]
     decoder_start_token_id: int | None = None
     in_lockstep: bool = False
+    score_at_once: bool = False
     dtype: torch.dtype = torch.float64
 
 
@@ -153,8 +156,14 @@ def distinct_ngrams(texts: Sequence[str | list[int]], n: int) -> float:
 
 
 def _measure(trainer: "APATrainer | OfflineAPATrainer", steps: EvaluationSteps, parts: list[list[Row]]) -> list[Row]:
-    """What `_rows` says of every row. All are sampled before one is scored: vLLM samples for all processes together,
-    and a reward function that fails in one of them must not leave the others waiting for it."""
+    """What `_rows` says of every row. Unless `score_at_once`, all are sampled before one is scored: vLLM samples for
+    all processes together, and a reward function that fails in one must not leave the others waiting for it."""
+    if steps.score_at_once:
+        measured = []
+        for part in parts:
+            both = steps.respond(part)
+            measured += _rows(trainer, steps, part, both, _kl_and_entropy(trainer, steps, both[0]))
+        return measured
     sampled = [steps.respond(part) for part in parts]
     # Where weights are sharded, the networks are run by all processes together, too.
     nats = [_kl_and_entropy(trainer, steps, episodes) for episodes, _ in sampled]

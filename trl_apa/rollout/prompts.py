@@ -115,9 +115,12 @@ def as_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def reward_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The data set's columns besides the prompt, which reward functions read: one value per row."""
-    names = [name for name in rows[0] if name not in PROMPT_COLUMNS]
-    return {name: [row[name] for row in rows] for name in names}
+    """The rows' columns besides the prompt, which reward functions read: one value per row.
+
+    None where a row lacks a column that another has, as in a `datasets.Dataset`.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name not in PROMPT_COLUMNS)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def prompt_of(row: dict[str, Any]) -> Any:

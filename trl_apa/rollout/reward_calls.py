@@ -5,15 +5,19 @@ import copy
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
+from trl_apa.rollout.event_loop import EVENT_LOOP
 from trl_apa.values import described_error
 
 
 # Values of these types cannot be edited in place.
 ATOMS = frozenset({str, int, float, bool, bytes, type(None)})
+# Seconds that functions with `limits_itself` get beyond the limit, which they keep by themselves, to say what failed.
+GRACE = 2.0
 
 
 class Shared(list[Any]):
@@ -30,6 +34,7 @@ class _Progress:
     def __init__(self) -> None:
         self.at_work = "?"
         self.stopped = threading.Event()
+        self.awaited: Future[None] | None = None
 
 
 def failure(name: str, error: BaseException) -> BaseException:
@@ -77,7 +82,12 @@ def call_functions(
     progress = _Progress()
     if timeout is None:
         return _call_all(functions, arguments, progress)
-    answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout)
+    try:
+        grace = GRACE if any(getattr(function, "limits_itself", False) for _, function in functions) else 0.0
+        answers: list[Any] = _in_a_thread(lambda: _call_all(functions, arguments, progress), progress, timeout, grace)
+    finally:
+        if progress.awaited is not None and progress.awaited.cancel():
+            EVENT_LOOP.leave_if_blocked()
     return answers
 
 
@@ -124,12 +134,12 @@ def _call_all(
                 answer.close()  # Python warns of one that never began
         raise
     if awaited:
-        for number, answer in _await_all(awaited, [name for name, _ in functions]).items():
+        for number, answer in _await_all(awaited, [name for name, _ in functions], progress).items():
             answers[number] = answer
     return answers
 
 
-def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dict[int, Any]:
+def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str], progress: _Progress) -> dict[int, Any]:
     """The results of calls that run together, under their numbers; the first failure ends all."""
     answers: dict[int, Any] = {}
     failures: list[tuple[str, BaseException]] = []
@@ -145,10 +155,16 @@ def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dic
             raise _Stopped from error  # what has a meaning to the event loop must not reach it
 
     async def settle_all() -> None:
-        await asyncio.gather(*(settle(number, pending) for number, pending in calls.items()))
+        tasks = [asyncio.ensure_future(settle(number, pending)) for number, pending in calls.items()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     try:
-        _run(settle_all())
+        _run(settle_all(), progress)
     except BaseException as error:
         unanswered = ", ".join(names[number] for number in calls if number not in answers)
         name, cause = (unanswered, error) if isinstance(error, KeyboardInterrupt) or not failures else failures[0]
@@ -156,18 +172,20 @@ def _await_all(calls: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dic
     return answers
 
 
-def _run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """To its end, also where a loop is running already, as in a notebook."""
+def _run(coroutine: Coroutine[Any, Any, None], progress: _Progress) -> None:
+    """To its end, in the event loop that async tools share."""
+    progress.awaited = EVENT_LOOP.submit(coroutine)
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(coroutine)
-    else:
-        _in_a_thread(lambda: asyncio.run(coroutine), _Progress())
+        progress.awaited.result()
+    except BaseException:  # Ctrl-C, say
+        progress.awaited.cancel()
+        raise
 
 
-def _in_a_thread(work: Callable[[], Any], progress: _Progress, seconds: float | None = None) -> Any:
-    """The result of `work` if it comes in time.
+def _in_a_thread(
+    work: Callable[[], Any], progress: _Progress, seconds: float | None = None, grace: float = 0.0
+) -> Any:
+    """The result of `work` if it comes within `seconds`, or `grace` seconds later.
 
     `progress.stopped` tells what is left behind to begin with nothing more.
     """
@@ -182,7 +200,7 @@ def _in_a_thread(work: Callable[[], Any], progress: _Progress, seconds: float | 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        thread.join(None if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+        thread.join(None if seconds is None else min(seconds + grace, threading.TIMEOUT_MAX))
     finally:
         progress.stopped.set()
     if not outcome:

@@ -43,6 +43,8 @@ from trl_apa.rollout.texts import (
     scored_conversation_ids,
     scored_ids,
 )
+from trl_apa.rollout.tokenizing import warn_once
+from trl_apa.values import described_error
 
 
 # As a reward function: the reward model on the policy's own base.
@@ -118,7 +120,16 @@ class RewardModel:
             return sampled_ids(prompt, prompt_ids, completion_ids, self.policy_tokenizer, self.end_token_ids)
         ended = is_ended(completion_ids, self.end_token_ids)
         if is_conversational({"prompt": prompt}) and len(completion) > 1:
-            return scored_conversation_ids([*prompt, *completion], ended, self.tokenizer)
+            try:
+                return scored_conversation_ids([*prompt, *completion], ended, self.tokenizer)
+            except Exception as error:  # a template may refuse roles, orders and arguments of tool calls
+                warn_once(
+                    self.tokenizer,
+                    f"the chat template of reward model {self.__name__} cannot render a response of several messages "
+                    f"({described_error(error)}): the model reads it as one message, decoded from its token ids",
+                )
+                response = self.policy_tokenizer.decode(completion_ids, skip_special_tokens=True)
+                return self.text_ids(prompt, response, ended)
         if is_conversational({"prompt": prompt}):
             return self.text_ids(prompt, completion[-1]["content"], ended)
         prompt = as_read(prompt, prompt_ids, self.policy_tokenizer)

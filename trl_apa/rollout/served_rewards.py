@@ -61,6 +61,9 @@ class ServedReward:
         ValueError: if `url` is no address.
     """
 
+    # `reward_timeout` is its own limit, and its error says more than that of who waits for it.
+    limits_itself = True
+
     def __init__(
         self,
         url: str,

@@ -10,11 +10,11 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from trl_apa.rollout.event_loop import EVENT_LOOP
+
 
 # Rollouts whose tools run at the same time.
 MOST_AT_ONCE = 32
-# Seconds in which an event loop that nothing blocks answers.
-LOOP_ANSWERS_IN = 1.0
 
 
 class Call(NamedTuple):
@@ -47,13 +47,12 @@ class Outcome:
 
 
 class ToolCaller:
-    """Calls tools in threads of their own; coroutine functions share one event loop, which stays.
+    """Calls tools in threads of their own; coroutine functions share one event loop, which stays, with async rewards.
 
     Python cannot stop a call: one that exceeds its time is abandoned and ends with the process.
     """
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
     def __call__(self, lanes: Sequence[Sequence[Call]], timeout: float | None = None) -> list[list[Outcome]]:
@@ -95,8 +94,7 @@ class ToolCaller:
             else:
                 outcomes[number] = _in_a_thread(call, timeout)
         if begun:
-            loop = self._running_loop()
-            pending = {n: asyncio.run_coroutine_threadsafe(coroutine, loop) for n, coroutine in begun.items()}
+            pending = {number: EVENT_LOOP.submit(coroutine) for number, coroutine in begun.items()}
             end = None if timeout is None else time.monotonic() + timeout
             for number, future in pending.items():
                 outcomes[number] = self._awaited(calls[number].name, future, end, timeout)
@@ -108,28 +106,8 @@ class ToolCaller:
             return future.result(left)
         except (TimeoutError, CancelledError):
             if future.cancel():
-                self._leave_if_blocked()
+                EVENT_LOOP.leave_if_blocked()
             return _too_late(name, timeout)
-
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="tools", daemon=True).start()
-            return self._loop
-
-    def _leave_if_blocked(self) -> None:
-        """Take another loop for the next calls if a coroutine that never awaits holds this one."""
-        with self._lock:
-            loop = self._loop
-        if loop is None:
-            return
-        try:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(LOOP_ANSWERS_IN)
-        except TimeoutError:
-            with self._lock:
-                if self._loop is loop:
-                    self._loop = None
 
 
 def is_async(function: Callable[..., Any]) -> bool:

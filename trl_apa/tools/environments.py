@@ -41,6 +41,7 @@ class Environments:
         self.tools = list(tools)
         self.schemas: dict[Any, list[dict[str, Any]]] = {}
         self._free: dict[Any, list[Any]] = {}
+        self.rewarding: set[type[Any]] = set()
         if not self.factories:
             raise ValueError("environment_factory is empty; it should hold at least one factory")
         for name, factory in self.factories.items():
@@ -95,14 +96,13 @@ class Environments:
             observation = instance.reset(**columns)
         except Exception as error:
             raise RuntimeError(f"environment {kind}: reset failed: {described_error(error)}") from error
-        if hasattr(instance, TURN_REWARD):
-            take_turn_reward(instance)
+        self.take_turn_reward(instance)
         given = NO_PROMPT if row.get("prompt") is None else row["prompt"]
         check_conversation(given)
         prompt = [dict(message) for message in given]
         if observation is None:
             return prompt
-        if isinstance(observation, list):
+        if isinstance(observation, list | str):
             try:
                 observation = as_text(observation)
             except ValueError as error:
@@ -117,26 +117,64 @@ class Environments:
         return prompt
 
     def reward_functions(self) -> list["EnvironmentReward"]:
-        """One for each class of environments that has a reward of its own."""
+        """One for each class of environments that has a reward of its own, or may have one at its turns."""
         made: list[EnvironmentReward] = []
         for kind, instance in {type(free[0]): free[0] for free in self._free.values()}.items():
-            by_turn, total = hasattr(instance, TURN_REWARD), getattr(kind, "get_reward", None)
-            if by_turn or total is not None:
+            total = getattr(kind, "get_reward", None)
+            if total is not None or may_reward_turns(instance):
                 is_async = inspect.iscoroutinefunction(total)
-                made.append((AsyncEnvironmentReward if is_async else EnvironmentReward)(kind, by_turn))
+                made.append((AsyncEnvironmentReward if is_async else EnvironmentReward)(kind))
+        self.rewarding = {function.kind for function in made}
         return made
+
+    def take_turn_reward(self, instance: Any) -> float | None:
+        """See `take_turn_reward`.
+
+        Raises:
+            ValueError: naming the environment, if the value is not a number, or has no way into the reward.
+        """
+        reward = take_turn_reward(instance)
+        if reward is not None and type(instance) not in self.rewarding:
+            raise ValueError(
+                f"environment {type(instance).__name__}: turn_reward appeared during a rollout and would not be part "
+                "of the reward; give it in the class, turn_reward = 0.0"
+            )
+        return reward
 
     def _made(self, name: Any) -> Any:
         return self.factories[name]()
 
 
-def take_turn_reward(instance: Any) -> float:
+def may_reward_turns(instance: Any) -> bool:
+    """Whether an environment that was never reset has `turn_reward` or a method that may set it.
+
+    No property is computed, which may read what only `reset` sets.
+    """
+    kind = type(instance)
+    if _has_turn_reward(instance) or hasattr(kind, "__getattr__"):
+        return True
+    members = [inspect.unwrap(member) for base in kind.__mro__ for member in vars(base).values() if callable(member)]
+    codes = [member.__code__ for member in members if inspect.isfunction(member)]
+    return any(TURN_REWARD in (*code.co_names, *code.co_consts) for code in codes)
+
+
+def _has_turn_reward(instance: Any) -> bool:
+    missing = object()
+    return inspect.getattr_static(instance, TURN_REWARD, missing) is not missing
+
+
+def take_turn_reward(instance: Any) -> float | None:
     """The reward of the turn that has just been answered, reward units; an attribute is set to 0 again.
+
+    None if the environment has no `turn_reward`.
 
     Raises:
         ValueError: naming the environment, if it is not a number.
     """
-    value = getattr(instance, TURN_REWARD, None)
+    missing = object()
+    value = getattr(instance, TURN_REWARD, missing)
+    if value is missing:
+        return None
     read = 0.0 if value is None else _as_number(value)
     if read is None:
         raise ValueError(
@@ -170,11 +208,10 @@ class EnvironmentReward:
 
     Args:
         kind: the class.
-        by_turn: whether its instances have `turn_reward`.
     """
 
-    def __init__(self, kind: type[Any], by_turn: bool):
-        self.kind, self.by_turn = kind, by_turn
+    def __init__(self, kind: type[Any]):
+        self.kind = kind
         self.has_total = hasattr(kind, "get_reward")
         self.__name__ = kind.__name__
 
@@ -186,11 +223,15 @@ class EnvironmentReward:
         return self._values(environments, turn_rewards, totals)
 
     def _values(self, environments: list[Any], turn_rewards: list[list[float]], totals: list[Any]) -> list[Any]:
-        rows = zip(environments, turn_rewards, totals, strict=True)
-        return [self._value(type(instance) is self.kind, rewards, total) for instance, rewards, total in rows]
+        rows = [(type(one) is self.kind, *row) for one, *row in zip(environments, turn_rewards, totals, strict=True)]
+        own = zip(environments, rows, strict=True)
+        by_turn = any(is_own and (any(rewards) or _has_turn_reward(one)) for one, (is_own, rewards, _) in own)
+        return [self._value(by_turn, *row) for row in rows]
 
-    def _value(self, is_own: bool, rewards: list[float], total: Any) -> Any:
-        if not self.by_turn:
+    def _value(self, by_turn: bool, is_own: bool, rewards: list[float], total: Any) -> Any:
+        if not self.has_total:
+            total = 0.0
+        if not by_turn:
             return total if is_own else 0.0
         if not is_own:
             return [0.0] * len(rewards)

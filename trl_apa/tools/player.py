@@ -75,6 +75,8 @@ class ToolPlayer:
         prompts, episodes, seats = (list(column) for column in zip(*begun, strict=True))
         world = ToolWorld(self._template(), self.caller, self.args.tool_timeout)
         world.seats = {id(episode): seat for episode, seat in zip(episodes, seats, strict=True)}
+        if self.environments is not None:
+            world.turn_reward = self.environments.take_turn_reward
         play(episodes, sample, world, self.processes, self.args.max_tool_calling_iterations)
         columns: dict[str, list[Any]] = {}
         if self.environments is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,16 +97,22 @@ def read_rollouts(answer: Any, count: int) -> Episodes:
             _mask(row, mask, response)
             for row, (mask, response) in enumerate(zip(_rows(MASK, answer[MASK], count), responses, strict=True))
         ]
-    columns = {
-        str(name): _rows(name, values, count) if isinstance(values, list) else [values] * count
-        for name, values in answer.items()
-        if name not in READ
-    }
+    columns = {str(name): _column(name, values, count) for name, values in answer.items() if name not in READ}
     return Episodes(queries, responses, masks, columns=columns)
 
 
+def _column(name: str, values: Any, count: int) -> list[Any]:
+    """A row each of a list, or of a tuple, tensor or array of as many; anything else is for every row."""
+    if isinstance(values, Tensor | np.ndarray):
+        if values.ndim and len(values) == count:
+            return values.tolist() if values.ndim == 1 else list(values)
+    elif isinstance(values, list) or (isinstance(values, tuple) and len(values) == count):
+        return _rows(name, values, count)
+    return [values] * count
+
+
 def _rows(name: str, values: Any, count: int) -> list[Any]:
-    rows = list(values) if isinstance(values, list | tuple | Tensor) else None
+    rows = list(values) if isinstance(values, list | tuple | Tensor | np.ndarray) else None
     if rows is None or len(rows) != count:
         said = type(values).__name__ if rows is None else f"list of {len(rows)}"
         raise ValueError(
@@ -117,7 +124,7 @@ def _rows(name: str, values: Any, count: int) -> list[Any]:
 def _token_rows(name: str, values: Any, count: int) -> list[Tensor]:
     tensors = []
     for row, ids in enumerate(_rows(name, values, count)):
-        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
         if not isinstance(ids, list | tuple) or not ids or not all(isinstance(token, Integral) for token in ids):
             raise ValueError(
                 f"rollout_func returned {shown(ids)} as {name}[{row}]; it should be a list of token ids, at least one"
@@ -127,7 +134,7 @@ def _token_rows(name: str, values: Any, count: int) -> list[Tensor]:
 
 
 def _mask(row: int, mask: Any, response: Tensor) -> Tensor:
-    values = mask.tolist() if isinstance(mask, Tensor) else mask
+    values = mask.tolist() if isinstance(mask, Tensor | np.ndarray) else mask
     if not isinstance(values, list | tuple) or len(values) != len(response) or not all(v in (0, 1) for v in values):
         raise ValueError(
             f"rollout_func returned {shown(values)} as {MASK}[{row}]; it should hold 0 or 1 for each of the "

@@ -22,6 +22,7 @@ class EpisodeSampler:
         query: a row's prompt, 1-D token ids.
         respond: prompts and options of `generate` to responses, a pair with pi_init's if `generate_ref_response`. It
             fails on all processes if it fails on one.
+        of_reference: prompts and options of `generate` to responses of pi_init; it fails on all processes, too.
         notes: where the log-probs of what is sampled are noted.
         processes: of the run.
     """
@@ -31,10 +32,11 @@ class EpisodeSampler:
         player: Player | None,
         query: Callable[[dict[str, Any]], Tensor],
         respond: Callable[..., Any],
+        of_reference: Callable[..., list[Tensor]],
         notes: SampledLogprobs,
         processes: Processes,
     ):
-        self.player, self.query, self.respond = player, query, respond
+        self.player, self.query, self.respond, self.of_reference = player, query, respond, of_reference
         self.notes, self.processes = notes, processes
 
     def __call__(self, rows: Sequence[dict[str, Any]], **options: Any) -> Episodes:
@@ -71,5 +73,5 @@ class EpisodeSampler:
         return [Sampled(ids.tolist(), logprobs) for ids, logprobs in zip(responses, known, strict=True)]
 
     def _turn_of_reference(self, contexts: list[Tensor], limits: list[int]) -> list[Sampled]:
-        _, responses = self.respond(contexts, generate_ref_response=True, max_new_tokens=limits)
+        responses = self.of_reference(contexts, max_new_tokens=limits)
         return [Sampled(ids.tolist()) for ids in responses]

@@ -32,7 +32,7 @@ def turn_statistics(
         "timeouts": float(sum(seat.timeouts for seat in seats)),
         "callers": float(sum(seat.calls > 0 for seat in seats)),
         "dropped": float(sum(episode.dropped for episode in episodes)),
-        "unanswered": float(sum(not (episode.finished or episode.dropped) for episode in episodes)),
+        "unanswered": float(sum(_is_unanswered(*pair) for pair in zip(episodes, seats, strict=True))),
     }
     for turn in range(REPORTED_TURNS):
         sums[f"rewarded_{turn}"] = float(sum(turn in episode.rewards for episode in episodes))
@@ -53,3 +53,8 @@ def turn_statistics(
         if totals[f"rewarded_{turn}"]:
             stats[f"turns/reward_{turn + 1}"] = totals[f"reward_{turn}"] / totals[f"rewarded_{turn}"]
     return stats
+
+
+def _is_unanswered(episode: Episode, seat: Seat) -> bool:
+    """Whether a rollout ended with calls because it may not have more answers."""
+    return bool(seat.asked) and not (episode.finished or episode.dropped)

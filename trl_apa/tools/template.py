@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import add_response_schema, supports_tool_calling
 
 from trl_apa._trl import parse_response
+from trl_apa.tools.messages import Message, without_surrogates
 
 
-Message = dict[str, Any]
 # In the place of the policy's own turn, of which only the end matters.
 QUESTION = {"role": "user", "content": "?"}
 UNKNOWN_TOOL = "tool"
@@ -59,7 +59,8 @@ class ToolTemplate:
     def read(self, ids: Sequence[int], context: Sequence[int], tools: Sequence[Any]) -> Message:
         """A turn of the policy's as the assistant's message, with `tool_calls` if it asks for any.
 
-        What cannot be read as tool calls is text.
+        What cannot be read as tool calls is text, and so are calls whose arguments are nested too deep. The arguments
+        of a call may be of any type; every text can be encoded.
 
         Args:
             ids: what was sampled.
@@ -67,7 +68,8 @@ class ToolTemplate:
             tools: JSON schemas, by which the arguments get their types.
         """
         try:
-            message: Message = parse_response(self.tokenizer, list(ids), list(context), list(tools) or None)
+            parsed: Message = parse_response(self.tokenizer, list(ids), list(context), list(tools) or None)
+            message: Message = without_surrogates(parsed)
         except Exception:  # the policy may write anything, and the parser is made for what a template writes
             message = {"content": self.tokenizer.decode(list(ids), skip_special_tokens=True)}
         message = {"role": "assistant", **message}

@@ -322,7 +322,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.drift = DriftWatch(f"{'init_kl_coef' if args.kl_in_reward else 'kl_coef'}={args.kl_coef}")
         self.sampler = self._make_sampler(sampler)
         self._sampled_logprobs = notes = SampledLogprobs()
-        sampling = (self._query, self._respond_on_all_processes, notes, self.processes)
+        sampling = (self._query, self._respond_on_all_processes, self._respond_as_reference, notes, self.processes)
         self._episodes = EpisodeSampler(self._player, *sampling)
         self._token_budget = TokenBudget(self.processes)
         self._importance = ImportanceCorrection()

@@ -419,6 +419,13 @@ class TrainingLoop(ResumableRuns):
             return self._respond(queries, **options)
         return self.processes.together(lambda: self._respond(queries, **options))
 
+    def _respond_as_reference(self, queries: list[Tensor], **options: Any) -> list[Tensor]:
+        """Responses of pi_init alone, failing everywhere if it fails in one process."""
+        size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size or len(queries)
+        options = {"batch_size": size, "stop_strings": self.args.stop_strings, **options}
+        responses: list[Tensor] = self.processes.together(lambda: self._responses_of_reference(queries, **options))
+        return responses
+
     def _texts(self, rows: list[dict[str, Any]], queries: list[Tensor], responses: list[Tensor]) -> Texts:
         """Prompts and completions: texts, or chat messages where the prompts are chat messages."""
         return prompts_and_completions(rows, queries, responses, self.processing_class)
@@ -568,6 +575,7 @@ class TrainingLoop(ResumableRuns):
             end_token_ids=self._end_token_ids,
             decoder_start_token_id=self._decoder_start_token_id,
             in_lockstep=True,
+            score_at_once=getattr(self._player, "environments", None) is not None,
             dtype=torch.float32,
         )
 

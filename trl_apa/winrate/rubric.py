@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ ENDING = (
     "Give your reasons in a few sentences. Then write the score on a line of its own, a number from {lowest:g} to "
     "{highest:g} in double brackets: [[{highest:g}]] is the best."
 )
+# Sections of what the judge reads that are no columns.
+OWN_SECTIONS = ("rubric", "request", "answer")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Rubric:
         model: its name at the endpoint.
         rubric: by what an answer is scored, in words.
         lowest, highest: the scores that there are, reward units.
-        columns: of the data set, shown to the judge under their names (a reference answer, say).
+        columns: of the data set, shown to the judge under their names (a reference answer, say). Those of the names
+            "rubric", "request" and "answer" are shown as "column_rubric" and so on.
         unscored: the score where a reply has none; by default there is none then, see `skip_unscored`.
         cache: a file that remembers scores, beside the rubric unless the path is absolute; None for none.
         base_url, api_key_env, request, max_retries, timeout, workers: see [`ChatJudge`].
@@ -116,8 +119,10 @@ class RubricJudge(ChatJudge):
     def text_about(self, item: tuple[str, str, Mapping[str, str]]) -> str:
         """Rubric, request, the columns' sections, and the answer."""
         request, answer, columns = item
-        sections = {"rubric": self.rubric.rubric, "request": request, **columns, "answer": answer}
-        parts = [f"<{name}>\n{text.strip()}\n</{name}>" for name, text in sections.items()]
+        tags = _tags(columns)
+        shown = [(tags[name], text) for name, text in columns.items()]
+        sections = [("rubric", self.rubric.rubric), ("request", request), *shown, ("answer", answer)]
+        parts = [f"<{tag}>\n{text.strip()}\n</{tag}>" for tag, text in sections]
         return "\n\n".join([TASK, *parts, ENDING.format(lowest=self.rubric.lowest, highest=self.rubric.highest)])
 
     def read(self, body: bytes) -> Reading:
@@ -193,6 +198,18 @@ def transcript(completion: Any) -> str:
             f"calls {json.dumps(call.get('function', call), default=str)}" for call in message.get("tool_calls") or ()
         ]
     return "\n\n".join(lines)
+
+
+def _tags(names: Iterable[str]) -> dict[str, str]:
+    """The tag of each column: its name, with "column_" before it until no other section has that tag."""
+    tags = {name: name for name in names if name not in OWN_SECTIONS}
+    for name in names:
+        if name in OWN_SECTIONS:
+            tag = f"column_{name}"
+            while tag in tags.values():
+                tag = f"column_{tag}"
+            tags[name] = tag
+    return tags
 
 
 def _is_score(value: Any) -> bool:
