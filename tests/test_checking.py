@@ -388,6 +388,7 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_says_by_its_status_whether_something_is_wrong(folder, capsys, tmp_path):
     arguments = [folder, "--device", "cpu", "--max_completion_length", "8"]
     assert main(["check", *arguments]) == 0

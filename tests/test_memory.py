@@ -58,7 +58,7 @@ SMALL = LlamaConfig(
 )
 
 
-QUICK_CASES = {"full", "LoRA, autocast", "4-bit base, value adapter"}
+QUICK_CASES = {"full", "4-bit base, value adapter"}
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +178,7 @@ def test_known_shapes_have_the_published_numbers_of_parameters():
     assert KNOWN.keys() - PUBLISHED.keys() == {"llama-30b", "llama-65b", "llama-2-7b", "llama-2-13b"}
 
 
+@pytest.mark.slow
 def test_networks_are_counted_where_they_are():
     setup = Setup(SMALL, lora_r=8, dtype=torch.float32, max_length=32, max_new_tokens=8)
     separate = predict(setup).update
@@ -311,6 +312,7 @@ def test_what_cannot_be_predicted_is_refused_by_name(capsys, monkeypatch):
         assert problem in _cli.refused(capsys, "memory", *options)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, capsys, monkeypatch):
     SMALL.save_pretrained(tmp_path)
     options = ("--model", tmp_path, "--value", "head", "--lora-r", 0, "--optim", "sgd", "--generation-batch", 1)

@@ -225,6 +225,7 @@ def test_in_small_policies_are_judged_by_the_true_quality_of_their_answers(task,
         compare_in_small(comparison, {0: {**policies[0], "APA": tmp_path / "nowhere"}}, tmp_path / "out", options)
 
 
+@pytest.mark.slow
 def test_the_command_runs_what_is_compared_in_small(tmp_path, capsys):
     argv = f"fig1 --scale mini --seeds 0 --configs {FOLDER} --output_dir {tmp_path}/out --iterations 1".split()
     argv += (

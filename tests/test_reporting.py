@@ -431,6 +431,7 @@ def use_trackio(rank, folder):
     return [float(score) for score in scores], stats, logs, SQLiteStorage.get_run_config("alignment", "first")
 
 
+@pytest.mark.slow
 def test_trackio_gets_the_rows_of_both_processes_once(tmp_path):
     (scores, stats, logs, run_config), (others, *_) = run_in_two_processes(use_trackio, tmp_path)
     media, numbers = logs

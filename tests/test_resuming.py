@@ -584,6 +584,7 @@ def interrupted_at_step_4(folder, seconds, *signals):
     return process.returncode, "".join(errors) + rest
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_after_the_current_step_and_says_how_to_continue(tmp_path, uninterrupted):
     status, errors = interrupted_at_step_4(tmp_path, 0.3, signal.SIGINT)
     assert status == 130

@@ -143,7 +143,8 @@ print("kl", metrics["eval_kl"], "reward", metrics["eval_reward"])
 """
 
 
-@pytest.mark.parametrize("name", [pytest.param("APA", marks=pytest.mark.slow), "PPO"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["APA", "PPO"])
 def test_a_script_of_the_second_generation_trains_with_only_its_imports_changed(tmp_path, name):
     tiny_model().save_pretrained(tmp_path / "sft")
     torch.manual_seed(1)
