@@ -98,6 +98,7 @@ def test_what_is_not_exact_in_a_batch_is_said_and_not_used(tmp_path, family):
         assert found.figures["max_nats"] > 1e-3 and "one by one" in found.advice
 
 
+@pytest.mark.slow
 def test_a_check_leaves_nothing_behind(tmp_path):
     """The step after it is the one that would have been made without it."""
     queries, responses, scores = tiny_rollouts()

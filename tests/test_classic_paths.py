@@ -113,6 +113,7 @@ def in_a_new_process(code):
     return done.stdout.strip().splitlines()[-1:], done.stderr
 
 
+@pytest.mark.slow
 def test_an_unedited_script_finds_the_classic_names():
     code = """
 from trl_apa.compat import install

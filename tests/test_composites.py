@@ -215,7 +215,7 @@ def test_all_that_is_below_a_frozen_layer_is_frozen(family, below, above):
     ("name", "options"),
     [
         pytest.param("gemma3", {"lora_r": 0, "num_unfrozen_layers": 1}, marks=pytest.mark.slow),
-        ("llama4_text", {"value": "adapter"}),
+        pytest.param("llama4_text", {"value": "adapter"}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_predicted_from_the_text_config(tmp_path, name, options):

@@ -422,7 +422,9 @@ def test_rows_of_different_environments_may_have_different_columns(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("size", "most"), [(1, 2), (2, 4), (3, 6)])
+@pytest.mark.parametrize(
+    ("size", "most"), [(2, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (3, 6)))]
+)
 def test_evaluation_needs_two_environments_for_each_row_of_a_batch_and_no_more(tmp_path, size, most):
     class Counted(Counter):
         made = 0

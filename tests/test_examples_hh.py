@@ -75,6 +75,7 @@ def run_hh(example_module, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_all_stages_leave_their_results(first_run):
     output_dir, printed = first_run
     assert "60 preference pairs, 2 bad rows" in printed
@@ -91,6 +92,7 @@ def test_all_stages_leave_their_results(first_run):
     assert len(samples) == result["eval"]["prompts"] == 6
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_the_two_models(first_run):
     output_dir, _ = first_run
     result = json.loads((output_dir / "result.json").read_text())["eval"]
@@ -108,6 +110,7 @@ def test_evaluation_is_of_the_two_models(first_run):
     assert result["win_rate"] == pytest.approx(sum(wins) / 6)
 
 
+@pytest.mark.slow
 def test_saved_models_are_plain_checkpoints(first_run):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -123,6 +126,7 @@ def test_saved_models_are_plain_checkpoints(first_run):
     assert AutoModelForSequenceClassification.from_pretrained(output_dir / "reward")(ids).logits.shape == (1, 1)
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_repeated_and_other_options_are_refused(first_run, hh_file, run_hh):
     output_dir, _ = first_run
     before = {path: path.stat().st_mtime_ns for path in output_dir.glob("*/*") if path.is_file()}
@@ -135,6 +139,7 @@ def test_finished_stages_are_not_repeated_and_other_options_are_refused(first_ru
     assert "held_out 0.25 -> 0.5" in refused and "--overwrite" in refused
 
 
+@pytest.mark.slow
 def test_a_result_made_from_a_repeated_stage_is_refused(first_run, hh_file, tmp_path, run_hh):
     output_dir = tmp_path / "copy"
     shutil.copytree(first_run[0], output_dir)
@@ -155,6 +160,7 @@ def test_a_result_made_from_a_repeated_stage_is_refused(first_run, hh_file, tmp_
     assert (output_dir / "apa" / "model.safetensors").read_bytes() != policy
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_is_repeated(first_run, hh_file, tmp_path, run_hh):
     output_dir = tmp_path / "copy"
     shutil.copytree(first_run[0], output_dir)
@@ -166,6 +172,7 @@ def test_an_interrupted_stage_is_repeated(first_run, hh_file, tmp_path, run_hh):
     assert (output_dir / "eval" / "samples.jsonl").read_text() == (first_run[0] / "eval" / "samples.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_given_model_and_reward_model_with_lora_and_ppo(first_run, hh_file, tmp_path, run_hh):
     """The way of `--model`, in the prompt/chosen/rejected layout, with another loss and disjoint parts."""
     output_dir, _ = first_run
@@ -208,6 +215,7 @@ def test_unreadable_data_is_an_error_without_a_traceback(tmp_path, run_hh):
     assert "no preference pair found" in refused and "has no 'chosen' column" in refused
 
 
+@pytest.mark.slow
 def test_lengths_beyond_the_positions_are_refused_before_training(first_run, hh_file, tmp_path, run_hh):
     # The model of the first run has 24 + 12 positions.
     data = ("--dataset", hh_file, "--output-dir", tmp_path, "--model", first_run[0] / "sft", *TINY)

@@ -165,6 +165,7 @@ def test_the_base_is_written_once_and_outlives_the_checkpoints(folder, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in bases[0].iterdir()} == written
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_one_that_never_stopped(folder, tmp_path):
     def finish(output_dir, options, max_steps, **kwargs):
         options = {

@@ -45,6 +45,7 @@ def test_a_part_that_fails_does_not_end_the_others(tmp_path, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [bad, good]
 
 
+@pytest.mark.slow
 def test_a_part_that_is_late_is_ended_with_all_that_it_started_and_keeps_its_results(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 1)
     child = "import time; time.sleep(60)"

@@ -58,7 +58,7 @@ SMALL = LlamaConfig(
 )
 
 
-QUICK_CASES = {"full", "4-bit base, value adapter"}
+QUICK_CASES = {"full"}
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +193,7 @@ def test_networks_are_counted_where_they_are():
     assert 0 < other["weights: value"] < separate["weights: value"]
 
 
+@pytest.mark.slow
 def test_without_a_value_model_nothing_of_it_is_planned_for(tmp_path, capsys):
     setup = Setup(SMALL, lora_r=0, dtype=torch.float32, max_length=32, max_new_tokens=8)
     separate, without = predict(setup), predict(replace(setup, value=None))

@@ -30,7 +30,7 @@ def test_an_older_path_is_the_module_itself(old):
     assert getattr(import_module(parent), name) is module
 
 
-@pytest.mark.parametrize("older_first", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("older_first", [pytest.param(first, marks=pytest.mark.slow) for first in (True, False)])
 def test_both_paths_give_one_class_whichever_is_imported_first(older_first):
     lines = [
         "from trl_apa.core import PPODecorators as older",
@@ -40,6 +40,7 @@ def test_both_paths_give_one_class_whichever_is_imported_first(older_first):
     assert in_a_new_process(code) == "True"
 
 
+@pytest.mark.slow
 def test_every_way_to_import_works_in_a_new_process():
     code = """
 import trl_apa.core as core

@@ -177,6 +177,7 @@ def use_objects(rank, folder):
     return [(tracker.started, len(tracker.rows)) for tracker in trackers]
 
 
+@pytest.mark.slow
 def test_of_several_processes_those_report_that_the_tracker_wants(tmp_path):
     assert run_in_two_processes(use_objects, tmp_path) == [[(1, 1), (1, 1)], [(0, 0), (1, 1)]]
     assert scalars(tmp_path / "runs")["mine"] == [(1, 1.0)]
