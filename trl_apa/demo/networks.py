@@ -23,6 +23,7 @@ from trl_apa.rollout.generation import generate_responses
 from .corpus import vocabulary
 
 
+AT_ONCE = 512  # responses that are sampled together
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
@@ -99,8 +100,16 @@ def sample(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    queries = encode(tokenizer, prompts)
+    # Batch after batch: rows that take the places of others would draw other numbers than the published results.
+    order = sorted(range(len(queries)), key=lambda row: len(queries[row]))
+    responses: dict[int, Tensor] = {}
     with random_numbers_of_its_own(seed, devices=[]):
-        return generate_responses(model, encode(tokenizer, prompts), config, tokenizer, batch_size=512)
+        for rows in (order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)):
+            batch = [queries[row] for row in rows]
+            found = generate_responses(model, batch, config, tokenizer, batch_size=AT_ONCE)
+            responses |= zip(rows, found, strict=True)
+    return [responses[row] for row in range(len(queries))]
 
 
 def draw_prompts(rng: random.Random, prompts: Sequence[str], count: int) -> list[str]:
