@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_apa import demo
+from trl_apa.demo import networks
 from trl_apa.demo.corpus import (
     ALL_REASONS,
     PRODUCTS,
@@ -380,3 +381,16 @@ def test_main_prints_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert "iteration 1/1: proxy reward" in screen.out
     assert "\x1b" not in screen.out
     assert screen.err == ""
+
+
+def test_many_prompts_are_answered_batch_after_batch_with_the_numbers_of_published_results(monkeypatch):
+    """Rows that take the places of others would draw other random numbers."""
+    asked, original = [], networks.generate_responses
+    monkeypatch.setattr(networks, "AT_ONCE", 3)
+    monkeypatch.setattr(networks, "generate_responses", lambda *a, **k: asked.append(a[1]) or original(*a, **k))
+    tokenizer = networks.build_tokenizer()
+    policy, prompts = networks.build_policy(tokenizer, 0), ["maybe .", "yes , it is good .", "well ,"] * 3
+    responses = networks.sample(policy, tokenizer, prompts, 5, seed=1)
+    assert [len(batch) for batch in asked] == [3, 3, 3] and len(responses) == 9
+    lengths = [len(query) for batch in asked for query in batch]
+    assert lengths == sorted(lengths)
