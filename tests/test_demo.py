@@ -26,6 +26,7 @@ from trl_apa.demo.evaluation import divergence_and_entropy
 from trl_apa.demo.networks import build_policy, build_tokenizer, decode, draw_prompts, encode, sample
 from trl_apa.demo.options import DemoOptions, parse_options
 from trl_apa.demo.reward import RewardModel, gold_rewards, joined_ids, make_pairs
+from trl_apa.rollout import generation
 
 
 QUESTION = "question : is the red lamp good ? answer :"
@@ -385,9 +386,9 @@ def test_main_prints_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 def test_many_prompts_are_answered_batch_after_batch_with_the_numbers_of_published_results(monkeypatch):
     """Rows that take the places of others would draw other random numbers."""
-    asked, original = [], networks.generate_responses
+    asked, original = [], generation._tokens_of_batch
     monkeypatch.setattr(networks, "AT_ONCE", 3)
-    monkeypatch.setattr(networks, "generate_responses", lambda *a, **k: asked.append(a[1]) or original(*a, **k))
+    monkeypatch.setattr(generation, "_tokens_of_batch", lambda *a, **k: asked.append(a[1]) or original(*a, **k))
     tokenizer = networks.build_tokenizer()
     policy, prompts = networks.build_policy(tokenizer, 0), ["maybe .", "yes , it is good .", "well ,"] * 3
     responses = networks.sample(policy, tokenizer, prompts, 5, seed=1)

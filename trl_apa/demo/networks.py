@@ -101,15 +101,9 @@ def sample(
         pad_token_id=tokenizer.pad_token_id,
     )
     queries = encode(tokenizer, prompts)
-    # Batch after batch: rows that take the places of others would draw other numbers than the published results.
-    order = sorted(range(len(queries)), key=lambda row: len(queries[row]))
-    responses: dict[int, Tensor] = {}
     with random_numbers_of_its_own(seed, devices=[]):
-        for rows in (order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)):
-            batch = [queries[row] for row in rows]
-            found = generate_responses(model, batch, config, tokenizer, batch_size=AT_ONCE)
-            responses |= zip(rows, found, strict=True)
-    return [responses[row] for row in range(len(queries))]
+        # Rows that take the places of others would draw other numbers than the published results.
+        return generate_responses(model, queries, config, tokenizer, batch_size=AT_ONCE, refills=False)
 
 
 def draw_prompts(rng: random.Random, prompts: Sequence[str], count: int) -> list[str]:

@@ -38,6 +38,7 @@ def generate_responses(
     model_inputs: dict[str, Any] | None = None,
     notes: SampledLogprobs | None = None,
     row_limits: Sequence[int] | None = None,
+    refills: bool = True,
 ) -> list[Tensor]:
     """Sample one response to each query.
 
@@ -64,6 +65,8 @@ def generate_responses(
             are added to what ends a response.
         notes: keeps the log-probs of what is sampled.
         row_limits: most tokens of each response, in place of `max_new_tokens`.
+        refills: whether waiting queries may take the places of others; batch after batch is sampled otherwise, with
+            the random numbers of transformers' `generate`.
 
     Returns:
         1-D int64 tensors on the queries' devices: the generated tokens up to and with the one that ended the response.
@@ -91,7 +94,7 @@ def generate_responses(
 
     pads = bool(pad_to_multiple_of)
     criteria = row_criteria(generation_config.eos_token_id, stop_strings, tokenizer)
-    of_batches = given or model_inputs or pads or not remove_padding or length_sampler is not None
+    of_batches = given or model_inputs or pads or not (remove_padding and refills) or length_sampler is not None
     with frozen_weights_cast_once(model):
         if len(queries) > batch_size > 1 and not of_batches:
             limits = limits_of(range(len(queries)))
