@@ -530,7 +530,9 @@ def test_a_prompt_that_is_asked_only_to_make_as_many_calls_need_not_be_scored(ne
         return SimpleNamespace(total_B=torch.ones(len(queries)), kept_B=kept_B)
 
     def find(rows, new_elsewhere):
-        accelerator = SimpleNamespace(device="cpu", gather=lambda count: torch.cat([count, count + new_elsewhere]))
+        accelerator = SimpleNamespace(
+            device="cpu", num_processes=2, gather=lambda count: torch.cat([count, count + new_elsewhere])
+        )
         processes = Processes(accelerator)
         processes.together = lambda work: work()
         sampling = ReferenceSampling(lambda queries: [torch.tensor([5, EOS])] * len(queries), score, 2, [EOS], 0.0, 0)

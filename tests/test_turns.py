@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trl_apa.distributed.processes import Processes
 from trl_apa.tools.turns import Episode, Sampled, Told, play
 
 
-ALONE = SimpleNamespace(together=lambda work: work(), accelerator=SimpleNamespace(num_processes=1, device="cpu"))
+ALONE = SimpleNamespace(together=lambda work: work(), largest=lambda count: count)
 
 
 class Counting:
@@ -125,7 +126,7 @@ class TwoProcesses:
             return result
 
         accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
-        return SimpleNamespace(accelerator=accelerator, together=together)
+        return SimpleNamespace(largest=Processes(accelerator).largest, together=together)
 
 
 def test_processes_sample_equally_many_rows_in_every_turn_and_equally_often():

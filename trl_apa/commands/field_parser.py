@@ -8,9 +8,9 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from trl_apa.redaction import without_secrets_in_error
+from trl_apa.commands.parsing import BriefParser
 
 
 NOT_THERE = dataclasses.MISSING
@@ -31,7 +31,7 @@ class OptionField(NamedTuple):
     field: "dataclasses.Field[Any]"
 
 
-class FieldParser(argparse.ArgumentParser):
+class FieldParser(BriefParser):
     """Options from fields, by groups.
 
     Args:
@@ -51,10 +51,6 @@ class FieldParser(argparse.ArgumentParser):
         for action in self._actions:
             if action.dest in values:
                 action.default, action.required = values[action.dest], False
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with status 2, without the usage, which is a page long."""
-        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
 
 
 def _add(group: "argparse._ArgumentGroup", option_field: OptionField) -> None:

@@ -38,8 +38,16 @@ def once(option_strings: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports an invalid argument in one line, without the usage, which can be a page long.
+class BriefParser(argparse.ArgumentParser):
+    """Reports an invalid argument in one line, without the usage, which can be a page long."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
+
+
+class OneLineParser(BriefParser):
+    """The parser of a command that reads no YAML.
 
     Options with several words are read with `-` and with `_` between them.
 
@@ -51,10 +59,6 @@ class OneLineParser(argparse.ArgumentParser):
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with status 2."""
-        self.exit(2, f"{self.prog}: {without_secrets_in_error(message)}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, with the other spelling of each option read as the option."""

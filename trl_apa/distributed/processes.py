@@ -32,6 +32,12 @@ class Processes:
         total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
+    def largest(self, count: int) -> int:
+        """The largest count of all processes."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+
     def together(self, work: Callable[[], T]) -> T:
         """Do `work`; if it fails in one process, with `SystemExit` too, all raise: none is left waiting.
 

@@ -87,6 +87,13 @@ def warpers_of(config: GenerationConfig) -> LogitsProcessorList:
     return warpers
 
 
+def greedy_copy(config: GenerationConfig) -> GenerationConfig:
+    """Options under which `generate` takes the token that a processor has chosen, and returns the cache."""
+    greedy = copy.copy(config)
+    greedy.update(do_sample=False, temperature=None, top_k=None, top_p=None, return_dict_in_generate=True)
+    return greedy
+
+
 def one_token(scores: Tensor, chosen_A1: Tensor) -> Tensor:
     """Scores of which the largest, and the only ones, are those of the chosen tokens."""
     return torch.full_like(scores, -torch.inf).scatter_(1, chosen_A1, 0.0)
@@ -156,8 +163,7 @@ class SelectedRows:
         self.tokens_AT, self.mask_AT = inputs["input_ids"], inputs["attention_mask"]
         self.num_rows, self.width = self.tokens_AT.shape
         self.alive = torch.arange(self.num_rows, device=self.tokens_AT.device)
-        self.choice, self.greedy = RowChoice(config, self.num_rows), copy.copy(config)
-        self.greedy.update(do_sample=False, temperature=None, top_k=None, top_p=None, return_dict_in_generate=True)
+        self.choice, self.greedy = RowChoice(config, self.num_rows), greedy_copy(config)
         # The cache, and which of its rows each row alive continues.
         self.cache: Any = None
         self.of_cache = self.alive

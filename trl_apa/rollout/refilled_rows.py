@@ -1,6 +1,5 @@
 """Sampling in which waiting prompts take the places of rows that have ended."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,15 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from trl_apa.models.network_parts import Network
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.cache_merging import Begun, fitted, joined
-from trl_apa.rollout.finished_rows import UntilSomeEnd, enough_to_drop, one_token, read_once, restarted, warpers_of
+from trl_apa.rollout.finished_rows import (
+    UntilSomeEnd,
+    enough_to_drop,
+    greedy_copy,
+    one_token,
+    read_once,
+    restarted,
+    warpers_of,
+)
 from trl_apa.rollout.sampled_logprobs import LogprobNoter
 from trl_apa.rollout.shared_prompts import equal_queries
 
@@ -127,8 +134,7 @@ class RefilledRows:
         self.model, self.queries, self.size, self.criteria, self.noter = model, queries, size, criteria, noter
         self.device = next(model.parameters()).device
         self.limits_B = torch.tensor(limits, device=self.device)
-        self.greedy = copy.copy(config)
-        self.greedy.update(do_sample=False, temperature=None, top_k=None, top_p=None, return_dict_in_generate=True)
+        self.greedy = greedy_copy(config)
         self.choice = StreamChoice(config, len(queries), max(limits), self.device)
         self.prompts = equal_queries(queries)
         # Rows with one prompt are neighbours, so that only the newest prompts that were read have to be kept.

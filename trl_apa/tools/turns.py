@@ -154,7 +154,7 @@ def play(
     """
     living = list(episodes)
     answers = 0
-    while count := _most(len(living), processes):
+    while count := processes.largest(len(living)):
         fill = [torch.tensor(episodes[0].query)] * (count - len(living))
         contexts = [torch.tensor(episode.context) for episode in living] + fill
         limits = [episode.room for episode in living] + [1] * len(fill)
@@ -177,11 +177,3 @@ def _continuing(episodes: list[Episode], world: World, over: bool) -> list[Episo
         if told is not None and episode.add_told(told):
             going_on.append(episode)
     return going_on
-
-
-def _most(count: int, processes: Processes) -> int:
-    """The largest count of all processes."""
-    accelerator = processes.accelerator
-    if accelerator.num_processes == 1:
-        return count
-    return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())

@@ -50,14 +50,13 @@ def subtract_normalizer(rollouts: Rollouts, args: Any, processes: Processes) -> 
     mask_BR, prompts_B = rollouts.response_mask_BR, query_keys(rollouts.queries).to(rollouts.device)
     known_BR = rollouts.sampling_logprobs_BR if rollouts.old_logprobs_BR is None else rollouts.old_logprobs_BR
     assert known_BR is not None  # where nothing was noted, `_evaluate_rollouts` has read them
-    log_ratio_BR: Tensor | None = known_BR - rollouts.ref_logprobs_BR
-    rows = RewardedRows(rollouts.advantages_BR, mask_BR, log_ratio_BR, prompts_B)
-    own = (slice(None), slice(None))
-    if processes.accelerator.num_processes > 1:
-        rows, own = rows_of_all_processes(rows, processes.accelerator), _own_rows(mask_BR, processes.accelerator)
-    advantages_BR, everywhere_BR, log_ratio_BR, groups_B, _ = rows
-    assert log_ratio_BR is not None and groups_B is not None  # they are given above
-    read = advantages_BR, log_ratio_BR, everywhere_BR, groups_B
+    advantages_BR, log_ratio_BR = rollouts.advantages_BR, known_BR - rollouts.ref_logprobs_BR
+    accelerator, own = processes.accelerator, (slice(None), slice(None))
+    if accelerator.num_processes > 1:
+        own = _own_rows(mask_BR, accelerator)
+        advantages_BR, log_ratio_BR = (_of_all_processes(x, accelerator) for x in (advantages_BR, log_ratio_BR))
+        mask_BR, prompts_B = _mask_of_all_processes(mask_BR, accelerator), accelerator.gather(prompts_B)
+    read = advantages_BR, log_ratio_BR, mask_BR, prompts_B
     of_responses = args.algorithm.of_responses
     rollouts.advantages_BR = group_normalized_advantages(*read, args.kl_coef, of_responses)[own]
 
@@ -108,18 +107,27 @@ def rows_of_all_processes(rows: RewardedRows, accelerator: Accelerator) -> Rewar
     """The rows of the first process, then those of the second, ..., as wide as the widest."""
 
     def gathered(tensor: Tensor | None, pad: float = 0) -> Tensor | None:
-        if tensor is None:
-            return None
-        gathered: Tensor = accelerator.gather(accelerator.pad_across_processes(tensor, dim=1, pad_index=pad))
-        return gathered
+        return None if tensor is None else _of_all_processes(tensor, accelerator, pad)
 
-    # Not as bool, which not every backend sends.
-    mask_BR = gathered(rows.response_mask_BR.int())
     prompts_B = None if rows.prompts_B is None else accelerator.gather(rows.prompts_B)
-    rewards_BR, values_BR = gathered(rows.rewards_BR), gathered(rows.values_BR)
-    assert rewards_BR is not None and mask_BR is not None  # they never are
-    ref_rewards_BN = gathered(rows.ref_rewards_BN, pad=math.nan)
-    return RewardedRows(rewards_BR, mask_BR.bool(), values_BR, prompts_B, ref_rewards_BN)
+    return RewardedRows(
+        _of_all_processes(rows.rewards_BR, accelerator),
+        _mask_of_all_processes(rows.response_mask_BR, accelerator),
+        gathered(rows.values_BR),
+        prompts_B,
+        gathered(rows.ref_rewards_BN, pad=math.nan),
+    )
+
+
+def _of_all_processes(rows: Tensor, accelerator: Accelerator, pad: float = 0) -> Tensor:
+    """Rows `(B, R)` of the first process, then those of the second, ..., with `pad` behind the narrower ones."""
+    everywhere: Tensor = accelerator.gather(accelerator.pad_across_processes(rows, dim=1, pad_index=pad))
+    return everywhere
+
+
+def _mask_of_all_processes(mask_BR: Tensor, accelerator: Accelerator) -> Tensor:
+    """Not sent as bool, which not every backend does."""
+    return _of_all_processes(mask_BR.int(), accelerator).bool()
 
 
 def check_compared_rows(queries: list[Tensor], args: Any) -> None:

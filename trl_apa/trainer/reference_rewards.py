@@ -115,8 +115,7 @@ def find_ref_rewards(
     for number, name in enumerate(names):
         if given[number] is None and name not in known:
             missing.setdefault(name, number)
-    accelerator = processes.accelerator
-    count = int(accelerator.gather(torch.tensor([len(missing)], device=accelerator.device)).max())
+    count = processes.largest(len(missing))
     if count and sampling is not None:
         # Processes with fewer new prompts ask some again, so that all make the same calls.
         asked = list(islice(cycle(missing.values() or [0]), count))

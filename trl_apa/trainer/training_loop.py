@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -523,9 +524,8 @@ class TrainingLoop(ResumableRuns):
         args = self.args
         known = self.run_state.ref_rewards_made_with({name: getattr(args, name) for name in OPTIONS})
         size = args.generation_batch_size or args.local_rollout_forward_batch_size or args.batch_size
-        options = {"batch_size": size, "stop_strings": args.stop_strings}
         sampling = ReferenceSampling(
-            respond=lambda queries: self.processes.together(lambda: self._responses_of_reference(queries, **options)),
+            respond=partial(self._respond_as_reference, batch_size=size),
             score=lambda rows, queries, responses: self._scores_on_all_processes(rows, Episodes(queries, responses))[
                 1
             ],

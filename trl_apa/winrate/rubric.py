@@ -175,8 +175,9 @@ class JudgeReward:
         if self.cache is not None:
             scores = {key: float(known) for key in keys if (known := self.cache.get(key)) is not None}
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in scores}
+        new_keys = list(new)
         for number, reading in self.judge.readings(list(new.values())):
-            key = list(new)[number]
+            key = new_keys[number]
             scores[key] = self.rubric.unscored if reading.verdict is None else float(reading.verdict)
             if reading.verdict is None:
                 self.without_score[reading.reason] += 1
