@@ -19,6 +19,7 @@ from tests.test_theorem1 import (
     optimal_policy,
     random_logits,
     response_probabilities,
+    shares_of,
     state_probabilities,
     tree,
 )
@@ -111,11 +112,7 @@ def descend(tree, behaviour, of_responses=False, normalizer="group", kl_coef=KL_
     for _ in range(steps):
         logits_SV.requires_grad_()
         pi_SV = logits_SV.log_softmax(-1)
-        shares = {
-            "uniform": torch.ones(count).double() / count,
-            "pi_init": response_probabilities(tree, tree.init_SV),
-            "policy": response_probabilities(tree, pi_SV.detach()),
-        }[behaviour]
+        shares = shares_of(tree, behaviour, pi_SV.detach())
         logprobs_NR, ref_logprobs_NR = (x[tree.state_NR, tree.token_NR] for x in (pi_SV, tree.init_SV))
         shifted_NR = advantages_NR
         if normalizer == "group":

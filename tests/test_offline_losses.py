@@ -8,7 +8,15 @@ from torch import Tensor
 
 from tests import test_theorem1
 from tests.test_response_regression import optimum, response_logprobs
-from tests.test_theorem1 import KL_COEF, VOCABULARY, Tree, log_normalizers, optimal_policy, response_probabilities
+from tests.test_theorem1 import (
+    KL_COEF,
+    VOCABULARY,
+    Tree,
+    log_normalizers,
+    optimal_policy,
+    response_probabilities,
+    shares_of,
+)
 from trl_apa.algorithms.losses import apa_loss
 from trl_apa.algorithms.rewards import token_rewards
 from trl_apa.offline.losses import dro_loss, expectile_loss, ilql_loss, state_normaliser_loss
@@ -343,17 +351,11 @@ def test_dro_adds_up_over_micro_batches_and_names_what_does_not_fit():
 @pytest.mark.parametrize("behaviour", ["uniform", "pi_init", "policy"])
 def test_dro_reaches_the_optimum_and_its_value_whoever_sampled(tree, behaviour):
     best_N, tau_log_z = optimum(tree)
-    count = len(tree.scores_N)
-    weights = {
-        "uniform": lambda pi: torch.ones(count).double() / count,
-        "pi_init": lambda pi: response_probabilities(tree, tree.init_SV),
-        "policy": lambda pi: response_probabilities(tree, pi),
-    }[behaviour]
     logits_SV, value = tree.init_SV.clone(), torch.zeros(1, dtype=torch.float64)
     for _ in range(700):
         logits_SV.requires_grad_(), value.requires_grad_()
         pi_SV = logits_SV.log_softmax(-1)
-        root_N = weights(pi_SV.detach()).sqrt()  # the losses are homogeneous of degree 2
+        root_N = shares_of(tree, behaviour, pi_SV.detach()).sqrt()  # the losses are homogeneous of degree 2
         rows = (root_N[:, None] * x[tree.state_NR, tree.token_NR] for x in (pi_SV, tree.init_SV))
         read = (*rows, root_N * value, root_N * tree.scores_N, tree.mask_NR, KL_COEF, 1)
         policy_loss, value_loss, _ = dro_loss(*read)

@@ -7,11 +7,13 @@ tau log Z the residual at pi* is the constant b - tau log Z: on the policy's own
 pi* stays the fixed point; on others' it does not.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.test_theorem1 import KL_COEF, Tree, random_logits, response_probabilities, tree
+from tests.test_theorem1 import KL_COEF, Tree, random_logits, response_probabilities, shares_of, tree
 from trl_apa.algorithms.regression import pairwise_regression_loss, response_regression_loss
 
 
@@ -48,15 +50,10 @@ def descend(tree: Tree, weights, advantages_N: Tensor, steps: int = 2000, lr: fl
     return logits_SV.detach().log_softmax(-1)
 
 
-@pytest.mark.parametrize("behaviour", ["uniform", "anchor", "policy"])
+@pytest.mark.parametrize("behaviour", ["uniform", "pi_init", "policy"])
 def test_with_log_z_the_fixed_point_is_the_optimum_whoever_sampled(tree, behaviour):
     best_N, baseline = optimum(tree)
-    count = len(tree.scores_N)
-    weights = {
-        "uniform": lambda pi: torch.ones(count).double() / count,
-        "anchor": lambda pi: response_probabilities(tree, tree.init_SV),
-        "policy": lambda pi: response_probabilities(tree, pi),
-    }[behaviour]
+    weights = partial(shares_of, tree, behaviour)
     learned_SV = descend(tree, weights, tree.scores_N - baseline)
     torch.testing.assert_close(response_logprobs(tree, learned_SV), best_N, rtol=0, atol=1e-4)
     assert loss_of(tree, learned_SV, weights(learned_SV), tree.scores_N - baseline).item() < 1e-9

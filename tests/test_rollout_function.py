@@ -72,8 +72,10 @@ def test_the_function_may_edit_its_prompts(tmp_path):
         prompts.clear()
         return answer
 
-    trainer, _ = tool_trainer(tmp_path, None, ask("one?", "two?"), reward=length_reward, rollout_func=edit)
+    rows = ask("one?", "two?")
+    trainer, _ = tool_trainer(tmp_path, None, rows, reward=length_reward, rollout_func=edit)
     trainer.train()
+    assert trainer.state.global_step == 1 and rows == ask("one?", "two?")
 
 
 GOOD = {"prompt_ids": [[1], [1]], "completion_ids": [[5, 6], [5]]}

@@ -91,6 +91,13 @@ def response_probabilities(tree: Tree, pi_SV: Tensor) -> Tensor:
     return torch.where(tree.mask_NR, pi_SV[tree.state_NR, tree.token_NR], 0.0).sum(1).exp()
 
 
+def shares_of(tree: Tree, behaviour: str, pi_SV: Tensor) -> Tensor:
+    """How often each response is sampled: by a uniform choice of all, by `"pi_init"`, or by the `"policy"` itself."""
+    if behaviour == "uniform":
+        return torch.ones_like(tree.scores_N) / len(tree.scores_N)
+    return response_probabilities(tree, {"pi_init": tree.init_SV, "policy": pi_SV}[behaviour])
+
+
 def state_probabilities(tree: Tree, pi_SV: Tensor) -> Tensor:
     """d(s): the probability that a response of the policy passes through each state."""
     passing_NR = torch.where(tree.mask_NR, response_probabilities(tree, pi_SV)[:, None], 0.0)
