@@ -11,6 +11,7 @@ from trl_apa.algorithms.advantages import (
     group_advantages,
     leave_one_out_advantages,
     log_mean_exp_advantages,
+    turn_gae,
 )
 from trl_apa.algorithms.rewards import token_rewards
 
@@ -105,6 +106,199 @@ def test_linear_in_rewards_and_values():
     both, _ = gae(2 * first[0] + second[0], 2 * first[1] + second[1], mask, 0.9, 0.7)
     apart = 2 * gae(first[0], first[1], mask, 0.9, 0.7)[0] + gae(second[0], second[1], mask, 0.9, 0.7)[0]
     torch.testing.assert_close(both, apart, rtol=0, atol=1e-13)
+
+
+# Turns of two tokens and of one, with two tokens of a tool between them, and padding.
+TWO_TURNS = torch.tensor([[True, True, False, False, True, False]])
+TURN_REWARDS = torch.tensor([[0.0, 0.5, 99.0, 99.0, 1.0, 99.0]])
+TURN_VALUES = torch.tensor([[0.5, 0.25, 99.0, 99.0, 0.75, 99.0]])
+
+
+def test_turn_discount_hand_worked():
+    advantages, returns = gae(TURN_REWARDS, TURN_VALUES, TWO_TURNS, gamma=0.5, gae_lambda=0.5, turn_discount=0.5)
+    # delta_4 = 1 - 0.75 = 0.25; delta_1 = 0.5 + 0.5 * 0.5 * 0.75 - 0.25 = 0.4375, across turns
+    # delta_0 = 0.5 * 0.25 - 0.5 = -0.375, inside a turn
+    # Adv_4 = 0.25; Adv_1 = 0.4375 + 0.5 * 0.5 * 0.5 * 0.25 = 0.46875; Adv_0 = -0.375 + 0.5 * 0.5 * 0.46875
+    assert advantages.tolist() == [[-0.2578125, 0.46875, 0.0, 0.0, 0.25, 0.0]]
+    assert returns.tolist() == [[0.2421875, 0.71875, 0.0, 0.0, 1.0, 0.0]]
+
+
+def test_gae_over_turns_hand_worked():
+    advantages, returns = turn_gae(TURN_REWARDS, TURN_VALUES, TWO_TURNS, gamma=0.5, gae_lambda=0.5, turn_discount=0.5)
+    # delta of turn 2 = 1 - 0.75 = 0.25 = Adv
+    # delta of turn 1 = 0 + 0.5 * 0.5 + 0.5^2 * 0.5 * 0.75 - 0.5 = -0.15625
+    # Adv of turn 1 = -0.15625 + 0.5^2 * 0.5 * 0.5 * 0.25 = -0.140625
+    assert advantages.tolist() == [[-0.140625, -0.140625, 0.0, 0.0, 0.25, 0.0]]
+    # return of token 4: 1; of token 1: 0.5 + 0.5 * 0.5 * (0.75 + 0.5 * 0.25) = 0.71875; of token 0: 0.5 * 0.71875
+    assert returns.tolist() == [[0.359375, 0.71875, 0.0, 0.0, 1.0, 0.0]]
+    assert returns[0, 0] == advantages[0, 0] + TURN_VALUES[0, 0]
+
+
+def turns_of(kept):
+    """The columns of each turn of a row, in order."""
+    turns = []
+    for column, counted in enumerate(kept):
+        if counted and (column == 0 or not kept[column - 1]):
+            turns.append([])
+        if counted:
+            turns[-1].append(column)
+    return turns
+
+
+def naive_turn_discount(rewards, values, mask, gamma, gae_lambda, turn_discount):
+    """Adv_t = sum_l w_l gae_lambda^l delta_t+l, w_l the product of all discounts on the way."""
+    advantages = torch.zeros_like(rewards)
+    for row, turns in enumerate(map(turns_of, mask.tolist())):
+        at = [t for turn in turns for t in turn]
+        ends = {turn[-1] for turn in turns}
+        discount = [gamma * (turn_discount if t in ends else 1.0) for t in at]
+        v = [values[row, t].item() for t in at] + [0.0]
+        delta = [rewards[row, t].item() + discount[i] * v[i + 1] - v[i] for i, t in enumerate(at)]
+        for i, t in enumerate(at):
+            terms = range(len(at) - i)
+            advantages[row, t] = sum(math.prod(discount[i : i + k]) * gae_lambda**k * delta[i + k] for k in terms)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def naive_turn_gae(rewards, values, mask, gamma, gae_lambda, turn_discount):
+    """Plain GAE of the turns' summed rewards and first values; of each token's return what is left of its turn."""
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for row, turns in enumerate(map(turns_of, mask.tolist())):
+        ahead_value = ahead_advantage = 0.0
+        for turn in reversed(turns):
+            r = [rewards[row, t].item() for t in turn]
+            for i, t in enumerate(turn):
+                left = sum(gamma**j * reward for j, reward in enumerate(r[i:]))
+                then = gamma ** len(r[i:]) * turn_discount
+                returns[row, t] = left + then * (ahead_value + gae_lambda * ahead_advantage)
+            ahead_value = values[row, turn[0]].item()
+            ahead_advantage = returns[row, turn[0]].item() - ahead_value
+            advantages[row, turn] = ahead_advantage
+    return advantages, returns
+
+
+OVER = {gae: naive_turn_discount, turn_gae: naive_turn_gae}
+DISCOUNTS = [(1.0, 0.95, 1.0), (0.9, 0.8, 0.7), (0.9, 0.8, 1.0), (1.0, 0.5, 0.0), (0.5, 0.0, 0.9), (1.0, 1.0, 0.5)]
+
+
+@pytest.mark.parametrize("over", OVER, ids=lambda over: over.__name__)
+@pytest.mark.parametrize(("gamma", "gae_lambda", "turn_discount"), DISCOUNTS)
+def test_credit_over_turns_equals_a_slow_loop(over, gamma, gae_lambda, turn_discount):
+    rewards, values, mask = ragged(12, rows=6, columns=12)
+    mask[1], mask[2] = False, True
+    found = over(rewards, values, mask, gamma, gae_lambda, turn_discount)
+    expected = OVER[over](rewards, values, mask, gamma, gae_lambda, turn_discount)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+def test_a_response_of_one_turn_does_not_depend_on_the_discount_of_turns():
+    rewards, values, mask = ragged(13)
+    contiguous = torch.arange(7) < torch.tensor([[7], [1], [4], [0]])
+    for dtype in (torch.float32, torch.float64):
+        given = rewards.to(dtype), values.to(dtype), contiguous, 0.9, 0.8
+        for one, other in zip(gae(*given), gae(*given, turn_discount=0.3), strict=True):
+            assert torch.equal(one, other)
+    assert not torch.equal(gae(rewards, values, mask, 0.9, 0.8)[0], gae(rewards, values, mask, 0.9, 0.8, 0.3)[0])
+
+
+def plain_gae(rewards, values, mask, gamma, gae_lambda):
+    """GAE token by token as it is without turns, in the tensors' own arithmetic."""
+    advantages = torch.zeros_like(rewards)
+    next_value, next_advantage = torch.zeros(len(rewards)), torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * gae_lambda * next_advantage
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        advantages[:, t] = torch.where(mask[:, t], advantage, torch.zeros(()))
+    return advantages
+
+
+def test_without_a_discount_of_turns_gae_is_the_plain_one_to_the_bit():
+    rewards, values, mask = ragged(14, rows=16, columns=40)
+    given = torch.where(mask, rewards, 0.0).float(), torch.where(mask, values, 0.0).float(), mask, 0.93, 0.95
+    assert torch.equal(gae(*given)[0], plain_gae(*given))
+
+
+def bi_level_gae(rewards, values, mask, gamma, gae_lambda, turn_discount):
+    """Two recursions as in arXiv 2510.16907: over the last tokens of turns, then in each turn up to what that gave."""
+    advantages = torch.zeros_like(rewards)
+    for row, turns in enumerate(map(turns_of, mask.tolist())):
+        next_value = of_turn = 0.0
+        for turn in reversed(turns):
+            r, v = rewards[row, turn].tolist(), values[row, turn].tolist()
+            of_turn = r[-1] + turn_discount * next_value - v[-1] + turn_discount * gae_lambda * of_turn
+            next_value = v[-1]
+            inside = of_turn
+            advantages[row, turn[-1]] = of_turn
+            for i in reversed(range(len(turn) - 1)):
+                inside = r[i] + gamma * v[i + 1] - v[i] + gamma * gae_lambda * inside
+                advantages[row, turn[i]] = inside
+    return advantages
+
+
+def test_undiscounted_inside_turns_and_with_lambda_one_it_is_bi_level_gae():
+    rewards, values, mask = ragged(15, rows=6, columns=12)
+    ends = torch.zeros_like(mask)
+    for row, turns in enumerate(map(turns_of, mask.tolist())):
+        ends[row, [turn[-1] for turn in turns]] = True
+    rewards = torch.where(ends, rewards, 0.0)
+    expected = bi_level_gae(rewards, values, mask, 1.0, 1.0, 0.8)
+    torch.testing.assert_close(gae(rewards, values, mask, 1.0, 1.0, 0.8)[0], expected, rtol=0, atol=1e-13)
+
+
+def test_with_lambda_one_a_turn_s_first_token_has_the_same_advantage_over_tokens_and_over_turns():
+    rewards, values, mask = ragged(16, rows=6, columns=12)
+    firsts = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    over_tokens, over_turns = (over(rewards, values, mask, 0.9, 1.0, 0.7) for over in (gae, turn_gae))
+    torch.testing.assert_close(over_turns[0][firsts], over_tokens[0][firsts], rtol=0, atol=1e-13)
+    torch.testing.assert_close(over_turns[1], over_tokens[1], rtol=0, atol=1e-13)
+
+
+def test_with_a_token_a_turn_both_are_the_same():
+    rewards, values, _ = ragged(17, rows=4, columns=9)
+    mask = (torch.arange(9) % 2 == 0).expand(4, -1)
+    for one, other in zip(gae(rewards, values, mask, 0.9, 0.6, 0.7), turn_gae(rewards, values, mask, 0.9, 0.6, 0.7),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("over", OVER, ids=lambda over: over.__name__)
+def test_credit_over_turns_depends_neither_on_padding_nor_on_other_rows_nor_on_what_is_masked(over):
+    rewards, values, mask = ragged(18, rows=6, columns=9)
+    whole = over(rewards, values, mask, 0.9, 0.8, 0.7)
+    behind = [torch.where(mask, x, math.nan) for x in (rewards, values)]
+    wide = [
+        torch.nn.functional.pad(x, (2, 3), value=fill) for x, fill in [*((x, math.inf) for x in behind), (mask, 0)]
+    ]
+    for one, other in zip(whole, over(*wide, 0.9, 0.8, 0.7), strict=True):
+        assert torch.equal(one, other[:, 2:-3]) and other[:, :2].eq(0).all() and other[:, -3:].eq(0).all()
+    parts = [over(rewards[i : i + 2], values[i : i + 2], mask[i : i + 2], 0.9, 0.8, 0.7) for i in (0, 2, 4)]
+    for one, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(pieces))
+    longer_gaps = [torch.repeat_interleave(x, torch.tensor([1, 2] * 4 + [1]), dim=1) for x in (rewards, values)]
+    apart = (torch.arange(9) % 2 == 0).expand(6, -1)
+    wider = torch.repeat_interleave(apart, torch.tensor([1, 2] * 4 + [1]), dim=1)
+    for one, other in zip(over(rewards, values, apart, 0.9, 0.8, 0.7), over(*longer_gaps, wider, 0.9, 0.8, 0.7),
+                          strict=True):  # fmt: skip
+        assert torch.equal(one[apart], other[wider])
+
+
+@pytest.mark.parametrize("over", OVER, ids=lambda over: over.__name__)
+def test_credit_over_turns_refuses_what_it_cannot_read_and_has_no_gradient(over):
+    rewards, values, mask = ragged(19)
+    with pytest.raises(ValueError, match=r"turn_discount is 1.1, it should be in \[0, 1\]"):
+        over(rewards, values, mask, 1.0, 0.95, 1.1)
+    with pytest.raises(ValueError, match="gae_lambda is -1"):
+        over(rewards, values, mask, 1.0, -1.0, 0.9)
+    with pytest.raises(ValueError, match="values_BR has shape"):
+        over(rewards, values[:, 1:], mask, 1.0, 0.95, 0.9)
+    found = over(rewards.requires_grad_(), values.bfloat16().requires_grad_(), mask, 1.0, 0.95, 0.9)
+    assert not any(x.requires_grad for x in found) and found[0].dtype == torch.float64
+    empty = torch.zeros(2, 0)
+    assert [x.shape for x in over(empty, empty, empty.bool(), 1.0, 0.95, 0.9)] == [(2, 0), (2, 0)]
+    on_meta = [x.detach().to("meta") for x in ragged(10)]
+    assert over(*on_meta, 1.0, 0.95, 0.9)[0].shape == on_meta[0].shape
 
 
 @settings(max_examples=25)

@@ -20,6 +20,7 @@ from trl_apa.config.sizes import SIZES
 # What is read where it is used. An option that is neither here nor fixed nor another name has not been decided.
 TAKE_EFFECT = {
     *("batch_size", "num_epochs_per_batch", "num_generations", "shuffle", "generation_batch_size"),
+    *("turn_discount", "gae_over"),
     *("gamma", "gae_lambda", "group_normalization", "vf_coef", "cliprange", "cliprange_high", "cliprange_value"),
     *("importance_correction", "importance_level", "importance_max", "importance_min", "normalizer"),
     *("loss_aggregation", "kl_penalty", "ratio_threshold", "value_kl_coef"),
@@ -77,6 +78,7 @@ def test_every_option_has_been_decided():
 VALUES = {
     **{"lam": 0.5, "gae_lambda": 0.5, "gamma": 0.9, "vf_coef": 0.7, "cliprange": 0.3, "cliprange_value": 0.4},
     **{"ppo_epochs": 3, "num_epochs_per_batch": 3, "mini_batch_size": 2},
+    **{"turn_discount": 0.8, "gae_over": "turns"},
     **{
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,

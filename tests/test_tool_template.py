@@ -175,5 +175,16 @@ def test_a_tokenizer_that_cannot_have_tools_is_refused(template, problem):
         ToolTemplate(tokenizer, [2])
 
 
+def test_a_template_that_puts_nothing_between_two_turns_is_refused():
+    """Where a turn ends is read off the mask, which has a gap there only if the answer has a token."""
+    tokenizer = tool_tokenizer()
+    tokenizer.chat_template = PLAIN.replace("### {{ m.role }}:\n", "").replace("\n\n", "").replace(
+        "### assistant:\n", ""
+    )  # fmt: skip
+    tokenizer.response_template = {"fields": {"content": {"content": "text"}}}
+    with pytest.raises(ValueError, match="puts no token between two turns if a tool answers nothing"):
+        ToolTemplate(tokenizer, [2])
+
+
 def test_the_families_are_those_of_trl():
     assert all((TEMPLATES / f"{family}.jinja").exists() for family in FAMILIES) and SPECIAL[2] == "<|im_end|>"

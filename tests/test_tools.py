@@ -114,9 +114,10 @@ def test_token_ids_stay_as_sampled_where_the_tokenizer_and_the_template_would_wr
     assert script.asked[1][0] == [[*queries[0].tolist(), *response[: -len(last)].tolist()]]
 
 
-def test_a_run_with_a_tool_learns_what_step_learns_from_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("credit", [{}, {"turn_discount": 0.5, "gae_over": "turns"}])
+def test_a_run_with_a_tool_learns_what_step_learns_from_the_same_tokens(tmp_path, credit):
     turns = {"first?": [call("add", a=40, b=2), "So 42."], "second?": ["No."]}
-    rows, options = ask("first?", "second?"), {"max_steps": 4, "ppo_epochs": 2, "learning_rate": 1e-3}
+    rows, options = ask("first?", "second?"), {"max_steps": 4, "ppo_epochs": 2, "learning_rate": 1e-3, **credit}
     trainer, _ = tool_trainer(tmp_path / "a", turns, rows, reward=length_reward, tools=[add], config=options)
     kept = collected(trainer)
     trainer.train()
@@ -459,6 +460,19 @@ def test_only_rollouts_that_ended_with_calls_are_unanswered(tmp_path, most, shar
     trainer.train()
     [log] = [log for log in trainer.state.log_history if "turns/mean" in log]
     assert log["turns/unanswered_share"] == share
+
+
+def test_the_template_is_tried_once_and_again_only_if_its_options_change(tmp_path, monkeypatch):
+    made, init = [], ToolTemplate.__init__
+    monkeypatch.setattr(ToolTemplate, "__init__", lambda self, *args: (made.append(args[2]), init(self, *args))[1])
+    turns = {"first?": [call("add", a=1, b=2), "3."]}
+    options = {"max_steps": 3, "learning_rate": 1e-3, "ppo_epochs": 1}
+    trainer, _ = tool_trainer(tmp_path, turns, ask("first?"), reward=length_reward, tools=[add], config=options)
+    trainer.train()
+    assert made == [None]
+    trainer.args.chat_template_kwargs = {"enable_thinking": False}
+    trainer.evaluate(ask("first?"))
+    assert made == [None, {"enable_thinking": False}]
 
 
 def test_options_set_later_count_from_the_next_iteration(tmp_path):

@@ -14,17 +14,29 @@ GROUP_NORMALIZATIONS = ("none", "std")
 
 
 def gae(
-    rewards_BR: Tensor, values_BR: Tensor, response_mask_BR: Tensor, gamma: float, gae_lambda: float
+    rewards_BR: Tensor,
+    values_BR: Tensor,
+    response_mask_BR: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    turn_discount: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """
     Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16), Adv of the paper's losses.
 
-        delta_t  = r_t + gamma V(s_t+1) - V(s_t)
-        Adv_t    = delta_t + gamma gae_lambda Adv_t+1
+        delta_t  = r_t + g_t V(s_t+1) - V(s_t)
+        Adv_t    = delta_t + g_t gae_lambda Adv_t+1
         return_t = Adv_t + V(s_t)
+        g_t      = gamma turn_discount where token t ends a turn, gamma elsewhere
 
     `t + 1` is the next *counted* token: a masked gap inside a response (the output of a tool) is skipped, not taken
-    for actions without reward, and costs no discount. V after the last counted token is 0: the episode ends there.
+    for actions without reward, and costs no discount of its own. V after the last counted token is 0: the episode ends
+    there. A turn is a run of counted tokens; it ends where the next column is masked.
+
+    `turn_discount` multiplies `gamma`, so that 1 is plain GAE whatever `gamma` is, and what a turn costs does not
+    depend on how many tokens it has. It is the second discount of bi-level GAE (Wang et al. 2025, arXiv 2510.16907),
+    there in place of `gamma`. For `gamma` = `gae_lambda` = 1 both are the same; otherwise that method's recursion over
+    the last tokens of turns, from which it begins one in each turn, leaves out the tokens between them.
 
     Args:
         rewards_BR (`Tensor` `(B, R)`): reward of each token, reward units. Only counted tokens are read.
@@ -33,32 +45,112 @@ def gae(
         gamma (`float`): discount per counted token, in [0, 1]; the paper uses 1.
         gae_lambda (`float`): bias against variance, in [0, 1]; 1 gives return minus value, 0 the one-step TD error.
             Not the lambda of objective (2), which is `kl_coef`.
+        turn_discount (`float`, *optional*, defaults to 1): discount from one turn to the next beside `gamma`, in
+            [0, 1]. A response of one turn does not depend on it.
 
     Returns:
         `advantages_BR` and `returns_BR`, `(B, R)`, reward units, at least float32, detached, 0 behind the mask.
 
     Raises:
-        ValueError: if shapes differ or are not 2-D, the mask is not bool, or `gamma` or `gae_lambda` is outside
-            [0, 1].
+        ValueError: if shapes differ or are not 2-D, the mask is not bool, or `gamma`, `gae_lambda` or `turn_discount`
+            is outside [0, 1].
     """
     check_response_tensors(response_mask_BR, rewards_BR=rewards_BR, values_BR=values_BR)
-    for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name} is {number}, it should be in [0, 1]")
+    _check_shares(gamma=gamma, gae_lambda=gae_lambda, turn_discount=turn_discount)
     rewards = keep_counted(rewards_BR.detach(), response_mask_BR)
     values = keep_counted(values_BR.detach(), response_mask_BR)
     advantages = torch.zeros_like(rewards + values)
     values = values.to(advantages.dtype)
     next_value_B = advantages.new_zeros(len(advantages))
     next_advantage_B = advantages.new_zeros(len(advantages))
+    discounts_BR = torch.ones_like(advantages).masked_fill(ends_of_turns(response_mask_BR), turn_discount)
     for t in reversed(range(advantages.shape[1])):
-        counted_B = response_mask_BR[:, t]
-        delta_B = rewards[:, t] + gamma * next_value_B - values[:, t]
-        advantage_B = delta_B + gamma * gae_lambda * next_advantage_B
+        counted_B, discount_B = response_mask_BR[:, t], discounts_BR[:, t]
+        delta_B = rewards[:, t] + gamma * (discount_B * next_value_B) - values[:, t]
+        advantage_B = delta_B + gamma * gae_lambda * (discount_B * next_advantage_B)
         next_value_B = torch.where(counted_B, values[:, t], next_value_B)
         next_advantage_B = torch.where(counted_B, advantage_B, next_advantage_B)
         advantages[:, t] = torch.where(counted_B, advantage_B, torch.zeros_like(advantage_B))
     return advantages, advantages + values
+
+
+def turn_gae(
+    rewards_BR: Tensor,
+    values_BR: Tensor,
+    response_mask_BR: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    turn_discount: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """
+    GAE with a turn as one action, its advantage on each of its tokens, as in turn-PPO (Li et al. 2025, arXiv
+    2512.17008).
+
+        delta_k = sum_i gamma^i r_k,i + gamma^n_k turn_discount V(s_k+1) - V(s_k)
+        Adv_k   = delta_k + gamma^n_k turn_discount gae_lambda Adv_k+1
+
+    `s_k` is the state before the first of the `n_k` tokens of turn `k`, `i` counts its tokens from 0. A turn is an
+    action that takes `n_k` steps (an option, Sutton et al. 1999), so that V means what it means in `gae`, and with
+    `gae_lambda` = 1 the advantage of a turn's first token is that of `gae`. `gae_lambda` counts turns: over tokens,
+    0.95 leaves 0.6% of what comes a hundred tokens later, and credit passes from turn to turn by the critic alone.
+
+    V is learned at every token: the return of a token is what is left of its turn's, and at the first token
+    `Adv_k + V(s_k)`.
+
+        return_k,i = r_k,i + gamma return_k,i+1,   at the last token of the turn
+        return_k,i = r_k,i + gamma turn_discount (V(s_k+1) + gae_lambda Adv_k+1)
+
+    Args:
+        rewards_BR, values_BR, response_mask_BR: as for `gae`. A turn is a run of counted tokens.
+        gamma (`float`): discount per counted token, in [0, 1].
+        gae_lambda (`float`): bias against variance per turn, in [0, 1].
+        turn_discount (`float`, *optional*, defaults to 1): discount from one turn to the next beside `gamma`, in
+            [0, 1].
+
+    Returns:
+        `advantages_BR`, equal on all tokens of a turn, and `returns_BR`, `(B, R)`, reward units, at least float32,
+        detached, 0 behind the mask.
+
+    Raises:
+        ValueError: as `gae`.
+    """
+    check_response_tensors(response_mask_BR, rewards_BR=rewards_BR, values_BR=values_BR)
+    _check_shares(gamma=gamma, gae_lambda=gae_lambda, turn_discount=turn_discount)
+    rewards = keep_counted(rewards_BR.detach(), response_mask_BR)
+    values = keep_counted(values_BR.detach(), response_mask_BR)
+    returns = torch.zeros_like(rewards + values)
+    values = values.to(returns.dtype)
+    next_value_B, next_return_B = returns.new_zeros(len(returns)), returns.new_zeros(len(returns))
+    turn_ends_BR = ends_of_turns(response_mask_BR)
+    for t in reversed(range(returns.shape[1])):
+        counted_B = response_mask_BR[:, t]
+        of_next_turn_B = turn_discount * (next_value_B + gae_lambda * (next_return_B - next_value_B))
+        return_B = rewards[:, t] + gamma * torch.where(turn_ends_BR[:, t], of_next_turn_B, next_return_B)
+        next_value_B = torch.where(counted_B, values[:, t], next_value_B)
+        next_return_B = torch.where(counted_B, return_B, next_return_B)
+        returns[:, t] = torch.where(counted_B, return_B, torch.zeros_like(return_B))
+    advantages = (returns - values).gather(1, first_tokens_of_turns(response_mask_BR))
+    return keep_counted(advantages, response_mask_BR), returns
+
+
+def ends_of_turns(response_mask_BR: Tensor) -> Tensor:
+    """Where a counted token is the last of its run of counted tokens, bool `(B, R)`."""
+    following_BR = torch.nn.functional.pad(response_mask_BR[:, 1:], (0, min(1, response_mask_BR.shape[1])))
+    return response_mask_BR & ~following_BR
+
+
+def first_tokens_of_turns(response_mask_BR: Tensor) -> Tensor:
+    """For each counted token the column of the first of its run of counted tokens, int64 `(B, R)`."""
+    previous_BR = torch.nn.functional.pad(response_mask_BR, (1, 0))[:, : response_mask_BR.shape[1]]
+    columns_R = torch.arange(response_mask_BR.shape[1], device=response_mask_BR.device)
+    starts_BR = torch.where(response_mask_BR & ~previous_BR, columns_R, torch.zeros_like(columns_R))
+    return starts_BR.cummax(dim=1).values
+
+
+def _check_shares(**shares: float) -> None:
+    for name, number in shares.items():
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name} is {number}, it should be in [0, 1]")
 
 
 def group_advantages(

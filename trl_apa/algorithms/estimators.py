@@ -12,13 +12,17 @@ from trl_apa.algorithms.advantages import (
     group_advantages,
     leave_one_out_advantages,
     log_mean_exp_advantages,
+    turn_gae,
 )
 from trl_apa.algorithms.named import named
 from trl_apa.algorithms.reference_rewards import optimal_value_advantages, quantile_advantages
 
 
 # Options that only some estimators read.
-ESTIMATOR_OPTIONS = ("gamma", "gae_lambda", "group_normalization", "num_ref_samples", "value_kl_coef")
+GAE_OPTIONS = ("gamma", "gae_lambda", "turn_discount", "gae_over")
+ESTIMATOR_OPTIONS = (*GAE_OPTIONS, "group_normalization", "num_ref_samples", "value_kl_coef")
+# What one step of GAE is.
+GAE_STEPS = {"tokens": gae, "turns": turn_gae}
 
 
 class RewardedRows(NamedTuple):
@@ -70,7 +74,8 @@ class AdvantageEstimator:
 
 def _gae(rows: RewardedRows, args: Any) -> tuple[Tensor, Tensor]:
     assert rows.values_BR is not None  # needs_values
-    return gae(rows.rewards_BR, rows.values_BR, rows.response_mask_BR, args.gamma, args.gae_lambda)
+    read = rows.rewards_BR, rows.values_BR, rows.response_mask_BR
+    return GAE_STEPS[args.gae_over](*read, args.gamma, args.gae_lambda, args.turn_discount)
 
 
 def _group(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
@@ -105,7 +110,7 @@ def _batch(rows: RewardedRows, args: Any) -> tuple[Tensor, None]:
 
 
 ESTIMATORS: dict[str, AdvantageEstimator] = {
-    "gae": AdvantageEstimator(_gae, needs_values=True, row_by_row=True, options=("gamma", "gae_lambda")),
+    "gae": AdvantageEstimator(_gae, needs_values=True, row_by_row=True, options=GAE_OPTIONS),
     "group": AdvantageEstimator(_group, needs_groups=True, options=("group_normalization",)),
     "leave_one_out": AdvantageEstimator(_leave_one_out, needs_groups=True),
     "group_log_mean_exp": AdvantageEstimator(_log_mean_exp, needs_groups=True),

@@ -92,6 +92,7 @@ JSON = ("tracker_kwargs", "push_to_hub_if_best_kwargs", "project_kwargs")
 # What a checkpoint's run must agree in with the run that resumes it.
 DEFINES_RUN = (
     *("loss_type", "advantage_estimator", "group_normalization", "kl_coef", "gamma", "gae_lambda", "vf_coef"),
+    *("turn_discount", "gae_over"),
     *("num_ref_samples", "value_kl_coef", "normalizer"),
     *("cliprange", "cliprange_high", "cliprange_value", "loss_aggregation", "kl_in", "adap_kl_ctrl", "target"),
     *("importance_correction", "importance_level", "importance_max", "importance_min"),
@@ -158,6 +159,12 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             Discount a token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
             The other lambda: that of generalised advantage estimation. Classic: `lam`.
+        turn_discount (`float`, *optional*, defaults to `1.0`):
+            Discount from one turn of a response to the next, beside `gamma`; a turn is what the policy writes between
+            two answers of tools (`docs/tools.md`).
+        gae_over (`str`, *optional*, defaults to `"tokens"`):
+            What one step of GAE is: a token, or with `"turns"` a turn, all of whose tokens get its advantage, and
+            `gae_lambda` counts turns.
         vf_coef (`float`, *optional*, defaults to `1.0`):
             eta, the weight of the value loss.
         whiten_advantages (`bool`, *optional*):
@@ -336,6 +343,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
     value_kl_coef: float | None = option(None, "With 'optimal_value': beta_1 of A*-PO; kl_coef by default.")
     gamma: float = option(1.0, "Discount a token.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
+    turn_discount: float = option(1.0, "Discount from one turn of a response to the next, beside gamma.")
+    gae_over: str = option("tokens", "What one step of GAE is: 'tokens', or 'turns' of rollouts with tools.")
     vf_coef: float = option(1.0, "Weight of the value loss.")
     whiten_advantages: bool | None = switch("Give the iteration's advantages mean 0 and variance 1.")
     whiten_rewards: bool = option(False, "Divide token rewards by their standard deviation.")
@@ -725,7 +734,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
         for name in ("kl_coef", "vf_coef", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it should not be negative")
-        for name in ("gamma", "gae_lambda", "top_p"):
+        for name in ("gamma", "gae_lambda", "turn_discount", "top_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it should be between 0 and 1")
         if not isinstance(self.scale_rewards, bool):

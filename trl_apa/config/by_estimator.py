@@ -4,7 +4,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from trl_apa.algorithms.advantages import GROUP_NORMALIZATIONS
-from trl_apa.algorithms.estimators import ESTIMATOR_OPTIONS, ESTIMATORS
+from trl_apa.algorithms.estimators import ESTIMATOR_OPTIONS, ESTIMATORS, GAE_STEPS
 from trl_apa.config.fields import only_read_by
 
 
@@ -48,8 +48,8 @@ def fill_by_algorithm(config: "APAConfig") -> None:
 def check_estimator_options(config: "APAConfig") -> None:
     """
     Raises:
-        ValueError: if `group_normalization` is another text than it should be, `kl_coef` is 0 where a built-in
-            estimator divides by it, or rewards are whitened that are compared with those of pi_init.
+        ValueError: if `group_normalization` or `gae_over` is another text than it should be, `kl_coef` is 0 where a
+            built-in estimator divides by it, or rewards are whitened that are compared with those of pi_init.
     """
     if config.advantage_estimator == "group_log_mean_exp" and config.kl_coef == 0:
         raise ValueError(
@@ -61,6 +61,8 @@ def check_estimator_options(config: "APAConfig") -> None:
     given = config.group_normalization
     if given not in (None, *GROUP_NORMALIZATIONS):
         raise ValueError(f"group_normalization={given!r}: it should be one of {', '.join(GROUP_NORMALIZATIONS)}")
+    if config.gae_over not in GAE_STEPS:
+        raise ValueError(f"gae_over={config.gae_over!r}: it should be {' or '.join(map(repr, GAE_STEPS))}")
 
 
 def _check_ref_rewards_options(config: "APAConfig") -> None:

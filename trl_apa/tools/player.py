@@ -47,7 +47,7 @@ class ToolPlayer:
         self.toolbox, self.environments = Toolbox.of(tools), environments
         self.tokenizer, self.end_token_ids = tokenizer, end_token_ids
         self.options, self.processes, self.caller = options, processes, ToolCaller()
-        self._template()
+        self._last_template = self._make_template()
 
     @property
     def args(self) -> Any:
@@ -101,6 +101,12 @@ class ToolPlayer:
             self.environments.give_back([names[n] for n in free], [seats[n].environment for n in free])
 
     def _template(self) -> ToolTemplate:
+        """The template, made anew only if its options have changed."""
+        if self._last_template.chat_template_kwargs != (self.args.chat_template_kwargs or {}):
+            self._last_template = self._make_template()
+        return self._last_template
+
+    def _make_template(self) -> ToolTemplate:
         return ToolTemplate(self.tokenizer, self.end_token_ids, self.args.chat_template_kwargs)
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:

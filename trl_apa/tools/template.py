@@ -1,5 +1,6 @@
 """Chat templates with tools: what the policy's tokens ask for, and what a tool's answer looks like as tokens."""
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class ToolTemplate:
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.tokenizer, self.end_token_ids = tokenizer, frozenset(end_token_ids)
-        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.chat_template_kwargs = copy.deepcopy(chat_template_kwargs or {})
         self._known: dict[str, tuple[list[int], str]] = {}
         if not supports_tool_calling(tokenizer):
             raise ValueError(
@@ -142,3 +143,5 @@ class ToolTemplate:
             raise ValueError(f"tools: the chat_template cannot render what a tool answers: {error}") from error
         if PROBE not in self.tokenizer.decode(ids).replace(" ", ""):
             raise ValueError("tools: the chat_template leaves out what a tool answers")
+        if not self.told_ids([{"role": "tool", "name": UNKNOWN_TOOL, "content": ""}], end):
+            raise ValueError("tools: the chat_template puts no token between two turns if a tool answers nothing")
