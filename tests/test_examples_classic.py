@@ -24,6 +24,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from tests.tiny import byte_tokenizer
+from tests.tool_dialogues import tool_model
 from trl_apa import APATrainer, ValueModel
 from trl_apa.models.quantization import use_one_kernel
 
@@ -80,6 +82,83 @@ def run_classic(name, output_dir, *arguments):
         assert stats.keys() >= STATISTICS
         assert all(math.isfinite(stats[name]) for name in STATISTICS)
     return done.stdout, history
+
+
+WIKI = "Q: Who danced?\nA: <request><Wiki>dance<call>Neary danced.<response>\nResult=Neary<submit>\n\nQ: "
+PYTHON = "Q: What is 1 + 1?\n<request><PythonInterpreter>\nprint(1 + 1)\n<call>2<response>\nResult = 2 <submit>\nQ: "
+# What the tools answer is between the policy's two turns; Wiki's is cut.
+LOOKED_UP = ("<request><Wiki>Bear<call>", "Bear is in Bern, says...<response>", "\nResult=Bern<submit>")
+COMPUTED = (
+    "\n<request><PythonInterpreter>\nprint(3 + 4)\n<call>", "7<response>", "\nResult = 7 <submit>"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tool_user(tmp_path_factory):
+    """A policy that was taught by heart to call a tool and to read its answer, in both scripts' ways."""
+    folder, tokenizer = tmp_path_factory.mktemp("tool_user"), byte_tokenizer()
+    model = tool_model(positions=512)
+    texts = [WIKI + "Where is the bear?" + "".join(LOOKED_UP), PYTHON + "What is 3 + 4?" + "".join(COMPUTED)]
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, prompt in enumerate((WIKI, PYTHON)):
+        labels[row, : len(prompt)] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(400):
+        loss = model(**batch, labels=labels).loss
+        if loss < 0.03:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.03
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)  # what is likeliest is now nearly certain
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def read_rollouts(printed, dialogue):
+    """Rewards of the rollouts that a script printed and that went as the policy was taught, of each iteration some."""
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"responses')]
+    assert [len(line["responses"]) for line in lines] == [4, 4]
+    rewards = []
+    for line in lines:
+        pairs = zip(line["responses"], line["rewards"], strict=True)
+        rewards.append([reward for text, reward in pairs if text == "".join(dialogue)])
+    assert all(len(of_iteration) >= 2 for of_iteration in rewards)
+    return [reward for of_iteration in rewards for reward in of_iteration]
+
+
+def test_the_triviaqa_script_of_trl_0_11(tool_user, tmp_path):
+    names = [["berne", "bern"]] * 6 + [["rome"]] * 2
+    rows = [{"question": "Where is the bear?", "answer": {"normalized_aliases": aliases}} for aliases in names]
+    output, questions = tmp_path / "out", written(tmp_path / "questions.jsonl", rows)
+    options = {"model_name": tool_user, "questions": questions, "output_dir": output}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    printed, history = run_classic("triviaqa.py", output, *arguments)
+    rewards = read_rollouts(printed, LOOKED_UP)
+    assert set(rewards) == {0.0, 1.0} and sum(rewards) > len(rewards) / 2
+    # Of both turns the tokens count, and none of the tool's.
+    assert max(stats["tokens/counted"] for stats in history) <= 4 * 2 * 40
+    assert all(weight.any() for weight in load_peft_weights(str(output / "0_0_triviaqa")).values())
+
+
+def test_the_python_script_of_trl_0_11(tool_user, tmp_path):
+    rows, output = [{"question": "What is 3 + 4?", "answer": "Add. #### 7"}] * 5, tmp_path / "out"
+    files = [written(tmp_path / f"{name}.jsonl", rows) for name in ("train", "test")]
+    printed, history = run_classic("python_interpreter.py", output, tool_user, *files, output)
+    assert set(read_rollouts(printed, COMPUTED)) == {1.0} and len(history) == 2
+    [tested] = re.findall(r'\{"test": (.*)\}', printed)
+    assert float(tested) > 0
+    assert {"q_proj", "v_proj"} == {name.split(".")[-3] for name in load_peft_weights(str(output / "model-gsm8k"))}
 
 
 def mean(history, name):
