@@ -38,6 +38,7 @@ PAGES = sorted(
         ".",
         "docs",
         "examples",
+        "examples/calculator",
         "examples/hh",
         "examples/llama_factory",
         "reproduction",
