@@ -138,6 +138,7 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
         if _is_due(iteration, sizes.iterations, sizes.evaluations):
             so_far = {"samples": iteration * sizes.batch_size, "cpu_seconds": cpu_seconds}
             log.append({"step": trainer.state.global_step, **so_far, **task.measure(policy)})
+    trainer.state.log_history += log  # for the model card
     trainer.save_pretrained(f"{config.output_dir}/policy")
 
 
@@ -174,6 +175,7 @@ def _offline(task: Task, config: OfflineConfig, log: Log) -> None:
     trainer.add_callback(_Measuring(sizes, note))
     note(0)
     trainer.train()
+    trainer.state.log_history += log  # for the model card
     trainer.save_pretrained(f"{config.output_dir}/policy")
 
 
