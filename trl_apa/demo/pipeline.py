@@ -68,6 +68,7 @@ def run_demo(options: DemoOptions, report: Report) -> dict[str, Any]:
         "after": after.metrics,
     }
     save(options, result, training, report)
+    save_cards(options, result)
     show(options, report, before, after)
     return result
 
@@ -168,11 +169,15 @@ def measure(options: DemoOptions, made: Ingredients) -> Evaluation:
 
 
 def save(options: DemoOptions, result: dict[str, Any], training: list[dict[str, float]], report: Report) -> None:
-    """Metrics, timings, picture and model cards; a picture or card that cannot be made is a warning."""
+    """Metrics, timings and picture; a picture that cannot be drawn is a warning."""
     steady, evaluations = save_metrics(options.output_dir, options.iterations, result, training, report)
     with warn_if_report_fails(None, f"drawing {options.output_dir / PICTURE}"):
         title = f"trl-apa demo, {options.loss_type.upper()}"
         plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
+
+
+def save_cards(options: DemoOptions, result: dict[str, Any]) -> None:
+    """The model cards; one that cannot be written is a warning."""
     has_values = (options.output_dir / "model" / "value_model").is_dir()
     policy = policy_card(LANGUAGE_MODEL, result, METRICS, has_values)
     write_cards(options.output_dir, {"model": policy, **supervised_cards(result, METRICS)})
