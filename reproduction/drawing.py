@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reproduction.logs import QUANTITIES, Row, quantities_of
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Panels = Mapping[str, Mapping[str, Sequence[Sequence[Row]]]]
 
@@ -58,29 +61,50 @@ def draw_figure(title: str, panels: Panels, path: Path) -> None:
     with warn_if_report_fails(None, f"writing {numbers}"):
         numbers.write_text(_as_json(panels), encoding="utf-8")
     with warn_if_report_fails(None, f"drawing {path}"):
-        _draw(title, curves, path)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        seeds = max(len(runs) for found in panels.values() for runs in found.values())
+        note = f"\nlines: mean of {seeds} seeds; bands: from the lowest to the highest" if seeds > 1 else ""
+        figure = make_figure(title + note, curves)
+        FigureCanvasAgg(figure)
+        figure.savefig(path)
 
 
-def _draw(title: str, curves: Mapping[str, Mapping[str, Mapping[str, Band]]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def make_figure(title: str, curves: Mapping[str, Mapping[str, Mapping[str, Band]]]) -> "Figure":
+    """The picture of `draw_figure`, on no canvas yet.
+
+    Args:
+        title: above it.
+        curves: title of a panel to label of a curve to its `bands`.
+    """
     from matplotlib.figure import Figure
 
     pictures = [("step", "reward"), ("step", "kl")]
     if all("gold_reward" in found for panel in curves.values() for found in panel.values()):
         pictures += [("step", "gold_reward"), ("kl", "gold_reward")]
-    figure = Figure(figsize=(4.5 * len(pictures), 0.5 + 3.2 * len(curves)), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(1.5 + 4.5 * len(pictures), 0.6 + 3.2 * len(curves)), dpi=90, layout="constrained")
     grid = figure.subplots(len(curves), len(pictures), squeeze=False)
     for axes_of_panel, (panel, found) in zip(grid, curves.items(), strict=True):
         for axes, (x, y) in zip(axes_of_panel, pictures, strict=True):
             for number, (label, quantities) in enumerate(found.items()):
-                _draw_curve(axes, quantities, x, y, label=label, color=f"C{number}")
-            axes.set(title=panel, xlabel={"step": "optimizer steps"}.get(x, QUANTITIES.get(x)), ylabel=QUANTITIES[y])
+                # There are ten colours.
+                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+                _draw_curve(axes, quantities, x, y, label=label, **style)
+            axes.set_title(_title(panel if len(curves) > 1 else "", x, y), fontsize=10, loc="left")
+            axes.set(xlabel={"step": "optimizer steps"}.get(x, QUANTITIES.get(x)), ylabel=QUANTITIES[y])
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        axes_of_panel[0].legend(frameon=False)
+        # Beside the row, all of which it is for.
+        axes_of_panel[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+    return figure
+
+
+def _title(panel: str, x: str, y: str) -> str:
+    """What is drawn, after the panel's name where there are several."""
+    short = {"reward": "reward", "gold_reward": "gold reward", "kl": "KL"}
+    drawn = short[y] if x == "step" else f"{short[y]} against {short[x]}"
+    return f"{panel}: {drawn}" if panel else drawn[0].upper() + drawn[1:]
 
 
 def _as_json(panels: Panels) -> str:
@@ -93,7 +117,7 @@ def _draw_curve(axes: Any, quantities: Mapping[str, Band], x: str, y: str, **sty
     """Against steps with the band; against another quantity mean against mean."""
     band = quantities[y]
     if x != "step":
-        axes.plot(quantities[x].mean, band.mean, ".-", **style)
+        axes.plot(quantities[x].mean, band.mean, marker=".", **style)
         return
     axes.plot(band.steps, band.mean, **style)
     axes.fill_between(band.steps, band.low, band.high, alpha=0.2, linewidth=0, color=style["color"])

@@ -19,6 +19,7 @@ from transformers import (
 from reproduction.figures import Curve
 from reproduction.sizes import DEMO, UNREAD, MiniSizes
 from reproduction.tasks import Task, describe_task, digest
+from trl_apa.commands.progress import Column, print_line, shown_figures
 from trl_apa.config.apa import APAConfig
 from trl_apa.demo.networks import encode
 from trl_apa.demo.pipeline import quiet_libraries, torch_threads
@@ -47,6 +48,14 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 
 Log = list[dict[str, Any]]
+# What is printed of an iteration or an epoch.
+COLUMNS: tuple[Column, ...] = (
+    ("reward", "apa/mean_scores", "{:+.3f}"),
+    ("KL", "objective/kl", "{:.3f}"),
+    ("held-out reward", "eval_reward", "{:+.3f}"),
+    ("held-out gold reward", "eval_gold_reward", "{:+.3f}"),
+    ("held-out KL", "eval_kl", "{:.3f}"),
+)
 
 
 def algorithm_options(command: str, curve: Curve) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
     """Generate, score, step; `log` gets the measurements on held-out prompts."""
     sizes, policy = task.sizes, task.policy()
     trainer = APATrainer(config, policy, tokenizer=task.tokenizer)
-    rng, cpu_seconds = random.Random(config.seed), 0.0
+    rng, cpu_seconds, start = random.Random(config.seed), 0.0, time.monotonic()
     ref_rewards: dict[str, list[float]] = {}
     log.append({"step": 0, "samples": 0, **task.measure(policy)})
     for iteration in range(1, sizes.iterations + 1):
@@ -133,11 +142,15 @@ def _online(task: Task, config: APAConfig, log: Log) -> None:
             new = set(prompts) - ref_rewards.keys()
             ref_rewards |= {prompt: task.reference_rewards(prompt, config.num_ref_samples) for prompt in new}
             more["ref_rewards"] = [ref_rewards[prompt] for prompt in prompts]
-        trainer.step(queries, responses, task.score(prompts, responses), **more)
+        stats = trainer.step(queries, responses, task.score(prompts, responses), **more)
         cpu_seconds += time.process_time() - began
+        measured: dict[str, float] = {}
         if _is_due(iteration, sizes.iterations, sizes.evaluations):
             so_far = {"samples": iteration * sizes.batch_size, "cpu_seconds": cpu_seconds}
-            log.append({"step": trainer.state.global_step, **so_far, **task.measure(policy)})
+            measured = task.measure(policy)
+            log.append({"step": trainer.state.global_step, **so_far, **measured})
+        print_line(f"iteration {iteration}/{sizes.iterations}", shown_figures({**stats, **measured}, COLUMNS), start)
+    trainer.state.log_history += log  # for the model card
     trainer.save_pretrained(f"{config.output_dir}/policy")
 
 
@@ -149,16 +162,17 @@ def _draw(rng: random.Random, prompts: Sequence[str], count: int, num_generation
 
 
 class _Measuring(TrainerCallback):
-    """Calls `measure` with the optimizer step at the end of the epochs whose turn it is."""
+    """Calls `measure` with the optimizer step at the end of the epochs whose turn it is; prints a line for each."""
 
-    def __init__(self, sizes: MiniSizes, measure: Callable[[int], None]):
-        self.sizes, self.measure = sizes, measure
+    def __init__(self, sizes: MiniSizes, measure: Callable[[int], dict[str, float]]):
+        self.sizes, self.measure, self.start = sizes, measure, time.monotonic()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if _is_due(round(state.epoch), self.sizes.epochs, self.sizes.evaluations):
-            self.measure(state.global_step)
+        epoch, epochs = round(state.epoch), self.sizes.epochs
+        measured = self.measure(state.global_step) if _is_due(epoch, epochs, self.sizes.evaluations) else {}
+        print_line(f"epoch {epoch}/{epochs}", shown_figures(measured, COLUMNS), self.start)
 
 
 def _offline(task: Task, config: OfflineConfig, log: Log) -> None:
@@ -166,14 +180,17 @@ def _offline(task: Task, config: OfflineConfig, log: Log) -> None:
     sizes, rows = task.sizes, task.fixed_rows
     trainer = OfflineAPATrainer(config, task.policy(), processing_class=task.tokenizer, train_dataset=rows)
 
-    def note(step: int) -> None:
+    def note(step: int) -> dict[str, float]:
         with trainer.learned_policy() as policy:
-            log.append({"step": step, "samples": sizes.num_responses, **task.measure(policy)})
+            measured = task.measure(policy)
+        log.append({"step": step, "samples": sizes.num_responses, **measured})
+        return measured
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Measuring(sizes, note))
     note(0)
     trainer.train()
+    trainer.state.log_history += log  # for the model card
     trainer.save_pretrained(f"{config.output_dir}/policy")
 
 

@@ -1,12 +1,15 @@
 """What is measured on held-out prompts: against hand-worked values and a naive loop."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from tests._cli import run
+from tests.test_cli import jsonl, make_model
 from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
-from trl_apa.commands.evaluate import COLUMNS, table
+from trl_apa.commands.evaluate import COLUMNS, WINS, table
 from trl_apa.evaluation.held_out import distinct_ngrams, held_out_metrics, standard_error
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 
@@ -117,11 +120,32 @@ def test_a_standard_error_hand_worked():
 
 def test_the_table_has_intervals_and_no_wins_of_the_reference_over_itself():
     metrics = {name: 0.5 for _, name, _ in COLUMNS} | {"reward_stderr": 0.1, "kl_stderr": 0.0, "win_rate_stderr": 0.25}
-    heads, reference, other = table({"base": metrics, "tuned": metrics}, "base").splitlines()
+    without_wins = {name: value for name, value in metrics.items() if name not in WINS}
+    heads, reference, other = table({"base": without_wins, "tuned": metrics}).splitlines()
     assert heads.split() == [heading for heading, _, _ in COLUMNS]
     assert "+0.500 ± 0.196" in reference and reference.split()[-1] == "-"
     assert other.endswith("0.500 ± 0.490") and "0.500 ± 0.000" in other
     assert len({len(line) for line in (heads, reference, other)}) == 1
+
+
+def test_a_model_has_no_wins_over_itself_under_either_of_its_names(tmp_path, capsys, monkeypatch):
+    """In the table and in the file; its other checkpoint has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_rewards.py").write_text(
+        "def length(completions, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    make_model(tmp_path / "base")
+    make_model(tmp_path / "other")
+    jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(3)])
+    options = "--reward_funcs own_rewards.length --max_completion_length 4 --max_prompt_length 64 --use_cpu"
+    names = ["base", "./base/", "other"]
+    given = ["--checkpoints", *names, "--dataset_name", "rows.jsonl", "--output", "out.json", *options.split()]
+    assert run("evaluate", *given) == 0
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.split()[-1] == "-" for row in rows] == [True, True, False] and all("±" in row for row in rows)
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert ["win_rate" in results[name] for name in names] == [False, False, True]
 
 
 def test_online_and_offline_measure_the_same_of_one_policy(tmp_path):

@@ -169,7 +169,7 @@ class TestWheel:
             info = f"trl_apa-{PROJECT['version']}.dist-info"
             metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
             licence = archive.read(f"{info}/licenses/LICENSE").decode()
-        files = [path for suffix in ("py", "yaml") for path in (ROOT / "trl_apa").rglob(f"*.{suffix}")]
+        files = [path for suffix in ("py", "yaml", "md") for path in (ROOT / "trl_apa").rglob(f"*.{suffix}")]
         sources = {path.relative_to(ROOT).as_posix() for path in files}
         assert "trl_apa/accelerate_configs/fsdp2.yaml" in sources
         assert {name for name in names if not name.startswith(info)} == {*sources, "trl_apa/py.typed"}

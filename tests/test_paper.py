@@ -333,7 +333,10 @@ def test_in_small_a_curve_is_run_once_for_all_figures_and_panels(tmp_path, capsy
     assert run[2].keys() == {"step", "samples", *QUANTITIES} and "| A |" in (tmp_path / "out" / "figx.md").read_text()
     logs = {path: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/trainer_state.json")}
     assert len(logs) == 2
-    capsys.readouterr()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [["epoch", "1/2"], ["epoch", "2/2"]] * 2
+    last = f"held-out reward {run[2]['reward']:+.3f}  held-out gold reward {run[2]['gold_reward']:+.3f}"
+    assert any(line.startswith("epoch 2/2") and last in line for line in lines)
     assert paper.main(["figy", *argv]) == 0 and "seed 0" not in capsys.readouterr().out
     assert {path: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/trainer_state.json")} == logs
     assert list(json.loads((tmp_path / "out" / "figy.json").read_text())) == ["r", "s"]
@@ -367,8 +370,12 @@ def run_in(folder, task, command, **options):
     return read_rows(folder)
 
 
-def test_in_small_a_curve_that_samples_learns_from_its_own_samples(tmp_path, task):
+def test_in_small_a_curve_that_samples_learns_from_its_own_samples(tmp_path, task, capsys):
     run = run_in(tmp_path / "two", task, "train", loss_type="apa", kl_coef=0.1, num_epochs_per_batch=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"] and all("  KL " in line for line in lines)
+    assert ["held-out" in line for line in lines] == [False, True, True]
+    assert f"held-out reward {run[2]['reward']:+.3f}" in lines[2]
     # two epochs of one mini-batch of 8 an iteration; the second and the third are followed by an evaluation
     assert [(row["step"], row["samples"]) for row in run] == [(0, 0), (4, 16), (6, 24)]
     assert run[0]["kl"] == pytest.approx(0.0, abs=1e-4) and run[2]["kl"] > 1e-6

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trl.trainer.utils import (
         _CHUNKED_LOGPROB_CHUNK_SIZE,
         entropy_from_logits,
+        get_comet_experiment_url,
+        get_trackio_space_url,
         print_prompt_completions_sample,
         selective_log_softmax,
         selective_log_softmax_and_entropy,
@@ -32,6 +34,8 @@ __all__ = [
     "_use_triton",
     "add_hooks",
     "entropy_from_logits",
+    "get_comet_experiment_url",
+    "get_trackio_space_url",
     "is_peft_model",
     "is_vllm_available",
     "parse_response",
@@ -59,6 +63,8 @@ __getattr__ = lazy_names(
             (
                 "_CHUNKED_LOGPROB_CHUNK_SIZE",
                 "entropy_from_logits",
+                "get_comet_experiment_url",
+                "get_trackio_space_url",
                 "print_prompt_completions_sample",
                 "selective_log_softmax",
                 "selective_log_softmax_and_entropy",

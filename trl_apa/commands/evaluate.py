@@ -39,6 +39,8 @@ COLUMNS = (
     ("wins", "win_rate", "{:.3f}"),
 )
 
+WINS = ("win_rate", "win_rate_stderr")
+
 
 @dataclass
 class EvaluateArguments:
@@ -92,23 +94,28 @@ def main(argv: Sequence[str]) -> int:
                 config, load(name), reference, tokenizer, prompts, reward_funcs=scorers, value_model="head"
             )
             results[name] = held_out_metrics(trainer, list(prompts))
+            if is_same_model(name, reference_name):  # which wins on half of the prompts, by chance
+                results[name] = {key: value for key, value in results[name].items() if key not in WINS}
     if config.should_save:
         print(f"{len(prompts)} prompts; KL and wins against {reference_name}; after ± half a 95% interval")
-        print(table(results, reference_name))
+        print(table(results))
         if arguments.output is not None:
             Path(arguments.output).absolute().parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def table(results: dict[str, dict[str, Any]], reference_name: str) -> str:
-    """The metrics as text, a checkpoint a line. The reference has no wins over itself."""
+def is_same_model(name: str, reference_name: str) -> bool:
+    """Whether two names are one checkpoint: the same, or two paths of one folder."""
+    paths = Path(name), Path(reference_name)
+    return name == reference_name or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The metrics as text, a checkpoint a line; "-" for one that it does not have: the wins of a model over itself."""
     rows = [["", *(heading for heading, _, _ in COLUMNS)]]
     for name, metrics in results.items():
-        cells = [_cell(metrics, key, form) for _, key, form in COLUMNS]
-        if name == reference_name:
-            cells = ["-" if key == "win_rate" else cell for cell, (_, key, _) in zip(cells, COLUMNS, strict=True)]
-        rows.append([name, *cells])
+        rows.append([name, *(_cell(metrics, key, form) for _, key, form in COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
@@ -117,6 +124,8 @@ def table(results: dict[str, dict[str, Any]], reference_name: str) -> str:
 
 
 def _cell(metrics: dict[str, Any], name: str, form: str) -> str:
+    if name not in metrics:
+        return "-"
     text = form.format(metrics[name])
     if f"{name}_stderr" not in metrics:
         return text

@@ -18,11 +18,20 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     check_output_folder("output_dir", options.output_dir)
     import torch
+    from transformers import AutoConfig
 
+    from trl_apa.cards import write_card
+    from trl_apa.cards.of_runs import merged_card, name_of_folder
     from trl_apa.commands.models import loading
     from trl_apa.models import merge_and_save
+    from trl_apa.models.loading import language_model_class
+    from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
     with loading("adapter", options.adapter):
         merge_and_save(options.adapter, options.output_dir, dtype=getattr(torch, options.dtype))
-    print(f"model and tokenizer are in {options.output_dir}")
+    with warn_if_report_fails(None, "writing a model card"):
+        auto = language_model_class(AutoConfig.from_pretrained(options.output_dir)).__name__
+        card = merged_card(options.adapter, name_of_folder(options.output_dir), auto)
+        write_card(card, options.output_dir)
+    print(f"model, tokenizer and README.md are in {options.output_dir}")
     return 0

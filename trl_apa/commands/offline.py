@@ -88,11 +88,14 @@ def main(argv: Sequence[str]) -> int:
         )
     print_lines(trainer, COLUMNS)
     trainer.accelerator.print(f"{config.loss_type}: {len(trainer.rollouts)} responses, kl_coef {config.kl_coef}")
+    trainer.card_datasets = data.names
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_pretrained(config.output_dir)
     trainer.save_state()
-    critic = "value_model/ and " if config.needs_values else "and "
-    trainer.accelerator.print(f"policy, tokenizer, {critic}trainer_state.json are in {config.output_dir}")
+    critic = ", value_model/" if config.needs_values else ""
+    trainer.accelerator.print(
+        f"policy, tokenizer{critic}, README.md and trainer_state.json are in {config.output_dir}"
+    )
     if config.push_to_hub:
         trainer.push_to_hub()
     return 0

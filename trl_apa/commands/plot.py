@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_apa.commands.outputs import check_output_folder
 from trl_apa.commands.parsing import OneLineParser
 
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Of the rollouts; of the held-out prompts.
 REWARD, KL = ("apa/mean_scores", "eval_reward"), ("objective/kl", "eval_kl")
+KL_NAME = "KL to the initial model, nats per response"
+# Title, names of the axes.
 FIGURES = {
-    "reward": ("optimizer step", "mean reward"),
-    "kl": ("optimizer step", "KL to the initial model, nats per response"),
-    "reward_vs_kl": ("KL to the initial model, nats per response", "mean reward"),
+    "reward": ("Reward", "optimizer step", "mean reward"),
+    "kl": ("KL to the initial model", "optimizer step", KL_NAME),
+    "reward_vs_kl": ("Reward against KL", KL_NAME, "mean reward"),
 }
+HELD_OUT = "held-out prompts"
 
 
 class Run(NamedTuple):
@@ -46,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if find_spec("matplotlib") is None:
         print("trl-apa plot needs matplotlib: pip install 'trl-apa[demo]'", file=sys.stderr)
         return 1
-    runs = [read_run(path) for path in options.runs]
+    runs = with_different_names([read_run(path) for path in options.runs], options.runs)
     folder = Path(options.output_dir) if options.output_dir else state_file(options.runs[0]).parent
     check_output_folder("output_dir", folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,24 +116,55 @@ def _rows(history: list[dict[str, Any]], reward: str, kl: str) -> list[tuple[flo
     return [(row["step"], row[reward], row[kl]) for row in complete]
 
 
-def draw(figure_name: str, runs: Sequence[Run], path: Path) -> None:
-    """Write one picture; diamonds are measured on held-out prompts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def with_different_names(runs: Sequence[Run], paths: Sequence[str]) -> list[Run]:
+    """Runs in folders of one name get as much of their paths as tells them apart: `apa/seed0`, `ppo/seed0`."""
+    folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
+    parts = [folder.resolve().parts for folder in folders]
+    named = []
+    for run, own in zip(runs, parts, strict=True):
+        others = [other for other in parts if other != own]
+        count = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        named.append(run._replace(name="/".join(own[-count:]).lstrip("/")) if count > 1 else run)
+    return named
 
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+
+def draw(figure_name: str, runs: Sequence[Run], path: Path) -> None:
+    """Write one picture: dots, joined in the order of the steps, of the rollouts; diamonds of held-out prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = make_figure(figure_name, runs)
     FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def make_figure(figure_name: str, runs: Sequence[Run]) -> "Figure":
+    """The picture of `draw`, on no canvas yet."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(6, 4.2 + 0.18 * len(runs)), dpi=120, layout="constrained")
     axes = figure.subplots()
+    handles = []
     for number, run in enumerate(runs):
         colour = f"C{number % 10}"
-        x, y = _columns(figure_name, run.rollouts)
-        axes.plot(x, y, "." if figure_name == "reward_vs_kl" else ".-", color=colour, label=run.name)
-        axes.plot(*_columns(figure_name, run.held_out), "D", color=colour, markeredgecolor="white")
-    axes.set(xlabel=FIGURES[figure_name][0], ylabel=FIGURES[figure_name][1])
+        # Rollouts are noisy: where they come back to a KL again and again, their path is a tangle that is not to hide
+        # the diamonds.
+        faint = 0.5 if figure_name == "reward_vs_kl" and run.held_out else 1.0
+        axes.plot(*_columns(figure_name, run.rollouts), ".-", color=colour, linewidth=1, alpha=faint)
+        axes.plot(*_columns(figure_name, run.held_out), "D--", color=colour, linewidth=1, markeredgecolor="white")
+        handles.append(Line2D([], [], color=colour, marker="." if run.rollouts else "D", label=run.name))
+    if any(run.held_out for run in runs):
+        held_out = Line2D([], [], color="0.4", linestyle="--", linewidth=1, marker="D", label=HELD_OUT)
+        held_out.set_markeredgecolor("white")
+        handles.append(held_out)
+    title, x, y = FIGURES[figure_name]
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    # Below, where it covers no point.
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
+    return figure
 
 
 def _columns(figure_name: str, rows: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:

@@ -1,7 +1,7 @@
 """What a training command prints: a line of the figures that tell whether it works, instead of every statistic."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -36,6 +36,22 @@ REWARD_COLUMNS: tuple[Column, ...] = (
 )
 
 
+def shown_figures(logs: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    """`reward +0.125`, for each of `columns` that the log has."""
+    return [f"{name} {form.format(logs[key])}" for name, key, form in columns if key in logs]
+
+
+def print_line(place: str, values: Sequence[str], start: float) -> None:
+    """One line of progress.
+
+    Args:
+        place: how far it is: `step 4/100`.
+        values: of `shown_figures`.
+        start: when it began, as `time.monotonic` tells.
+    """
+    print("  ".join([place, *values, f"({time.monotonic() - start:.0f} s)"]), flush=True)
+
+
 class ProgressLines(PrinterCallback):
     """Prints one line for each time that the trainer logs.
 
@@ -51,11 +67,9 @@ class ProgressLines(PrinterCallback):
         self.start = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
-        values = [f"{name} {form.format(logs[key])}" for name, key, form in self.columns if key in logs]
+        values = shown_figures(logs or {}, self.columns)
         if values and state.is_world_process_zero:
-            place = f"step {state.global_step}/{state.max_steps}"
-            print("  ".join([place, *values, f"({time.monotonic() - self.start:.0f} s)"]), flush=True)
+            print_line(f"step {state.global_step}/{state.max_steps}", values, self.start)
 
 
 def print_lines(trainer: Trainer, columns: Sequence[Column]) -> None:

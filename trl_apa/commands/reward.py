@@ -56,4 +56,5 @@ def main(argv: Sequence[str]) -> int:
             processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
+    trainer.card_datasets = data.names
     return finish(trainer, REWARD_COLUMNS)

@@ -61,6 +61,11 @@ class DataArguments:
                 f"eval_dataset_data_dir={self.eval_dataset_data_dir!r} is read only with eval_dataset_name"
             )
 
+    @property
+    def names(self) -> list[str]:
+        """Of the data sets, as they were given."""
+        return [name for name in (self.dataset_name, self.eval_dataset_name) if name is not None]
+
 
 # What the commands that do not train read.
 PROMPT_NAMES = {"dataset_name", "dataset_config", "dataset_data_dir", "dataset_layout", "dataset_test_split"}

@@ -49,6 +49,7 @@ def run(argv: Sequence[str], parser: CommandParser, values: dict[str, Any]) -> i
     functions = rewards.functions()
     rows, held_out = load_rows(data, prompts_by(data))
     trainer = _trainer(config, model, others, rewards, functions, rows, held_out)
+    trainer.card_datasets = data.names
     trainer.train(resume_from_checkpoint=checkpoint)
     _save(trainer)
     return 0
@@ -100,6 +101,8 @@ def _save(trainer: APATrainer) -> None:
     trainer.save_pretrained(config.output_dir)
     trainer.save_state()
     values = "" if trainer.model.value_model is None else ", value_model/"
-    trainer.accelerator.print(f"policy, tokenizer{values} and trainer_state.json are in {config.output_dir}")
+    trainer.accelerator.print(
+        f"policy, tokenizer{values}, README.md and trainer_state.json are in {config.output_dir}"
+    )
     if config.push_to_hub:
         trainer.push_to_hub()

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 
 PROXY_COLOUR, GOLD_COLOUR, OTHER_COLOUR = "#1f77b4", "#d99a00", "#555555"
@@ -14,16 +15,21 @@ PROXY_COLOUR, GOLD_COLOUR, OTHER_COLOUR = "#1f77b4", "#d99a00", "#555555"
 def plot_curves(
     path: Path, title: str, training: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]
 ) -> None:
-    """Save the figure as PNG.
+    """Save the figure of `make_figure` as PNG to `path`."""
+    figure = make_figure(title, training, evaluations)
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def make_figure(title: str, training: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]) -> Figure:
+    """Rewards, KL, rewards against KL in the order of the iterations, entropy.
 
     Args:
-        path: file to write.
         title: of the figure.
         training: metrics of each iteration, measured on the rollouts of the policy *before* that iteration's update.
         evaluations: metrics on held-out questions, each with `iteration`, the updates made before it.
     """
-    figure = Figure(figsize=(9, 6.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(9, 6.4), dpi=120, layout="constrained")
     rewards, kl, trade, entropy = figure.subplots(2, 2).flat
     updates = [row["iteration"] - 1 for row in training]
     held_out = [row["iteration"] for row in evaluations]
@@ -34,8 +40,8 @@ def plot_curves(
         values, final = [row[name] for row in training], [row[f"eval/{name}"] for row in evaluations]
         rewards.plot(updates, values, color=colour, label=label)
         rewards.plot(held_out, final, "D", color=colour, markersize=6, markeredgecolor="white")
-        trade.plot([row["kl"] for row in training], values, ".", color=colour, label=label)
         kl_values = [row["eval/kl"] for row in evaluations]
+        trade.plot([row["kl"] for row in training], values, ".-", color=colour, linewidth=0.6, label=label)
         trade.plot(kl_values, final, "D", color=colour, markersize=6, markeredgecolor="white")
     kl.plot(updates, [row["kl"] for row in training], color=OTHER_COLOUR)
     kl.plot(held_out, [row["eval/kl"] for row in evaluations], "D", color=OTHER_COLOUR, markeredgecolor="white")
@@ -47,10 +53,14 @@ def plot_curves(
     label_axes(kl, "KL to the initial model", "iteration", "nats per response")
     label_axes(trade, "Reward against KL", "KL, nats per response", "mean reward")
     label_axes(entropy, "Entropy", "iteration", "nats per token")
-    rewards.legend(frameon=False)
-    trade.legend(frameon=False)
-    figure.suptitle(f"{title}; diamonds: held-out questions", fontsize=11)
-    figure.savefig(path)
+    handles, labels = rewards.get_legend_handles_labels()
+    handles.append(Line2D([], [], linestyle="", marker="D", color=OTHER_COLOUR, markeredgecolor="white"))
+    # Below all of them, where it covers no point.
+    figure.legend(
+        handles, [*labels, "diamonds: held-out questions"], loc="outside lower center", ncols=3, frameon=False
+    )
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def label_axes(axes: Axes, title: str, x: str, y: str) -> None:

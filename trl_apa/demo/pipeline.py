@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl_apa import APAConfig, APATrainer
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
+from .cards import LANGUAGE_MODEL, policy_card, supervised_cards, write_cards
 from .corpus import Corpus, build_corpus
 from .curves import plot_curves
 from .evaluation import Evaluation, evaluate, measure_responses
 from .networks import build_policy, build_tokenizer, encode
 from .options import DemoOptions
-from .report import Report
+from .report import METRICS, Report
 from .reward import RewardModel, make_pairs, train_reward_model
 from .supervised import train_sft, training_options
 
@@ -67,6 +68,7 @@ def run_demo(options: DemoOptions, report: Report) -> dict[str, Any]:
         "after": after.metrics,
     }
     save(options, result, training, report)
+    save_cards(options, result)
     show(options, report, before, after)
     return result
 
@@ -172,6 +174,13 @@ def save(options: DemoOptions, result: dict[str, Any], training: list[dict[str, 
     with warn_if_report_fails(None, f"drawing {options.output_dir / PICTURE}"):
         title = f"trl-apa demo, {options.loss_type.upper()}"
         plot_curves(options.output_dir / PICTURE, title, steady, evaluations)
+
+
+def save_cards(options: DemoOptions, result: dict[str, Any]) -> None:
+    """The model cards; one that cannot be written is a warning."""
+    has_values = (options.output_dir / "model" / "value_model").is_dir()
+    policy = policy_card(LANGUAGE_MODEL, result, METRICS, has_values)
+    write_cards(options.output_dir, {"model": policy, **supervised_cards(result, METRICS)})
 
 
 def numbers_of_step(stats: Mapping[str, Any]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from trl_apa.offline.data import rollouts_of
 from trl_apa.offline.decoding import advantage_shifted
 from trl_apa.offline.denominators import CountsTokens
 from trl_apa.offline.losses import dro_loss, ilql_loss, state_normaliser_loss
-from trl_apa.offline.networks import OfflineNetworks, offline_networks
+from trl_apa.offline.networks import NORMALISER_FOLDER, OfflineNetworks, offline_networks
 from trl_apa.offline.value_fitting import fit_value_model
 from trl_apa.redaction.trackers import hide_secrets_from
 from trl_apa.rollout.episodes import Episodes
@@ -103,6 +103,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     """
 
     control: TrainerControl
+    learns_from = "fixed responses"
+    value_parts = (*Saving.value_parts, NORMALISER_FOLDER)
 
     def __init__(
         self,

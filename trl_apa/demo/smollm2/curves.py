@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from trl_apa.demo.curves import GOLD_COLOUR, OTHER_COLOUR, PROXY_COLOUR, label_axes
 
@@ -20,9 +21,9 @@ PANELS = (
     ("Exact KL to the frozen model", "kl", "nats per response", PROXY_COLOUR),
     ("Entropy", "entropy", "nats per token", OTHER_COLOUR),
     ("Distinct-2", "distinct_2", "share of pairs of tokens", OTHER_COLOUR),
-    ("Perplexity under the frozen model", "perplexity", "", OTHER_COLOUR),
+    ("Perplexity under the frozen model", "perplexity", "perplexity", OTHER_COLOUR),
 )
-NUM_SENTENCES = 4
+NUM_SENTENCES = 3
 
 
 def plot_real_curves(
@@ -45,6 +46,7 @@ def plot_real_curves(
         held_out = [before.metrics[key], after.metrics[key]]
         axis.plot([0, len(training)], held_out, "D", color=colour, markersize=6, markeredgecolor="white")
         label_axes(axis, name, "iteration", unit)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _write_sentences(axes[-1], before, after)
     figure.suptitle(f"{title}; diamonds: held-out sentences", fontsize=11)
     figure.savefig(path)
@@ -59,4 +61,5 @@ def _write_sentences(axis: Axes, before: "Evaluation", after: "Evaluation") -> N
             text = " ".join(f"{prompt}{response}".split())
             lines.append(textwrap.fill(f"{moment}: {text}", 52, subsequent_indent="    "))
         lines.append("")
-    axis.text(0, 1, "\n".join(lines), va="top", fontsize=7, family="DejaVu Sans", parse_math=False)
+    written = axis.text(0, 1, "\n".join(lines), va="top", fontsize=7, family="DejaVu Sans", parse_math=False)
+    written.set_in_layout(False)  # else a text that is longer than the panels are high would make them smaller

@@ -4,13 +4,14 @@ import copy
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_apa import APAConfig, APATrainer
+from trl_apa.demo.cards import ADAPTER, LANGUAGE_MODEL, policy_card, write_cards
 from trl_apa.demo.networks import decode, draw_prompts, encode, sample
 from trl_apa.demo.pipeline import numbers_of_step, quiet_libraries, save_metrics, torch_threads
 from trl_apa.demo.report import Report
@@ -19,7 +20,7 @@ from trl_apa.models.network_parts import Network
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 from .curves import plot_real_curves
-from .measuring import measure_responses
+from .measuring import METRICS, measure_responses
 from .model import computes_in_bfloat16, load_base, load_smollm2, load_smollm2_tokenizer
 from .options import RealDemoOptions
 from .task import REWARDS, Prompts, make_prompts
@@ -73,6 +74,7 @@ def run_real_demo(options: RealDemoOptions, report: Report) -> dict[str, Any]:
     }
     save_metrics(options.output_dir, options.iterations, result, training, report)
     save_samples(options, before, after)
+    save_card(options, result)
     with warn_if_report_fails(None, f"drawing {options.output_dir / PICTURE}"):
         picture = options.output_dir / PICTURE
         plot_real_curves(picture, f"SmolLM2-135M-Instruct, {options.loss_type.upper()}", training, before, after)
@@ -176,6 +178,21 @@ def save_samples(options: RealDemoOptions, before: Evaluation, after: Evaluation
     names = ("prompt", "before", "reward_before", "after", "reward_after")
     rows = [dict(zip(names, pair, strict=True)) for pair in pairs]
     (options.output_dir / "samples.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def save_card(options: RealDemoOptions, result: dict[str, Any]) -> None:
+    """The model card of what was trained; that it cannot be written is a warning."""
+    has_values = (options.output_dir / "model" / "value_model").is_dir()
+    card = policy_card(LANGUAGE_MODEL if options.trains == "all" else ADAPTER, result, METRICS, has_values)
+    what = "SmolLM2-135M-Instruct" if options.trains == "all" else "Adapters for SmolLM2-135M-Instruct"
+    card = replace(
+        card,
+        name=f"{card.name}, SmolLM2",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        what=f"{what}, aligned by `trl-apa demo --real` with {options.loss_type.upper()} to end sentences about films "
+        "with a reward. The figures are of held-out sentences, before and after.",
+    )
+    write_cards(options.output_dir, {"model": card})
 
 
 def show(options: RealDemoOptions, report: Report, before: Evaluation, after: Evaluation) -> None:
