@@ -29,9 +29,10 @@ from tests.tiny import byte_tokenizer, lora_config
 from trl_apa import APAConfig
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
+from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.parsing import OneLineParser
-from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.commands.rows import demonstration, load_prompts, load_rows, preference, prompts_by
 from trl_apa.data.sources import Row
 from trl_apa.demo.options import parse_options
 from trl_apa.models import load_reward_model
@@ -310,13 +311,20 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     path = jsonl(tmp_path / "rows.jsonl", [*hh_rows(3), {"chosen": "x", "rejected": "y"}, {"prompt": "a", "extra": 1}])
     path.write_text(path.read_text() + "{\n")
     assert [row["extra"] for row in load_prompts(DataArguments(str(path)))] == [None, None, None, 1]
-    assert "2 rows are left out, the first of them row 4: has no" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "rows.jsonl: rows left out: 2: 1 x has no" in told.err and "(row 4)" in told.err and not told.out
+    # With a share held out too, and each different prompt once.
+    path.write_text(path.read_text() + json.dumps(hh_rows(1)[0]) + "\n")
+    train_rows, held_out = load_rows(DataArguments(str(path), eval_share=0.5), prompts_by(DataArguments()))
+    assert len(train_rows) + len(held_out) == 4
+    told = capsys.readouterr().err
+    assert "x not JSON" in told and "rows that repeat another one: 1, read once" in told
 
 
 def test_of_a_large_data_set_only_the_rows_that_are_asked_for_are_read(monkeypatch):
     read = []
 
-    def endless(source, name, data_dir, split):
+    def endless(source, name, data_dir, split, streaming):
         for number in range(1, 10**9):
             read.append((source, data_dir, number))
             yield Row(number, hh_rows(number)[-1])

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -125,6 +127,7 @@ class CommandParser:
 
     def _from_file(self, path: str) -> dict[str, Any]:
         given = read_yaml(path)
+        _set_environment(path, given.pop("env", None))
         values = {}
         for key, value in given.items():
             name = str(key).replace("-", "_")
@@ -143,7 +146,9 @@ class CommandParser:
         if value is None:
             return None
         if action.nargs == "+":
-            return [_converted(action, element) for element in (value if isinstance(value, list) else [value])]
+            # What is an object here is JSON on the command line.
+            texts = [json.dumps(element) if isinstance(element, dict) else element for element in _listed(value)]
+            return [_converted(action, text) for text in texts]
         if isinstance(value, dict | list):
             if type(value) not in _types_in(self._hints[name]):
                 raise ValueError(f"no {type(value).__name__} is expected")
@@ -180,6 +185,19 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         parser._print_message(parser.format_help(everything=True), sys.stdout)
         parser.exit()
+
+
+def _set_environment(path: str, variables: Any) -> None:
+    """The variables that TRL's files hold under `env`.
+
+    Raises:
+        ValueError: if it is no mapping of names to texts and numbers.
+    """
+    if variables is None:
+        return
+    if not isinstance(variables, dict) or any(isinstance(value, dict | list) for value in variables.values()):
+        raise ValueError(f"{path}: env should hold variables, one `NAME: value` per line")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
@@ -243,6 +261,10 @@ def _converted(action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
     return converted
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _types_in(hint: Any) -> set[type]:

@@ -10,7 +10,7 @@ from trl_apa.commands.models import load_tokenizer, loading, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
-from trl_apa.commands.supervised import check_options, finish, supervised_parser
+from trl_apa.commands.supervised import check_options, finish, say_what_is_left_out, supervised_parser
 from trl_apa.redaction import RedactedOptions
 from trl_apa.trl_trainers import QuietRewardTrainer
 
@@ -56,4 +56,5 @@ def main(argv: Sequence[str]) -> int:
             processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
+    say_what_is_left_out(trainer, rows, held_out, f"more than max_length={config.max_length} tokens")
     return finish(trainer, REWARD_COLUMNS)

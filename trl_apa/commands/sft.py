@@ -11,7 +11,7 @@ from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
 from trl_apa.commands.rows import demonstration, load_rows
-from trl_apa.commands.supervised import check_options, finish, supervised_parser
+from trl_apa.commands.supervised import check_options, finish, say_what_is_left_out, supervised_parser
 from trl_apa.redaction import RedactedOptions
 from trl_apa.trl_trainers import QuietSFTTrainer
 
@@ -62,4 +62,5 @@ def main(argv: Sequence[str]) -> int:
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
     )
+    say_what_is_left_out(trainer, rows, held_out, f"no token to learn within max_length={config.max_length}")
     return finish(trainer, SFT_COLUMNS)
