@@ -33,6 +33,7 @@ from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.parsing import OneLineParser
 from trl_apa.commands.rows import demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.config.precision import default_bf16
 from trl_apa.data.sources import Row
 from trl_apa.demo.options import parse_options
 from trl_apa.models import load_reward_model
@@ -164,6 +165,19 @@ def test_help_shows_each_option_once_and_no_default_where_there_is_none(capsys, 
     assert len(options) > 5 and len({option.replace("_", "-") for option in options}) == len(options)
     assert not re.search(r"--\S.*, --", told) and "default: None" not in " ".join(told.split())
     assert command == "paper" or re.search(r"\(default:\s+[^N\s]", told)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "train", "offline"])
+def test_help_says_when_bf16_is_on(tmp_path, capsys, monkeypatch, command):
+    """TRL's own text, on unless fp16 is, is not true here."""
+    assert run(command, "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "by default where a GPU supports it, and not with fp16" in told and "defaults to `True` if `fp16`" not in told
+    )
+    for there, fp16, on in ((True, False, True), (False, False, False), (True, True, False)):
+        monkeypatch.setattr("trl_apa.config.precision.is_torch_bf16_gpu_available", lambda there=there: there)
+        assert default_bf16(fp16, use_cpu=False) is on and default_bf16(fp16, use_cpu=True) is False
 
 
 def test_options_are_read_with_either_spelling(tmp_path):

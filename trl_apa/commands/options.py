@@ -43,6 +43,8 @@ TITLES = (
     "launching",
     "Hugging Face hub",
 )
+# What `--help` says of an option that is not set, where its field's own text is about another default.
+WHERE_NOT_SET = {"bf16": "Compute in bfloat16 (autocast); by default where a GPU supports it, and not with fp16."}
 # The group that only `--help-all` shows.
 OLDER_NAMES = "names and options of older scripts"
 
@@ -250,8 +252,17 @@ def _groups(parts: Sequence[Part]) -> dict[str, list[OptionField]]:
         hints = get_type_hints(part.dataclass)
         fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
-            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], fields[name]))
+            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], _told(fields[name])))
     return {title: groups[title] for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))}
+
+
+def _told(field: "dataclasses.Field[Any]") -> "dataclasses.Field[Any]":
+    """The field with the help that is true of a command."""
+    if field.default is not None or field.name not in WHERE_NOT_SET:
+        return field
+    metadata = {**field.metadata, "help": WHERE_NOT_SET[field.name]}
+    told: Any = dataclasses.field(default=None, metadata=metadata)
+    return told  # type: ignore[no-any-return]  # a field, which stubs type as its default
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
