@@ -29,9 +29,11 @@ from tests.tiny import byte_tokenizer, lora_config
 from trl_apa import APAConfig
 from trl_apa.cli import COMMANDS
 from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
+from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.parsing import OneLineParser
-from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.commands.rows import demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.config.precision import default_bf16
 from trl_apa.data.sources import Row
 from trl_apa.demo.options import parse_options
 from trl_apa.models import load_reward_model
@@ -163,6 +165,19 @@ def test_help_shows_each_option_once_and_no_default_where_there_is_none(capsys, 
     assert len(options) > 5 and len({option.replace("_", "-") for option in options}) == len(options)
     assert not re.search(r"--\S.*, --", told) and "default: None" not in " ".join(told.split())
     assert command == "paper" or re.search(r"\(default:\s+[^N\s]", told)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "train", "offline"])
+def test_help_says_when_bf16_is_on(tmp_path, capsys, monkeypatch, command):
+    """TRL's own text, on unless fp16 is, is not true here."""
+    assert run(command, "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "by default where a GPU supports it, and not with fp16" in told and "defaults to `True` if `fp16`" not in told
+    )
+    for there, fp16, on in ((True, False, True), (False, False, False), (True, True, False)):
+        monkeypatch.setattr("trl_apa.config.precision.is_torch_bf16_gpu_available", lambda there=there: there)
+        assert default_bf16(fp16, use_cpu=False) is on and default_bf16(fp16, use_cpu=True) is False
 
 
 def test_options_are_read_with_either_spelling(tmp_path):
@@ -310,13 +325,20 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     path = jsonl(tmp_path / "rows.jsonl", [*hh_rows(3), {"chosen": "x", "rejected": "y"}, {"prompt": "a", "extra": 1}])
     path.write_text(path.read_text() + "{\n")
     assert [row["extra"] for row in load_prompts(DataArguments(str(path)))] == [None, None, None, 1]
-    assert "2 rows are left out, the first of them row 4: has no" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "rows.jsonl: rows left out: 2: 1 x has no" in told.err and "(row 4)" in told.err and not told.out
+    # With a share held out too, and each different prompt once.
+    path.write_text(path.read_text() + json.dumps(hh_rows(1)[0]) + "\n")
+    train_rows, held_out = load_rows(DataArguments(str(path), eval_share=0.5), prompts_by(DataArguments()))
+    assert len(train_rows) + len(held_out) == 4
+    told = capsys.readouterr().err
+    assert "x not JSON" in told and "rows that repeat another one: 1, read once" in told
 
 
 def test_of_a_large_data_set_only_the_rows_that_are_asked_for_are_read(monkeypatch):
     read = []
 
-    def endless(source, name, data_dir, split):
+    def endless(source, name, data_dir, split, streaming):
         for number in range(1, 10**9):
             read.append((source, data_dir, number))
             yield Row(number, hh_rows(number)[-1])

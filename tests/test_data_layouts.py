@@ -10,8 +10,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import byte_tokenizer
+from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.generate import answer_text
-from trl_apa.commands.rows import DataArguments, demonstration, load_prompts, load_rows, preference
+from trl_apa.commands.rows import demonstration, load_prompts, load_rows, preference
 from trl_apa.data import (
     Demonstration,
     Preference,
@@ -243,4 +244,4 @@ def test_commands_read_both_layouts(tmp_path):
 def test_a_row_that_does_not_fit_the_layout_is_left_out_and_counted(tmp_path, capsys):
     path = jsonl(tmp_path, {"question": "q", "response_j": "a", "response_k": "b"}, {"text": "x"}, "{")
     assert len(load_prompts(DataArguments(str(path), dataset_layout="stack_exchange"))) == 1
-    assert "2 rows are left out, the first of them row 2: has no 'question' column" in capsys.readouterr().out
+    assert "rows left out: 2: 1 x has no 'question' column (row 2); 1 x not JSON" in capsys.readouterr().err

@@ -6,7 +6,6 @@ wrong; this module decides whether that is a user error, reported in a line or t
 
 import argparse
 import errno
-import logging
 import os
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import trl_apa
 from trl_apa.commands.parsing import DEBUG, OneLineParser
+from trl_apa.commands.quiet import without_known_warnings
 from trl_apa.commands.streams import nobody_reads, streams_that_may_be_lost
 from trl_apa.redaction import without_secrets_in_error
 
@@ -95,11 +95,9 @@ def _run(argv: Sequence[str] | None) -> int:
     options = build_parser().parse_args(argv)
     arguments, debug = without_debug(options.command, options.arguments)
     debug = debug or hasattr(options, "debug") or DEBUG in os.environ
-    # Imported, it warns of a faster 4-bit kernel for CPUs, which has no gradient and is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     program = f"trl-apa {options.command}"
     streams = nullcontext() if options.command in PRINT_ALONE else streams_that_may_be_lost(program)
-    with streams, _told_to_children(debug):
+    with streams, _told_to_children(debug), without_known_warnings():
         try:
             status: int = import_module(COMMANDS[options.command][0]).main(arguments)
             if sys.stdout is not None:

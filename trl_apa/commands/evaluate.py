@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trl_apa.commands.data_options import PROMPT_NAMES, DataArguments
 from trl_apa.commands.groups import apa_part, model_part
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_file
-from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
+from trl_apa.commands.rows import load_prompts
 from trl_apa.commands.train_options import reward_part
 from trl_apa.config.fields import option
 from trl_apa.evaluation.held_out import held_out_metrics

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from trl_apa.commands.data_options import PROMPT_NAMES, DataArguments
 from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
 from trl_apa.commands.groups import apa_part, model_part
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
@@ -21,7 +22,7 @@ from trl_apa.commands.models import checkpoint_stamp, load_policy, load_tokenize
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.row_file import RowFile, Write, digest
-from trl_apa.commands.rows import PROMPT_NAMES, DataArguments, load_prompts
+from trl_apa.commands.rows import load_prompts
 from trl_apa.config.apa import APAConfig
 from trl_apa.config.fields import option
 from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS

@@ -1,7 +1,6 @@
 """Loads models, tokenizers and reward functions from the commands' options."""
 
 import hashlib
-import logging
 import os
 import sys
 import traceback
@@ -48,8 +47,6 @@ def loading_options(arguments: ModelConfig, trust_remote_code: bool) -> dict[str
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     if (quantization := get_quantization_config(arguments)) is not None:
-        # It says before every int8 product that its input is not in float16, which drowns the lines of progress.
-        logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
         # bitsandbytes quantises while it loads: each process onto its own device.
         device_map = {"": PartialState().local_process_index} if torch.cuda.is_available() else None
         options |= {"quantization_config": quantization, "device_map": device_map}

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import get_peft_config
 
+from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.groups import SAMPLING, model_part, training_title
 from trl_apa.commands.launching import LAUNCH_PART, launch
 from trl_apa.commands.lengths import check_prompt_lengths, check_response_lengths, config_of
@@ -13,7 +14,7 @@ from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, l
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
-from trl_apa.commands.rows import DataArguments, load_rows, preference
+from trl_apa.commands.rows import load_rows, preference
 from trl_apa.commands.train_options import OtherModelArguments, reward_part
 from trl_apa.data.pairs import Preference
 from trl_apa.data.sources import Row

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -41,6 +43,8 @@ TITLES = (
     "launching",
     "Hugging Face hub",
 )
+# What `--help` says of an option that is not set, where its field's own text is about another default.
+WHERE_NOT_SET = {"bf16": "Compute in bfloat16 (autocast); by default where a GPU supports it, and not with fp16."}
 # The group that only `--help-all` shows.
 OLDER_NAMES = "names and options of older scripts"
 
@@ -125,6 +129,7 @@ class CommandParser:
 
     def _from_file(self, path: str) -> dict[str, Any]:
         given = read_yaml(path)
+        _set_environment(path, given.pop("env", None))
         values = {}
         for key, value in given.items():
             name = str(key).replace("-", "_")
@@ -143,7 +148,9 @@ class CommandParser:
         if value is None:
             return None
         if action.nargs == "+":
-            return [_converted(action, element) for element in (value if isinstance(value, list) else [value])]
+            # What is an object here is JSON on the command line.
+            texts = [json.dumps(element) if isinstance(element, dict) else element for element in _listed(value)]
+            return [_converted(action, text) for text in texts]
         if isinstance(value, dict | list):
             if type(value) not in _types_in(self._hints[name]):
                 raise ValueError(f"no {type(value).__name__} is expected")
@@ -180,6 +187,19 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         parser._print_message(parser.format_help(everything=True), sys.stdout)
         parser.exit()
+
+
+def _set_environment(path: str, variables: Any) -> None:
+    """The variables that TRL's files hold under `env`.
+
+    Raises:
+        ValueError: if it is no mapping of names to texts and numbers.
+    """
+    if variables is None:
+        return
+    if not isinstance(variables, dict) or any(isinstance(value, dict | list) for value in variables.values()):
+        raise ValueError(f"{path}: env should hold variables, one `NAME: value` per line")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
@@ -232,8 +252,17 @@ def _groups(parts: Sequence[Part]) -> dict[str, list[OptionField]]:
         hints = get_type_hints(part.dataclass)
         fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
-            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], fields[name]))
+            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], _told(fields[name])))
     return {title: groups[title] for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))}
+
+
+def _told(field: "dataclasses.Field[Any]") -> "dataclasses.Field[Any]":
+    """The field with the help that is true of a command."""
+    if field.default is not None or field.name not in WHERE_NOT_SET:
+        return field
+    metadata = {**field.metadata, "help": WHERE_NOT_SET[field.name]}
+    told: Any = dataclasses.field(default=None, metadata=metadata)
+    return told  # type: ignore[no-any-return]  # a field, which stubs type as its default
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
@@ -243,6 +272,10 @@ def _converted(action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
     return converted
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _types_in(hint: Any) -> set[type]:

@@ -10,13 +10,14 @@ from trl_apa.commands.models import load_tokenizer, loading, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
 from trl_apa.commands.rows import load_rows, preference
-from trl_apa.commands.supervised import check_options, finish, supervised_parser
+from trl_apa.commands.supervised import check_options, finish, say_what_is_left_out, supervised_parser
+from trl_apa.config.precision import Bf16WherePossible
 from trl_apa.redaction import RedactedOptions
 from trl_apa.trl_trainers import QuietRewardTrainer
 
 
-class RewardOptions(RedactedOptions, RewardConfig):
-    """TRL's options, of which the Trainer writes none that is secret."""
+class RewardOptions(RedactedOptions, Bf16WherePossible, RewardConfig):
+    """TRL's options, of which the Trainer writes none that is secret, with bf16 on where there is a GPU for it."""
 
 
 def make_parser() -> CommandParser:
@@ -57,4 +58,5 @@ def main(argv: Sequence[str]) -> int:
             peft_config=get_peft_config(model),
         )
     trainer.card_datasets = data.names
+    say_what_is_left_out(trainer, rows, held_out, f"more than max_length={config.max_length} tokens")
     return finish(trainer, REWARD_COLUMNS)

@@ -1,14 +1,16 @@
 """Rows of a file or a hub data set as a command needs them: prompts, demonstrations, or preference pairs."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_apa.config.fields import option
+from trl_apa.commands.data_options import DataArguments
+from trl_apa.commands.mixture import entries_of, mixture_rows
 from trl_apa.data import BadRow, Preference, preference_rows, sft_rows, split_by_prompt
 from trl_apa.data.hh import parse_row, split_dialogue
-from trl_apa.data.layouts import LAYOUTS, rows_in_layout
+from trl_apa.data.layouts import rows_in_layout
 from trl_apa.data.sources import Row, iter_rows
 
 
@@ -16,60 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Fields = dict[str, Any]
-
-
-@dataclass
-class DataArguments:
-    """Which rows a command reads."""
-
-    dataset_name: str | None = option(None, "A file (json, jsonl, both also .gz, csv, parquet) or a hub data set.")
-    dataset_config: str | None = option(None, "Configuration of a hub data set.")
-    dataset_data_dir: str | None = option(None, "Folder inside a hub data set.")
-    dataset_layout: str | None = option(
-        None, f"Columns of a data set that are not called prompt, chosen, ...: {', '.join(LAYOUTS)}."
-    )
-    dataset_train_split: str = option("train", "Split of a hub data set that is trained on.")
-    dataset_test_split: str | None = option(None, "Split of a hub data set that is evaluated on.")
-    eval_dataset_name: str | None = option(None, "Held-out rows that are not in dataset_name: a file or a data set.")
-    eval_dataset_data_dir: str | None = option(
-        None, "Folder inside the hub data set eval_dataset_name; dataset_data_dir by default."
-    )
-    eval_share: float | None = option(
-        None, "Hold out this share of dataset_name's rows: the same in every command, a dialogue never in both parts."
-    )
-    max_train_rows: int | None = option(None, "Train on so many rows at most.")
-    max_eval_rows: int | None = option(None, "Evaluate on so many rows at most.")
-    dataset_prompt_column: str | None = option(
-        None, "Column with the prompt. By default prompt, query, input_ids, or what comes before chosen's last turn."
-    )
-
-    def __post_init__(self) -> None:
-        if self.dataset_layout not in (None, *LAYOUTS):
-            raise ValueError(f"dataset_layout={self.dataset_layout!r}: it should be one of {', '.join(LAYOUTS)}")
-        if self.eval_share is not None and not 0 < self.eval_share < 1:
-            raise ValueError(f"eval_share={self.eval_share}: it should be between 0 and 1")
-        for name in ("max_train_rows", "max_eval_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it should be at least 1")
-        given = [name for name in ("eval_dataset_name", "eval_share") if getattr(self, name) is not None]
-        if self.dataset_test_split is not None and "eval_share" in given:
-            given.append("dataset_test_split")
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both set the held-out rows: set one of them")
-        if self.eval_dataset_data_dir is not None and self.eval_dataset_name is None:
-            raise ValueError(
-                f"eval_dataset_data_dir={self.eval_dataset_data_dir!r} is read only with eval_dataset_name"
-            )
-
-    @property
-    def names(self) -> list[str]:
-        """Of the data sets, as they were given."""
-        return [name for name in (self.dataset_name, self.eval_dataset_name) if name is not None]
-
-
-# What the commands that do not train read.
-PROMPT_NAMES = {"dataset_name", "dataset_config", "dataset_data_dir", "dataset_layout", "dataset_test_split"}
-PROMPT_NAMES |= {"eval_share", "max_eval_rows", "dataset_prompt_column"}
+MOST_REASONS = 3  # of rows that are left out, in one message
 
 
 class _Keyed(NamedTuple):
@@ -85,13 +34,16 @@ def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> "tu
         convert: a row to its columns; a ValueError is why it is left out.
 
     Raises:
-        ValueError: without `dataset_name`, or if no row is usable.
+        ValueError: without `dataset_name` and `datasets`, if no row is usable, or if a stream has no end that is set.
         OSError: if there is no such file or data set.
     """
-    if arguments.dataset_name is None:
-        raise ValueError("dataset_name is not set: name a file or a data set of the hub")
-    name, test_split = arguments.dataset_name, arguments.dataset_test_split
-    rows: Iterable[Row] = _read(arguments, name, arguments.dataset_train_split)
+    name, test_split = arguments.source, arguments.dataset_test_split
+    _check_stream(arguments)
+    rows: Iterable[Row]
+    if arguments.datasets is not None:
+        rows = _in_layout(mixture_rows(entries_of(arguments.datasets), arguments.streaming), arguments)
+    else:
+        rows = _read(arguments, name, arguments.dataset_train_split)
     held_out: Iterable[Row] | None = None
     if arguments.eval_share is not None:
         rows, held_out = _split(rows, arguments.eval_share)
@@ -112,28 +64,52 @@ def load_prompts(arguments: DataArguments) -> "Dataset":
     Raises:
         As `load_rows`.
     """
-    if arguments.dataset_name is None:
-        raise ValueError("dataset_name is not set: name a file or a data set of the hub")
-    rows: Iterable[Row] = _read(arguments, arguments.dataset_name, arguments.dataset_test_split or "train")
+    rows: Iterable[Row] = _read(arguments, arguments.source, arguments.dataset_test_split or "train")
     if arguments.eval_share is not None:
         _, rows = _split(rows, arguments.eval_share)
-    return _converted(arguments.dataset_name, rows, prompts_by(arguments), arguments.max_eval_rows)
+    return _converted(arguments.source, rows, prompts_by(arguments), arguments.max_eval_rows)
 
 
 def _read(arguments: DataArguments, source: str, split: str, data_dir: str | None = None) -> Iterator[Row]:
     """Yield rows one by one, so that only the requested rows of a large data set are read."""
-    data_dir = data_dir or arguments.dataset_data_dir
-    for row in iter_rows(source, name=arguments.dataset_config, data_dir=data_dir, split=split):
+    data_dir, streaming = data_dir or arguments.dataset_data_dir, arguments.dataset_streaming or arguments.streaming
+    rows = iter_rows(source, name=arguments.dataset_config, data_dir=data_dir, split=split, streaming=streaming)
+    return _in_layout(rows, arguments)
+
+
+def _in_layout(rows: Iterable[Row], arguments: DataArguments) -> Iterator[Row]:
+    for row in rows:
         yield from [row] if arguments.dataset_layout is None else rows_in_layout(row, arguments.dataset_layout)
+
+
+def _check_stream(arguments: DataArguments) -> None:
+    """Raise ValueError for a stream that would be read to its end: a run keeps its rows, to be resumed exactly."""
+    if not (arguments.dataset_streaming or arguments.streaming):
+        return
+    name = "streaming" if arguments.streaming else "dataset_streaming"
+    if arguments.eval_share is not None:
+        raise ValueError(
+            f"{arguments.share_name} with {name}: a share can be told only of all rows; set eval_dataset_name instead"
+        )
+    has_held_out = arguments.eval_dataset_name is not None or arguments.dataset_test_split is not None
+    for limit in ("max_train_rows", *(["max_eval_rows"] if has_held_out else [])):
+        if getattr(arguments, limit) is None:
+            raise ValueError(
+                f"{name} without {limit}: the rows of a run are read before it begins, to check them and to resume it "
+                f"exactly, and so would be the whole stream; set {limit}"
+            )
 
 
 def _split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
     """A function of the rows alone, so that what one command holds out no other trains on."""
-    keyed = [_Keyed(_opening_text(row.fields), row) for row in rows if row.problem is None]
+    found = list(rows)
+    keyed = [_Keyed(_opening_text(row.fields), row) for row in found if row.problem is None]
     if not keyed:
         raise ValueError("dataset_name has no row")
     parts = split_by_prompt(keyed, {"held out": share, "train": 1 - share})
-    return [pair.row for pair in parts["train"]], [pair.row for pair in parts["held out"]]
+    # Rows that cannot be read go with those to train on, where they are counted.
+    trained_on = [*(pair.row for pair in parts["train"]), *(row for row in found if row.problem is not None)]
+    return trained_on, [pair.row for pair in parts["held out"]]
 
 
 def _opening_text(fields: Fields) -> str:
@@ -145,6 +121,7 @@ def _opening_text(fields: Fields) -> str:
 def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields], limit: int | None) -> "Dataset":
     good: dict[str, Fields] = {}
     bad: list[BadRow] = []
+    num_repeated = 0
     for place, row in enumerate(rows):
         if limit is not None and len(good) == limit:
             break
@@ -157,12 +134,13 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
         else:
             # Several preferences have the same prompt, or the same preferred response.
             shortened = "rejected" in row.fields and "rejected" not in fields
-            good.setdefault(repr(fields) if shortened else str(place), fields)
+            key = repr(fields) if shortened else str(place)
+            num_repeated += key in good
+            good.setdefault(key, fields)
     if not good:
         reason = f"row {bad[0].row}: {bad[0].reason}" if bad else "it is empty"
         raise ValueError(f"{source} has no usable row: {reason}")
-    if bad and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{source}: {len(bad)} rows are left out, the first of them row {bad[0].row}: {bad[0].reason}")
+    _say_what_is_left_out(source, bad, num_repeated)
     names = dict.fromkeys(name for fields in good.values() for name in fields)
     try:
         from datasets import Dataset
@@ -170,6 +148,20 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
         return Dataset.from_dict({name: [fields.get(name) for fields in good.values()] for name in names})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: a column holds values of different types: {error}") from error
+
+
+def _say_what_is_left_out(source: str, bad: Sequence[BadRow], num_repeated: int) -> None:
+    """On stderr, because some commands print rows; one process speaks."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if bad:
+        reasons = Counter(row.reason for row in bad)
+        first = {row.reason: row.row for row in reversed(bad)}
+        told = [f"{count} x {reason} (row {first[reason]})" for reason, count in reasons.most_common(MOST_REASONS)]
+        told += ["..."] if len(reasons) > MOST_REASONS else []
+        print(f"{source}: rows left out: {len(bad)}: {'; '.join(told)}", file=sys.stderr, flush=True)
+    if num_repeated:
+        print(f"{source}: rows that repeat another one: {num_repeated}, read once", file=sys.stderr, flush=True)
 
 
 def prompts_by(arguments: DataArguments) -> Callable[[Row], Fields]:

@@ -11,13 +11,14 @@ from trl_apa.commands.models import load_policy, load_tokenizer
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import SFT_COLUMNS
 from trl_apa.commands.rows import demonstration, load_rows
-from trl_apa.commands.supervised import check_options, finish, supervised_parser
+from trl_apa.commands.supervised import check_options, finish, say_what_is_left_out, supervised_parser
+from trl_apa.config.precision import Bf16WherePossible
 from trl_apa.redaction import RedactedOptions
 from trl_apa.trl_trainers import QuietSFTTrainer
 
 
-class SFTOptions(RedactedOptions, SFTConfig):
-    """TRL's options, of which the Trainer writes none that is secret."""
+class SFTOptions(RedactedOptions, Bf16WherePossible, SFTConfig):
+    """TRL's options, of which the Trainer writes none that is secret, with bf16 on where there is a GPU for it."""
 
 
 def make_parser() -> CommandParser:
@@ -63,4 +64,5 @@ def main(argv: Sequence[str]) -> int:
         peft_config=get_peft_config(model),
     )
     trainer.card_datasets = data.names
+    say_what_is_left_out(trainer, rows, held_out, f"no token to learn within max_length={config.max_length}")
     return finish(trainer, SFT_COLUMNS)

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
+from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.groups import model_part, trl_title
 from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
-from trl_apa.commands.rows import DataArguments
 from trl_apa.redaction.trackers import hide_secrets_from
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
@@ -37,15 +38,32 @@ def check_options(model: ModelConfig, config: TrainingArguments) -> None:
     checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
 
 
-def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
-    """Train, evaluate if rows are held out, save, upload if requested; returns the exit status.
+def say_what_is_left_out(trainer: Trainer, rows: Dataset, held_out: Dataset | None, why: str) -> None:
+    """Count the rows that TRL's trainer has left out.
+
+    Args:
+        trainer: it has prepared its rows.
+        rows, held_out: what it was given.
+        why: the reason that it leaves out rows.
 
     Raises:
-        ValueError: if the trainer has left out every row.
+        ValueError: if it has left out every row.
     """
+    for what, given, kept in (("train", rows, trainer.train_dataset), ("evaluate", held_out, trainer.eval_dataset)):
+        if given is None:
+            continue
+        if len(kept) == 0:
+            raise ValueError(f"no row is left to {what} on: all {why}")
+        # Packed rows are fewer for another reason.
+        if len(kept) < len(given) and not getattr(trainer.args, "packing", False):
+            trainer.accelerator.print(
+                f"{len(given) - len(kept)} of {len(given)} rows to {what} on are left out: {why}"
+            )
+
+
+def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
+    """Train, evaluate if rows are held out, save, upload if requested; returns the exit status."""
     config = trainer.args
-    if len(trainer.train_dataset) == 0:
-        raise ValueError(f"no row is left to train on: all have more than max_length={config.max_length} tokens")
     hide_secrets_from(trainer.callback_handler.callbacks)
     print_lines(trainer, columns)
     trainer.accelerator.print(f"{len(trainer.train_dataset)} rows to train on")

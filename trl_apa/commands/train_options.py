@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.groups import apa_part, model_part
 from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.commands.rows import DataArguments
 from trl_apa.config.fields import option
 
 

@@ -6,8 +6,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers.utils import is_torch_bf16_gpu_available
-
 from trl_apa._trl import _BaseConfig
 from trl_apa.algorithms import ALGORITHMS, SELECTIVE_OPTIONS, Algorithm, algorithm_of
 from trl_apa.algorithms.estimators import ESTIMATORS, AdvantageEstimator, estimator_of
@@ -24,6 +22,7 @@ from trl_apa.config.checks import check_finite_options, check_optimizer_options,
 from trl_apa.config.fields import Json, only_read_by, option, switch
 from trl_apa.config.importance import check_importance_options, fill_importance_level
 from trl_apa.config.later import OptionsSetLater, as_read_at_construction, check_not_none, fill_evaluation
+from trl_apa.config.precision import default_bf16
 from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.config.sizes import SIZES, check_batch_sizes, check_horizon, fill_batch_sizes
 from trl_apa.config.tools import ToolOptions
@@ -465,7 +464,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             if self.logging_nan_inf_filter is None:
                 self.logging_nan_inf_filter = bool(self.fp16)
             if self.bf16 is None:
-                self.bf16: bool | None = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+                self.bf16: bool | None = default_bf16(self.fp16, self.use_cpu)
             super().__post_init__()
             self._check_world_size()
             check_horizon(self)

@@ -81,10 +81,11 @@ def load_table(
         raise FileNotFoundError(f"source={str(source)!r}: there is no such file")
     if path.is_dir():
         return load_dataset(str(path), name=name, data_dir=data_dir, split=split, **kwargs)
-    return load_dataset(_table_reader(path, source), data_files=str(path), split="train", **kwargs)
+    return load_dataset(table_reader(path, source), data_files=str(path), split="train", **kwargs)
 
 
-def _table_reader(path: Path, source: str | Path) -> str:
+def table_reader(path: Path, source: str | Path) -> str:
+    """What `datasets` calls the reader of a file, by its suffix; ValueError, naming `source`, for another suffix."""
     for suffix, reader in TABLE_READERS.items():
         if path.name.lower().endswith(suffix):
             return reader
@@ -92,7 +93,11 @@ def _table_reader(path: Path, source: str | Path) -> str:
 
 
 def iter_rows(
-    source: str | Path, name: str | None = None, data_dir: str | None = None, split: str = "train"
+    source: str | Path,
+    name: str | None = None,
+    data_dir: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
 ) -> Iterator[Row]:
     """Read rows one after the other; a line that is not JSON is a row with a `problem`, not the end of the reading.
 
@@ -105,26 +110,28 @@ def iter_rows(
         name (`str`, *optional*): configuration of a hub data set.
         data_dir (`str`, *optional*): folder inside a hub data set (`harmless-base` of `Anthropic/hh-rlhf`, say).
         split (`str`, *optional*, defaults to `"train"`): split of a hub data set or a folder.
+        streaming (`bool`, *optional*, defaults to `False`): read a hub data set or a folder row by row, as files are
+            always, instead of preparing all of it first.
 
     Raises:
         FileNotFoundError: `source` is a path and nothing is there.
         ValueError: a file of an unknown kind, or one that is broken as a whole.
     """
     if not is_local(source):
-        yield from _table_rows(str(source), name=name, data_dir=data_dir, split=split)
+        yield from _table_rows(str(source), name=name, data_dir=data_dir, split=split, streaming=streaming)
         return
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"source={str(source)!r}: there is no such file")
     lowered = path.name.lower()
     if path.is_dir():
-        yield from _table_rows(str(path), name=name, data_dir=data_dir, split=split)
+        yield from _table_rows(str(path), name=name, data_dir=data_dir, split=split, streaming=streaming)
     elif lowered.endswith(LINE_SUFFIXES):
         yield from _json_lines(path)
     elif lowered.endswith(JSON_SUFFIXES):
         yield from _json_list(path)
     else:
-        reader = _table_reader(path, source)
+        reader = table_reader(path, source)
         yield from _table_rows(reader, data_files=str(path), split="train", streaming=True)
 
 

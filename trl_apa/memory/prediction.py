@@ -17,6 +17,7 @@ from trl_apa.memory.setup import Setup
 from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.autocasting import frozen_weights_cast_once
+from trl_apa.models.caches import CACHE_ARGUMENT
 from trl_apa.models.layouts import Layouts
 from trl_apa.rollout.batch import Layout, lay_out
 
@@ -263,7 +264,7 @@ def _pretend_generation(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
 
 def _sample_next(policy: nn.Module, tokens: Tensor, attention_mask: Tensor, cache: DynamicCache) -> None:
     output = policy(
-        input_ids=tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=tokens, attention_mask=attention_mask, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1
     )
     output.logits[:, -1].float().softmax(-1)
 

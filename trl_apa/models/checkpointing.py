@@ -15,7 +15,7 @@ def without_checkpointing(network: Any, kwargs: dict[str, Any] | None) -> Iterat
         network: with transformers' methods for gradient checkpointing.
         kwargs: the options to switch it on again with; by default those of the Trainer.
     """
-    checkpointing = network.is_gradient_checkpointing
+    checkpointing = is_checkpointing(network)
     if checkpointing:
         network.gradient_checkpointing_disable()
     try:
@@ -23,6 +23,12 @@ def without_checkpointing(network: Any, kwargs: dict[str, Any] | None) -> Iterat
     finally:
         if checkpointing:
             network.gradient_checkpointing_enable(kwargs or {"use_reentrant": False})
+
+
+def is_checkpointing(network: Any) -> bool:
+    """Whether layers of a network are checkpointed."""
+    new = getattr(network, "is_activation_checkpointing", None)
+    return bool(network.is_gradient_checkpointing if new is None else new)
 
 
 def renamed_method(network: nn.Module, new_name: str, old_name: str) -> Callable[..., Any]:

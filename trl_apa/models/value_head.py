@@ -18,7 +18,7 @@ from transformers.utils import PushToHubMixin, is_bitsandbytes_available
 
 from trl_apa._trl import is_peft_model
 from trl_apa.models.adapter_kinds import refuse_prompt_learning, with_adapters
-from trl_apa.models.checkpointing import renamed_method
+from trl_apa.models.checkpointing import is_checkpointing, renamed_method
 from trl_apa.models.classic_value_head import HEAD_PREFIX, SummaryHead, read_value_head, save_value_head
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.loading import load_language_model, process_device
@@ -239,7 +239,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return bool(self.pretrained_model.is_gradient_checkpointing)
+        return is_checkpointing(self.pretrained_model)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         model = self.pretrained_model

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from transformers.utils import is_torch_bf16_gpu_available
-
 from trl_apa._trl import _BaseConfig
 from trl_apa.config.checks import check_finite_options, check_optimizer_options, check_reward_weights
-from trl_apa.config.fields import Json, option
+from trl_apa.config.fields import Json, option, switch
+from trl_apa.config.precision import default_bf16
 from trl_apa.config.rates import learning_rate_option, note_default_rate
 from trl_apa.redaction import RedactedOptions
 
@@ -85,8 +84,8 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         learning_rate (`float`, *optional*):
             By default 1.41e-5, and 3e-4 for a policy whose adapters alone are trained: the trainer chooses, and sets
             it here.
-        lr_scheduler_type (*optional*, defaults to `"constant"`), gradient_checkpointing (`bool`, *optional*, defaults
-            to `False`):
+        lr_scheduler_type (*optional*, defaults to `"constant"`), gradient_checkpointing (`bool`, *optional*, off by
+            default):
             Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
 
     Raises:
@@ -131,7 +130,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
 
     learning_rate: float = learning_rate_option()
     lr_scheduler_type: str = option("constant", "Schedule of the learning rate.")
-    gradient_checkpointing: bool = option(False, "Trade compute for memory.")
+    gradient_checkpointing: bool | None = switch("Trade compute for memory; off by default.")
 
     def __post_init__(self) -> None:
         note_default_rate(self)
@@ -146,7 +145,7 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
             raise ValueError(f"learn_state_normaliser=True with loss_type={self.loss_type!r}: only APA omits log Z")
         self._check_ranges()
         if self.bf16 is None:
-            self.bf16: bool | None = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+            self.bf16: bool | None = default_bf16(self.fp16, self.use_cpu)
         if self.early_stopping_patience is not None:
             self._stop_on_the_held_out_reward()
         super().__post_init__()

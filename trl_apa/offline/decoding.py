@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trl_apa.algorithms.masking import at_least_float32
+from trl_apa.models.caches import CACHE_ARGUMENT, cache_of
 from trl_apa.models.logprobs import forward_parameters, forward_replaced, last_hidden_states
 from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.offline.networks import QValueModel
@@ -65,9 +66,10 @@ class _Shifted:
         names = ("input_ids", "attention_mask", "position_ids")
         inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         inputs = {name: value for name, value in inputs.items() if name in forward_parameters(trunk)}
-        policy_cache = getattr(output, "past_key_values", None) if kwargs.get("use_cache") else None
+        policy_cache = cache_of(output) if kwargs.get("use_cache") else None
         if policy_cache is None:
             return last_hidden_states(trunk(**inputs, use_cache=False))
         if policy_cache.get_seq_length() == inputs["input_ids"].shape[1]:
             self.cache = DynamicCache(config=trunk.config)  # the first pass of a new batch
-        return last_hidden_states(trunk(**inputs, past_key_values=self.cache, use_cache=True))
+        name = CACHE_ARGUMENT if CACHE_ARGUMENT in forward_parameters(trunk) else "past_key_values"
+        return last_hidden_states(trunk(**inputs, **{name: self.cache}, use_cache=True))

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trl_apa.models.caches import CACHE_ARGUMENT, cache_of
 from trl_apa.models.network_parts import Network
 from trl_apa.rollout.sampled_logprobs import LogprobNoter
 from trl_apa.rollout.shared_prompts import have_common
@@ -54,7 +55,7 @@ def restarted(
     """
     if rows_A is not None:
         cache.batch_select_indices(rows_A)
-    return model.generate(input_ids=tokens_AT, attention_mask=mask_AT, past_key_values=cache, **options)
+    return model.generate(input_ids=tokens_AT, attention_mask=mask_AT, **{CACHE_ARGUMENT: cache}, **options)
 
 
 def read_once(model: Network, inputs: dict[str, Tensor], prompts: Sequence[int], config: GenerationConfig) -> Any:
@@ -177,7 +178,7 @@ class SelectedRows:
     def read_prompts_once(self, prompts: Sequence[int]) -> Any:
         """Read each different prompt, sample the first token of each row, and return what says which rows ended."""
         begun = read_once(self.model, self.inputs, prompts, self.greedy)
-        self.cache, self.of_cache = begun.past_key_values, torch.tensor(prompts, device=self.alive.device)
+        self.cache, self.of_cache = cache_of(begun), torch.tensor(prompts, device=self.alive.device)
         scores_BV = self.choice(self.tokens_AT, begun.logits[0][self.of_cache])
         self.tokens_AT = torch.cat([self.tokens_AT, scores_BV.argmax(dim=-1, keepdim=True)], dim=1)
         self.noter.repeat(self.of_cache)
@@ -201,7 +202,7 @@ class SelectedRows:
             output = self.model.generate(**self.inputs, **options)
         else:
             output = restarted(self.model, self.tokens_AT, self.mask_AT, self.cache, self.of_cache, **options)
-        self.tokens_AT, self.cache = output.sequences, output.past_key_values
+        self.tokens_AT, self.cache = output.sequences, cache_of(output)
         self.of_cache = torch.arange(len(self.alive), device=self.alive.device)
         return ends
 

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from trl_apa.models.caches import cache_of
 from trl_apa.models.network_parts import Network
 from trl_apa.rollout.batch import pad_queries
 from trl_apa.rollout.cache_merging import Begun, fitted, joined
@@ -173,7 +174,7 @@ class RefilledRows:
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         begun = read_once(self.model, inputs, range(len(prompts)), self.greedy)
         noted_UV, self.noter.logits_BV = self.noter.logits_BV, None
-        return _Read(prompts, inputs["input_ids"].shape[1], begun.past_key_values, begun.logits[0], noted_UV)
+        return _Read(prompts, inputs["input_ids"].shape[1], cache_of(begun), begun.logits[0], noted_UV)
 
     def _begin(self, rows: list[int], read: _Read) -> None:
         """Sample the first tokens of rows whose prompts were read, and let them be sampled with the others."""
@@ -224,7 +225,7 @@ class RefilledRows:
         if len(kept) == 0:
             return None
         mask_AT = pad(begun.mask_AT[kept], (0, tokens_AT.shape[1] - width), value=1)
-        return Begun(tokens_AT[kept], mask_AT, begun.starts_A[kept], output.past_key_values, kept)
+        return Begun(tokens_AT[kept], mask_AT, begun.starts_A[kept], cache_of(output), kept)
 
     def _note(self, rows: Tensor, tokens_AT: Tensor, ends: RowEnds, already_A: Tensor) -> None:
         """Keep the responses that have ended, and the log-probs of tokens that were sampled behind `already_A`."""

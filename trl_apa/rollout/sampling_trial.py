@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trl_apa.models.caches import cache_of
 from trl_apa.models.network_parts import Network, inner_model
 from trl_apa.models.trials import (
     LONG,
@@ -202,7 +203,7 @@ def _begun(model: Network, queries: Sequence[Tensor], responses: Sequence[Tensor
         output = model.generate(**inputs, generation_config=_one_token(pad_token_id), logits_processor=first)
     starts_A = torch.full((len(queries),), width, device=output.sequences.device)
     mask_AT = pad(inputs["attention_mask"], (0, 1), value=1)
-    return Begun(output.sequences, mask_AT, starts_A, output.past_key_values, None)
+    return Begun(output.sequences, mask_AT, starts_A, cache_of(output), None)
 
 
 def _one_token(pad_token_id: int) -> GenerationConfig:
