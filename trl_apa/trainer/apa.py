@@ -282,15 +282,15 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _try_layouts(self) -> Layouts | ShardedLayouts:
         """How micro-batches go through every network.
 
-        Not packed where a wrapper's forward has to be called, or each new set of lengths would be compiled anew.
+        Not packed where each new set of lengths would be compiled anew.
         """
-        if (is_sharded(self.accelerator) or self.args.torch_compile) and self.args.padding_free:
-            raise ValueError("padding_free=True does not work with FSDP, DeepSpeed or torch_compile; leave it out")
+        if self.args.torch_compile and self.args.padding_free:
+            raise ValueError("padding_free=True does not work with torch_compile; leave it out")
         networks = networks_that_read(self.model, self.ref_model)
-        if is_sharded(self.accelerator):
-            return ShardedLayouts(networks)
-        # Flash attention reads half precision alone.
         padding_free = False if self.args.torch_compile else self.args.padding_free
+        if is_sharded(self.accelerator):
+            return ShardedLayouts(networks, padding_free)
+        # Flash attention reads half precision alone.
         return Layouts(networks, padding_free, self.accelerator.autocast)
 
     def _note_what_scripts_read(self) -> None:

@@ -222,7 +222,7 @@ class TrainingLoop(ResumableRuns):
             if is_sharded(self.accelerator):
                 module = self.accelerator.unwrap_model(self.model)
                 with self.accelerator.autocast():
-                    module.run_with_policy(lambda _: self._layouts.try_out(module.networks()))
+                    self._layouts.try_out(module.networks(), module.run_with_policy)
             return prepared
         if self._kept_engine is not None:
             self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None
