@@ -30,8 +30,11 @@ from tests._engines import (
 from tests._two_processes import run_in_two_processes
 from tests.families import family_model
 from tests.test_own_critic import critic
+from tests.test_packing import other_model
 from tests.test_update import assert_same
-from tests.tiny import tiny_config, tiny_model, tiny_trainer
+from tests.tiny import tiny_config, tiny_model, tiny_rollouts, tiny_trainer
+from trl_apa.models.trials import LONG
+from trl_apa.rollout.batch import Layout
 
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 
 WITHOUT_CRITIC = {"advantage_estimator": "batch", "whiten_advantages": False}
+WINDOW = 8
 CLIPPED_APART = {"max_grad_norm": 0.5, "value_max_grad_norm": 0.05}
 
 
@@ -58,11 +62,19 @@ def in_half_precision(folder, rows):
     return {name: (output.dtype, output.float()) for name, output in outputs.items()}
 
 
+def in_packed_rows(folder, rows, model, longest):
+    """What comes of two steps in which rows of so many tokens are packed."""
+    trainer, outcome = stepped(with_fsdp, folder, rows, model, ACCUMULATED)
+    assert trainer._layouts(longest) is Layout.PACKED
+    return outcome
+
+
 def everything(rank, folder, base):
     announce_rank(rank)
     rows = rows_of(rank)
     trainer, full = stepped(with_fsdp, f"{folder}/full", rows, config=ACCUMULATED)
     assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
+    assert trainer._layouts(LONG) is Layout.PACKED
     module = trainer.model
     for layers in (module.policy.model.layers, module.value_model.network.layers, trainer.ref_model.model.layers):
         for parameter in layers.parameters():
@@ -73,6 +85,9 @@ def everything(rank, folder, base):
         "row by row": stepped(with_fsdp, f"{folder}/griffin", rows, family_model("griffin", scale=1.0), ACCUMULATED)[
             1
         ],
+        "padded": stepped(with_fsdp, f"{folder}/padded", rows, config=ACCUMULATED | {"padding_free": False})[1],
+        "scaled logits": in_packed_rows(f"{folder}/scaled", rows, other_model("scaled logits"), LONG),
+        "window": in_packed_rows(f"{folder}/window", rows, family_model("window", scale=1.0), WINDOW),
         "by tokens": stepped(with_fsdp, f"{folder}/tokens", rows, config=BY_TOKENS)[1],
         "row by row by tokens": stepped(
             with_fsdp, f"{folder}/griffin-tokens", rows, family_model("griffin", scale=1.0), BY_TOKENS
@@ -117,6 +132,20 @@ def test_so_they_do_where_rows_are_read_one_by_one(ranks, folder):
     for rank in ranks:
         assert_equal_outcome(rank["row by row"], expected)
         assert_equal_outcome(rank["row by row by tokens"], expected)
+
+
+def test_so_they_do_with_padding_and_where_rows_are_packed_through_the_models_own_forward(ranks, folder):
+    """Logits that are more than the head's, and a window behind which rows are padded."""
+    for name, model in (
+        ("padded", None),
+        ("scaled logits", other_model("scaled logits")),
+        ("window", family_model("window", scale=1.0)),
+    ):
+        _, expected = stepped(alone, folder / f"{name}-alone", model=model)
+        for rank in ranks:
+            assert_equal_outcome(rank[name], expected)
+    lengths = [len(query) + len(response) for query, response in zip(*tiny_rollouts(8)[:2], strict=True)]
+    assert min(lengths) <= WINDOW < max(lengths)
 
 
 def test_so_they_do_in_passes_of_so_many_tokens(ranks, folder):

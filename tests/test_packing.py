@@ -16,8 +16,14 @@ from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
 from trl_apa.models import logprobs
 from trl_apa.models.layouts import Layouts, why_not_packed
-from trl_apa.models.logprobs import head_logprobs, network_inputs, response_logprobs, trunk_and_head
-from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence
+from trl_apa.models.logprobs import (
+    head_logprobs,
+    network_inputs,
+    policy_outputs,
+    response_logprobs,
+    trunk_and_head,
+)
+from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, let_pack
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts, pack_tokens, pad_tokens, response_mask
 
@@ -76,7 +82,7 @@ def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path
     with pytest.raises(ValueError, match="padding_free=True, but MistralForCausalLM has layers that do not attend"):
         tiny_trainer(tmp_path, windowed, padding_free=True)
     assert windowed.config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match="padding_free=True does not work with FSDP, DeepSpeed or torch_compile"):
+    with pytest.raises(ValueError, match="padding_free=True does not work with torch_compile"):
         tiny_trainer(tmp_path, padding_free=True, torch_compile=True, torch_compile_backend="eager")
 
 
@@ -261,9 +267,43 @@ def test_a_model_that_scales_its_logits_computes_them_itself(tmp_path):
     logprobs_BR, _ = response_logprobs(model, pad_tokens([query], [response], 0), 2)
     logits = model(input_ids=torch.cat([query, response])[None]).logits[0, 2:4]
     torch.testing.assert_close(logprobs_BR[0], logits.log_softmax(-1)[[0, 1], response])
-    assert not tiny_trainer(tmp_path, model)._packed
-    with pytest.raises(RuntimeError, match="a packed row was given to CohereForCausalLM"):
-        response_logprobs(model, pack_tokens([query], [response]), 2)
+    assert tiny_trainer(tmp_path, model)._packed
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_packed_row_through_the_models_own_forward_is_each_row_alone(scaled):
+    """Three rows, seven response tokens: the head makes seven rows of logits, and all that is read is exact."""
+    model = (other_model("scaled logits") if scaled else tiny_model()).double()
+    let_pack(model)
+    queries = [torch.tensor(ids) for ids in ([5, 6, 7], [8], [4, 9])]
+    responses = [torch.tensor(ids) for ids in ([9, 3], [2, 11, 12, 6], [7])]
+    made = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: made.append(output.shape[1])
+    )
+    options = {"with_entropy": True, "with_hidden": True, "with_logits": True, "own_forward": True}
+    packed = policy_outputs(model, pack_tokens(queries, responses), 4, 0.7, **options)
+    hook.remove()
+    assert made == [7]
+    expected = []
+    for query, response in zip(queries, responses, strict=True):
+        output = model(input_ids=torch.cat([query, response])[None], output_hidden_states=True)
+        rows = slice(len(query) - 1, -1)
+        logits, hidden = output.logits[0, rows] / 0.7, output.hidden_states[-1][0, rows]
+        log_softmax = logits.log_softmax(-1)
+        of_tokens = log_softmax.gather(-1, response[:, None])[:, 0]
+        expected.append((of_tokens, -(log_softmax.exp() * log_softmax).sum(-1), hidden, logits))
+    for row, of_row in enumerate(expected):
+        for found_BR, wanted in zip(packed, of_row, strict=True):
+            torch.testing.assert_close(found_BR[row, : len(wanted)], wanted, rtol=0, atol=1e-12)
+            assert not found_BR[row, len(wanted) :].any()
+    weights = list(model.parameters())
+    together = torch.autograd.grad(packed.logprobs_BR.square().sum(), weights, allow_unused=True)
+    alone = torch.autograd.grad(sum(row[0].square().sum() for row in expected), weights, allow_unused=True)
+    for found, wanted in zip(together, alone, strict=True):
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)  # Cohere norms in float32
 
 
 def test_logits_in_chunks_give_the_same_and_none_is_kept_for_the_backward_pass(monkeypatch):

@@ -351,11 +351,15 @@ def train_with_one_server(rank, folder):
         install(monkeypatch, server)
         trained, _ = train_here(f"{folder}/served", 2, **options)
         requests = [] if server is None else [len(b["prompt"]) for path, b in server.requests if "completions" in path]
+        ahead = {**options, "rollouts_ahead": 1}
+        one_behind, _ = train_here(f"{folder}/ahead", 2, **ahead)
+        train_here(f"{folder}/ahead-stopped", 2, StopAt(1), **ahead)
+        resumed, _ = train_here(f"{folder}/ahead-stopped", 2, resume=f"{folder}/ahead-stopped/checkpoint-1", **ahead)
         if rank == 0:
             server.failing = True
         with pytest.raises((RuntimeError, ValueError)) as failed:
             train_here(f"{folder}/unserved", 2, **options)
-    return trained, requests, str(failed.value)
+    return trained, requests, (one_behind, resumed), str(failed.value)
 
 
 def everything(rank, folder):
@@ -605,9 +609,21 @@ def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step_with_a_whole_checkpo
 
 def test_two_ranks_share_a_vllm_server_and_fail_together_if_it_fails(ranks):
     messages = []
-    for (whole, _), *_, (served, requests, failure) in (rank["train"] for rank in ranks):
+    for (whole, _), *_, (served, requests, _, failure) in (rank["train"] for rank in ranks):
         assert_same(served, whole, tolerance=1e-6)
         messages.append((requests, failure))
     (asked, first), (not_asked, second) = messages
     assert (asked, not_asked) == ([4, 4], [])
     assert "the vLLM server failed" in first and "1 other process(es) failed at the same point" in second
+
+
+def test_two_ranks_sample_ahead_as_one_process_does_and_resume(tmp_path, ranks, folder, monkeypatch):
+    server = Server(str(folder / "model"))
+    install(monkeypatch, server)
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "rollouts_ahead": 1}
+    single, _ = train_here(tmp_path, 4, **options)
+    server.close()
+    for *_, (served, _, (one_behind, resumed), _) in (rank["train"] for rank in ranks):
+        assert_same(one_behind, single, tolerance=1e-5)
+        assert_same(resumed, one_behind, tolerance=1e-30)
+        assert any(not served[name].allclose(weight, atol=1e-4) for name, weight in one_behind.items())

@@ -94,7 +94,7 @@ DEFINES_RUN = (
     *("turn_discount", "gae_over"),
     *("num_ref_samples", "value_kl_coef", "normalizer"),
     *("cliprange", "cliprange_high", "cliprange_value", "loss_aggregation", "kl_in", "adap_kl_ctrl", "target"),
-    *("importance_correction", "importance_level", "importance_max", "importance_min"),
+    *("importance_correction", "importance_level", "importance_max", "importance_min", "rollouts_ahead"),
     *("horizon", "kl_penalty", "ratio_threshold", "early_stopping", "target_kl"),
     *("whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards", "score_clip", "missing_eos_penalty"),
     *("reward_weights", "num_unfrozen_layers", "seed"),

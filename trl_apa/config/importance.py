@@ -21,7 +21,7 @@ def check_importance_options(config: "APAConfig") -> None:
     """
     Raises:
         ValueError: naming the option, if it is none of those that there are, the loss takes no correction, or not at
-            that level, or no ratio lies between the bounds.
+            that level, no ratio lies between the bounds, or `rollouts_ahead` needs a correction or cannot have one.
     """
     correction, level = config.importance_correction, config.importance_level
     levels = config.algorithm.importance_levels
@@ -36,6 +36,16 @@ def check_importance_options(config: "APAConfig") -> None:
     if level not in (None, *(levels or LEVELS)):
         known = " or ".join(map(repr, levels or LEVELS))
         raise ValueError(f"importance_level={level!r} with loss_type={config.loss_type!r}: it should be {known}")
+    if config.rollouts_ahead and levels and correction is None:
+        raise ValueError(
+            f"rollouts_ahead=1 with loss_type={config.loss_type!r}: this loss has a ratio to the policy that sampled, "
+            "which is then that of one update ago; set importance_correction='truncate' or 'mask', or leave it out"
+        )
+    if config.rollouts_ahead and config.normalizes_groups:
+        raise ValueError(
+            "rollouts_ahead=1 with normalizer='group': it weighs responses by the policy before the update, which has "
+            "not sampled them; leave one of them out"
+        )
     low, high = config.importance_min, config.importance_max
     if low is not None and high is not None and low >= high:
         raise ValueError(f"importance_min={low} should be less than importance_max={high}")

@@ -38,6 +38,9 @@ class VLLMOptions:
             Server: seconds to wait for it at the start.
         vllm_group_port (`int`, *optional*, defaults to `51216`):
             Server: port over which weights are sent.
+        rollouts_ahead (`int`, *optional*, defaults to `0`):
+            Server, in `train`: with 1 it samples the next iteration while this one is learned, from the policy as it
+            was before this one's update. PPO, GRPO, CISPO and RLOO need `importance_correction` then.
     """
 
     use_vllm: bool = option(False, "Sample with vLLM.")
@@ -52,6 +55,7 @@ class VLLMOptions:
     vllm_server_port: int = option(8000, "Server: its port.")
     vllm_server_timeout: float = option(240.0, "Server: seconds to wait for it at the start.")
     vllm_group_port: int = option(51216, "Server: port over which weights are sent.")
+    rollouts_ahead: int = option(0, "Server: 1 samples the next iteration while this one is learned.")
 
     def _check_vllm(self) -> None:
         """
@@ -69,6 +73,13 @@ class VLLMOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it should be greater than 0")
+        if self.rollouts_ahead not in (0, 1):
+            raise ValueError(f"rollouts_ahead={self.rollouts_ahead}: it should be 0 or 1")
+        if self.rollouts_ahead and not (self.use_vllm and self.vllm_mode == "server"):
+            raise ValueError(
+                f"rollouts_ahead=1 with use_vllm={self.use_vllm} and vllm_mode={self.vllm_mode!r}: only a vLLM server "
+                "samples while the trainer learns; set use_vllm=True and vllm_mode='server'"
+            )
         if not self.use_vllm:
             return
         if self.vllm_mode == "server" and self.vllm_enable_sleep_mode:

@@ -1,7 +1,7 @@
 """Peak memory of sampling and of learning, by part, from the config alone."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from trl_apa.memory.sharding import count_elements, per_process
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.autocasting import frozen_weights_cast_once
 from trl_apa.models.caches import CACHE_ARGUMENT
-from trl_apa.models.layouts import Layouts
+from trl_apa.models.layouts import Layouts, ShardedLayouts
+from trl_apa.models.logprobs import forward_replaced
 from trl_apa.rollout.batch import Layout, lay_out
 
 
@@ -191,15 +192,16 @@ def _peak(live: LiveBytes) -> dict[str, int]:
 
 def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     """Forward and backward pass of a micro-batch, twice if gradients of one are there while the next is computed."""
-    layouts = Layouts(module.networks(), padding_free=False if setup.is_sharded else None)
-    tokens = _longest_rows(setup, layouts(setup.max_length))
+    tokens = _longest_rows(setup, _layout(module, setup))
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     live = _counted(module)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: live.count(GRADIENTS, [p.grad]))
-    with live:
+    # Weights that are divided are read through the model's own forward, which makes all logits of a pass at once.
+    own_forward = setup.sharding in ("fsdp2", "zero3") and setup.is_sharded
+    with live, forward_replaced(module.policy) if own_forward else nullcontext():
         for _ in range(min(setup.gradient_accumulation_steps, 2) if setup.tokens_per_micro_batch is None else 2):
             for networks in module.passes:
                 with module.adapter_for(**networks):
@@ -207,6 +209,15 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
     if setup.gradient_checkpointing:
         module.gradient_checkpointing_disable()
     return _peak(live)
+
+
+def _layout(module: PolicyAndValue, setup: Setup) -> Layout:
+    """In which rows as long as a row can be are read."""
+    if not setup.is_sharded:
+        return Layouts(module.networks())(setup.max_length)
+    layouts = ShardedLayouts(module.networks())
+    layouts.try_out(module.networks())
+    return layouts(setup.max_length)
 
 
 def _longest_rows(setup: Setup, layout: Layout) -> dict[str, Any]:

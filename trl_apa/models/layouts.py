@@ -109,28 +109,67 @@ class Layouts:
 class ShardedLayouts:
     """The same for networks whose weights an engine spreads over processes, which all call them equally often.
 
+    Packed and padded rows take one call each: which of them it is may differ between the processes.
+
     Args:
         networks: language models or trunks.
+        padding_free: see [`Layouts`].
     """
 
-    def __init__(self, networks: Iterable[Network]):
-        self._kinds = _different(networks)
-        self._is_exact_padded = True
+    def __init__(self, networks: Iterable[Network], padding_free: bool | None = None):
+        self.networks, self.padding_free = list(networks), padding_free
+        self._kinds = _different(self.networks)
+        limits = (boundaries(inner_model(network).config) for network in self._kinds)
+        self._first_boundary = min((limit for of_one in limits for limit in of_one), default=None)
+        self._is_exact_padded, self._packs = True, False
 
-    def try_out(self, networks: Iterable[Network]) -> None:
-        """Called by all processes together, where they may call these networks."""
-        layouts = [unpacked_layout(network) for network in _different(networks)]
+    def try_out(
+        self, networks: Iterable[Network], around: Callable[[Callable[[Any], Any]], Any] = lambda work: work(None)
+    ) -> None:
+        """Called by all processes together.
+
+        Args:
+            networks: those that the processes may call.
+            around: calls what it is given with the weights there, once: after a gradient they are divided again.
+
+        Raises:
+            ValueError: naming the network that cannot be packed and why, with `padding_free=True`.
+        """
+        kinds, longest = _different(networks), min(LONG, self._first_boundary or LONG)
+
+        def tried(work: Callable[..., T], network: Network, *more: Any) -> T:
+            found: T = around(lambda _: work(network, *more))
+            return found
+
+        layouts = [tried(unpacked_layout, network) for network in kinds]
         self._is_exact_padded = all(layout is Layout.PADDED for layout in layouts)
+        if self.padding_free is False:
+            return
+        reasons = [tried(why_not_packed, network, longest) for network in kinds]
+        if len(_different([*kinds, *self._kinds])) > len(kinds):
+            kinds, reasons = [*kinds, self.networks[-1]], [*reasons, "has not been tried"]
+        self._packs = not any(reasons)
+        if self._packs:
+            for network in self.networks:
+                let_pack(inner_model(network))
+        elif self.padding_free:
+            told = (f"{type(inner_model(n)).__name__} {why}" for n, why in zip(kinds, reasons, strict=True) if why)
+            raise ValueError(f"padding_free=True, but {next(told)}")
 
     def try_up_to(self, longest: int) -> None:
         """Do nothing: the only trial is the one that all processes make together."""
 
     def __call__(self, longest: int, packable: bool = True, share: bool = False) -> Layout:
         """The layout for micro-batches of rows of at most `longest` tokens on this process; all call this together."""
-        exact = self._is_exact_padded
+        exact, here = self._is_exact_padded, longest
         if any(rope_limit(inner_model(network).config) for network in self._kinds):
             longest = _longest_anywhere(longest, self._kinds[0])
             exact = exact and not any(_crosses_rope(network, longest) for network in self._kinds)
+        limit = self._first_boundary
+        # Rows one by one take many calls: then all processes have to pack, or none.
+        packs = limit is None or (exact and here <= limit)
+        if packable and self._packs and packs:
+            return Layout.PACKED
         return Layout.PADDED if exact else Layout.ONE_BY_ONE
 
 

@@ -90,19 +90,16 @@ def policy_outputs(
         tokens: what `batch.lay_out` gives, in a layout that the model can read.
         response_width: `R`, tokens.
         temperature: logits are divided by it.
-        with_entropy, with_hidden, with_logits: what else to return; logits not of a packed layout.
+        with_entropy, with_hidden, with_logits: what else to return.
         own_forward: call the complete model, as an engine that shards it requires.
-
-    Raises:
-        RuntimeError: for a packed layout where the model computes its logits itself.
     """
     parts = None if with_logits or own_forward else trunk_and_head(model)
     if parts is None:
-        if "sequence_lengths" in tokens:
-            raise RuntimeError(f"a packed row was given to {type(model).__name__}, which needs a padded batch")
-        if "row_groups" in tokens:
-            return _separate_outputs(
-                model, tokens, response_width, temperature, with_entropy, with_hidden, with_logits
+        if "row_groups" in tokens or "sequence_lengths" in tokens:
+            states = _separate_states if "row_groups" in tokens else _packed_states
+            logits_MV, hidden_MH = states(model, tokens, response_width, with_hidden)
+            return _outputs_of_tokens(
+                logits_MV, hidden_MH, tokens, response_width, temperature, with_entropy, with_logits
             )
         logits_BRV, hidden_BRH = response_logits(model, tokens, response_width, temperature, with_hidden)
         logprobs_BR = sampled_logprobs(logits_BRV, tokens)
@@ -119,16 +116,30 @@ def policy_outputs(
     )
 
 
-def _separate_outputs(
-    model: Network,
+def _outputs_of_tokens(
+    logits_MV: Tensor,
+    hidden_MH: Tensor | None,
     tokens: Mapping[str, Any],
     response_width: int,
     temperature: float,
     with_entropy: bool,
-    with_hidden: bool,
     with_logits: bool,
 ) -> PolicyOutputs:
-    """`policy_outputs` by the model's own forward, of rows that are read separately."""
+    """`policy_outputs` from the logits that predict the `M` response tokens, as the model's own forward gives them."""
+    logits_MV = at_least_float32(logits_MV) / temperature
+    targets_M = response_tokens(tokens)
+    logprobs_M, entropy_M = token_logprobs(logits_MV, targets_M.to(logits_MV.device), with_entropy)
+    others = (entropy_M, hidden_MH, logits_MV if with_logits else None)
+    return PolicyOutputs(
+        response_rows(logprobs_M, tokens, response_width),
+        *(None if part is None else response_rows(part, tokens, response_width) for part in others),
+    )
+
+
+def _separate_states(
+    model: Network, tokens: Mapping[str, Any], response_width: int, with_hidden: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits `(M, V)`, and hidden states `(M, H)` if asked for, by the model's own forward of rows apart."""
     options: dict[str, Any] = {"output_hidden_states": True} if with_hidden else {}
     if "logits_to_keep" in forward_parameters(model):
         options["logits_to_keep"] = response_width + 1
@@ -141,15 +152,24 @@ def _separate_outputs(
             index_M = _among_the_last(tokens["row_groups"], response_width + 1, index_M.device)[index_M]
         return flat.index_select(0, index_M.to(flat.device))
 
-    logits_MV = at_least_float32(predicting([output.logits for output in outputs])) / temperature
-    targets_M = response_tokens(tokens)
-    logprobs_M, entropy_M = token_logprobs(logits_MV, targets_M.to(logits_MV.device), with_entropy)
     hidden_MH = predicting([last_hidden_states(output) for output in outputs]) if with_hidden else None
-    others = (entropy_M, hidden_MH, logits_MV if with_logits else None)
-    return PolicyOutputs(
-        response_rows(logprobs_M, tokens, response_width),
-        *(None if part is None else response_rows(part, tokens, response_width) for part in others),
-    )
+    return predicting([output.logits for output in outputs]), hidden_MH
+
+
+def _packed_states(
+    model: Network, tokens: Mapping[str, Any], response_width: int, with_hidden: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same of a packed row: the model makes the logits of the predicting positions and no others, if it can."""
+    inputs, index_M = network_inputs(model, tokens), tokens["predicting_index"]
+    keeps = "logits_to_keep" in forward_parameters(model)
+    options: dict[str, Any] = {"logits_to_keep": index_M} if keeps else {}
+    output = model(**inputs, **options, output_hidden_states=True) if with_hidden else model(**inputs, **options)
+
+    def predicting(states_NK: Tensor) -> Tensor:
+        return states_NK.index_select(0, index_M.to(states_NK.device))
+
+    logits_MV = output.logits[0] if keeps else predicting(output.logits[0])
+    return logits_MV, predicting(last_hidden_states(output)[0]) if with_hidden else None
 
 
 def _among_the_last(row_groups: tuple[tuple[int, int, int], ...], kept: int, device: torch.device) -> Tensor:

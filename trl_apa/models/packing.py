@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_apa.models.logprobs import UNREAD_MASK, forward_parameters, is_sharded
+from trl_apa.models.logprobs import UNREAD_MASK, forward_parameters
 from trl_apa.models.network_parts import Network, inner_model
 
 
@@ -145,8 +145,6 @@ def why_unsuitable(network: Network, longest: int) -> str | None:
     """
     base = inner_model(network)
     config = base.config
-    if is_sharded(base):
-        return "has sharded weights, so it cannot be tried"
     if config.is_encoder_decoder:
         return "has an encoder, which reads a padded batch"
     if not base._supports_attention_backend or "position_ids" not in forward_parameters(base):

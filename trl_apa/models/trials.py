@@ -382,8 +382,6 @@ def _packed(
     """Outputs of a packed row, and how far those of the other sequences change with the first one; or why there are
     none."""
     base = inner_model(network)
-    if base.get_output_embeddings() is not None and trunk_and_head(network) is None:
-        return None, None, "does more to its logits than its head"
     others, other_responses = trial_rows(network, [len(queries[0]) + len(responses[0])], seed=1)
     try:
         with attending_with(base, for_packed_rows(base)):

@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from trl_apa.rollout.generation import response_limits, responses_of_completions
 from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.rollout.sampling import note_logprobs
 from trl_apa.rollout.vllm_reload import reload_weights
+from trl_apa.rollout.vllm_requests import ServerRequests
 from trl_apa.trainer.validation import check_positions
 
 
@@ -140,6 +142,26 @@ def vllm_engine(policy: Network, accelerator: Accelerator, tokenizer: PreTrained
     )
 
 
+class VLLMRequest(NamedTuple):
+    """Prompts to be answered by vLLM, and how.
+
+    Args:
+        queries: 1-D tensors of token ids.
+        generation_config, stop_strings, remove_padding: see `VLLMSampler.responses`.
+        limits: most tokens of each response.
+        sampling: attributes of TRL's `VLLMGeneration`, see `vllm_sampling`.
+        noted: whether vLLM is asked for the log-probs of what it samples.
+    """
+
+    queries: Sequence[Tensor]
+    generation_config: GenerationConfig
+    stop_strings: list[str] | str | None
+    remove_padding: bool
+    limits: list[int]
+    sampling: dict[str, Any]
+    noted: bool
+
+
 class VLLMSampler:
     """Samples from the policy with vLLM, whose copy is brought up to date when the policy has moved.
 
@@ -170,9 +192,9 @@ class VLLMSampler:
         self.on_all_processes = on_all_processes
         with errors_without_secrets(vars(args)):
             self.engine = vllm_engine(policy, accelerator, tokenizer, args)
-        self._failure: Exception | None = None
-        if (client := getattr(self.engine, "vllm_client", None)) is not None:
-            self._ask_server, client.generate = client.generate, self._ask_server_noting_failure
+        client = getattr(self.engine, "vllm_client", None)
+        # Of the process that talks to the server.
+        self.requests = None if client is None else ServerRequests(client)
         self._synced_at: tuple[int, int] | None = None
         self._is_processed: bool | None = None
 
@@ -211,26 +233,81 @@ class VLLMSampler:
         Raises:
             ValueError: for an option that vLLM cannot honour, or a query that is too long.
         """
+        given = (queries, generation_config, stop_strings, max_length, length_sampler, remove_padding, model_inputs)
+        request = self.request(*given, row_limits=row_limits, noted=notes is not None)
+        self._bring_up_to_date(step)
+        return self._cut(request, *self._sample(request), notes)
+
+    def request(
+        self,
+        queries: Sequence[Tensor],
+        generation_config: GenerationConfig,
+        stop_strings: list[str] | str | None = None,
+        max_length: int | None = None,
+        length_sampler: Callable[[], int] | None = None,
+        remove_padding: bool = True,
+        model_inputs: dict[str, Any] | None = None,
+        row_limits: Sequence[int] | None = None,
+        noted: bool = True,
+    ) -> VLLMRequest:
+        """What will be asked of vLLM, checked; every process calls this.
+
+        Args:
+            queries, generation_config, stop_strings, max_length, length_sampler, remove_padding, model_inputs,
+            row_limits: see `responses`.
+            noted: whether the log-probs of what is sampled are wanted.
+
+        Raises:
+            ValueError: for an option that vLLM cannot honour, or a query that is too long.
+        """
         counts = gather_object([len(queries)]) if self.args.vllm_mode == "server" else [len(queries)]
         vocabulary = self.policy.config.get_text_config().vocab_size
-        most, sampling = self.on_all_processes(
+        limits, sampling = self.on_all_processes(
             lambda: (
                 self._limits(queries, counts, generation_config, max_length, length_sampler, row_limits),
                 vllm_sampling(generation_config, stop_strings, model_inputs or {}, vocabulary),
             )
         )
+        noted = noted and generation_config.do_sample and self._logprobs_are_of_samples(sampling)
+        return VLLMRequest(queries, generation_config, stop_strings, remove_padding, limits, sampling, noted)
+
+    def send_ahead(self, request: VLLMRequest, step: int) -> None:
+        """Send a request to the server, with the policy's weights as they are now, and do not wait for the answer.
+
+        `answer_ahead` reads it. Whatever else is asked of the server waits until the server has answered this.
+
+        Args:
+            request: what to ask.
+            step: see `responses`.
+        """
         self._bring_up_to_date(step)
-        noted = notes is not None and generation_config.do_sample and self._logprobs_are_of_samples(sampling)
-        wanted = 0 if noted else None  # 0: of the sampled token alone
-        vars(self.engine).update(sampling, max_completion_length=max(most), logprobs=wanted)
-        prompts = [query.tolist() for query in queries]
-        completions, logprobs = self._sample(prompts)
-        responses = responses_of_completions(
-            queries, completions, most, generation_config, stop_strings, self.tokenizer, remove_padding
-        )
-        if noted and logprobs is not None:
+        with nullcontext() if self.requests is None else self.requests.sending_ahead():
+            self._ask(request)  # the process that talks to the server gives the others empty rows, which nobody reads
+
+    def answer_ahead(self, request: VLLMRequest, notes: SampledLogprobs | None) -> list[Tensor]:
+        """The responses to the request that `send_ahead` has sent, as `responses` gives them.
+
+        Raises:
+            RuntimeError: if the server failed.
+        """
+        with nullcontext() if self.requests is None else self.requests.reading_ahead():
+            completions, logprobs = self._sample(request)
+        return self._cut(request, completions, logprobs, notes)
+
+    def _cut(
+        self,
+        request: VLLMRequest,
+        completions: list[list[int]],
+        logprobs: list[list[list[float | None]]] | None,
+        notes: SampledLogprobs | None,
+    ) -> list[Tensor]:
+        """The responses in what vLLM gave; their log-probs go to `notes`."""
+        queries, config = request.queries, request.generation_config
+        cutting = (config, request.stop_strings, self.tokenizer, request.remove_padding)
+        responses = responses_of_completions(queries, completions, request.limits, *cutting)
+        if request.noted and logprobs is not None:
             of_tokens = [[token[0] for token in row] for row in logprobs]
-            note_logprobs(notes, queries, responses, completions, of_tokens, generation_config)
+            note_logprobs(notes, queries, responses, completions, of_tokens, config)
         return responses
 
     def _logprobs_are_of_samples(self, sampling: dict[str, Any]) -> bool:
@@ -291,7 +368,7 @@ class VLLMSampler:
         generation_config: GenerationConfig,
         max_length: int | None,
         length_sampler: Callable[[], int] | None,
-        given: Sequence[int] | None = None,
+        given: Sequence[int] | None,
     ) -> list[int]:
         """Most tokens of each response."""
         if len(set(counts)) > 1:
@@ -313,6 +390,8 @@ class VLLMSampler:
         # In-place changes raise a tensor's version; weights that an engine swaps in change with the optimizer step.
         now = (step, sum(parameter._version for parameter in self.policy.parameters()))
         if now != self._synced_at:
+            if self.requests is not None:
+                self.requests.wait()  # what was sent ahead is of one policy
             with torch.no_grad():
                 self.on_all_processes(self._send_weights)
             self._synced_at = now
@@ -321,32 +400,25 @@ class VLLMSampler:
         with errors_without_secrets(vars(self.args)):
             self.engine.sync_weights()
 
-    def _sample(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[list[float | None]]] | None]:
+    def _sample(self, request: VLLMRequest) -> tuple[list[list[int]], list[list[list[float | None]]] | None]:
         """Token ids, and of each the log-prob in a list of its own if vLLM gives them."""
-        self._failure = None
-
-        def ask() -> Any:
-            return self.engine.generate(prompts, None, 1)[1:3]
-
         # With a server, or one vLLM over several processes, the asking itself is done together.
         together = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
-        completions, logprobs = ask() if together else self.on_all_processes(ask)
+        answer = self._ask(request) if together else self.on_all_processes(lambda: self._ask(request))
         self.on_all_processes(self._raise_failure)
+        return answer
+
+    def _ask(self, request: VLLMRequest) -> tuple[list[list[int]], list[list[list[float | None]]] | None]:
+        wanted = 0 if request.noted else None  # 0: of the sampled token alone
+        vars(self.engine).update(request.sampling, max_completion_length=max(request.limits), logprobs=wanted)
+        _, completions, logprobs, _ = self.engine.generate([query.tolist() for query in request.queries], None, 1)
         return completions, logprobs
 
-    def _ask_server_noting_failure(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
-        """One process sends the request for all; if that fails, the others must not wait for an answer."""
-        try:
-            answer: dict[str, Any] = self._ask_server(prompts, **options)
-            return answer
-        except Exception as error:
-            self._failure = error
-            return {"prompt_ids": prompts, "completion_ids": [[]] * len(prompts), "logprobs": None}
-
     def _raise_failure(self) -> None:
-        if self._failure is not None:
-            said = without_secrets_in_error(str(self._failure), vars(self.args))
-            raise RuntimeError(f"the vLLM server failed: {type(self._failure).__name__}: {said}")
+        failure = None if self.requests is None else self.requests.failure
+        if failure is not None:
+            said = without_secrets_in_error(str(failure), vars(self.args))
+            raise RuntimeError(f"the vLLM server failed: {type(failure).__name__}: {said}")
 
 
 def logprobs_mode_of(client: Any) -> str | None:

@@ -282,15 +282,15 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _try_layouts(self) -> Layouts | ShardedLayouts:
         """How micro-batches go through every network.
 
-        Not packed where a wrapper's forward has to be called, or each new set of lengths would be compiled anew.
+        Not packed where each new set of lengths would be compiled anew.
         """
-        if (is_sharded(self.accelerator) or self.args.torch_compile) and self.args.padding_free:
-            raise ValueError("padding_free=True does not work with FSDP, DeepSpeed or torch_compile; leave it out")
+        if self.args.torch_compile and self.args.padding_free:
+            raise ValueError("padding_free=True does not work with torch_compile; leave it out")
         networks = networks_that_read(self.model, self.ref_model)
-        if is_sharded(self.accelerator):
-            return ShardedLayouts(networks)
-        # Flash attention reads half precision alone.
         padding_free = False if self.args.torch_compile else self.args.padding_free
+        if is_sharded(self.accelerator):
+            return ShardedLayouts(networks, padding_free)
+        # Flash attention reads half precision alone.
         return Layouts(networks, padding_free, self.accelerator.autocast)
 
     def _note_what_scripts_read(self) -> None:
@@ -324,6 +324,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self._sampled_logprobs = notes = SampledLogprobs()
         sampling = (self._query, self._respond_on_all_processes, self._respond_as_reference, notes, self.processes)
         self._episodes = EpisodeSampler(self._player, *sampling)
+        self._ahead = self._make_rollouts_ahead() if args.rollouts_ahead else None
         refuse_under_zero3(args.tokens_per_micro_batch, self.accelerator)
         self._token_budget = TokenBudget(self.processes)
         self._importance = ImportanceCorrection()
@@ -346,6 +347,10 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         if is_sharded(self.accelerator):
             raise ValueError("sampler: under FSDP or DeepSpeed no process holds the policy that it would sample from")
         return EngineSampler(given, policy, self.processing_class, self.processes)
+
+    def _notes(self) -> SampledLogprobs:
+        """Where the log-probs of what is sampled now are noted."""
+        return self._sampled_logprobs.at(self.args.temperature, 8 * self.args.batch_size)
 
     @property
     def vllm(self) -> VLLMSampler | None:
@@ -497,8 +502,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             return shaped(generate_responses(model, read, tokenizer=self.processing_class, **options_here))
 
         def sample_all(policy: Network) -> Any:
-            notes = self._sampled_logprobs.at(self.args.temperature, 8 * self.args.batch_size)
-            responses = sample(policy, notes) if of_engine is None else of_engine
+            responses = sample(policy, self._notes()) if of_engine is None else of_engine
             if not generate_ref_response:
                 return responses
             with reference_policy(policy, self.ref_model) as reference:
@@ -533,7 +537,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self, sampler: VLLMSampler | EngineSampler, queries: list[Tensor], **options: Any
     ) -> list[Tensor]:
         """Responses of vLLM, which has weights of its own, or of an engine that may call the policy."""
-        options["notes"] = self._sampled_logprobs.at(self.args.temperature, 8 * self.args.batch_size)
+        options["notes"] = self._notes()
         if isinstance(sampler, VLLMSampler):
             return sampler.responses(queries, step=self.state.global_step, **options)
         with self._module_for_generation(), self.accelerator.autocast():

@@ -22,9 +22,17 @@ class ImportanceCorrection:
         Args:
             rollouts: with the log-probs of the policy before the update, and the sampler's where they are known.
             args: the trainer's options.
+
+        Raises:
+            ValueError: if they are not known with `rollouts_ahead`.
         """
         if args.importance_correction is None:
             return
+        if rollouts.sampling_logprobs_BR is None and args.rollouts_ahead:
+            raise ValueError(
+                "rollouts_ahead=1, but the vLLM server does not report the log-probs that importance_correction "
+                "needs; with temperature, top_p, top_k or a penalty start it with --logprobs-mode processed_logprobs"
+            )
         if rollouts.sampling_logprobs_BR is None:
             if not self._has_warned:
                 text = (

@@ -28,6 +28,7 @@ from trl_apa.rollout.episodes import Episodes
 from trl_apa.rollout.prompts import PromptSource, as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
 from trl_apa.rollout.texts import Texts, prompts_and_completions
+from trl_apa.rollout.vllm_generation import VLLMRequest
 from trl_apa.tools.environments import EnvironmentReward
 from trl_apa.tools.making import Player, rows_without_data
 from trl_apa.tools.sampling import EpisodeSampler
@@ -41,10 +42,11 @@ from trl_apa.trainer.reference_rewards import (
 )
 from trl_apa.trainer.reporting import OPENERS, gather_table, log_media, save_table, show_table, start_reporters
 from trl_apa.trainer.resuming import ResumableRuns, random_state_restored_on_error
+from trl_apa.trainer.rollouts_ahead import RolloutsAhead
 from trl_apa.trainer.script_trackers import connect_reporters
 from trl_apa.trainer.statistics import StageTimer, mean_of_numbers
 from trl_apa.trainer.tracker_failures import isolate_failures, warn_if_report_fails
-from trl_apa.trainer.validation import check_score_inputs
+from trl_apa.trainer.validation import check_queries, check_score_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ class TrainingLoop(ResumableRuns):
     _source: PromptSource
     _player: Player | None
     _episodes: EpisodeSampler
+    _ahead: RolloutsAhead | None
     _timer: StageTimer | None = None
     _reporters_started = False
     # Whether scheduler, engine and optimizer are ready for `step`.
@@ -186,6 +189,8 @@ class TrainingLoop(ResumableRuns):
                 "step"
             )
         self.run_state.begin_run()
+        if self._ahead is not None:
+            self._ahead.forget()
         checkpoint = self._begin_run(resume_from_checkpoint, resume_anyway)
         self._try_rows_of_the_run()
         # Those whose runs take options of ours; the Trainer starts the others itself.
@@ -217,7 +222,7 @@ class TrainingLoop(ResumableRuns):
             if is_sharded(self.accelerator):
                 module = self.accelerator.unwrap_model(self.model)
                 with self.accelerator.autocast():
-                    module.run_with_policy(lambda _: self._layouts.try_out(module.networks()))
+                    self._layouts.try_out(module.networks(), module.run_with_policy)
             return prepared
         if self._kept_engine is not None:
             self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None
@@ -364,9 +369,8 @@ class TrainingLoop(ResumableRuns):
         Raises:
             ValueError: if not one response of all processes was scored.
         """
-        rows = self.processes.together(self._next_rows)
         with timer("generate"):
-            episodes = self._episodes(rows)
+            rows, episodes = self._rollouts_of_next_iteration()
         with timer("score"):
             texts, scores = self._scores_on_all_processes(rows, episodes)
         self._check_on_all_processes(episodes.queries, episodes.responses, list(scores.total_B), episodes.masks)
@@ -378,12 +382,52 @@ class TrainingLoop(ResumableRuns):
                 ref_rewards = self._find_ref_rewards(rows, episodes.queries)
         return episodes, texts, scores, ref_rewards
 
-    def _next_rows(self) -> list[dict[str, Any]]:
-        """This process's rows of the next iteration, each `num_generations` times."""
-        rows = self._source.rows(self.num_iterations_done)
-        if self._player is not None and self.args.estimator.needs_ref_rewards:
-            check_ref_rewards_are_given(rows, "an iteration", self.args.advantage_estimator)
-        return [row for row in rows for _ in range(self.args.num_generations)]
+    def _rollouts_of_next_iteration(self) -> tuple[list[dict[str, Any]], Episodes]:
+        """This process's rows of the next iteration and their rollouts."""
+        iteration, step = self.num_iterations_done, self.state.global_step
+        if self._ahead is not None:
+            return self._ahead(iteration, step, self._is_last_iteration(step))
+        rows = self._rows_of(iteration)
+        return rows, self._episodes(rows)
+
+    def _make_rollouts_ahead(self) -> RolloutsAhead:
+        if self._player is not None:
+            raise ValueError(
+                "rollouts_ahead=1 with tools, environment_factory or rollout_func: rollouts of several turns are not "
+                "sampled ahead; leave it out"
+            )
+        return RolloutsAhead(self.vllm, self._rows_of, self._vllm_request, self._notes)
+
+    def _vllm_request(self, rows: list[dict[str, Any]]) -> VLLMRequest:
+        """What `generate` would ask vLLM for these rows."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+
+        def queries() -> list[Tensor]:
+            return check_queries("prompt", [self._query(row) for row in rows], policy, self.processing_class)
+
+        options = self._generation_options({"stop_strings": self.args.stop_strings})
+        request: VLLMRequest = self.vllm.request(self.processes.together(queries), **options)
+        return request
+
+    def _is_last_iteration(self, step: int) -> bool:
+        """Whether the iteration that begins after `step` optimizer steps is the run's last."""
+        args, state = self.args, self.run_state
+        if step + args.steps_per_iteration >= self.state.max_steps:
+            return True
+        rollouts = state.episodes_done + state.responses_per_iteration
+        return args.total_episodes is not None and rollouts >= args.total_episodes
+
+    def _rows_of(self, iteration: int) -> list[dict[str, Any]]:
+        """This process's rows of an iteration, each `num_generations` times; fails everywhere if it fails once."""
+
+        def read() -> list[dict[str, Any]]:
+            rows = self._source.rows(iteration)
+            if self._player is not None and self.args.estimator.needs_ref_rewards:
+                check_ref_rewards_are_given(rows, "an iteration", self.args.advantage_estimator)
+            return [row for row in rows for _ in range(self.args.num_generations)]
+
+        rows: list[dict[str, Any]] = self.processes.together(read)
+        return rows
 
     def _names_of_tools(self) -> list[str]:
         return [] if self._player is None else self._player.names
@@ -587,12 +631,14 @@ class TrainingLoop(ResumableRuns):
 
     def _process_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.run_state.state_dict()
-        return state
+        return state if self._ahead is None else {**state, "rollouts_ahead": self._ahead.state_dict()}
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         with_controller = not self._overridden.keys() & CONTROLLER_OPTIONS
         device, step = self.accelerator.device, self.state.global_step
         self.run_state.load_state_dict(state, device, step, with_controller, with_iteration=not self._overridden)
+        if self._ahead is not None and not self._overridden:
+            self._ahead.load_state_dict(state.get("rollouts_ahead"))
         self._timer = StageTimer()
 
     def _numbers_to_agree(self, step: int, state: dict[str, Any]) -> list[int]:
