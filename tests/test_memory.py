@@ -313,6 +313,16 @@ def test_what_cannot_be_predicted_is_refused_by_name(capsys, monkeypatch):
         assert problem in _cli.refused(capsys, "memory", *options)
 
 
+def test_no_budget_of_tokens_is_proposed_or_taken_where_the_trainer_refuses_it(tmp_path, capsys):
+    SMALL.save_pretrained(tmp_path)
+    options = ("--model", tmp_path, "--value", "head", "--lora-r", 0, "--world-size", 2)
+    for sharding, proposed in (("zero2", True), ("zero3", False)):
+        assert run(*options, "--sharding", sharding) == 0
+        assert ("tokens_per_micro_batch" in capsys.readouterr().out) is proposed
+    told = _cli.refused(capsys, "memory", *options, "--sharding", "zero3", "--tokens-per-micro-batch", 512)
+    assert "tokens_per_micro_batch=512 with sharding='zero3': the trainer refuses it there" in " ".join(told.split())
+
+
 @pytest.mark.slow
 def test_the_command_says_what_to_change_when_a_card_is_too_small(tmp_path, capsys, monkeypatch):
     SMALL.save_pretrained(tmp_path)
