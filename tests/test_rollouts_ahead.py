@@ -1,6 +1,7 @@
 """`rollouts_ahead=1`: a server samples the next iteration while this one is learned."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tests.tiny import tiny_config, tiny_rollouts, tiny_tokenizer, tiny_trainer
 from trl_apa import APATrainer
 from trl_apa.rollout.prompts import PromptSource
 from trl_apa.rollout.vllm_requests import ServerRequests
-from trl_apa.trainer.rollouts_ahead import STALENESS
+from trl_apa.trainer import rollouts_ahead
+from trl_apa.trainer.rollouts_ahead import STALENESS, RolloutsAhead
 
 
 STEPS = 4  # optimizer steps of an iteration of `trainer_for`
@@ -100,6 +102,64 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path, folder, server, st
     # Of the four iterations those that the checkpoint holds were not asked for again.
     held = (stop - 1) // STEPS + 2
     assert len(asked(server)) - before == 4 - held
+
+
+def test_a_run_that_is_resumed_twice_is_the_run_that_did_not_stop(tmp_path, folder, server):  # noqa: F811
+    """The second stop is in the iteration of the first, before the trainer has read what the checkpoint held."""
+    through = ahead(tmp_path / "through", folder, server)
+    through.train()
+    for stop in (5, 6):
+        trainer = ahead(tmp_path / "stopped", folder, server, callbacks=[StopAt(stop)])
+        trainer.train(resume_from_checkpoint=stop == 6)
+    again = ahead(tmp_path / "stopped", folder, server)
+    again.train(resume_from_checkpoint=True)
+    assert_same(parameters(again), parameters(through), tolerance=1e-30)
+
+
+def test_a_run_whose_reward_failed_is_resumed_with_what_was_sampled(tmp_path, folder, server):  # noqa: F811
+    """Both of the iteration that was not scored and of the one behind it, by the policies that sampled them."""
+    through = ahead(tmp_path / "through", folder, server)
+    through.train()
+    calls = []
+
+    def fails_at_the_third(completions, **columns):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise OSError("gone")
+        return few_nines(completions, **columns)
+
+    fails_at_the_third.__name__ = few_nines.__name__
+    failing = ahead(tmp_path / "failed", folder, server, reward_funcs=fails_at_the_third)
+    with pytest.raises(RuntimeError, match="gone"):
+        failing.train()
+    before = len(asked(server))
+    again = ahead(tmp_path / "failed", folder, server, reward_funcs=fails_at_the_third)
+    again.train(resume_from_checkpoint=True)
+    assert len(asked(server)) == before, "all four were sampled already"
+    assert_same(parameters(again), parameters(through), tolerance=1e-30)
+
+
+def test_processes_agree_on_what_a_checkpoint_holds(monkeypatch):
+    """Where the process that talks to the server has no answer, the others do not look for one."""
+    sent, states = [], [{"iteration": 3, "step": 8, "answer": None}]
+    engine = SimpleNamespace(
+        requests=None,
+        send_ahead=lambda request, step: sent.append(request),
+        answer_ahead=lambda request, notes: [torch.tensor([1])],
+    )
+    for others, expected in (([[3]], []), ([[]], [["row 3"]])):
+        sent.clear()
+        monkeypatch.setattr(rollouts_ahead, "gather_object", lambda own, others=others: [*others, *own])
+        rollouts = RolloutsAhead(
+            engine,
+            rows_of=lambda iteration: [f"row {iteration}"],
+            request_of=lambda rows: SimpleNamespace(queries=rows, rows=rows),
+            notes=lambda: None,
+        )
+        rollouts.load_state_dict(states)
+        _, episodes = rollouts(3, 12, is_last=True)
+        assert [request.rows for request in sent] == expected
+        assert episodes.statistics == {STALENESS: 0.0 if expected else 4.0}
 
 
 def test_evaluation_waits_and_leaves_the_run_as_it_is(tmp_path, folder, server):  # noqa: F811
@@ -205,8 +265,8 @@ def test_step_and_generate_sample_from_the_policy_as_it_is(tmp_path, folder, ser
     served = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
     queries, _, scores = tiny_rollouts()
     found = []
-    for rollouts_ahead in (0, 1):
-        options = {**served, "rollouts_ahead": rollouts_ahead, "learning_rate": 0.1, "max_completion_length": 5}
+    for number in (0, 1):
+        options = {**served, "rollouts_ahead": number, "learning_rate": 0.1, "max_completion_length": 5}
         trainer = tiny_trainer(tmp_path, policy_from(folder), **options)
         for _ in range(2):
             responses = trainer.generate(queries, return_prompt=False, do_sample=False)

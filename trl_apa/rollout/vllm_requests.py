@@ -25,6 +25,8 @@ class ServerRequests:
         self._next: Callable[..., Answer] = self._now
         self._ahead: Future[Answer] | None = None
         self.failure: Exception | None = None
+        # The answer that was read last of those to requests that were sent ahead.
+        self.last: Answer | None = None
 
     def generate(self, prompts: list[list[int]], **options: Any) -> Answer:
         """As the client's: token ids of prompts and completions, and log-probs, in a dict."""
@@ -98,8 +100,9 @@ class ServerRequests:
     def _read(self, prompts: list[list[int]], **options: Any) -> Answer:
         if self._ahead is None:
             raise RuntimeError("nothing was sent ahead")
-        future, self._ahead = self._ahead, None
-        return future.result()
+        future, self._ahead, self.last = self._ahead, None, None
+        self.last = future.result()
+        return self.last
 
 
 def without_answers(prompts: list[list[int]]) -> Answer:

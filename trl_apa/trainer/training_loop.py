@@ -631,14 +631,17 @@ class TrainingLoop(ResumableRuns):
 
     def _process_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.run_state.state_dict()
-        return state if self._ahead is None else {**state, "rollouts_ahead": self._ahead.state_dict()}
+        if self._ahead is None:
+            return state
+        next_iteration = self.num_iterations_done + (state["iteration"] is not None)
+        return {**state, "rollouts_ahead": self._ahead.state_dict(next_iteration)}
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         with_controller = not self._overridden.keys() & CONTROLLER_OPTIONS
         device, step = self.accelerator.device, self.state.global_step
         self.run_state.load_state_dict(state, device, step, with_controller, with_iteration=not self._overridden)
         if self._ahead is not None and not self._overridden:
-            self._ahead.load_state_dict(state.get("rollouts_ahead"))
+            self._ahead.load_state_dict(state.get("rollouts_ahead", []))
         self._timer = StageTimer()
 
     def _numbers_to_agree(self, step: int, state: dict[str, Any]) -> list[int]:
