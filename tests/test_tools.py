@@ -473,6 +473,9 @@ def test_the_template_is_tried_once_and_again_only_if_its_options_change(tmp_pat
     trainer.args.chat_template_kwargs = {"enable_thinking": False}
     trainer.evaluate(ask("first?"))
     assert made == [None, {"enable_thinking": False}]
+    trainer.processing_class.chat_template += "{# another #}"
+    trainer.evaluate(ask("first?"))
+    assert len(made) == 3
 
 
 def test_options_set_later_count_from_the_next_iteration(tmp_path):

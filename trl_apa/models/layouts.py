@@ -148,13 +148,14 @@ class ShardedLayouts:
         reasons = [tried(why_not_packed, network, longest) for network in kinds]
         if len(_different([*kinds, *self._kinds])) > len(kinds):
             kinds, reasons = [*kinds, self.networks[-1]], [*reasons, "has not been tried"]
-        self._packs = not any(reasons)
+        # Where rounding is near the tolerance processes may differ, and rows one by one take many calls.
+        self._packs = not _largest_anywhere(sum(map(bool, reasons)), self._kinds[0])
         if self._packs:
             for network in self.networks:
                 let_pack(inner_model(network))
         elif self.padding_free:
-            told = (f"{type(inner_model(n)).__name__} {why}" for n, why in zip(kinds, reasons, strict=True) if why)
-            raise ValueError(f"padding_free=True, but {next(told)}")
+            told = [f"{type(inner_model(n)).__name__} {why}" for n, why in zip(kinds, reasons, strict=True) if why]
+            raise ValueError(f"padding_free=True, but {[*told, 'a network of another process cannot be packed'][0]}")
 
     def try_up_to(self, longest: int) -> None:
         """Do nothing: the only trial is the one that all processes make together."""
@@ -163,7 +164,7 @@ class ShardedLayouts:
         """The layout for micro-batches of rows of at most `longest` tokens on this process; all call this together."""
         exact, here = self._is_exact_padded, longest
         if any(rope_limit(inner_model(network).config) for network in self._kinds):
-            longest = _longest_anywhere(longest, self._kinds[0])
+            longest = _largest_anywhere(longest, self._kinds[0])
             exact = exact and not any(_crosses_rope(network, longest) for network in self._kinds)
         limit = self._first_boundary
         # Rows one by one take many calls: then all processes have to pack, or none.
@@ -178,7 +179,7 @@ def _lengths_up_to(longest: int, limits: Sequence[int]) -> list[int]:
     return [*(limit for limit in limits if limit < longest), longest]
 
 
-def _longest_anywhere(longest: int, network: Network) -> int:
+def _largest_anywhere(longest: int, network: Network) -> int:
     """The largest of what the processes give."""
     if not torch.distributed.is_initialized():
         return longest
@@ -311,7 +312,7 @@ def try_sampling_up_to(model: Network, longest: int, joins: bool) -> None:
 
 def _sampling_layout(model: Network, longest: int) -> Layout:
     if sharded := is_sharded(model):
-        longest = _longest_anywhere(longest, model)
+        longest = _largest_anywhere(longest, model)
     if _crosses_rope(model, longest):
         return _say(model, LONGEST_COUNTS, Layout.SEPARATE)
     trial = sampling_trial(model, LONG if sharded else longest)
@@ -389,7 +390,7 @@ def readable_batches(
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths)
     if sharded:
-        longest = _longest_anywhere(longest, network)
+        longest = _largest_anywhere(longest, network)
     elif min(lengths) == longest:
         return [rows]
     if _reads_padded(read, network, longest):

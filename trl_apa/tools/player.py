@@ -1,6 +1,7 @@
 """Rows of a data set to rollouts with tools or in environments: prompts, turns, and what reward functions read."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -101,13 +102,20 @@ class ToolPlayer:
             self.environments.give_back([names[n] for n in free], [seats[n].environment for n in free])
 
     def _template(self) -> ToolTemplate:
-        """The template, made anew only if its options have changed."""
-        if self._last_template.chat_template_kwargs != (self.args.chat_template_kwargs or {}):
+        """The template, made anew only if what it is made of has changed."""
+        if self._made_of != self._parts_of_template():
             self._last_template = self._make_template()
         return self._last_template
 
+    def _parts_of_template(self) -> tuple[Any, ...]:
+        tokenizer = self.tokenizer
+        templates = (getattr(tokenizer, name, None) for name in ("chat_template", "response_template"))
+        return (deepcopy(self.args.chat_template_kwargs), *templates)
+
     def _make_template(self) -> ToolTemplate:
-        return ToolTemplate(self.tokenizer, self.end_token_ids, self.args.chat_template_kwargs)
+        template = ToolTemplate(self.tokenizer, self.end_token_ids, self.args.chat_template_kwargs)
+        self._made_of = self._parts_of_template()  # it may set a response template
+        return template
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.processes.sum(tensor.to(self.processes.accelerator.device))

@@ -143,14 +143,15 @@ class Saving(NoTelemetry, _BaseTrainer):
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if pushes and (self.args.hub_always_push or not busy):
-            folder = Path(self.args.output_dir)
-            for name in self.value_parts:
-                source = Path(checkpoint_folder) / name
-                if source.is_dir():
-                    shutil.copytree(source, folder / name, dirs_exist_ok=True)
-                elif source.is_file():
-                    shutil.copy(source, folder / name)
-            self.create_model_card(model_name=self.hub_model_id)
+            with warn_if_report_fails(self, "writing the value model and a model card to push"):
+                folder = Path(self.args.output_dir)
+                for name in self.value_parts:
+                    source = Path(checkpoint_folder) / name
+                    if source.is_dir():
+                        shutil.copytree(source, folder / name, dirs_exist_ok=True)
+                    elif source.is_file():
+                        shutil.copy(source, folder / name)
+                self.create_model_card(model_name=self.hub_model_id)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
