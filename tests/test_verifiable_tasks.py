@@ -2,6 +2,8 @@
 
 import json
 import random
+from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from trl_apa.demo.networks import encode
 
 
 SIZES = MiniSizes(iterations=2, evaluations=2, batch_size=8, sft_steps=1, samples_per_prompt=1, num_responses=12)
+ROOT = Path(__file__).resolve().parents[1]
 FAMILY = ["tune-family", "tune-family-sums", "tune-family-sorting"]
 
 
@@ -100,6 +103,21 @@ def test_the_family_s_curves_differ_in_their_methods_and_rates_alone(name, tmp_p
         assert (config.mini_batch_size, config.batch_size, config.num_ppo_epochs) == (32, 64, 2)
         assert config.num_generations == (1 if config.estimator.needs_ref_rewards else 8)
         assert not config.scale_rewards
+
+
+@pytest.mark.parametrize(("name", "quantity"), zip(FAMILY, ("gold_reward", "reward", "reward"), strict=True))
+def test_the_compared_curves_have_the_rates_that_won(name, quantity):
+    """The highest mean over the run and its seeds, among the stored numbers of all five rates."""
+    stored = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    (curves,) = read_figure(CONFIGS, name.removeprefix("tune-")).panels.values()
+    assert stored.keys() == curves.keys()
+    for label, by_rate in stored.items():
+        over_the_run = {
+            float(rate.removeprefix("rate ")): mean(row[quantity] for rows in runs for row in rows if row["step"])
+            for rate, runs in by_rate.items()
+        }
+        assert len(over_the_run) == 5 and {len(runs) for runs in by_rate.values()} == {2}
+        assert curves[label].mini["learning_rate"] == max(over_the_run, key=over_the_run.get), label
 
 
 @pytest.mark.parametrize("loss_type", ["astar_po", "qrpo"])
