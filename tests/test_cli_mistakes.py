@@ -432,8 +432,8 @@ def test_what_our_code_refuses_is_a_mistake_and_what_happens_to_it_is_a_bug():
     with pytest.raises(ValueError) as refused:
         launching.config_file("nowhere")
     assert cli.explain(refused.value).status == cli.MISTAKE
-    with pytest.raises(KeyError) as happened:
-        evaluate.table({"a": {}}, "a")
+    with pytest.raises(ValueError) as happened:
+        evaluate.table({"a": {evaluate.COLUMNS[0][1]: "a text in place of a number"}})
     told = cli.explain(happened.value)
     assert told.status == cli.BUG and "commands/evaluate.py:" in told.lines[1]
 

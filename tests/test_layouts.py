@@ -31,7 +31,7 @@ EXPECTED = {
     "dynamic RoPE": (PACKED, PACKED, SEPARATE),
     "longrope": (PACKED, PACKED, SEPARATE),
     "window": (PACKED, PACKED, PADDED),
-    "capped logits": (PADDED, PADDED, PADDED),
+    "capped logits": (PACKED, PACKED, PACKED),
     "capped attention": (PADDED, PADDED, PADDED),
     "bias in the mask": (PADDED, PADDED, PADDED),
     "rwkv": (SEPARATE, SEPARATE, SEPARATE),
