@@ -25,6 +25,8 @@ from tests.test_training import few_nines
 from tests.test_update import assert_same
 from tests.tiny import lora_config, tiny_config, tiny_model, tiny_rollouts, tiny_tokenizer
 from trl_apa import APATrainer
+from trl_apa.models.trials import LONG
+from trl_apa.rollout.batch import Layout
 
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # inherited by the processes that import DeepSpeed
@@ -100,6 +102,7 @@ def everything(rank, stage, folder, base, judge):
     rows, make_config = rows_of(rank), with_zero(stage)
     trainer, full = stepped(make_config, f"{folder}/full", rows, config=ACCUMULATED)
     assert trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == stage
+    assert trainer._layouts(LONG) is Layout.PACKED
     held = sum(parameter.numel() for parameter in trainer.model.parameters())
     return {
         "full": full,
