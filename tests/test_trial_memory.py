@@ -114,6 +114,15 @@ def test_a_network_that_may_compute_something_else_is_tried_out_itself(made, cha
     assert made == [first, other]
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_the_order_of_a_set_makes_no_difference(kind):
+    """The order of equal sets depends on how they were filled, and of texts on the process."""
+    one, other, third = tiny_model(), tiny_model(), tiny_model()
+    one.heads, other.heads, third.heads = kind([0, 8]), kind([8, 0]), kind([0, 9])
+    assert list(one.heads) != list(other.heads)
+    assert identity_of(one) == identity_of(other) != identity_of(third)
+
+
 def test_what_other_code_computes_is_not_remembered(made, monkeypatch):
     """Attention functions can be exchanged by name."""
     mapping = network_identity.ALL_ATTENTION_FUNCTIONS._global_mapping

@@ -66,8 +66,10 @@ def _described(value: Any, tensors: list[Tensor]) -> Any:
         return value
     if isinstance(value, dict):
         return [(key, _described(part, tensors)) for key, part in value.items()]
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple):
         return [_described(part, tensors) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_described(part, tensors) for part in value), key=repr)  # equal sets can differ in order
     if isinstance(value, Tensor):
         tensors.append(value)
     return type(value).__qualname__
