@@ -133,8 +133,7 @@ def main(argv: Sequence[str]) -> int:
         planner = Planner(setup)
         prediction = planner.prediction
         print("\n".join(table(prediction)), flush=True)
-        if setup.cuts_by_tokens:
-            print(f"\n{proposal(planner.tokens_that_fit([int(size * GIB) for size in CARDS.values()]))}", flush=True)
+        print(f"\n{proposal(planner.tokens_that_fit([int(size * GIB) for size in CARDS.values()]))}", flush=True)
         too_small = [card for card, size in CARDS.items() if prediction.peak > size * GIB]
         if too_small:
             print("\nwhat to change, each change alone:", flush=True)

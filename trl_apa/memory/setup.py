@@ -110,11 +110,6 @@ class Setup:
             raise ValueError("an encoder-decoder: only decoders are predicted")
 
     def _check_sharding(self) -> None:
-        if self.tokens_per_micro_batch is not None and not self.cuts_by_tokens:
-            raise ValueError(
-                f"tokens_per_micro_batch={self.tokens_per_micro_batch} with sharding='zero3': the trainer refuses it "
-                "there"
-            )
         if self.quantization is not None and self.world_size > 1 and self.sharding in ("zero3", "fsdp2"):
             raise ValueError(
                 f"sharding={self.sharding!r} with quantization={self.quantization!r}: quantised weights are not "
@@ -127,11 +122,6 @@ class Setup:
         if self.reference != "auto":
             return self.reference
         return "base" if self.lora_r else "copy"
-
-    @property
-    def cuts_by_tokens(self) -> bool:
-        """Whether the trainer takes `tokens_per_micro_batch`."""
-        return self.sharding != "zero3"
 
     @property
     def is_sharded(self) -> bool:

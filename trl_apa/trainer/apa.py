@@ -86,7 +86,7 @@ from trl_apa.trainer.statistics import (
     sampling_difference,
     with_classic_names,
 )
-from trl_apa.trainer.token_budget import TokenBudget, refuse_under_zero3
+from trl_apa.trainer.token_budget import TokenBudget
 from trl_apa.trainer.training_loop import EndOfIteration, TrainingLoop
 from trl_apa.trainer.update import Update
 from trl_apa.trainer.validation import (
@@ -325,7 +325,6 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         sampling = (self._query, self._respond_on_all_processes, self._respond_as_reference, notes, self.processes)
         self._episodes = EpisodeSampler(self._player, *sampling)
         self._ahead = self._make_rollouts_ahead() if args.rollouts_ahead else None
-        refuse_under_zero3(args.tokens_per_micro_batch, self.accelerator)
         self._token_budget = TokenBudget(self.processes)
         self._importance = ImportanceCorrection()
         self._clear_gradient_norms()

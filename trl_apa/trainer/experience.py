@@ -25,7 +25,6 @@ from trl_apa.trainer.preparation import (
     shaped_ref_rewards,
 )
 from trl_apa.trainer.statistics import StageTimer
-from trl_apa.trainer.token_budget import refuse_under_zero3
 
 
 class Experience(_BaseTrainer):
@@ -135,7 +134,6 @@ class Experience(_BaseTrainer):
     ) -> list[list[list[int]]]:
         """For each list of rows, which are read with the same weights, those of its passes: see `TokenBudget`."""
         budget = self.args.tokens_per_micro_batch
-        refuse_under_zero3(budget, self.accelerator)
         if is_sharded(self.accelerator):
             layout = layout_for(rollouts.longest())
             # As many calls of a network on every process.
