@@ -106,7 +106,7 @@ def everything(rank, stage, folder, base, judge):
     full, tokens, no_critic, padded = (tiny_model() for _ in range(4))
     trainer, full = stepped(make_config, f"{folder}/full", rows, full, ACCUMULATED)
     assert trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == stage
-    assert trainer._layouts(LONG) is Layout.PACKED
+    assert trainer.layouts(LONG) is Layout.PACKED
     held = sum(parameter.numel() for parameter in trainer.model.parameters())
     return {
         "full": full,

@@ -65,7 +65,7 @@ def in_half_precision(folder, rows):
 def in_packed_rows(folder, rows, model, longest):
     """What comes of two steps in which rows of so many tokens are packed."""
     trainer, outcome = stepped(with_fsdp, folder, rows, model, ACCUMULATED)
-    assert trainer._layouts(longest) is Layout.PACKED
+    assert trainer.layouts(longest) is Layout.PACKED
     return outcome
 
 
@@ -74,7 +74,7 @@ def everything(rank, folder, base):
     rows = rows_of(rank)
     trainer, full = stepped(with_fsdp, f"{folder}/full", rows, config=ACCUMULATED)
     assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
-    assert trainer._layouts(LONG) is Layout.PACKED
+    assert trainer.layouts(LONG) is Layout.PACKED
     module = trainer.model
     for layers in (module.policy.model.layers, module.value_model.network.layers, trainer.ref_model.model.layers):
         for parameter in layers.parameters():

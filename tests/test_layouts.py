@@ -76,7 +76,7 @@ def test_logprobs_are_those_of_each_row_alone(tmp_path, family):
         for row, alone in zip(stats[name], expected, strict=True):
             torch.testing.assert_close(torch.tensor(row)[: len(alone)].float(), alone, rtol=1e-5, atol=5e-5)
     assert abs(stats["objective/kl"]) < 1e-5
-    assert tuple(trainer._layouts(longest) for longest in (6, 8, 16)) == EXPECTED[family]
+    assert tuple(trainer.layouts(longest) for longest in (6, 8, 16)) == EXPECTED[family]
 
 
 @pytest.mark.parametrize("family", ["griffin", "longrope", "xlstm", "bart"])
@@ -332,7 +332,7 @@ def test_a_family_without_a_gradient_at_pads_is_not_padded(tmp_path, monkeypatch
             UserWarning, match="has no finite gradient of a padded batch: rows are processed one by one"
         ):
             trainer = tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8, padding_free=False)
-        assert trainer._layouts(16) is SEPARATE
+        assert trainer.layouts(16) is SEPARATE
         stepped = parameters_after_step(trainer, *rollouts)
     assert_same(stepped, parameters_after_step(tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8), *rollouts))
 

@@ -247,7 +247,7 @@ def test_a_quantised_base_reads_a_common_prompt_once(tmp_path, monkeypatch, bits
         policy = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
         kwargs = {"peft_config": lora_config(), "value_model": "adapter"}
         trainer = tiny_trainer(tmp_path, policy, kwargs, batch_size=6, mini_batch_size=6, learning_rate=0.0)
-        assert trainer._layouts(9, share=True) is Layout.SHARED
+        assert trainer.layouts(9, share=True) is Layout.SHARED
         results.append(trainer.step(QUERIES, RESPONSES, SCORES))
     for name in ("objective/logprobs", "objective/ref_logprobs"):
         pairs = zip(*(stats[name] for stats in results), strict=True)
@@ -319,9 +319,9 @@ def test_attention_that_fails_behind_a_prompt_is_packed(monkeypatch):
 
 
 def test_padding_free_says_whether_anything_is_packed(tmp_path):
-    assert tiny_trainer(tmp_path, padding_free=False)._layouts(LONG, share=True) is Layout.PADDED
-    assert tiny_trainer(tmp_path)._layouts(LONG, packable=False, share=True) is Layout.PADDED
-    assert tiny_trainer(tmp_path, padding_free=True)._layouts(LONG, share=True) is Layout.SHARED
+    assert tiny_trainer(tmp_path, padding_free=False).layouts(LONG, share=True) is Layout.PADDED
+    assert tiny_trainer(tmp_path).layouts(LONG, packable=False, share=True) is Layout.PADDED
+    assert tiny_trainer(tmp_path, padding_free=True).layouts(LONG, share=True) is Layout.SHARED
 
 
 def test_equal_queries_have_one_number():
