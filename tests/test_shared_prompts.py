@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.families import family_model
-from tests.test_layouts import EXPECTED
+from tests.test_layouts import EXPECTED, expected_of
 from tests.test_training import StopAt, parameters, trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step, row_logprobs, row_values
 from tests.tiny import FAMILIES, lora_config, tiny_config, tiny_model, tiny_tokenizer, tiny_trainer
@@ -258,8 +258,9 @@ def test_a_quantised_base_reads_a_common_prompt_once(tmp_path, monkeypatch, bits
 @pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_prompts_are_shared_where_a_trial_finds_them_exact(family):
     """Of these families in those that are packed, and nowhere else."""
-    layouts = Layouts([family_model(family)])
-    for longest, expected in zip((6, 8, 16), EXPECTED[family], strict=True):
+    model = family_model(family)
+    layouts = Layouts([model])
+    for longest, expected in zip((6, 8, 16), expected_of(family, model), strict=True):
         shares = layouts(longest, share=True) is Layout.SHARED
         assert shares is (expected is Layout.PACKED)
         assert layouts(longest) is expected

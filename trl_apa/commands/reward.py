@@ -9,6 +9,7 @@ from trl_apa.commands.lengths import check_row_lengths, config_of
 from trl_apa.commands.models import load_tokenizer, loading, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
+from trl_apa.commands.quiet import without_report_of_new_head
 from trl_apa.commands.rows import load_rows, preference
 from trl_apa.commands.supervised import check_options, finish, say_what_is_left_out, supervised_parser
 from trl_apa.config.precision import Bf16WherePossible
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         check_row_lengths(part, tokenizer, model_config, config.max_length)
     options = {**loading_options(model, trust), "revision": model.model_revision}
     config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
-    with loading("model", name):
+    with loading("model", name), without_report_of_new_head():
         trainer = QuietRewardTrainer(
             model=name,
             args=config,
