@@ -30,8 +30,11 @@ COMMANDS = {
     "reward": ("trl_apa.commands.reward", "train a reward model on preferences with TRL's RewardTrainer"),
     "train": ("trl_apa.commands.train_options", "align a policy with APA, AWR or PPO"),
     "offline": ("trl_apa.commands.offline", "train on fixed responses with APA, AWR, ILQL, QRPO or DRO"),
-    "evaluate": ("trl_apa.commands.evaluate", "reward, KL, entropy, length of checkpoints on prompts, in one table"),
-    "generate": ("trl_apa.commands.generate", "responses of a model to prompts, as JSON lines"),
+    "evaluate": (
+        "trl_apa.commands.evaluate_options",
+        "reward, KL, entropy, length of checkpoints on prompts, in one table",
+    ),
+    "generate": ("trl_apa.commands.generate_options", "responses of a model to prompts, as JSON lines"),
     "check": ("trl_apa.commands.check", "check whether a model's numbers can be trusted on this machine"),
     "memory": ("trl_apa.commands.memory", "peak memory of a run on each GPU, from the config of its model"),
     "winrate": ("trl_apa.commands.winrate_options", "how often a judge prefers one model's answers to another's"),

@@ -32,6 +32,8 @@ PLACES = dict.fromkeys(("reward_weights", "reward_timeout", "skip_unscored"), "r
 PLACES |= dict.fromkeys(("push_to_hub_if_best_kwargs", "compare_steps"), "Hugging Face hub")
 PLACES |= dict.fromkeys(("log_completions", "num_completions_to_print"), "logging")
 PLACES |= dict.fromkeys(("tracker_project_name", "tracker_kwargs", "project_kwargs"), "logging")
+# What `--help` says of options whose own texts are about other trainers.
+HELPS = {"bf16": "Compute in bfloat16 (autocast); by default where a GPU supports it, and not with fp16."}
 # Of classic configs: kept for the record there, and of no use to a command.
 OLDER = {*ALIASES, *NOT_READ_BACK, *WITHOUT_EFFECT, "forward_batch_size", "exp_name", "task_name", "model_name"}
 OLDER |= {"query_dataset", "reward_model", "init_kl_coef", "steps"}
@@ -78,4 +80,4 @@ def model_part(names: Collection[str] | None = None) -> Part:
 
 def apa_part(names: Collection[str] | None = None) -> Part:
     """Algorithm, sampling and training, by `APAConfig`."""
-    return Part(APAConfig, apa_title, names)
+    return Part(APAConfig, apa_title, names, HELPS)

@@ -1,14 +1,16 @@
 """What the commands' parsers share: options in groups, YAML whose keys and values are checked, and 'did you mean'."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -43,8 +45,6 @@ TITLES = (
     "launching",
     "Hugging Face hub",
 )
-# What `--help` says of an option that is not set, where its field's own text is about another default.
-WHERE_NOT_SET = {"bf16": "Compute in bfloat16 (autocast); by default where a GPU supports it, and not with fp16."}
 # The group that only `--help-all` shows.
 OLDER_NAMES = "names and options of older scripts"
 
@@ -56,11 +56,13 @@ class Part(NamedTuple):
         dataclass: the class that the options are for.
         title_of: name of a field to the title of its group in `--help`.
         names: the fields that are options; None means all of them.
+        helps: what `--help` says of a field in this command, where its own text is about another one.
     """
 
     dataclass: type
     title_of: Callable[[str], str]
     names: Collection[str] | None = None
+    helps: Mapping[str, str] = MappingProxyType({})
 
 
 class CommandParser:
@@ -252,17 +254,19 @@ def _groups(parts: Sequence[Part]) -> dict[str, list[OptionField]]:
         hints = get_type_hints(part.dataclass)
         fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
-            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], _told(fields[name])))
+            field = _told(fields[name], hints[name], part.helps.get(name))
+            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], field))
     return {title: groups[title] for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))}
 
 
-def _told(field: "dataclasses.Field[Any]") -> "dataclasses.Field[Any]":
-    """The field with the help that is true of a command."""
-    if field.default is not None or field.name not in WHERE_NOT_SET:
-        return field
-    metadata = {**field.metadata, "help": WHERE_NOT_SET[field.name]}
-    told: Any = dataclasses.field(default=None, metadata=metadata)
-    return told  # type: ignore[no-any-return]  # a field, which stubs type as its default
+def _told(field: "dataclasses.Field[Any]", hint: Any, help: str | None) -> "dataclasses.Field[Any]":
+    """The field with the help that is true of a command, and the name of any bool alone meaning True."""
+    more: dict[str, Any] = {} if help is None else {"help": help}
+    if hint == bool | None and field.default is None:
+        more |= {"nargs": "?", "const": True}
+    told = copy.copy(field)
+    told.metadata = MappingProxyType({**field.metadata, **more})
+    return told
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
