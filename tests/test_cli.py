@@ -155,6 +155,29 @@ def test_the_file_is_read_as_the_command_line_and_the_command_line_wins(tmp_path
     assert values["gamma"] == 1.0
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_types_and_speaks_of_the_command(capsys, command):
+    """No name of an option in capitals in place of its type; no function of the library in place of the command."""
+    assert run(command, "--help") == 0
+    told = capsys.readouterr().out
+    options = re.findall(r"^  --(\w[\w-]*)(?: (\S.*?))?(?:  .*)?$", told, flags=re.MULTILINE)
+    assert "debug" in dict(options)
+    for name, value in options:
+        assert value.strip("[]") != name.upper().replace("-", "_"), f"--{name} {value}"
+    assert "train()" not in told and "Read it" not in told and "ithout effect." not in told
+    for name, text in re.findall(r"^  --no_(\w+)\s+(.*)", told, flags=re.MULTILINE):
+        assert text == f"{name} off."
+
+
+def test_help_of_train_leaves_out_what_would_do_nothing(capsys):
+    assert run("train", "--help") == 0
+    short = capsys.readouterr().out
+    assert run("train", "--help-all") == 0
+    rest = capsys.readouterr().out.partition("options without effect in this command:")[2]
+    for name in ("label_smoothing_factor", "tool_timeout", "do_train", "is_peft_model"):
+        assert f"  --{name} " not in short and f"  --{name} " in rest
+
+
 def test_help_groups_the_options(capsys):
     assert run("train", "--help") == 0
     short = capsys.readouterr().out
@@ -286,6 +309,15 @@ def test_a_reward_function_is_found_in_the_working_directory(tmp_path, monkeypat
     ]:
         with pytest.raises(ValueError, match=problem):
             import_reward_function(name)
+
+
+def test_servers_and_judges_are_reward_functions_of_a_command(tmp_path, monkeypatch):
+    (tmp_path / "style.yaml").write_text("model: m\nrubric: Is it short?\nbase_url: http://127.0.0.1:9/v1\n")
+    monkeypatch.chdir(tmp_path)
+    rewards = reward_options.RewardArguments(reward_funcs=["https://host/score", "judge:style.yaml"])
+    assert [type(function).__name__ for function in rewards.functions()] == ["ServedReward", "JudgeReward"]
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        reward_options.RewardArguments(reward_funcs=["judge:nowhere.yaml"]).functions()
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):

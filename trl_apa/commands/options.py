@@ -16,10 +16,13 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from trl_apa.commands.field_parser import FieldParser, OptionField
-from trl_apa.commands.parsing import DefaultsFormatter, OneLineParser
+from trl_apa.commands.parsing import DefaultsFormatter, OneLineParser, add_debug
 from trl_apa.redaction import without_secrets
 
 
+# The groups that only `--help-all` shows.
+OLDER_NAMES = "names and options of older scripts"
+NO_EFFECT = "options without effect in this command"
 # Groups of `--help` in their order; those that are not here come last.
 TITLES = (
     "checkpoints",
@@ -44,9 +47,9 @@ TITLES = (
     "several devices",
     "launching",
     "Hugging Face hub",
+    NO_EFFECT,
+    OLDER_NAMES,
 )
-# The group that only `--help-all` shows.
-OLDER_NAMES = "names and options of older scripts"
 
 
 class Part(NamedTuple):
@@ -75,13 +78,14 @@ class CommandParser:
         command: its name.
         description: what it does.
         parts: where its options come from. No two may have a field of the same name.
+        positional: what may stand before the options, for the usage.
     """
 
-    def __init__(self, command: str, description: str, *parts: Part):
+    def __init__(self, command: str, description: str, *parts: Part, positional: str = ""):
         self.parts = parts
         self._hints = {name: hint for part in parts for name, hint in get_type_hints(part.dataclass).items()}
         program = f"trl-apa {command}"
-        usage = f"{program} [--config FILE] [--option value ...]"
+        usage = " ".join(filter(None, (program, positional, "[--config FILE] [--option value ...]")))
         self.groups = _groups(parts)
         self._parser = _Parser(
             self.groups,
@@ -94,10 +98,12 @@ class CommandParser:
         self._parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
         if self._parser.hidden:
             self._parser.add_argument(
-                "--help-all", action=_HelpAll, help="show also the names and options of older scripts, and exit"
+                "--help-all", action=_HelpAll, help=f"show also {' and '.join(self._parser.hidden_titles)}, and exit"
             )
         self._actions = {action.dest: action for action in reversed(self._parser._actions)}
         self._names = sorted(self._actions.keys() - {"help", "help_all", "config"})
+        if "debug" not in self._names:
+            add_debug(self._parser)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Every option's value, by name.
@@ -164,7 +170,12 @@ class _Parser(FieldParser):
     @property
     def hidden(self) -> list[argparse._ArgumentGroup]:
         """Groups that `--help` leaves out."""
-        return [group for group in self._action_groups if group.title == OLDER_NAMES]
+        return [group for group in self._action_groups if group.title in (OLDER_NAMES, NO_EFFECT)]
+
+    @property
+    def hidden_titles(self) -> list[str]:
+        """Of these groups."""
+        return [str(group.title) for group in self.hidden]
 
     def format_help(self, everything: bool = False) -> str:
         """Without the secrets of a file, whose options are defaults."""

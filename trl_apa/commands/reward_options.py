@@ -18,21 +18,23 @@ class RewardArguments:
         "that is an adapter on the policy's base.",
     )
     reward_funcs: list[str] | None = option(
-        None, "Reward functions by dotted name (my_rewards.politeness), found from the working directory."
+        None,
+        "Reward functions by dotted name (my_rewards.politeness), found from the working directory; addresses of "
+        "servers (https://host/path); judges with a rubric (judge:rubric.yaml).",
     )
     trust_remote_code: bool = option(False, "Let code that comes with models and tokenizers run.")
 
     def functions(self) -> list[Callable[..., Any]]:
-        """The functions, imported.
+        """The functions: imported, or asking a server or a judge.
 
         Raises:
             ValueError: if one cannot be imported, or if there is neither a function nor a model.
         """
         if not self.reward_funcs and not self.reward_model_name_or_path:
             raise ValueError("no rewards: set reward_model_name_or_path, reward_funcs, or both")
-        from trl_apa.commands.models import import_reward_function
+        from trl_apa.commands.models import reward_function
 
-        return [import_reward_function(name) for name in self.reward_funcs or ()]
+        return [reward_function(name) for name in self.reward_funcs or ()]
 
 
 def reward_part() -> Part:

@@ -1,4 +1,4 @@
-"""`trl-apa train`: align a policy with APA, AWR or PPO."""
+"""`trl-apa train`: align a policy with APA or another loss."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -28,7 +28,7 @@ def make_parser() -> CommandParser:
     """The options of the command."""
     return CommandParser(
         "train",
-        "Align a policy with Advantage-Induced Policy Alignment: sample, score, learn.",
+        "Align a policy: sample, score, learn, by Advantage-Induced Policy Alignment (APA) or another loss_type.",
         Part(DataArguments, lambda name: "data"),
         reward_part(),
         model_part(),
