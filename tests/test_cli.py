@@ -320,6 +320,20 @@ def test_servers_and_judges_are_reward_functions_of_a_command(tmp_path, monkeypa
         reward_options.RewardArguments(reward_funcs=["judge:nowhere.yaml"]).functions()
 
 
+@pytest.mark.parametrize("options", ["--load_in_8bit", "--load_in_4bit --dtype bfloat16"])
+def test_a_reward_model_learns_on_a_quantised_base_without_autocast(tmp_path, monkeypatch, options):
+    """TRL leaves its head in bfloat16, which the hidden states of such a base need not be in."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base")
+    jsonl(tmp_path / "rows.jsonl", hh_rows(8))
+    options += " --use_peft --lora_target_modules all-linear --use_cpu --report_to none --max_steps 1"
+    argv = ["--model_name_or_path", "base", "--dataset_name", "rows.jsonl", "--output_dir", "reward", *options.split()]
+    assert run("reward", *argv) == 0
+    state = json.loads((tmp_path / "reward" / "trainer_state.json").read_text())
+    assert state["global_step"] == 1
+
+
 def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(ValueError, match=r"is no trained reward model: it has no weights for score"):
         load_reward_model(str(make_model(tmp_path / "model")))

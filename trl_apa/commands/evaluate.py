@@ -6,15 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from trl import ModelConfig
 
+from trl_apa._trl import is_peft_model
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.rows import load_prompts
 from trl_apa.config.apa import APAConfig
+from trl_apa.config.rates import PRETRAINED_RATE
 from trl_apa.evaluation.held_out import held_out_metrics
+from trl_apa.models.network_parts import Network
 from trl_apa.trainer.apa import APATrainer
 
 
@@ -45,7 +49,9 @@ def run(parser: CommandParser, values: dict[str, Any]) -> int:
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments, data, rewards, loading, sampling = parser.build(values)
-        model, config = ModelConfig(**vars(loading)), APAConfig(output_dir=scratch, **vars(sampling))
+        model = ModelConfig(**vars(loading))
+        # A trainer tells of a learning rate that it chooses itself, which nothing uses here.
+        config = APAConfig(output_dir=scratch, learning_rate=PRETRAINED_RATE, **vars(sampling))
         if not arguments.checkpoints:
             raise ValueError("checkpoints is not set: name the folders or hub names of the models")
         check_output_file("output", arguments.output)
@@ -60,9 +66,16 @@ def run(parser: CommandParser, values: dict[str, Any]) -> int:
         scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
         results = {}
         for name, tokenizer in tokenizers.items():
-            # Nothing is learned here; this critic has no trunk of its own.
+            policy = load(name)
             trainer = APATrainer(
-                config, load(name), reference, tokenizer, prompts, reward_funcs=scorers, value_model="head"
+                config,
+                policy,
+                reference,
+                tokenizer,
+                prompts,
+                reward_funcs=scorers,
+                value_model="head",  # nothing is learned here, and this critic has no trunk of its own
+                peft_config=adapters_without_effect(policy),
             )
             results[name] = held_out_metrics(trainer, list(prompts))
             if is_same_model(name, reference_name):  # which wins on half of the prompts, by chance
@@ -74,6 +87,14 @@ def run(parser: CommandParser, values: dict[str, Any]) -> int:
             Path(arguments.output).absolute().parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def adapters_without_effect(policy: Network) -> LoraConfig | None:
+    """New adapters on a quantised model, which a trainer takes with adapters alone: they add exactly zero to it."""
+    if not getattr(policy, "is_quantized", False) or is_peft_model(policy):
+        return None
+    task = "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM"
+    return LoraConfig(r=1, target_modules="all-linear", task_type=task)
 
 
 def is_same_model(name: str, reference_name: str) -> bool:
