@@ -11,13 +11,13 @@ from trl.scripts.utils import DatasetConfig
 
 from tests._cli import refused, run
 from tests.test_cli import hh_rows, jsonl, make_model
-from trl_apa.commands import offline, reward, sft, train
+from trl_apa.commands import offline, reward, sft, train_options
 from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.mixture import KEYS, READERS, entries_of, mixture_rows
 from trl_apa.commands.rows import demonstration, load_rows, preference, prompts_by
 
 
-COMMANDS = {"sft": sft, "reward": reward, "train": train, "offline": offline}
+COMMANDS = {"sft": sft, "reward": reward, "train": train_options, "offline": offline}
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_variables_under_env_are_set(files, monkeypatch, capsys):
     monkeypatch.setenv("OF_A_RUN", "before")
     monkeypatch.delenv("OF_ANOTHER", raising=False)
     path = yaml_with(files / "run.yaml", env={"OF_A_RUN": 1, "OF_ANOTHER": "x"}, seed=3)
-    assert train.make_parser().parse(["--config", path])["seed"] == 3
+    assert train_options.make_parser().parse(["--config", path])["seed"] == 3
     assert (os.environ["OF_A_RUN"], os.environ.pop("OF_ANOTHER")) == ("1", "x")
     path = yaml_with(files / "run.yaml", env=["A=1"])
     assert "env should hold variables" in refused(capsys, "train", "--config", path)

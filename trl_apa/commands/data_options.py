@@ -112,8 +112,3 @@ class DataArguments:
         if self.dataset_name is None:
             raise ValueError("dataset_name is not set: name a file or a data set of the hub")
         return self.dataset_name
-
-
-# What the commands that do not train read.
-PROMPT_NAMES = {"dataset_name", "dataset_config", "dataset_data_dir", "dataset_layout", "dataset_test_split"}
-PROMPT_NAMES |= {"eval_share", "max_eval_rows", "dataset_prompt_column"}

@@ -34,7 +34,7 @@ class MemoryArguments:
         "The policy: a folder with a config.json, a hub name (common ones need no hub), or a shape: "
         "family=llama,hidden_size=4096,...",
     )
-    quantization: str | None = option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
+    quantization: str | None = option(None, "Quantize the base below adapters.", choices=["8bit", "4bit"])
     dtype: str | None = option(
         None,
         "Type of unquantized weights; bfloat16 with quantization and float32 without by default.",
@@ -50,7 +50,7 @@ class MemoryArguments:
     )
     reference: str = option(
         "auto",
-        "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.",
+        "pi_init: the base without adapters, a frozen copy of the adapter, or a copy; auto: as the trainer would.",
         choices=list(REFERENCES),
     )
     reward: str = option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "memory",
         "Predict the peak memory of each GPU, by component, from the config alone: no weights, no GPU.",
-        Part(MemoryArguments, lambda name: "training"),
+        Part(MemoryArguments, lambda name: "the run"),
     )
     (arguments,) = parser.build(parser.parse(argv))
     from trl_apa.memory import Planner

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from trl import RewardConfig, get_peft_config
 
 from trl_apa.commands.launching import launch
@@ -58,6 +60,18 @@ def main(argv: Sequence[str]) -> int:
             processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
+    keep_precision_of_head(trainer.model)
     trainer.card_datasets = data.names
     say_what_is_left_out(trainer, rows, held_out, f"more than max_length={config.max_length} tokens")
     return finish(trainer, REWARD_COLUMNS)
+
+
+def keep_precision_of_head(model: nn.Module) -> None:
+    """Give the head that is trained beside adapters the dtype that it was loaded in.
+
+    On a quantised base TRL casts all that is trained to bfloat16, as adapters take any input. A head takes its own
+    dtype alone, which without autocast is that of the unquantised weights.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(next(module.original_module.parameters()).dtype)

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
 from trl_apa.commands.data_options import DataArguments
-from trl_apa.commands.groups import model_part, trl_title
+from trl_apa.commands.groups import HELPS, model_part, trl_title
 from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
@@ -27,7 +27,9 @@ def supervised_parser(command: str, description: str, config: type, trained: str
     """
     names = DataArguments.__dataclass_fields__.keys() - {"dataset_prompt_column"}
     data = Part(DataArguments, lambda name: "data", names)
-    return CommandParser(command, description, data, model_part(), Part(config, trl_title(trained)), LAUNCH_PART)
+    return CommandParser(
+        command, description, data, model_part(), Part(config, trl_title(trained), helps=HELPS), LAUNCH_PART
+    )
 
 
 def check_options(model: ModelConfig, config: TrainingArguments) -> None:
