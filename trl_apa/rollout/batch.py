@@ -68,6 +68,7 @@ class Rollouts:
             decoder alone, which reads the query there.
         prompts: a number for each row, the same for rows with equal queries: see `equal_queries`.
         sampling_statistics: what sampling says of itself for the log; None if nothing.
+        normalizer_statistics: of the learned log Z(s) that the advantages have; None unless it is learned.
     """
 
     queries: list[Tensor]
@@ -90,6 +91,7 @@ class Rollouts:
     sampled_by_engine: bool = False
     importance_weights_BR: Tensor | None = None
     sampling_statistics: dict[str, float] | None = None
+    normalizer_statistics: dict[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.queries)
