@@ -31,6 +31,7 @@ LLAMA, NEOX = LlamaConfig(**SIZES), GPTNeoXConfig(**SIZES)
 GPT2 = GPT2Config(vocab_size=1000, n_embd=128, n_layer=2, n_head=4, eos_token_id=None, bos_token_id=None)
 LARGE_VOCABULARY = LlamaConfig(**{**SIZES, "vocab_size": 32000, "hidden_size": 64})
 WIDE = LlamaConfig(**{**SIZES, "hidden_size": 192, "intermediate_size": 512, "num_key_value_heads": 2})
+WIDEST = LlamaConfig(**{**SIZES, "hidden_size": 512, "num_hidden_layers": 1, "vocab_size": 100})
 IN_FLOAT32 = {"dtype": torch.float32, "autocast": None, "max_length": 256, "max_new_tokens": 24}
 IN_FLOAT32 |= {"micro_batch_size": 4, "generation_batch_size": 4, "lora_r": 8}
 FULL, QUANTISED = {**IN_FLOAT32, "lora_r": 0}, {**IN_FLOAT32, "dtype": torch.bfloat16, "autocast": torch.bfloat16}
@@ -55,6 +56,12 @@ CASES = {
     "full, a head for values": Setup(GPT2, **FULL, value="head", gradient_checkpointing=False),
     "full, no value model": Setup(GPT2, **FULL, value=None, gradient_checkpointing=False),
     "LoRA, no value model": Setup(LLAMA, **IN_FLOAT32, value=None),
+    "LoRA, a learned log Z": Setup(
+        WIDEST,
+        **{**IN_FLOAT32, **SHORT, "micro_batch_size": 2, "generation_batch_size": 2},
+        value=None,
+        learned_normalizer=True,
+    ),
     "one unfrozen layer": Setup(LLAMA, **FULL, num_unfrozen_layers=1, gradient_checkpointing=False),
 }
 
@@ -90,9 +97,10 @@ def measure(setup: Setup, folder: str | Path) -> Measured:
 
 
 def lasting_bytes(trainer: APATrainer) -> int:
-    """Weights of policy, value model and reference, and the optimizer's states."""
+    """Weights of policy, value model and reference, the optimizer's states, and a learned log Z."""
     networks = [trainer.model, *([] if trainer.ref_model is None else [trainer.ref_model])]
-    states = (state for states in trainer.optimizer.state.values() for state in states.values())
+    states = [state for states in trainer.optimizer.state.values() for state in states.values()]
+    states += trainer.run_state.normalizer.state_dict().values()
     return _storages(tensor for network in networks for tensor in _tensors(network)) + _storages(states)
 
 
@@ -112,6 +120,7 @@ def build_trainer(setup: Setup, folder: str | Path) -> APATrainer:
         num_unfrozen_layers=setup.num_unfrozen_layers,
         optim="adamw_torch_fused",
         advantage_estimator="batch" if setup.value is None else "gae",
+        normalizer="learned" if setup.learned_normalizer else "none",
     )
     lora = LoraConfig(r=setup.lora_r, target_modules=setup.lora_target_modules, task_type="CAUSAL_LM")
     return APATrainer(

@@ -13,6 +13,7 @@ from tests._engines import (
     assert_equal_outcome,
     assert_equal_runs,
     assert_reloads,
+    normalized,
     on_one_base,
     rows_of,
     stepped,
@@ -108,6 +109,7 @@ def everything(rank, stage, folder, base, judge):
         "full": full,
         "held": held,
         "by tokens": by_tokens(stage, make_config, f"{folder}/tokens", rows),
+        "normalized": normalized(make_config, f"{folder}/normalized", rows, **ACCUMULATED),
         "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
         "bf16": stepped(with_zero(stage, bf16={"enabled": True}), f"{folder}/bf16", rows, base, {"bf16": True})[1],
@@ -166,6 +168,12 @@ def test_so_they_do_in_passes_of_so_many_tokens(ranks, folder, stage):
     _, expected = stepped(alone, folder / "tokens-alone")
     for rank in ranks:
         assert_equal_outcome(rank["by tokens"], expected, MISSING)
+
+
+def test_so_they_do_with_a_learned_normalizer(ranks, folder):
+    expected = normalized(alone, folder / "normalized-alone")
+    for rank in ranks:
+        assert_equal_outcome(rank["normalized"], expected, MISSING)
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder, models):

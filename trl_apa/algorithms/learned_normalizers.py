@@ -16,6 +16,8 @@ KEPT = 0.9
 PENALTIES = (math.inf, 1e4, 1e3, 1e2, 1e1, 1.0, 0.1)
 # Errors that differ by less, as a share, are equal: of these the fit with the highest penalty is used.
 EQUAL = 1e-3
+# States that are in memory in float64 at a time.
+AT_ONCE = 1024
 # Of the mean square of an entry.
 ROUNDING = 1e-10
 
@@ -76,9 +78,13 @@ def moments_of(states_NH: Tensor, residuals_N: Tensor) -> Tensor:
         `(H + 2, H + 2)`, float64 (float32 on MPS, which has no float64).
     """
     accumulator = torch.float32 if states_NH.device.type == "mps" else torch.float64
-    states_NH, residuals_N = states_NH.detach().to(accumulator), residuals_N.detach().to(states_NH.device, accumulator)
-    rows_NZ = torch.cat([states_NH, torch.ones_like(residuals_N)[:, None], residuals_N[:, None]], dim=1)
-    return rows_NZ.T @ rows_NZ
+    size, residuals_N = states_NH.shape[1] + 2, residuals_N.detach().to(states_NH.device)
+    moments_ZZ = torch.zeros(size, size, dtype=accumulator, device=states_NH.device)
+    for states, residuals in zip(states_NH.detach().split(AT_ONCE), residuals_N.split(AT_ONCE), strict=True):
+        columns = states, torch.ones_like(residuals)[:, None], residuals[:, None]
+        rows_NZ = torch.cat([column.to(accumulator) for column in columns], dim=1)
+        moments_ZZ.addmm_(rows_NZ.T, rows_NZ)
+    return moments_ZZ
 
 
 def ridge_coefficients(moments_ZZ: Tensor, penalty: float) -> Tensor:
@@ -117,6 +123,11 @@ def squared_error(moments_ZZ: Tensor, coefficients_K: Tensor) -> Tensor:
     """The sum of (y - w'x - b)^2 over the states of the moments, 0-D; `coefficients_K` are w and b, `(H + 1,)`."""
     signed_Z = torch.cat([coefficients_K, -torch.ones_like(coefficients_K[:1])])
     return (signed_Z @ moments_ZZ @ signed_Z).clamp(min=0)
+
+
+def moments_bytes(width: int) -> int:
+    """Bytes of the moments of states of so many entries, in float64."""
+    return 8 * (width + 2) ** 2
 
 
 class LearnedNormalizer:
