@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -75,9 +76,9 @@ class Measured:
     lasting: int
 
 
-def measure(setup: Setup, folder: str | Path) -> Measured:
+def measure(setup: Setup, folder: str | Path, **options: Any) -> Measured:
     """Train and sample with the real trainer on the CPU, in an iteration in which the optimizer has its states."""
-    trainer = build_trainer(setup, folder)
+    trainer = build_trainer(setup, folder, **options)
     rows = setup.micro_batch_size * setup.gradient_accumulation_steps
     generator = torch.Generator().manual_seed(0)
 
@@ -104,24 +105,25 @@ def lasting_bytes(trainer: APATrainer) -> int:
     return _storages(tensor for network in networks for tensor in _tensors(network)) + _storages(states)
 
 
-def build_trainer(setup: Setup, folder: str | Path) -> APATrainer:
-    """The trainer that `setup` describes, with random weights."""
-    config = APAConfig(
-        output_dir=str(folder),
-        report_to="none",
-        use_cpu=True,
-        bf16=setup.autocast is not None,
-        batch_size=setup.micro_batch_size * setup.gradient_accumulation_steps,
-        mini_batch_size=setup.micro_batch_size,
-        gradient_accumulation_steps=setup.gradient_accumulation_steps,
-        tokens_per_micro_batch=setup.tokens_per_micro_batch,
-        gradient_checkpointing=setup.gradient_checkpointing,
-        max_completion_length=setup.max_new_tokens,
-        num_unfrozen_layers=setup.num_unfrozen_layers,
-        optim="adamw_torch_fused",
-        advantage_estimator="batch" if setup.value is None else "gae",
-        normalizer="learned" if setup.learned_normalizer else "none",
-    )
+def build_trainer(setup: Setup, folder: str | Path, **options: Any) -> APATrainer:
+    """The trainer that `setup` and more options of the config describe, with random weights."""
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": setup.autocast is not None,
+        "batch_size": setup.micro_batch_size * setup.gradient_accumulation_steps,
+        "mini_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "tokens_per_micro_batch": setup.tokens_per_micro_batch,
+        "gradient_checkpointing": setup.gradient_checkpointing,
+        "max_completion_length": setup.max_new_tokens,
+        "num_unfrozen_layers": setup.num_unfrozen_layers,
+        "optim": "adamw_torch_fused",
+        "advantage_estimator": "batch" if setup.value is None else "gae",
+        "normalizer": "learned" if setup.learned_normalizer else None,
+    }
+    config = APAConfig(**{**given, **options})
     lora = LoraConfig(r=setup.lora_r, target_modules=setup.lora_target_modules, task_type="CAUSAL_LM")
     return APATrainer(
         config,

@@ -69,9 +69,9 @@ def stepped(make_config, folder, rows=range(8), model=None, config=None, num_ste
     }
 
 
-def normalized(make_config, folder, rows=range(8), **config):
+def normalized(make_config, folder, rows=range(8), model=None, **config):
     """Four steps with a learned log Z(s)."""
-    outcome = stepped(make_config, folder, rows, config={**NORMALIZED, **config}, num_steps=4)[1]
+    outcome = stepped(make_config, folder, rows, model, {**NORMALIZED, **config}, num_steps=4)[1]
     assert abs(outcome["stats"]["apa/normalizer/log_normalizer"]) > 1e-3
     return outcome
 

@@ -109,7 +109,7 @@ def everything(rank, stage, folder, base, judge):
         "full": full,
         "held": held,
         "by tokens": by_tokens(stage, make_config, f"{folder}/tokens", rows),
-        "normalized": normalized(make_config, f"{folder}/normalized", rows, **ACCUMULATED),
+        "normalized": normalized(make_config, f"{folder}/normalized", rows, base, **ACCUMULATED),
         "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
         "bf16": stepped(with_zero(stage, bf16={"enabled": True}), f"{folder}/bf16", rows, base, {"bf16": True})[1],
@@ -170,8 +170,8 @@ def test_so_they_do_in_passes_of_so_many_tokens(ranks, folder, stage):
         assert_equal_outcome(rank["by tokens"], expected, MISSING)
 
 
-def test_so_they_do_with_a_learned_normalizer(ranks, folder):
-    expected = normalized(alone, folder / "normalized-alone")
+def test_so_they_do_with_a_learned_normalizer(ranks, folder, models):
+    expected = normalized(alone, folder / "normalized-alone", model=models[0])
     for rank in ranks:
         assert_equal_outcome(rank["normalized"], expected, MISSING)
 

@@ -49,7 +49,7 @@ def subtract_learned_normalizer(
     shift_BR = torch.zeros_like(rollouts.advantages_BR)
     moments_ZZ: Tensor | None = None
     for rows, logprobs_BR, hidden_BRH in passes:
-        width = logprobs_BR.shape[1]
+        width, hidden_BRH = logprobs_BR.shape[1], hidden_BRH.to(mask_BR.device)
         rollouts.old_logprobs_BR[rows, :width] = logprobs_BR.float()
         log_ratio_BR = logprobs_BR.float() - rollouts.ref_logprobs_BR[rows, :width]
         read = rollouts.advantages_BR[rows, :width], log_ratio_BR, mask_BR[rows, :width]
