@@ -13,6 +13,7 @@ from tests._engines import (
     assert_equal_outcome,
     assert_equal_runs,
     assert_reloads,
+    normalized,
     on_one_base,
     rows_of,
     stepped,
@@ -114,6 +115,7 @@ def everything(rank, stage, folder, base, judge):
         "by tokens": stepped(make_config, f"{folder}/tokens", rows, tokens, BY_TOKENS)[1],
         "without a critic": stepped(make_config, f"{folder}/no-critic", rows, no_critic, WITHOUT_CRITIC)[1],
         "padded": stepped(make_config, f"{folder}/padded", rows, padded, PADDED)[1],
+        "normalized": normalized(make_config, f"{folder}/normalized", rows, base, **ACCUMULATED),
         "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
         "bf16": stepped(with_zero(stage, bf16={"enabled": True}), f"{folder}/bf16", rows, base, {"bf16": True})[1],
@@ -167,6 +169,12 @@ def test_so_they_do_without_a_critic(ranks, folder):
     _, expected = stepped(alone, folder / "no-critic-alone", config={"advantage_estimator": "batch"})
     for rank in ranks:
         assert_equal_outcome(rank["without a critic"], expected, ["apa/grad_norm/policy"])
+
+
+def test_so_they_do_with_a_learned_normalizer(ranks, folder, models):
+    expected = normalized(alone, folder / "normalized-alone", model=models[0])
+    for rank in ranks:
+        assert_equal_outcome(rank["normalized"], expected, MISSING)
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder, models):

@@ -54,6 +54,9 @@ class MemoryArguments:
         choices=list(REFERENCES),
     )
     reward: str = option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
+    normalizer: str = option(
+        "none", "Of APA; what 'group' needs is too little to be counted.", choices=["none", "group", "learned"]
+    )
     batch: int = option(1, "Rows of a micro-batch (mini_batch_size).")
     gradient_accumulation_steps: int = option(1, "Micro-batches of an optimizer step.")
     tokens_per_micro_batch: int | None = option(None, "Most tokens of a micro-batch, in place of --batch.")
@@ -96,6 +99,7 @@ class MemoryArguments:
             value=None if self.value == "none" else _network(self.value, NETWORKS["value"]),
             reference=self.reference,
             reward=None if self.reward == "none" else _network(self.reward, NETWORKS["reward"]),
+            learned_normalizer=self.normalizer == "learned",
             micro_batch_size=self.batch,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             tokens_per_micro_batch=self.tokens_per_micro_batch,

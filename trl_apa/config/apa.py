@@ -145,9 +145,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             With `advantage_estimator="group"`: `"none"`, or `"std"`, which divides by the standard deviation of the
             prompt's rewards. Defaults to `"std"` for GRPO and CISPO, else to `"none"`.
         normalizer (`str`, *optional*):
-            APA and APA on responses: what stands for log Z(s) in the target. `"none"`, the default and the paper's 0,
-            or `"group"`, a constant for each prompt, estimated from its responses before each update, for APA from the
-            prompt's other responses (`docs/algorithm.md`). `"group"` needs `num_generations` of 2 or more.
+            APA and APA on responses: what stands for log Z(s) in the target (`docs/algorithm.md`). `"none"`, the
+            default and the paper's 0; `"group"`, a constant for each prompt, estimated from its responses before each
+            update, for APA from the prompt's other responses: it needs `num_generations` of 2 or more; `"learned"`, a
+            ridge regression on the policy's last hidden states, fitted to earlier iterations, for APA of every state,
+            for APA on responses of the prompt: one more forward pass of the policy, no third network.
         num_ref_samples (`int`, *optional*, defaults to `8`):
             With `advantage_estimator="quantile"` or `"optimal_value"`: in `train` and `reference_rewards`, responses
             of pi_init that are sampled and scored once for each prompt, unless its row has `ref_rewards`.
@@ -347,7 +349,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
         "With advantage_estimator='group': 'none', or divide by the group's 'std', by default for grpo and cispo.",
     )
     normalizer: str | None = option(
-        None, "apa, response_apa: 'none' (by default) or 'group' for log Z(s) in the target."
+        None, "apa, response_apa: 'none' (by default), 'group' or 'learned' for log Z(s) in the target."
     )
     num_ref_samples: int = option(
         8, "With quantile and optimal_value: responses of pi_init to each prompt, with which rewards are compared."
@@ -558,6 +560,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
     def normalizes_groups(self) -> bool:
         """Whether log Z of each prompt is estimated from its responses."""
         return self.reads("normalizer") and self.normalizer == "group"
+
+    @property
+    def learns_normalizer(self) -> bool:
+        """Whether log Z(s) is learned from the policy's hidden states."""
+        return self.reads("normalizer") and self.normalizer == "learned"
 
     @property
     def compares_by(self) -> str:
@@ -802,11 +809,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
                 "kl_penalty='kl' with kl_in='loss' charges nothing: the expected gradient of log pi - log pi_init is "
                 "0. Set kl_penalty to 'mse' or 'k3', or kl_in='reward'"
             )
-        if self.normalizer not in (None, "none", "group"):
-            raise ValueError(
-                f"normalizer={self.normalizer!r}: it should be 'none' or 'group'. A log Z(s) that is learned is an "
-                "option of offline learning, learn_state_normaliser"
-            )
+        if self.normalizer not in (None, "none", "group", "learned"):
+            raise ValueError(f"normalizer={self.normalizer!r}: it should be 'none', 'group' or 'learned'")
         if self.loss_aggregation not in (None, *GRPO_AGGREGATIONS):
             names = ", ".join(GRPO_AGGREGATIONS)
             raise ValueError(f"loss_aggregation={self.loss_aggregation!r}: it should be one of {names}")

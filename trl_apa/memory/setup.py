@@ -27,6 +27,7 @@ class Setup:
             whole frozen copy); "auto" is "base" with adapters and "copy" without.
         reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape),
             or a config of another one.
+        learned_normalizer: whether log Z(s) is learned (`normalizer="learned"`).
         num_unfrozen_layers: train only so many of the highest layers; without adapters.
         micro_batch_size: rows of one forward and backward pass.
         gradient_accumulation_steps: of those passes in one optimizer step.
@@ -51,6 +52,7 @@ class Setup:
     value: str | PretrainedConfig | None = "separate"
     reference: str = "auto"
     reward: str | PretrainedConfig | None = None
+    learned_normalizer: bool = False
     num_unfrozen_layers: int | None = None
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1

@@ -607,7 +607,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         device = self.accelerator.device
         ref_rewards_BN = self.processes.together(lambda: given_ref_rewards(ref_rewards, self.args, device))
         self._prepare_for_updates()
-        running_scores = self.running_scores.state_dict()
+        running_scores, normalizer = self.running_scores.state_dict(), self.run_state.normalizer.state_dict()
         try:
             rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
             rollouts.ref_rewards_BN = ref_rewards_BN
@@ -620,6 +620,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             # A caller may catch this (out of memory, for example) and continue: leave no gradient or score behind.
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
+            self.run_state.normalizer.load_state_dict(normalizer)
             if isinstance(error, RuntimeError):
                 with suppress(RuntimeError):  # a device that is lost answers nothing
                     self._check_gradient_norms()
@@ -644,6 +645,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
         stats |= iteration.rollouts.sampling_statistics or {}
+        learned = iteration.rollouts.normalizer_statistics or {}
+        stats |= {f"apa/normalizer/{name}": value for name, value in learned.items()}
         self.run_state.end_iteration(stats["objective/kl"])
         # Losses with the policy that sampled as anchor have targets near it, not near pi_init.
         near = {"apa/policy/unexplained"} if self.args.algorithm.needs_old_logprobs else set()

@@ -1,6 +1,6 @@
 """Rollouts to what their update needs: passes of the networks over them, and the stages of `preparation`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries
 from trl_apa.trainer.estimation import estimate_advantages, subtract_normalizer
 from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
+from trl_apa.trainer.normalizing import StatesOfPass, subtract_learned_normalizer
 from trl_apa.trainer.preparation import (
     in_reading_order,
     plan_iteration,
@@ -47,7 +48,11 @@ class Experience(_BaseTrainer):
             else:
                 ref_rewards_BN = shaped_ref_rewards(rollouts, self.args, self.run_state)
                 estimate_advantages(rollouts, self.args, self.processes, ref_rewards_BN)
-            subtract_normalizer(rollouts, self.args, self.processes)
+            if self.args.learns_normalizer:
+                reading = self._read_states(rollouts)
+                subtract_learned_normalizer(rollouts, self.args, self.run_state.normalizer, reading, self.processes)
+            else:
+                subtract_normalizer(rollouts, self.args, self.processes)
         self._importance.weigh(rollouts, self.args)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
         layout = self.layouts(rollouts.longest(), share=True)
@@ -76,7 +81,8 @@ class Experience(_BaseTrainer):
         rewards_overridden = self.overrides.include("compute_rewards", "_kl_penalty")
         needs_old = needs_old or rewards_overridden or self.overrides.include("loss")
         noted = rollouts.sampling_logprobs_BR is not None and not rollouts.sampled_by_engine
-        reads_drift = self.args.exact_kl or self.args.normalizes_groups
+        # With a learned normaliser `_read_states` reads them too.
+        reads_drift = (self.args.exact_kl or self.args.normalizes_groups) and not self.args.learns_normalizer
         needs_old = needs_old or self.args.importance_correction is not None or (reads_drift and not noted)
         full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
@@ -115,6 +121,16 @@ class Experience(_BaseTrainer):
                 rollouts.old_logprobs_BR, rollouts.ref_logprobs_BR, self.args.kl_penalty
             )
         return (full[0], full[1]) if full else None
+
+    @torch.no_grad()
+    def _read_states(self, rollouts: Rollouts) -> Iterator[StatesOfPass]:
+        """The policy's last hidden states and log-probs of all response tokens, a forward pass at a time."""
+        layout_for = self._layouts
+        for rows in self._passes_before_update(rollouts, layout_for):
+            layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
+            batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_value=False, with_hidden=True)
+            yield StatesOfPass(batch["rows"], outputs["logprobs"], outputs["hidden"])
 
     def _passes_before_update(self, rollouts: Rollouts, layout_for: Callable[..., Layout]) -> list[list[int]]:
         """The rows of each forward pass over an iteration, cut by tokens or into equally many rows."""
