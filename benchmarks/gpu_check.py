@@ -137,6 +137,8 @@ def parts(options: argparse.Namespace, has_bitsandbytes: bool, num_gpus: int) ->
     command = ("-m", "benchmarks.check_shape", "--output", f"{folder}/check.json", *small, *precision, *lengths)
     command += ("--gradient_checkpointing", "true")
     yield Part("check", 90, command, results_file("check"))
+    command = ("-m", "benchmarks.launches", "--output", f"{folder}/launches.json", *small)
+    yield Part("launches", 45, command, results_file("launches"))
     yield from memory_parts(options, has_bitsandbytes)
     command = ("-m", "benchmarks.sampling", "--output", f"{folder}/sampling.json", *small)
     yield Part("sampling", 75, command, results_file("sampling"))

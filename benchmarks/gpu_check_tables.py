@@ -20,6 +20,8 @@ def tables(lines: Sequence[Line], optional: Mapping[str, bool]) -> str:
     sections += [_tests(name, results[name]) for name in ("tests", "two-ranks") if name in results]
     if "check" in results:
         sections.append(_check(results["check"]))
+    if "launches" in results:
+        sections.append(_launches(results["launches"]))
     measured = {name.removeprefix("memory-"): rows for name, rows in results.items() if name.startswith("memory-")}
     if measured:
         sections += [_memory(measured), _speed(measured)]
@@ -96,6 +98,18 @@ def _sampling(speeds: Sequence[Mapping[str, Any]]) -> str:
     ]
     return "Sampling and update, ragged rows (docs/performance.md):\n\n" + _table(
         ("call", "", "rows together", "tokens", "seconds", "tokens/s"), rows
+    )
+
+
+def _launches(passes: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (x["prompt"], x["response"], x["rows"], x["how"], f"{x['seconds']:.4f}", f"{x['ratio']:.2f}", told)
+        for x in passes
+        for told in [x["why_per_sequence"] or "-"]
+    ]
+    return (
+        "A forward and backward pass by launches of attention, 8 responses a prompt (docs/performance.md):\n\n"
+        + _table(("prompt", "response", "rows", "", "seconds", "ratio", "why a launch a sequence"), rows)
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.workload import Workload
+from trl_apa.models.packed_rows import PackedRow
 from trl_apa.models.packing import PER_SEQUENCE
 
 
@@ -72,7 +73,7 @@ class PlainUpdate:
             "input_ids": torch.cat(sequences)[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            "sequence_lengths": lengths,
+            "packed_row": PackedRow(lengths),
             "use_cache": False,
         }
         return inputs, torch.cat(positions), torch.cat([self.responses[row] for row in rows])

@@ -4,18 +4,20 @@
 rehearses those that a CPU can carry out, and TRITON_INTERPRET=1 Triton's kernels, where Triton is installed.
 """
 
+import functools
 import os
 import warnings
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.utils import is_flash_attn_2_available, is_triton_available
 
 from tests._engines import announce_rank, rows_of
 from tests._two_processes import run_in_two_processes
 from tests.test_packing import FOUR_STEPS, between, waits_between
+from tests.test_shared_prompts import allow
 from tests.test_training import PROMPTS, StopAt, few_nines
 from tests.test_update import assert_same, parameters_after_step
 from tests.tiny import (
@@ -27,10 +29,12 @@ from tests.tiny import (
     tiny_rollouts,
     tiny_tokenizer,
 )
+from tests.varlen_stand_in import as_if_on_a_gpu
 from trl_apa import APAConfig, APATrainer
 from trl_apa.checking import memory, run
-from trl_apa.models import fused_head, load_policy, logprobs
+from trl_apa.models import fused_head, layouts, load_policy, logprobs, packing, trial_memory, varlen
 from trl_apa.rollout import generation
+from trl_apa.rollout.batch import Layout
 
 
 ON_GPU = torch.cuda.is_available()
@@ -143,6 +147,86 @@ def test_the_fused_head_is_no_farther_from_float64_than_the_chunks(monkeypatch, 
         rounding = 1e-5 if dtype == torch.float32 else 5e-3
         error, of_chunks = relative(ours.double(), expected), relative(theirs.double(), expected)
         assert error < max(1.5 * of_chunks, rounding), f"{name}: {error:.1e}, chunks {of_chunks:.1e}"
+
+
+# ---- packed rows in one launch a layer ----
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Packed rows in half precision attend in one launch: torch's kernel on a GPU, its stand-in elsewhere."""
+    if not ON_GPU:
+        as_if_on_a_gpu(monkeypatch)
+        monkeypatch.setattr(layouts, "launches_cost", lambda device: True)
+    monkeypatch.setattr(trial_memory, "_OF_EQUAL_NETWORKS", {})
+    kernel, calls = varlen.varlen_attn, []
+
+    @functools.wraps(kernel)  # whose signature says what that of this torch can do
+    def counted(*args, **kwargs):
+        calls.append(len(args[0]))
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    return calls
+
+
+def attended(states, row, window):
+    """Outputs of attention and gradients of its inputs, for the same weights of each output."""
+    states = [part.detach().requires_grad_() for part in states]
+    module = torch.nn.Module()
+    module.num_key_value_groups = states[0].shape[1] // states[1].shape[1]
+    output, _ = packing.attend_per_sequence(module, *states, None, packed_row=row, sliding_window=window)
+    weights = torch.linspace(-1, 1, output.numel(), device=DEVICE, dtype=torch.float64).view_as(output)
+    (output * weights.to(output.dtype)).sum().backward()
+    return [output.detach(), *(part.grad for part in states)]
+
+
+@pytest.mark.parametrize("window", [None, 100], ids=["all", "window"])
+@pytest.mark.parametrize("heads", [4, 1], ids=["heads", "grouped heads"])
+@pytest.mark.parametrize("prompts", [None, (0, 200, 200, 0, 90)], ids=["apart", "shared"])
+def test_one_launch_is_no_farther_from_float64_than_one_a_sequence(monkeypatch, at_once, prompts, heads, window):
+    """Sequences of less than a block of the kernel and of more; behind a shared prompt fewer queries than keys."""
+    row = packing.PackedRow((300, 40, 131, 97, 1), prompts)
+    torch.manual_seed(0)
+    states = [torch.randn(1, count, 569, 64, device=DEVICE, dtype=torch.float64) for count in (4, heads, heads)]
+    half = [part.bfloat16() for part in states]
+    found = attended(half, row, window)
+    assert at_once == [569]
+    with monkeypatch.context() as patched:
+        patched.setattr(varlen, "is_for_flash", lambda *states: False)
+        one_by_one = attended(half, row, window)
+        exact = attended([part.double() for part in half], row, window)
+    assert at_once == [569]
+    for name, ours, theirs, expected in zip(
+        ("outputs", "queries", "keys", "values"), found, one_by_one, exact, strict=True
+    ):
+        error, of_calls = relative(ours.double(), expected), relative(theirs.double(), expected)
+        assert error < max(1.5 * of_calls, 5e-3), f"{name}: {error:.1e}, a launch a sequence {of_calls:.1e}"
+
+
+@pytest.mark.parametrize("window", [None, 8], ids=["all", "window"])
+def test_a_step_on_a_common_prompt_takes_one_launch_a_layer(tmp_path, monkeypatch, at_once, window):
+    """In bfloat16, eight responses to each of two prompts; the change is that of float32 with padding."""
+    allow(monkeypatch, True)
+    torch.manual_seed(2)
+    prompts = torch.randint(2, VOCABULARY, (2, 20)).repeat_interleave(8, dim=0)
+    responses = [torch.randint(2, VOCABULARY, (length,)) for length in [3, 9, 5, 1, 12, 7, 2, 6] * 2]
+    rows = list(prompts.unbind()), responses, list(torch.linspace(-1, 1, 16).unbind())
+    changes, options = [], {**SGD, "batch_size": 16, "mini_batch_size": 8, "shuffle": "groups"}
+    for bf16, padding_free in ((False, False), (True, True)):
+        sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+        config = MistralConfig(**SHARED, **sizes, num_key_value_heads=2, head_dim=32, sliding_window=window)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        trainer = trainer_on(DEVICE, tmp_path, model, **{**options, "bf16": bf16, "padding_free": padding_free})
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        at_once.clear()
+        after = parameters_after_step(trainer, *rows)
+        changes.append(torch.cat([(after[name] - before[name]).flatten().float().cpu() for name in before]))
+    assert trainer._layouts(32, share=True) is Layout.SHARED
+    # Policy, pi_init and values of two micro-batches before the update or in it, two layers; 20 + 45 tokens.
+    assert set(at_once) == {65} and len(at_once) >= 2 * 2 * 3
+    assert relative(changes[1], changes[0]) < 0.1
 
 
 # ---- the same numbers as on the CPU, in each precision ----

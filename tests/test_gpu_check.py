@@ -160,13 +160,24 @@ def test_every_part_is_rehearsed_in_small_on_the_cpu(tmp_path):
     lines = {line["part"]: line for line in lines_of(tmp_path / "out")}
     assert done.returncode == 0, lines
     assert {name: line["status"] for name, line in lines.items()} == dict.fromkeys(lines, "ok")
-    names = ["environment", "tests", "two-ranks", "check", "memory-tiny", "sampling", "vocabulary", "pairs"]
+    names = [
+        "environment",
+        "tests",
+        "two-ranks",
+        "check",
+        "launches",
+        "memory-tiny",
+        "sampling",
+        "vocabulary",
+        "pairs",
+    ]
     assert list(lines) == names
     results = {name: line["results"] for name, line in lines.items()}
     assert results["tests"]["passed"] > 15 and results["tests"]["failed"] == []
     assert results["two-ranks"] == {"passed": 1, "failed": [], "skipped": []}
     assert results["check"]["ok"] and len(results["check"]["findings"]) > 20
     assert [row["layout"] for row in results["memory-tiny"]] == ["full", "one-base-bf16"]
+    assert [row["how"] for row in results["launches"]][::4] == ["prompt once, one launch a layer", "padded"]
     assert len(results["sampling"]) == 6 and len(results["vocabulary"]) == 2
     assert results["pairs"]["iterations"] == 2
     text = (tmp_path / "out" / "tables.md").read_text()

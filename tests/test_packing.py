@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    Llama4TextConfig,
+    MistralConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,6 +29,7 @@ from trl_apa.models.logprobs import (
     response_logprobs,
     trunk_and_head,
 )
+from trl_apa.models.packed_rows import PackedRow
 from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, let_pack
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts, pack_tokens, pad_tokens, response_mask
@@ -31,6 +38,16 @@ from trl_apa.rollout.batch import Layout, Rollouts, pack_tokens, pad_tokens, res
 OTHER_FAMILIES = {
     "a window of two tokens": lambda: MistralConfig(
         **SHARED, **LAYERS, intermediate_size=32, num_key_value_heads=1, sliding_window=2
+    ),
+    "chunks of two tokens": lambda: Llama4TextConfig(
+        **SHARED,
+        **LAYERS,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=2,
     ),
     "scaled logits": lambda: CohereConfig(
         **SHARED, **LAYERS, intermediate_size=32, num_key_value_heads=1, logit_scale=0.5
@@ -77,11 +94,12 @@ def test_with_adapters_and_gradient_checkpointing_too(tmp_path, value_model):
 def test_packing_is_the_default_where_it_is_exact_and_padding_elsewhere(tmp_path):
     assert tiny_trainer(tmp_path)._packed
     assert not tiny_trainer(tmp_path, tiny_model("t5"))._packed
-    windowed = other_model("a window of two tokens")
-    assert not tiny_trainer(tmp_path, windowed)._packed
-    with pytest.raises(ValueError, match="padding_free=True, but MistralForCausalLM has layers that do not attend"):
-        tiny_trainer(tmp_path, windowed, padding_free=True)
-    assert windowed.config._attn_implementation == "sdpa"
+    assert tiny_trainer(tmp_path, other_model("a window of two tokens"))._packed
+    chunked = other_model("chunks of two tokens")
+    assert not tiny_trainer(tmp_path, chunked)._packed
+    with pytest.raises(ValueError, match="padding_free=True, but Llama4ForCausalLM has layers that do not attend"):
+        tiny_trainer(tmp_path, chunked, padding_free=True)
+    assert chunked.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="padding_free=True does not work with torch_compile"):
         tiny_trainer(tmp_path, padding_free=True, torch_compile=True, torch_compile_backend="eager")
 
@@ -195,7 +213,7 @@ def test_what_the_host_knows_is_sent_without_waiting_for_the_device():
 
 
 def test_attention_that_looks_into_the_next_sequence_is_found_out(monkeypatch):
-    def leaking(module, *args, sequence_lengths=None, **kwargs):
+    def leaking(module, *args, packed_row=None, **kwargs):
         return sdpa_attention_forward(module, *args[:3], None, **kwargs)
 
     assert why_not_packed(tiny_model()) is None
@@ -227,7 +245,7 @@ def test_flash_attention_gets_the_bounds_of_the_sequences(monkeypatch):
         lengths = cu_seq_lens_q.diff()
         assert kwargs.pop("max_length_q") == kwargs.pop("max_length_k") == int(lengths.max())
         kwargs.pop("position_ids", None)
-        return attend_per_sequence(module, query, key, value, None, sequence_lengths=tuple(lengths.tolist()), **kwargs)
+        return attend_per_sequence(module, query, key, value, None, packed_row=PackedRow(lengths.tolist()), **kwargs)
 
     name = "flash_attention_of_this_test"
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash)

@@ -19,7 +19,8 @@ from trl_apa import APATrainer
 from trl_apa.models import ValueModel, packing
 from trl_apa.models.layouts import Layouts, layout_trial, shares_prompts
 from trl_apa.models.logprobs import response_logprobs, response_tokens
-from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, mask_behind_prompt
+from trl_apa.models.packed_rows import PackedRow, causal_mask
+from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence
 from trl_apa.models.trials import LONG
 from trl_apa.rollout import shared_prompts
 from trl_apa.rollout.batch import Layout, pack_tokens
@@ -49,11 +50,10 @@ def counting_tokens(monkeypatch):
     """Tokens of each packed row that a layer attends in, and whether a prompt is shared there."""
     seen = []
 
-    def counted(module, query, *args, sequence_lengths=None, prompt_lengths=None, **kwargs):
-        if sequence_lengths is not None:
-            seen.append((sum(sequence_lengths), prompt_lengths is not None))
-        lengths = {"sequence_lengths": sequence_lengths, "prompt_lengths": prompt_lengths}
-        return attend_per_sequence(module, query, *args, **lengths, **kwargs)
+    def counted(module, query, *args, packed_row=None, **kwargs):
+        if packed_row is not None:
+            seen.append((sum(packed_row.sequence_lengths), packed_row.is_shared))
+        return attend_per_sequence(module, query, *args, packed_row=packed_row, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PER_SEQUENCE, counted)
     return seen
@@ -99,17 +99,26 @@ def test_each_response_sees_its_prompt_and_itself():
     )
     torch.manual_seed(0)
     states = torch.randn(3, 1, 2, 10, 4, dtype=torch.float64)
-    lengths = {"sequence_lengths": (4, 1, 3, 2), "prompt_lengths": (0, 2, 2, 0)}
-    module = torch.nn.Module()
-    actual, _ = attend_per_sequence(module, *states, None, **lengths)
+    row = PackedRow((4, 1, 3, 2), (0, 2, 2, 0))
+    actual, _ = attend_per_sequence(torch.nn.Module(), *states, None, packed_row=row)
     expected = scaled_dot_product_attention(*states, attn_mask=seen)
     torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
 def test_the_mask_behind_a_prompt():
-    mask = mask_behind_prompt(2, 3, torch.zeros(1, dtype=torch.bfloat16))
+    """Three tokens behind two: all that lies before each, or a window of three tokens or of one."""
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    mask = causal_mask(2, 3, None, like)
     assert mask.dtype == torch.bfloat16 and mask.shape == (1, 1, 3, 5)
-    assert (mask[0, 0] == 0).tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
+    assert (mask[0, 0] == 0).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    windowed = causal_mask(2, 3, 3, like)[0, 0]
+    assert (windowed == 0).int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert (causal_mask(2, 3, 1, like)[0, 0] == 0).int().tolist() == [
+        [0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    assert not windowed.isnan().any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,16 +277,17 @@ def test_prompts_are_shared_where_a_trial_finds_them_exact(family):
 
 @pytest.mark.parametrize("fault", ["the prompt without its end", "a token too many", "no prompt", "places in the row"])
 def test_a_network_that_reads_a_shared_prompt_otherwise_is_packed(monkeypatch, fault):
-    def other(module, query, key, value, mask, sequence_lengths=None, prompt_lengths=None, **kwargs):
-        if fault == "places in the row" and prompt_lengths is not None:
+    def other(module, query, key, value, mask, packed_row=None, **kwargs):
+        shared = packed_row is not None and packed_row.is_shared
+        if fault == "places in the row" and shared:
             key = key + 0.1 * torch.arange(key.shape[2])[:, None]
-        elif prompt_lengths is not None and fault == "no prompt":
-            prompt_lengths = None
-        elif prompt_lengths is not None:
+        elif shared and fault == "no prompt":
+            packed_row = PackedRow(packed_row.sequence_lengths)
+        elif shared:
             change = 1 if fault == "a token too many" else -1
-            prompt_lengths = tuple(length and length + change for length in prompt_lengths)
-        lengths = {"sequence_lengths": sequence_lengths, "prompt_lengths": prompt_lengths}
-        return attend_per_sequence(module, query, key, value, mask, **lengths, **kwargs)
+            prompts = tuple(length and length + change for length in packed_row.prompt_lengths)
+            packed_row = PackedRow(packed_row.sequence_lengths, prompts)
+        return attend_per_sequence(module, query, key, value, mask, packed_row=packed_row, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PER_SEQUENCE, other)
     model = tiny_model(seed=1)
@@ -292,8 +302,8 @@ def test_flash_attention_is_packed_as_before(monkeypatch):
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         for name in ("max_length_q", "max_length_k", "cu_seq_lens_k", "position_ids"):
             kwargs.pop(name, None)
-        lengths = tuple(cu_seq_lens_q.diff().tolist())
-        return attend_per_sequence(module, query, key, value, None, sequence_lengths=lengths, **kwargs)
+        row = PackedRow(cu_seq_lens_q.diff().tolist())
+        return attend_per_sequence(module, query, key, value, None, packed_row=row, **kwargs)
 
     name = "flash_attention_of_this_test"
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash)
@@ -302,18 +312,11 @@ def test_flash_attention_is_packed_as_before(monkeypatch):
     assert Layouts([model])(LONG, share=True) is Layout.PACKED
 
 
-def test_on_a_gpu_rows_are_packed_as_before():
-    """There each response behind a shared prompt would be more kernel launches; meta stands for another device."""
-    model = tiny_model()
-    assert shares_prompts(model)
-    assert not shares_prompts(model.to("meta"))
-
-
 def test_attention_that_fails_behind_a_prompt_is_packed(monkeypatch):
-    def failing(module, *args, prompt_lengths=None, **kwargs):
-        if prompt_lengths is not None:
+    def failing(module, *args, packed_row=None, **kwargs):
+        if packed_row is not None and packed_row.is_shared:
             raise RuntimeError("no kernel for this mask")
-        return attend_per_sequence(module, *args, **kwargs)
+        return attend_per_sequence(module, *args, packed_row=packed_row, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PER_SEQUENCE, failing)
     assert Layouts([tiny_model(seed=2)])(LONG, share=True) is Layout.PACKED

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trl_apa.models.logprobs import is_sharded, trunk_and_head
 from trl_apa.models.network_parts import Network, inner_model
-from trl_apa.models.packing import let_pack, why_unsuitable
+from trl_apa.models.packing import crosses_a_window, let_pack, why_unsuitable
 from trl_apa.models.trial_memory import once
 from trl_apa.models.trials import (
     LONG,
@@ -24,6 +24,7 @@ from trl_apa.models.trials import (
     try_layouts,
     try_reading,
 )
+from trl_apa.models.varlen import launches_cost
 from trl_apa.rollout.batch import Layout
 from trl_apa.rollout.sampling_trial import SamplingTrial, try_joining, try_sampling
 
@@ -209,19 +210,32 @@ def why_not_packed(network: Network, longest: int = LONG) -> str | None:
         return f"could not be tried out: {trial}"
     if trial.not_packed is not None:
         return trial.not_packed
-    return None if trial.is_exact_packed else "computes something else from a packed row"
+    if not trial.is_exact_packed:
+        return "computes something else from a packed row"
+    if (why := _launches_per_sequence(network, trial)) is None:
+        return None
+    if crosses_a_window(network, longest):
+        return f"has layers with a window, whose mask each sequence of a packed row would need: {why}"
+    text = f"attention of its packed rows takes a launch a sequence instead of one a layer: {why}"
+    _warn_once((inner_model(network).config.model_type, "launches"), f"{type(inner_model(network)).__name__}: {text}")
+    return None
+
+
+def _launches_per_sequence(network: Network, trial: LayoutTrial) -> str | None:
+    """Why launches may cost more than a packed row saves in tokens; None on a CPU, and with one launch a layer."""
+    return trial.per_sequence if launches_cost(inner_model(network).device) else None
 
 
 def shares_prompts(network: Network, longest: int = LONG) -> bool:
     """Whether packed responses behind a prompt that is read once cost less than each row alone, and give the same.
 
-    Not on a GPU: there each response behind a shared prompt is several more kernel launches a layer, which may take
+    Not on a GPU where each response behind a shared prompt is several more kernel launches a layer, which may take
     longer than the tokens that they save.
     """
-    if inner_model(network).device.type != "cpu":
-        return False
     trial = layout_trial(network, longest)
-    return isinstance(trial, LayoutTrial) and trial.is_exact_shared
+    if not isinstance(trial, LayoutTrial) or not trial.is_exact_shared:
+        return False
+    return _launches_per_sequence(network, trial) is None
 
 
 def unpacked_layout(network: Network, longest: int = LONG) -> Layout:

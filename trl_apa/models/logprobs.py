@@ -18,6 +18,7 @@ from trl_apa.algorithms.masking import at_least_float32
 from trl_apa.models.fused_head import can_fuse, fused_logprobs, runs_kernel
 from trl_apa.models.network_identity import identity_of
 from trl_apa.models.network_parts import Head, Network, inner_model, num_token_ids, trunk_of
+from trl_apa.models.packed_rows import PackedRow
 from trl_apa.rollout.batch import send
 
 
@@ -360,8 +361,7 @@ def _packed_inputs(network: Network, tokens: Mapping[str, Any]) -> dict[str, Any
         return {**inputs, **bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     # transformers hands on a mask of four dimensions as it is, instead of making one of N x N; it is not read.
     unread = torch.ones(UNREAD_MASK, dtype=torch.bool, device=device)
-    shared = {"prompt_lengths": tokens["prompt_lengths"]} if "prompt_lengths" in tokens else {}
-    return {**inputs, "attention_mask": unread, "sequence_lengths": lengths, **shared}
+    return {**inputs, "attention_mask": unread, "packed_row": PackedRow(lengths, tokens.get("prompt_lengths"))}
 
 
 def last_hidden_states(output: Any) -> Tensor:

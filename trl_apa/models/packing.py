@@ -1,7 +1,8 @@
 """A micro-batch without padding: all sequences in one row, each of which attends to itself alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from transformers.masking_utils import sdpa_mask
 
 from trl_apa.models.logprobs import UNREAD_MASK, forward_parameters
 from trl_apa.models.network_parts import Network, inner_model
+from trl_apa.models.packed_rows import PackedRow
+from trl_apa.models.varlen import attend_at_once, in_kernel_type, is_causal, why_not_at_once
 
 
 # What the attention of a network is called in its config once it can be packed; padded batches see plain SDPA.
 PER_SEQUENCE = "sdpa_per_sequence"
-# Layers whose attention sees all tokens before one, as long as there are no more than the window or chunk has.
-OF_A_WINDOW = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Layers whose attention sees all tokens before one, as long as there are no more than the chunk has.
+OF_A_CHUNK = {"chunked_attention": "attention_chunk_size"}
+# Layers whose attention sees all tokens before one, or tells the implementation of attention its window.
+OF_A_WINDOW = {"full_attention", "sliding_attention"}
+_LAUNCHES: ContextVar[list[str] | None] = ContextVar("launches", default=None)
 
 
 def attend_per_sequence(
@@ -28,77 +34,78 @@ def attend_per_sequence(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sequence_lengths: tuple[int, ...] | None = None,
-    prompt_lengths: tuple[int, ...] | None = None,
+    packed_row: PackedRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, sequence by sequence where a row is packed: cost grows with the sum of squares.
+    """transformers' SDPA attention, in which each sequence of a packed row attends to itself.
 
-    A response without a prompt of its own also attends to the prompt that lies before it in the row.
+    A response without a prompt of its own also attends to the prompt that lies before it in the row. On a GPU and in
+    half precision all sequences take one launch of torch's kernel for sequences of several lengths, where it can
+    compute them; elsewhere each takes one of SDPA. The results are the same.
 
     Args:
         module, query, key, value, attention_mask, dropout, scaling, kwargs: as transformers passes them.
-        sequence_lengths: tokens of each sequence in the one row; None for a batch as any other.
-        prompt_lengths: of each sequence, how many tokens of the last one with a prompt it continues; 0 where it has
-            its own. None where no prompt is shared.
+        packed_row: the sequences in the one row; None for a batch as any other.
 
     Raises:
         ValueError: if the network has put something into the mask, which a packed row does not read.
     """
-    if sequence_lengths is None:
+    if packed_row is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return plain
     if attention_mask is not None and attention_mask.shape != UNREAD_MASK:
         raise ValueError("its attention uses the mask for more than padding")
-    sequences = zip(*(states.split(sequence_lengths, dim=2) for states in (query, key, value)), strict=True)
-    calls = behind_prompts(sequences, sequence_lengths, prompt_lengths or (0,) * len(sequence_lengths))
-    outputs = [sdpa_attention_forward(module, *inputs, dropout, scaling, **kwargs)[0] for inputs in calls]
+    if any(states.shape[2] != sum(packed_row.sequence_lengths) for states in (query, key, value)):
+        raise ValueError("its attention has other numbers of keys or queries than tokens")
+    window = packed_row.window(kwargs.get("sliding_window"))
+    states = in_kernel_type(query, key, value)
+    why = why_not_at_once(module, states, dropout, scaling, window, kwargs)
+    if why is None:
+        return attend_at_once(states, packed_row, scaling, window), None
+    if (noted := _LAUNCHES.get()) is not None:
+        noted.append(why)
+    masks = packed_row.masks(window, states[0])
+    if not is_causal(module, kwargs) and any(mask is not None for mask in masks):
+        raise ValueError("its attention is not causal")
+    sequences = zip(*(part.split(packed_row.sequence_lengths, dim=2) for part in states), strict=True)
+    calls = zip(behind_prompts(sequences, packed_row.prompt_lengths), masks, strict=True)
+    outputs = [sdpa_attention_forward(module, *inputs, mask, dropout, scaling, **kwargs)[0] for inputs, mask in calls]
     return torch.cat(outputs, dim=1), None
 
 
 def behind_prompts(
-    sequences: Iterable[tuple[Tensor, Tensor, Tensor]],
-    sequence_lengths: Sequence[int],
-    prompt_lengths: Sequence[int],
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Queries, keys, values and mask of each sequence; keys and values of a shared prompt come before its own.
+    sequences: Iterable[tuple[Tensor, Tensor, Tensor]], prompt_lengths: Iterable[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each sequence; keys and values of a shared prompt come before its own.
 
     Args:
         sequences: queries, keys and values of the tokens of each, `(1, heads, tokens, width)`.
-        sequence_lengths, prompt_lengths: as for `attend_per_sequence`.
-
-    Returns:
-        The mask is what is added to the scores of a response behind a shared prompt, `(1, 1, queries, keys)`; None
-        where there is none, for SDPA's own.
+        prompt_lengths: see [`PackedRow`].
     """
-    mask: Tensor | None = None
     with_prompt: tuple[Tensor, ...] = ()
     of_prompt: tuple[Tensor, ...] = ()
-    longest_prompt = max(prompt_lengths)
-    for (query, key, value), length, prompt in zip(sequences, sequence_lengths, prompt_lengths, strict=True):
+    for (query, key, value), prompt in zip(sequences, prompt_lengths, strict=True):
         if prompt == 0:
             with_prompt, of_prompt = (key, value), ()
-            yield query, key, value, None
+            yield query, key, value
             continue
-        if mask is None:
-            behind = (number for number, shared in zip(sequence_lengths, prompt_lengths, strict=True) if shared)
-            mask = mask_behind_prompt(longest_prompt, max(behind), query)
         if not of_prompt:  # once for all responses: the backward pass of each such cut fills a tensor with zeros
             of_prompt = tuple(states[:, :, :prompt] for states in with_prompt)
         key, value = (torch.cat(pair, dim=2) for pair in zip(of_prompt, (key, value), strict=True))
-        yield query, key, value, mask[:, :, :length, longest_prompt - prompt : longest_prompt + length]
+        yield query, key, value
 
 
-def mask_behind_prompt(prompt_length: int, length: int, query: Tensor) -> Tensor:
-    """0 where a response of `length` tokens sees a token of `prompt_length` and of itself, -inf where not.
-
-    Rows without the last tokens, and columns without the first of the prompt, are the mask of a shorter one. In the
-    type of `query`, so that SDPA makes no copies and all sequences keep the same mask for the backward pass.
-    """
-    mask = query.new_full((length, prompt_length + length), -torch.inf)
-    return mask.triu(prompt_length + 1)[None, None]
+@contextmanager
+def noting_launches() -> Iterator[list[str]]:
+    """Inside, a list of why packed rows took a launch a sequence, an entry for each layer in which they did."""
+    noted: list[str] = []
+    token = _LAUNCHES.set(noted)
+    try:
+        yield noted
+    finally:
+        _LAUNCHES.reset(token)
 
 
 AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
@@ -152,7 +159,7 @@ def why_unsuitable(network: Network, longest: int) -> str | None:
     if config.get_text_config() is not config:
         return "is made of several models"
     implementation = config._attn_implementation
-    if not _sees_all(config, longest, implementation):
+    if not _sees_all(config, longest):
         return "has layers that do not attend to the full sequence"
     if implementation not in ("sdpa", PER_SEQUENCE) and not implementation.startswith("flash_attention"):
         # Flex attention could be, but sampling and packed rows are more kinds of shapes than dynamo compiles it for.
@@ -160,12 +167,16 @@ def why_unsuitable(network: Network, longest: int) -> str | None:
     return None
 
 
-def _sees_all(config: Any, longest: int, implementation: str) -> bool:
-    """Whether every layer attends to a full sequence of at most `longest` tokens, or gets its window."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds and getattr(config, "sliding_window", None):
-        kinds = {"sliding_attention"}
-    if implementation.startswith("flash_attention"):
-        kinds -= {"sliding_attention"}
-    windows = [getattr(config, OF_A_WINDOW.get(kind, ""), None) or 0 for kind in kinds - {"full_attention"}]
-    return all(longest <= window for window in windows)
+def _sees_all(config: Any, longest: int) -> bool:
+    """Whether every layer attends to a full sequence of at most `longest` tokens, or to a window of it."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - OF_A_WINDOW
+    limits = [getattr(config, OF_A_CHUNK.get(kind, ""), None) or 0 for kind in kinds]
+    return all(longest <= limit for limit in limits)
+
+
+def crosses_a_window(network: Network, longest: int) -> bool:
+    """Whether layers of a network hide tokens of a sequence of `longest` tokens from others behind a window."""
+    config = inner_model(network).config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return window is not None and longest > window and "sliding_attention" in kinds

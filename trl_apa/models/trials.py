@@ -23,7 +23,7 @@ from trl_apa.models.logprobs import (
     trunk_and_head,
 )
 from trl_apa.models.network_parts import Network, inner_model, num_token_ids, rope_options, trunk_of
-from trl_apa.models.packing import PER_SEQUENCE, attending_with, for_packed_rows, why_unsuitable
+from trl_apa.models.packing import PER_SEQUENCE, attending_with, for_packed_rows, noting_launches, why_unsuitable
 from trl_apa.rollout.batch import Layout, lay_out
 
 
@@ -73,6 +73,7 @@ class LayoutTrial:
         allowed: the same, or four times what `together` shows, which may be more in a deep network.
         allowed_leak: the same of `leak`.
         not_packed: why there was no packed row.
+        per_sequence: why attention of the packed row took a launch a sequence; None if it took one a layer.
         shared: all in one row in which one row and another response to its prompt share that prompt; or None.
         shared_leak: the largest change of the other responses there when the one behind the prompt changes; or None.
     """
@@ -88,6 +89,7 @@ class LayoutTrial:
     allowed: float
     allowed_leak: float
     not_packed: str | None = None
+    per_sequence: str | None = None
     shared: Difference | None = None
     shared_leak: float | None = None
 
@@ -319,8 +321,9 @@ def try_layouts(
     together = compared(in_layout(network, Layout.SEPARATE, *twice, pad_token_id, start)[:1], first=-1)
     padded = compared(in_layout(network, Layout.PADDED, queries, responses, pad_token_id, start))
     why_not = why_unsuitable(network, longest)
-    in_one_row, leak, why_not = (None, None, why_not) if why_not else _packed(network, queries, responses, exact)
-    shared = None if in_one_row is None else _shared(network, queries, responses, expected, exact)
+    with noting_launches() as launches:
+        in_one_row, leak, why_not = (None, None, why_not) if why_not else _packed(network, queries, responses, exact)
+        shared = None if in_one_row is None else _shared(network, queries, responses, expected, exact)
     return LayoutTrial(
         lengths=lengths,
         repeated=compared([alone(network, queries[-1], responses[-1], start)], first=-1),
@@ -334,6 +337,7 @@ def try_layouts(
         # Experts see the tokens of all sequences together, and an int8 kernel treats a column alike for all of them.
         allowed_leak=allowed if has_experts(base.config) or getattr(base, "is_quantized", False) else 0.0,
         not_packed=why_not,
+        per_sequence=launches[0] if launches else None,
         shared=None if shared is None else shared[0],
         shared_leak=None if shared is None else shared[1],
     )
