@@ -133,14 +133,62 @@ def test_a_folder_that_is_there_is_no_name_of_the_hub(tmp_path, monkeypatch):
 # ---- how it is written ----
 
 
-def test_a_readme_of_somebody_elses_stays_and_a_card_is_replaced(tmp_path):
+def test_a_generated_card_is_replaced(tmp_path):
     write_card(CARD, tmp_path)
     write_card(Card("n", "Another.", [], ""), tmp_path)
     assert card_in(tmp_path).data.model_name == "n"
-    (tmp_path / "README.md").write_text("---\ntitle: x\n---\n# My project\n\n- generated_from_trainer\n")
+
+
+OWN_READMES = {
+    "without metadata": b"# Mine\n",
+    "our tags in its text": b"---\ntitle: x\n---\n# Mine\n\n- generated_from_trainer\n- trl-apa\n",
+    "an example further down": b"---\ntitle: x\n---\n```\n---\ntags:\n- generated_from_trainer\n- trl-apa\n---\n```\n",
+    "an example alone": b"# Mine\n\n---\ntags:\n- generated_from_trainer\n- trl-apa\n---\n",
+    "one of our tags": b"---\nlibrary_name: transformers\ntags:\n- trl-apa\n---\n# Mine\n",
+    "another library's": b"---\nlibrary_name: peft\ntags:\n- generated_from_trainer\n- lora\n---\n# Model card\n",
+    "a tag that is no list": b"---\ntags: generated_from_trainer trl-apa\n---\n# Mine\n",
+    "metadata that cannot be read": b"---\ntags: [generated_from_trainer\n---\n# Mine\n",
+    "a list as metadata": b"---\n- generated_from_trainer\n- trl-apa\n---\n# Mine\n",
+    "other line ends": b"---\r\ntitle: x\r\n---\r\n# Mine\r\n",
+    "no UTF-8": b"---\ntitle: \xe9\n---\n# \xe0 moi\n",
+}
+
+
+@pytest.mark.parametrize("kind", OWN_READMES)
+def test_a_readme_of_the_users_stays_byte_for_byte(tmp_path, kind):
+    (tmp_path / "README.md").write_bytes(OWN_READMES[kind])
     with pytest.warns(UserWarning, match=r"README\.md is no generated model card and stays"):
         write_card(CARD, tmp_path)
-    assert "My project" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "README.md").read_bytes() == OWN_READMES[kind]
+
+
+@pytest.mark.parametrize("kind", OWN_READMES)
+@pytest.mark.parametrize("value_model", ["separate", "adapter"])
+@pytest.mark.filterwarnings("ignore:no dataset")
+def test_saving_adapters_leaves_the_users_readmes_alone(tmp_path, kind, value_model):
+    """peft by itself writes metadata into a README.md that is there, and fails on one that it cannot read."""
+    policy = get_peft_model(tiny_model(), lora_config())
+    trainer = tiny_trainer(tmp_path / "run", policy, {"value_model": value_model})
+    places = [tmp_path / "m" / "README.md", tmp_path / "m" / "value_model" / "README.md"]
+    for place in places:
+        place.parent.mkdir()
+        place.write_bytes(OWN_READMES[kind])
+    with pytest.warns(UserWarning, match="is no generated model card and stays"):
+        trainer.save_pretrained(tmp_path / "m")
+    assert all(place.read_bytes() == OWN_READMES[kind] for place in places)
+    assert (tmp_path / "m" / "adapter_model.safetensors").is_file()
+    policy.save_pretrained(tmp_path / "by_peft")
+    assert "library_name: peft" in (tmp_path / "by_peft" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:no dataset")
+def test_what_peft_writes_itself_stays_too(tmp_path):
+    policy = get_peft_model(tiny_model(), lora_config())
+    policy.save_pretrained(tmp_path / "m")
+    before = (tmp_path / "m" / "README.md").read_bytes()
+    with pytest.warns(UserWarning, match="stays as it is"):
+        tiny_trainer(tmp_path / "run", policy).save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "README.md").read_bytes() == before
 
 
 def test_values_of_options_do_not_break_the_table(tmp_path):
@@ -198,7 +246,6 @@ def test_a_run_leaves_cards_of_policy_and_value_model_and_a_later_one_replaces_t
 @pytest.mark.parametrize("value_model", ["separate", "adapter", "head"])
 @pytest.mark.filterwarnings("ignore:no dataset")
 def test_cards_of_adapters_load_them(tmp_path, value_model):
-    """peft writes a card of its own first, with the path of the base."""
     tiny_model().save_pretrained(tmp_path / "base")
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora_config())
     trainer = tiny_trainer(tmp_path / "run", policy, {"value_model": value_model})
@@ -240,16 +287,21 @@ def test_an_offline_run_leaves_a_card(tmp_path, loss_type):
 # ---- of commands ----
 
 
+def supervised(folder, command, options):
+    """Run `sft` or `reward` for two steps on a model and rows made in `folder`."""
+    make_model(folder / "base")
+    given = ["--model_name_or_path", folder / "base", "--dataset_name", jsonl(folder / "r.jsonl", hh_rows(30))]
+    options += " --use_cpu --max_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --bf16 no --report_to none"
+    options += " --eval_share 0.2 --max_train_rows 8 --max_eval_rows 4"
+    assert run(command, *given, "--output_dir", folder / "out", *options.split()) == 0
+
+
 @pytest.mark.parametrize("command", ["sft", "reward"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapter"])
 def test_supervised_commands_leave_a_card_in_place_of_trls(tmp_path, command, adapted, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_model(tmp_path / "base")
-    options = "--use_cpu --max_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --bf16 no --report_to none"
-    options += " --save_strategy no --eval_share 0.2 --max_train_rows 8 --max_eval_rows 4"
-    options += " --use_peft --lora_target_modules all-linear" if adapted else ""
-    given = ["--model_name_or_path", tmp_path / "base", "--dataset_name", jsonl(tmp_path / "r.jsonl", hh_rows(30))]
-    assert run(command, *given, "--output_dir", tmp_path / "out", *options.split()) == 0
+    lora = " --use_peft --lora_target_modules all-linear" if adapted else ""
+    supervised(tmp_path, command, f"--save_strategy no{lora}")
     card = card_in(tmp_path / "out")
     assert str(tmp_path) not in str(card) and "`r.jsonl`" in card.text and "`base`" in card.text
     assert card.data.pipeline_tag == {"sft": "text-generation", "reward": "text-classification"}[command]
@@ -257,6 +309,17 @@ def test_supervised_commands_leave_a_card_in_place_of_trls(tmp_path, command, ad
         assert f"| {meaning}" in card.text
     model = load_as_it_says(tmp_path / "out")["model"]
     assert hasattr(model, "peft_config") == adapted and (command == "sft" or model.config.num_labels == 1)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_supervised_commands_leave_the_users_readme_alone(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    with pytest.warns(UserWarning, match="stays as it is"):
+        supervised(tmp_path, command, "--save_steps 1 --use_peft --lora_target_modules all-linear")
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
+    assert not list((tmp_path / "out").glob("checkpoint-*/README.md"))
 
 
 def test_merge_says_whose_adapter_it_was_and_shows_the_figures_of_its_run(tmp_path):
@@ -304,18 +367,32 @@ CARDS = {"README.md", "value_model/README.md"}
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
 def test_the_value_model_and_the_cards_are_pushed_with_the_policy(tmp_path, uploads, strategy):
+    """A checkpoint, which is to be resumed, has no cards."""
     trainer = trained(tmp_path / "run", config={**HUB, "hub_strategy": strategy, "save_steps": 1})
     during, uploads[:] = list(uploads), []
     assert len(during) == {"every_save": 2, "checkpoint": 4, "end": 0}[strategy]
     for place, files in during:
         assert {"model.safetensors", "config.json", "tokenizer.json", *VALUES} <= files
-        assert CARDS <= files or place == "last-checkpoint"
+        assert {file for file in files if file.endswith("README.md")} == (set() if place else CARDS)
     trainer.push_to_hub()
     ((_, files),) = uploads
     assert {"model.safetensors", "tokenizer.json", *VALUES, *CARDS} <= files
     assert not any(name.startswith("checkpoint-") for name in files)
     card = (tmp_path / "run" / "README.md").read_text()
     assert 'huggingface_hub.snapshot_download("me/aligned")' in card and "# aligned\n" in card
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_no_readme_of_an_adapters_checkpoint_shows_a_path(tmp_path, uploads, strategy):
+    tiny_model().save_pretrained(tmp_path / "base")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora_config())
+    trained(tmp_path / "run", policy, config={**HUB, "hub_strategy": strategy, "save_steps": 1})
+    places = {place for place, _ in uploads}
+    of_checkpoints = {"last-checkpoint"} if strategy == "checkpoint" else {"checkpoint-1", "checkpoint-2"}
+    assert places == {"", *of_checkpoints}
+    assert all("adapter_model.safetensors" in files for _, files in uploads)
+    assert {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("README.md")} == CARDS
+    assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "run").rglob("README.md"))
 
 
 def test_the_value_head_is_pushed_with_the_policy(tmp_path, uploads):
