@@ -3,9 +3,10 @@
 import json
 import math
 import re
+import sys
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import transformers
@@ -31,6 +32,7 @@ from trl_apa import APATrainer
 from trl_apa.algorithms import ALGORITHMS
 from trl_apa.cards import Card, Figure, figures_of, write_card
 from trl_apa.cards.card import hub_name, shown_name
+from trl_apa.cards.of_runs import tracker_links
 from trl_apa.cards.papers import APA, PAPERS, papers_of
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.offline.config import LOSS_TYPES
@@ -206,6 +208,35 @@ def test_a_card_that_cannot_be_written_is_a_warning(tmp_path):
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
+def fail(*args, **kwargs):
+    raise OSError("no space left")
+
+
+def test_a_push_is_made_without_a_card_that_cannot_be_written(tmp_path, uploads, monkeypatch):
+    trainer = trained(tmp_path / "run", config={**HUB, "hub_strategy": "end"})
+    monkeypatch.setattr("trl_apa.trainer.saving.policy_card", fail)
+    with pytest.warns(UserWarning, match="writing a model card failed, .* OSError: no space left"):
+        trainer.push_to_hub()
+    ((_, files),) = uploads
+    assert "model.safetensors" in files and "README.md" not in files
+
+
+def test_links_are_of_trackers_that_are_in_use(monkeypatch):
+    """A log folder of a tracker that is not installed, `wandb/`, can be imported like a package, and has no code."""
+    for name in ("wandb", "trackio", "comet_ml"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert tracker_links() == {}
+    wandb = ModuleType("wandb")
+    wandb.__file__, wandb.run = "wandb/__init__.py", None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert tracker_links() == {}
+    wandb.run = SimpleNamespace(url="https://wandb.ai/me/runs/1")
+    assert tracker_links() == {"Weights & Biases": "https://wandb.ai/me/runs/1"}
+    for name in ("wandb", "trackio", "comet_ml"):
+        monkeypatch.delitem(sys.modules, name)
+    assert tracker_links() == {} and "wandb" not in sys.modules
+
+
 @pytest.mark.filterwarnings("ignore:no dataset")
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path)
@@ -320,6 +351,19 @@ def test_supervised_commands_leave_the_users_readme_alone(tmp_path, command, mon
         supervised(tmp_path, command, "--save_steps 1 --use_peft --lora_target_modules all-linear")
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
     assert not list((tmp_path / "out").glob("checkpoint-*/README.md"))
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_supervised_commands_train_to_the_end_without_a_card_that_cannot_be_written(tmp_path, command, monkeypatch):
+    """TRL asks for one before each checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_apa.trl_trainers.supervised_card", fail)
+    with pytest.warns(UserWarning, match="writing a model card failed, .* OSError: no space left") as warned:
+        supervised(tmp_path, command, "--save_strategy steps --save_steps 1")
+    assert sum("model card" in str(warning.message) for warning in warned) == 1
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"checkpoint-1", "checkpoint-2", "model.safetensors", "trainer_state.json"} <= names
+    assert "README.md" not in names
 
 
 def test_merge_says_whose_adapter_it_was_and_shows_the_figures_of_its_run(tmp_path):

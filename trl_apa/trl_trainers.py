@@ -13,6 +13,7 @@ from trl_apa.cards import write_card
 from trl_apa.cards.of_runs import CLASSIFICATION, TEXT_GENERATION, name_of_folder, supervised_card
 from trl_apa.models.adapters import without_card_of_peft
 from trl_apa.telemetry import NoTelemetry
+from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 class SupervisedCards(_BaseTrainer):
@@ -25,16 +26,26 @@ class SupervisedCards(_BaseTrainer):
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write the model card as `README.md` of `args.output_dir`: see [`APATrainer.create_model_card`]."""
-        if not self.is_world_process_zero():
-            return
+    ) -> bool:
+        """Write the model card as `README.md` of `args.output_dir`: see [`APATrainer.create_model_card`].
+
+        TRL writes one before each checkpoint: a failure is a warning.
+
+        Returns:
+            Whether it was written, by this process.
+        """
+        if self.is_world_process_zero():
+            with warn_if_report_fails(self, "writing a model card"):
+                return self._write_card(model_name, dataset_name, tags)
+        return False
+
+    def _write_card(self, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None) -> bool:
         folder: str | os.PathLike[str] = self.args.output_dir
         more = [tags] if isinstance(tags, str) else tags or ()
         card = supervised_card(self, model_name or name_of_folder(folder), *self.kinds, [*self._tag_names, *more])
         if dataset_name is not None:
             card = replace(card, datasets=[dataset_name])
-        write_card(card, folder, vars(self.args))
+        return write_card(card, folder, vars(self.args))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with without_card_of_peft(self.accelerator.unwrap_model(self.model)):

@@ -82,7 +82,7 @@ class Card:
     papers: Sequence[Paper] = ()
 
 
-def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> None:
+def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> bool:
     """Write `README.md`, without secrets and without paths of this machine.
 
     A `README.md` that is no generated model card of this package stays, with a warning.
@@ -91,6 +91,9 @@ def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> Non
         card: what it says.
         folder: where the model lies; made if it is not there.
         holders: options whose secrets are hidden.
+
+    Returns:
+        Whether it was written.
     """
     file = Path(folder) / FILE
     if file.is_file() and not is_generated(file):
@@ -98,7 +101,7 @@ def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> Non
             f"{file} is no generated model card and stays as it is: no card is written; move it to get one",
             stacklevel=2,
         )
-        return
+        return False
     file.parent.mkdir(parents=True, exist_ok=True)
     card = without_secrets(card, *holders)
     hub_base = hub_name(card.base_model)
@@ -122,6 +125,7 @@ def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> Non
         versions={name: version(name) for name in LIBRARIES},
     )
     text.save(file)
+    return True
 
 
 def is_generated(file: Path) -> bool:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
-from importlib.util import find_spec
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +168,18 @@ def merged_card(adapter: str, name: str, auto: str) -> Card:
 
 def tracker_links() -> dict[str, str]:
     """Addresses of the runs at trackers, as TRL's cards link them."""
-    links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
-    if find_spec("wandb") is not None:
-        import wandb
-
-        links["Weights & Biases"] = None if wandb.run is None else wandb.run.url
+    readers: dict[str, tuple[str, Callable[[], str | None]]] = {
+        "trackio": ("Trackio", get_trackio_space_url),
+        "comet_ml": ("Comet", get_comet_experiment_url),
+        "wandb": ("Weights & Biases", lambda: getattr(sys.modules["wandb"].run, "url", None)),
+    }
+    links = {name: read() for module, (name, read) in readers.items() if _is_in_use(module)}
     return {name: address for name, address in links.items() if address}
+
+
+def _is_in_use(tracker: str) -> bool:
+    """Whether a tracker's package is imported: the log folder `wandb/` is a package too, though one without a file."""
+    return getattr(sys.modules.get(tracker), "__file__", None) is not None
 
 
 def _common(trainer: Any, network: Network, name: str, adapted: bool) -> dict[str, Any]:
