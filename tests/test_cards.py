@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from concurrent.futures import Future
+from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -32,7 +33,8 @@ from trl_apa import APATrainer
 from trl_apa.algorithms import ALGORITHMS
 from trl_apa.cards import Card, Figure, figures_of, write_card
 from trl_apa.cards.card import hub_name, shown_name
-from trl_apa.cards.of_runs import tracker_links
+from trl_apa.cards.figures import LOADED_STEP, step_of_weights
+from trl_apa.cards.of_runs import merged_card, tracker_links
 from trl_apa.cards.papers import APA, PAPERS, papers_of
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.offline.config import LOSS_TYPES
@@ -69,8 +71,7 @@ def trained(folder, model=None, **options):
         tokenizer=tiny_tokenizer(),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w5" for i in range(2, 12)]}),
         eval_dataset=[{"prompt": "w3 w4"}, {"prompt": "w3 w9"}],
-        reward_funcs=count_nines,
-        **options,
+        **{"reward_funcs": count_nines, **options},
     )
     trainer.train()
     trainer.evaluate()
@@ -102,6 +103,39 @@ def test_the_figures_are_the_first_the_last_and_the_best_of_the_log():
         Figure("held-out prompts, far: KL to the initial model, nats per response", "7", "7", ""),
     ]
     assert figures_of([]) == []
+
+
+def test_the_last_figures_are_those_of_the_best_checkpoint_where_it_is_loaded_at_the_end():
+    """Three steps, then the checkpoint of step 2, which is evaluated once more on other prompts."""
+    log = [
+        {"step": 1, "objective/kl": 1.0, "eval_kl": 10.0, "eval_reward": 0.5},
+        {"step": 2, "objective/kl": 2.0, "eval_kl": 20.0, "eval_reward": 0.75},
+        {"step": 3, "objective/kl": 3.0, "eval_kl": 30.0, "eval_reward": 0.25},
+    ]
+    loaded = [*log, {"step": 3, LOADED_STEP: 2}]
+    later = [*loaded, {"step": 3, "eval_new_kl": 40.0, "eval_new_reward": 1.0, "eval_reward": 1.0}]
+    kl, reward = "KL to the initial model, nats per response", "held-out prompts: reward"
+    assert figures_of(log)[:3] == [
+        Figure(kl, "1", "3"),
+        Figure(reward, "0.5", "0.25", "0.75 (step 2)"),
+        Figure(f"held-out prompts: {kl}", "10", "30"),
+    ]
+    assert figures_of(loaded)[:3] == [
+        Figure(kl, "1", "2"),
+        Figure(reward, "0.5", "0.75", "0.75 (step 2)"),
+        Figure(f"held-out prompts: {kl}", "10", "20"),
+    ]
+    assert figures_of(later)[1:] == [
+        Figure(reward, "0.5", "1", "1 (step 2)"),
+        Figure(f"held-out prompts: {kl}", "10", "20"),
+        Figure("held-out prompts, new: reward", "1", "1", "1 (step 2)"),
+        Figure(f"held-out prompts, new: {kl}", "40", "40"),
+    ]
+    assert [step_of_weights(rows, 3) for rows in (log, loaded, later)] == [3, 2, 2]
+    # Training that goes on from there is of its own steps.
+    on = [*later, {"step": 4, "objective/kl": 4.0}]
+    assert step_of_weights(on, 4) == 4 and figures_of(on)[0] == Figure(kl, "1", "4")
+    assert step_of_weights(later, 4) == 4 and figures_of(later, steps=4)[0] == Figure(kl, "1", "3")
 
 
 def test_every_algorithm_has_its_paper():
@@ -298,6 +332,50 @@ def test_an_encoder_decoder_is_loaded_as_one(tmp_path):
     assert load_as_it_says(tmp_path / "m")["model"].config.is_encoder_decoder
 
 
+def worse_each_time():
+    """A reward function, by which the first checkpoint is the best."""
+    calls = count()
+    return lambda completions, **_: [-float(next(calls))] * len(completions)
+
+
+def test_the_card_of_a_best_checkpoint_is_of_its_step(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
+    trainer = trained(tmp_path / "run", reward_funcs=worse_each_time(), config=options)
+    trainer.save_pretrained(tmp_path / "run")
+    trainer.save_state()
+    card, values = card_in(tmp_path / "run").text, card_in(tmp_path / "run" / "value_model").text
+    assert "After 1 optimizer steps." in card and "After 1 optimizer steps." in values
+    kl, _, again = (row["eval_kl"] for row in trainer.state.log_history if "eval_kl" in row)
+    first, last = re.search(r"\| held-out prompts: KL .*?\| (\S+) ± \S+ \| (\S+) ± ", card).groups()
+    assert first == last == f"{kl:.4g}" == f"{again:.4g}"
+    explained = [row["apa/val/var_explained"] for row in trainer.state.log_history if "apa/val/var_explained" in row]
+    assert f"| {explained[0]:.4g} | {explained[0]:.4g} |" in values and explained[0] != explained[1]
+    # A checkpoint's own log, and the card of one that is merged, are of the step that was its last.
+    states = [tmp_path / "run" / folder / "trainer_state.json" for folder in ("", "checkpoint-2")]
+    (tmp_path / "run" / "README.md").unlink()
+    cards = [merged_card(str(state.parent), "m", "AutoModelForCausalLM") for state in states]
+    assert [card.steps for card in cards] == [1, 2]
+
+
+def test_the_card_of_an_offline_runs_best_checkpoint_is_of_its_step(tmp_path):
+    rows = [{"prompt": "w5 w6", "completion": f"w{i} w9", "reward": float(i)} for i in range(2, 8)]
+    options = {"report_to": "none", "use_cpu": True, "max_steps": 3, "value_epochs": 1, "logging_steps": 1}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 9, "max_completion_length": 4}
+    config = OfflineConfig(str(tmp_path), **options)
+    trainer = OfflineAPATrainer(
+        config,
+        tiny_model(),
+        processing_class=tiny_tokenizer(),
+        train_dataset=rows,
+        eval_dataset=[{"prompt": "w3 w4"}],
+        reward_funcs=worse_each_time(),
+    )
+    trainer.train()
+    trainer.save_pretrained(tmp_path)
+    assert trainer.state.global_step == 3 and "After 1 optimizer steps." in card_in(tmp_path).text
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_an_offline_run_leaves_a_card(tmp_path, loss_type):
     rows = [
@@ -351,6 +429,19 @@ def test_supervised_commands_leave_the_users_readme_alone(tmp_path, command, mon
         supervised(tmp_path, command, "--save_steps 1 --use_peft --lora_target_modules all-linear")
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
     assert not list((tmp_path / "out").glob("checkpoint-*/README.md"))
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_the_card_of_a_supervised_best_checkpoint_is_of_its_step(tmp_path, command, monkeypatch):
+    """With learning rate 0 no loss is lower than the first."""
+    monkeypatch.chdir(tmp_path)
+    options = "--save_strategy steps --save_steps 1 --eval_strategy steps --eval_steps 1 --load_best_model_at_end true"
+    supervised(tmp_path, command, f"{options} --metric_for_best_model eval_loss --learning_rate 0")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = [row["loss"] for row in state["log_history"] if "loss" in row]
+    card = card_in(tmp_path / "out").text
+    assert (state["best_global_step"], state["global_step"]) == (1, 2) and "After 1 optimizer steps." in card
+    assert f"| training loss | {losses[0]:.4g} | {losses[0]:.4g} |" in card and losses[1] != losses[0]
 
 
 @pytest.mark.parametrize("command", ["sft", "reward"])

@@ -10,6 +10,7 @@ from trl import RewardTrainer, SFTTrainer
 
 from trl_apa._trl import _BaseTrainer
 from trl_apa.cards import write_card
+from trl_apa.cards.figures import note_loaded_step
 from trl_apa.cards.of_runs import CLASSIFICATION, TEXT_GENERATION, name_of_folder, supervised_card
 from trl_apa.models.adapters import without_card_of_peft
 from trl_apa.telemetry import NoTelemetry
@@ -50,6 +51,10 @@ class SupervisedCards(_BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with without_card_of_peft(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict=state_dict)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        note_loaded_step(self.state)
 
 
 class QuietSFTTrainer(NoTelemetry, SupervisedCards, SFTTrainer):
