@@ -91,7 +91,8 @@ def test_the_figures_are_the_first_the_last_and_the_best_of_the_log():
         {"step": 0, "eval_reward": 0.25, "eval_reward_stderr": 0.05, "eval_ref_reward": 0.25},
         {"step": 2, "apa/mean_scores": 1.5, "objective/kl": 3.0, "loss": 0.75},
         {"step": 4, "apa/mean_scores": -2.0, "objective/kl": 5.0, "loss": 0.5},
-        {"step": 4, "eval_reward": 0.125, "eval_reward_stderr": 0.1, "eval_ref_reward": 0.25, "eval_far_kl": 7.0},
+        {"step": 4, "eval_reward": 0.125, "eval_reward_stderr": 0.1, "eval_ref_reward": 0.25},
+        {"step": 4, "eval_far_kl": 7.0, "eval_far_runtime": 1.0},
         {"step": 6, "train_runtime": 3.0, "apa/mean_scores": 0.5, "objective/kl": None, "loss": math.nan},
     ]
     assert figures_of(log) == [
@@ -105,6 +106,33 @@ def test_the_figures_are_the_first_the_last_and_the_best_of_the_log():
     assert figures_of([]) == []
 
 
+def test_held_out_prompts_have_names_where_they_were_evaluated_under_one():
+    """TRL's trainer of reward models logs the least, the mean and the largest reward of its pairs."""
+    of_pairs = {"eval_min_reward": -1.0, "eval_mean_reward": 0.5, "eval_max_reward": 2.0, "eval_accuracy": 0.75}
+    accuracy = "accuracy on pairs"
+    assert figures_of([{"step": 1, "eval_runtime": 1.0, **of_pairs}]) == [
+        Figure(f"held-out prompts: {accuracy}", "0.75", "0.75", "0.75 (step 1)")
+    ]
+    several = [
+        {"step": 1, "eval_near_by_accuracy": 0.25, "eval_near_by_min_reward": -1.0, "eval_near_by_runtime": 1.0},
+        {"step": 1, "eval_ref_accuracy": 0.5, "eval_ref_reward": 3.0, "eval_ref_runtime": 1.0},
+    ]
+    assert figures_of(several) == [
+        Figure(f"held-out prompts, near_by: {accuracy}", "0.25", "0.25", "0.25 (step 1)"),
+        Figure("held-out prompts, ref: reward", "3", "3", "3 (step 1)"),
+        Figure(f"held-out prompts, ref: {accuracy}", "0.5", "0.5", "0.5 (step 1)"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:no dataset")
+def test_several_sets_of_held_out_prompts_are_shown_under_their_names(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.evaluate({"near": ["w3 w4"], "far": ["w3 w9"]})
+    trainer.save_pretrained(tmp_path)
+    shown = re.findall(r"\| (held-out prompts.*?): reward \|", card_in(tmp_path).text)
+    assert shown == ["held-out prompts", "held-out prompts, far", "held-out prompts, near"]
+
+
 def test_the_last_figures_are_those_of_the_best_checkpoint_where_it_is_loaded_at_the_end():
     """Three steps, then the checkpoint of step 2, which is evaluated once more on other prompts."""
     log = [
@@ -113,7 +141,11 @@ def test_the_last_figures_are_those_of_the_best_checkpoint_where_it_is_loaded_at
         {"step": 3, "objective/kl": 3.0, "eval_kl": 30.0, "eval_reward": 0.25},
     ]
     loaded = [*log, {"step": 3, LOADED_STEP: 2}]
-    later = [*loaded, {"step": 3, "eval_new_kl": 40.0, "eval_new_reward": 1.0, "eval_reward": 1.0}]
+    later = [
+        *loaded,
+        {"step": 3, "eval_new_kl": 40.0, "eval_new_reward": 1.0, "eval_new_runtime": 9.0},
+        {"step": 3, "eval_reward": 1.0},
+    ]
     kl, reward = "KL to the initial model, nats per response", "held-out prompts: reward"
     assert figures_of(log)[:3] == [
         Figure(kl, "1", "3"),
@@ -416,6 +448,7 @@ def test_supervised_commands_leave_a_card_in_place_of_trls(tmp_path, command, ad
     assert card.data.pipeline_tag == {"sft": "text-generation", "reward": "text-classification"}[command]
     for meaning in ("training loss", "held-out prompts: loss", "held-out prompts: accuracy on"):
         assert f"| {meaning}" in card.text
+    assert "held-out prompts, " not in card.text
     model = load_as_it_says(tmp_path / "out")["model"]
     assert hasattr(model, "peft_config") == adapted and (command == "sft" or model.config.num_labels == 1)
 

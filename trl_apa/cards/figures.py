@@ -56,8 +56,8 @@ OF_VALUES = (
     Column("apa/loss/value", "value loss", -1),
     Column("value/error", "squared error of the returns", -1),
 )
-# `eval_reward`, or `eval_<data set>_reward` of one of several.
-HELD_OUT_KEY = re.compile(rf"eval_(?:(?P<name>.+?)_)??(?P<key>{'|'.join(column.key for column in HELD_OUT)})")
+# Every evaluation logs how long it took. Other statistics have prefixes too: TRL's `eval_min_reward`.
+NAMED_RUNTIME = re.compile(r"eval_(?P<name>.+)_runtime")
 
 
 def note_loaded_step(state: Any) -> None:
@@ -111,15 +111,17 @@ def _with_steps_of_weights(history: Iterable[Mapping[str, Any]]) -> Iterator[Map
 
 
 def _held_out(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The columns of `HELD_OUT` that the log has, data set by data set."""
-    keys = [column.key for column in HELD_OUT]
-    found = {}
-    for key in {key for row in rows for key in row}:
-        if match := HELD_OUT_KEY.fullmatch(key):
-            place, column = keys.index(match["key"]), HELD_OUT[keys.index(match["key"])]
-            where = "held-out prompts" if match["name"] is None else f"held-out prompts, {match['name']}"
-            found[match["name"] or "", place] = Column(key, f"{where}: {column.meaning}", column.better)
-    return [found[place] for place in sorted(found)]
+    """The columns of `HELD_OUT` that the log has: `eval_reward`, or `eval_<data set>_reward` of one of several."""
+    logged = {key for row in rows for key in row}
+    names = sorted(match["name"] for key in logged if (match := NAMED_RUNTIME.fullmatch(key)))
+    of_names = [
+        Column(f"eval_{name}_{key}", f"held-out prompts, {name}: {meaning}", better)
+        for name in names
+        for key, meaning, better in HELD_OUT
+    ]
+    taken = {column.key for column in of_names}
+    alone = [Column(f"eval_{key}", f"held-out prompts: {meaning}", better) for key, meaning, better in HELD_OUT]
+    return [column for column in alone if column.key not in taken] + of_names
 
 
 def _figure(rows: Sequence[Mapping[str, Any]], column: Column, end: float) -> Figure | None:
