@@ -36,6 +36,9 @@ from trl_apa.cards.card import hub_name, shown_name
 from trl_apa.cards.figures import LOADED_STEP, step_of_weights
 from trl_apa.cards.of_runs import merged_card, tracker_links
 from trl_apa.cards.papers import APA, PAPERS, papers_of
+from trl_apa.demo.smollm2.measuring import METRICS
+from trl_apa.demo.smollm2.options import RealDemoOptions
+from trl_apa.demo.smollm2.pipeline import save_card
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.offline.config import LOSS_TYPES
 
@@ -358,6 +361,33 @@ def test_cards_of_adapters_load_them(tmp_path, value_model):
     assert not hasattr(load_as_it_says(tmp_path / "merged")["model"], "peft_config")
 
 
+def bytes_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("now", [None, "head"])
+@pytest.mark.filterwarnings("ignore:no dataset")
+def test_a_value_model_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path, now):
+    tiny_trainer(tmp_path / "run").save_pretrained(tmp_path / "m")
+    before = bytes_in(tmp_path / "m" / "value_model")
+    options = {"loss_type": "grpo", "num_generations": 2} if now is None else {}
+    trainer = tiny_trainer(tmp_path / "run", None, {"value_model": now}, **options)
+    with pytest.warns(UserWarning, match="value_model is of another run: .* the model card leaves it out"):
+        trainer.save_pretrained(tmp_path / "m")
+    assert "value_model" not in card_in(tmp_path / "m").text.split("## Options")[0]
+    assert bytes_in(tmp_path / "m" / "value_model") == before
+    trainer.merge_and_save(tmp_path / "m")
+    assert bytes_in(tmp_path / "m" / "value_model") == before
+
+
+@pytest.mark.filterwarnings("ignore:no dataset")
+def test_a_head_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
+    tiny_trainer(tmp_path, None, {"value_model": "head"}).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"v_head\.safetensors is of another run"):
+        tiny_trainer(tmp_path).save_pretrained(tmp_path)
+    assert "ValueHead" not in card_in(tmp_path).text and "ValueModel" in card_in(tmp_path).text
+
+
 @pytest.mark.filterwarnings("ignore:no dataset")
 def test_an_encoder_decoder_is_loaded_as_one(tmp_path):
     tiny_trainer(tmp_path, tiny_model("t5")).save_pretrained(tmp_path / "m")
@@ -566,3 +596,33 @@ def test_no_readme_of_an_adapters_checkpoint_shows_a_path(tmp_path, uploads, str
 def test_the_value_head_is_pushed_with_the_policy(tmp_path, uploads):
     trained(tmp_path / "run", value_model="head", config={**HUB, "save_steps": 1})
     assert all({"model.safetensors", "v_head.safetensors", "README.md"} <= files for _, files in uploads) and uploads
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+@pytest.mark.filterwarnings("ignore:no dataset")
+def test_a_value_model_of_an_earlier_run_is_moved_away_and_not_pushed(tmp_path, uploads, strategy):
+    tiny_trainer(tmp_path / "other").save_pretrained(tmp_path / "run")
+    before = bytes_in(tmp_path / "run" / "value_model")
+    options = {**HUB, "loss_type": "grpo", "num_generations": 2, "hub_strategy": strategy, "save_steps": 1}
+    if strategy == "end":
+        trainer = trained(tmp_path / "run", config=options)
+        assert not uploads
+        with pytest.warns(UserWarning, match="value_model is of another run, and is not to be pushed"):
+            trainer.push_to_hub()
+    else:
+        with pytest.warns(UserWarning, match="value_model is of another run, and is not to be pushed"):
+            trained(tmp_path / "run", config=options)
+    shelf = Path("_older-runs", "unknown", "value_model")
+    assert bytes_in(tmp_path / "run" / shelf) == before
+    assert uploads and all("model.safetensors" in files and "README.md" in files for _, files in uploads)
+    assert not any("value_model" in file for _, files in uploads for file in files)
+
+
+def test_the_demos_card_is_of_what_was_trained(tmp_path):
+    """A folder of an earlier run says nothing."""
+    metrics = {name: 0.5 for name, *_ in METRICS}
+    for options, has_values in (({}, True), ({"advantage_estimator": "group", "num_generations": 2}, False)):
+        (tmp_path / "model" / "value_model").mkdir(parents=True, exist_ok=True)
+        demo = RealDemoOptions(output_dir=tmp_path, overrides=options)
+        save_card(demo, {"options": {"loss_type": "apa"}, "before": metrics, "after": metrics})
+        assert ("ValueModel" in (tmp_path / "model" / "README.md").read_text()) == has_values

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from trl_apa.models.classic_value_head import HEAD_WEIGHTS
 from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER
 from trl_apa.models.value_model import DESCRIPTION
 from trl_apa.telemetry import NoTelemetry
+from trl_apa.trainer.checkpoints import move_to_older_runs
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
@@ -139,7 +141,12 @@ class Saving(NoTelemetry, _BaseTrainer):
     ) -> bool:
         module = self.accelerator.unwrap_model(self.model)
         name, values = model_name or name_of_folder(folder), folder / VALUE_MODEL_FOLDER
-        has_values = (values / DESCRIPTION).is_file() and not is_merged
+        has_values = VALUE_MODEL_FOLDER in module.parts_beside_policy and not is_merged
+        has_values = has_values and (values / DESCRIPTION).is_file()
+        for stale in () if is_merged else self._parts_of_other_runs(folder):
+            warnings.warn(
+                f"{stale} is of another run: this one has none, and the model card leaves it out", stacklevel=2
+            )
         card = policy_card(
             self, module.policy, name, values if has_values else None, module.value_is_a_head, is_merged=is_merged
         )
@@ -151,12 +158,26 @@ class Saving(NoTelemetry, _BaseTrainer):
             written[place] = write_card(replace(card, tags=tagged, datasets=datasets), place, vars(self.args))
         return written[folder]
 
+    def _parts_of_other_runs(self, folder: Path) -> list[Path]:
+        """What lies in a folder as if it belonged to this run's policy, and was not written by this run."""
+        own = self.accelerator.unwrap_model(self.model).parts_beside_policy
+        return [folder / name for name in self.value_parts if name not in own and (folder / name).exists()]
+
+    def _set_other_runs_aside(self) -> None:
+        """Move what is not this run's to where nothing is uploaded from."""
+        for stale in self._parts_of_other_runs(Path(self.args.output_dir)):
+            moved = move_to_older_runs(stale)
+            warnings.warn(
+                f"{stale} is of another run, and is not to be pushed with this one: it is now {moved}", stacklevel=3
+            )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the Trainer does, which copies the policy's files alone; the value model's go with them, and a card."""
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if pushes and (self.args.hub_always_push or not busy):
             with warn_if_report_fails(self, "writing the value model and a model card to push"):
+                self._set_other_runs_aside()
                 folder = Path(self.args.output_dir)
                 for name in self.value_parts:
                     source = Path(checkpoint_folder) / name
@@ -170,6 +191,8 @@ class Saving(NoTelemetry, _BaseTrainer):
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Save to `args.output_dir`, write model cards and upload policy, tokenizer, value model and cards.
 
+        A value model that another run left there is moved to `_older-runs/`, which is not uploaded, with a warning.
+
         Args:
             repo_id: where to; defaults to `args.hub_model_id`.
             kwargs: as in [`~transformers.Trainer.push_to_hub`] (`commit_message`, `token`, `blocking`, ...).
@@ -178,4 +201,6 @@ class Saving(NoTelemetry, _BaseTrainer):
             self.args.hub_model_id, self.hub_model_id = repo_id, None
         if type(self)._save_pretrained is not Saving._save_pretrained or "_save_pretrained" in vars(self):
             self._save_pretrained(self.args.output_dir)
+        if self.is_world_process_zero():
+            self._set_other_runs_aside()
         return super().push_to_hub(**kwargs)
