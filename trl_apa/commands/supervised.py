@@ -13,7 +13,6 @@ from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.redaction.trackers import hide_secrets_from
-from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:
@@ -74,8 +73,7 @@ def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
         trainer.evaluate()
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    with warn_if_report_fails(None, "writing a model card"):
-        trainer.create_model_card()
+    trainer.create_model_card()
     trainer.accelerator.print(f"model, tokenizer, README.md and trainer_state.json are in {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub()

@@ -15,7 +15,7 @@ from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import renamed_method
 from trl_apa.models.classic_outputs import classic_outputs
-from trl_apa.models.classic_value_head import PolicyValueHead
+from trl_apa.models.classic_value_head import HEAD_WEIGHTS, PolicyValueHead
 from trl_apa.models.critic import Critic
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
@@ -189,6 +189,13 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
     def value_is_a_head(self) -> bool:
         """Whether the value model has no separate trunk."""
         return isinstance(self.value_model, PolicyValueHead)
+
+    @property
+    def parts_beside_policy(self) -> tuple[str, ...]:
+        """Names of what `save_pretrained` writes beside the policy: a folder, or a head's file."""
+        if self.value_model is None:
+            return ()
+        return (HEAD_WEIGHTS if self.value_is_a_head else VALUE_MODEL_FOLDER,)
 
     @property
     def base_is_shared(self) -> bool:

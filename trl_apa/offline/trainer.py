@@ -23,6 +23,7 @@ from trl_apa.algorithms.masking import keep_counted, masked_mean, masked_whiten
 from trl_apa.algorithms.reference_rewards import quantile_advantages
 from trl_apa.algorithms.regression import response_regression_loss
 from trl_apa.algorithms.rewards import token_rewards
+from trl_apa.cards.figures import note_loaded_step
 from trl_apa.evaluation import held_out
 from trl_apa.models import ValueModel, reference_policy
 from trl_apa.models.checkpointing import without_checkpointing
@@ -530,6 +531,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        note_loaded_step(self.state)
 
 
 def _width(batch: dict[str, Tensor]) -> int:

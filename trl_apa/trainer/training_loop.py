@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
+from trl_apa.cards.figures import note_loaded_step
 from trl_apa.distributed.sharded import is_sharded
 from trl_apa.evaluation import held_out
 from trl_apa.models import load_policy_and_value
@@ -678,6 +679,7 @@ class TrainingLoop(ResumableRuns):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)
+        note_loaded_step(self.state)
 
 
 def _as_rows(queries: list[Tensor], prompts: list[Any] | None, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
