@@ -125,10 +125,10 @@ class Experience(_BaseTrainer):
     @torch.no_grad()
     def _read_states(self, rollouts: Rollouts) -> Iterator[StatesOfPass]:
         """The policy's last hidden states and log-probs of all response tokens, a forward pass at a time."""
-        layout_for = self._layouts
+        layout_for = self.layouts
         for rows in self._passes_before_update(rollouts, layout_for):
             layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
-            batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
+            batch = rollouts.micro_batch(rows, self.special_tokens.pad, layout)
             outputs = self.model_wrapped(**self._model_inputs(batch), with_value=False, with_hidden=True)
             yield StatesOfPass(batch["rows"], outputs["logprobs"], outputs["hidden"])
 
