@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from tests._cli import run
 from tests.test_cli import hh_rows, jsonl, make_model
@@ -34,7 +34,7 @@ from trl_apa import APATrainer
 from trl_apa.algorithms import ALGORITHMS
 from trl_apa.cards import Card, Figure, figures_of, write_card
 from trl_apa.cards.card import hub_name, shown_name
-from trl_apa.cards.figures import LOADED_STEP, step_of_weights
+from trl_apa.cards.figures import LOADED_STEP, note_loaded_step, step_of_weights
 from trl_apa.cards.of_runs import merged_card, tracker_links
 from trl_apa.cards.papers import APA, PAPERS, papers_of
 from trl_apa.demo.smollm2.measuring import METRICS
@@ -172,6 +172,16 @@ def test_the_last_figures_are_those_of_the_best_checkpoint_where_it_is_loaded_at
     on = [*later, {"step": 4, "objective/kl": 4.0}]
     assert step_of_weights(on, 4) == 4 and figures_of(on)[0] == Figure(kl, "1", "4")
     assert step_of_weights(later, 4) == 4 and figures_of(later, steps=4)[0] == Figure(kl, "1", "3")
+
+
+@pytest.mark.parametrize(
+    ("folder", "best", "noted"), [("checkpoint-4", 6, [4]), ("mine/best", 6, [6]), ("mine/best", None, [])]
+)
+def test_the_step_of_a_loaded_checkpoint_is_that_of_its_folder(folder, best, noted):
+    """The best step may have no checkpoint; then an older one is loaded."""
+    state = TrainerState(global_step=8, best_global_step=best, best_model_checkpoint=folder)
+    note_loaded_step(state)
+    assert [row[LOADED_STEP] for row in state.log_history] == noted
 
 
 def test_every_algorithm_has_its_paper():
