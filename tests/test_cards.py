@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from concurrent.futures import Future
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from tests._cli import run
 from tests.test_cli import hh_rows, jsonl, make_model
@@ -33,7 +34,7 @@ from trl_apa import APATrainer
 from trl_apa.algorithms import ALGORITHMS
 from trl_apa.cards import Card, Figure, figures_of, write_card
 from trl_apa.cards.card import hub_name, shown_name
-from trl_apa.cards.figures import LOADED_STEP, step_of_weights
+from trl_apa.cards.figures import LOADED_STEP, note_loaded_step, step_of_weights
 from trl_apa.cards.of_runs import merged_card, tracker_links
 from trl_apa.cards.papers import APA, PAPERS, papers_of
 from trl_apa.demo.smollm2.measuring import METRICS
@@ -171,6 +172,16 @@ def test_the_last_figures_are_those_of_the_best_checkpoint_where_it_is_loaded_at
     on = [*later, {"step": 4, "objective/kl": 4.0}]
     assert step_of_weights(on, 4) == 4 and figures_of(on)[0] == Figure(kl, "1", "4")
     assert step_of_weights(later, 4) == 4 and figures_of(later, steps=4)[0] == Figure(kl, "1", "3")
+
+
+@pytest.mark.parametrize(
+    ("folder", "best", "noted"), [("checkpoint-4", 6, [4]), ("mine/best", 6, [6]), ("mine/best", None, [])]
+)
+def test_the_step_of_a_loaded_checkpoint_is_that_of_its_folder(folder, best, noted):
+    """The best step may have no checkpoint; then an older one is loaded."""
+    state = TrainerState(global_step=8, best_global_step=best, best_model_checkpoint=folder)
+    note_loaded_step(state)
+    assert [row[LOADED_STEP] for row in state.log_history] == noted
 
 
 def test_every_algorithm_has_its_paper():
@@ -484,12 +495,13 @@ def test_supervised_commands_leave_a_card_in_place_of_trls(tmp_path, command, ad
 
 
 @pytest.mark.parametrize("command", ["sft", "reward"])
-def test_supervised_commands_leave_the_users_readme_alone(tmp_path, command, monkeypatch):
+def test_supervised_commands_leave_the_users_readme_alone(tmp_path, command, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("# Mine\n")
     with pytest.warns(UserWarning, match="stays as it is"):
         supervised(tmp_path, command, "--save_steps 1 --use_peft --lora_target_modules all-linear")
+    assert f"model, tokenizer and trainer_state.json are in {tmp_path / 'out'}\n" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
     assert not list((tmp_path / "out").glob("checkpoint-*/README.md"))
 
@@ -508,7 +520,9 @@ def test_the_card_of_a_supervised_best_checkpoint_is_of_its_step(tmp_path, comma
 
 
 @pytest.mark.parametrize("command", ["sft", "reward"])
-def test_supervised_commands_train_to_the_end_without_a_card_that_cannot_be_written(tmp_path, command, monkeypatch):
+def test_supervised_commands_train_to_the_end_without_a_card_that_cannot_be_written(
+    tmp_path, command, monkeypatch, capsys
+):
     """TRL asks for one before each checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("trl_apa.trl_trainers.supervised_card", fail)
@@ -517,10 +531,10 @@ def test_supervised_commands_train_to_the_end_without_a_card_that_cannot_be_writ
     assert sum("model card" in str(warning.message) for warning in warned) == 1
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"checkpoint-1", "checkpoint-2", "model.safetensors", "trainer_state.json"} <= names
-    assert "README.md" not in names
+    assert "README.md" not in names and "README.md" not in capsys.readouterr().out
 
 
-def test_merge_says_whose_adapter_it_was_and_shows_the_figures_of_its_run(tmp_path):
+def test_merge_says_whose_adapter_it_was_and_shows_the_figures_of_its_run(tmp_path, capsys):
     make_model(tmp_path / "base")
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora_config())
     policy.save_pretrained(tmp_path / "adapter")
@@ -528,9 +542,32 @@ def test_merge_says_whose_adapter_it_was_and_shows_the_figures_of_its_run(tmp_pa
     log = [{"step": 3, "eval_reward": 0.5, "eval_reward_stderr": 0.25}]
     (tmp_path / "adapter" / "trainer_state.json").write_text(json.dumps({"log_history": log, "global_step": 3}))
     assert run("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged") == 0
+    assert capsys.readouterr().out.endswith(f"model, tokenizer and README.md are in {tmp_path / 'merged'}\n")
     card = card_in(tmp_path / "merged")
     assert "the adapter `adapter`" in card.text and "0.5 ± 0.49" in card.text and str(tmp_path) not in str(card)
     assert load_as_it_says(tmp_path / "merged")["model"].config.model_type == "gpt_neox"
+    (tmp_path / "merged" / "README.md").write_text("# Mine\n")
+    with pytest.warns(UserWarning, match="stays as it is"):
+        assert run("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged") == 0
+    assert capsys.readouterr().out.endswith(f"model and tokenizer are in {tmp_path / 'merged'}\n")
+
+
+@pytest.mark.parametrize("own_readme", [False, True])
+@pytest.mark.parametrize("loss_type", ["apa", "grpo"])
+def test_train_says_what_is_in_the_folder(tmp_path, capsys, loss_type, own_readme):
+    make_model(tmp_path / "base")
+    out = tmp_path / "out"
+    out.mkdir()
+    if own_readme:
+        (out / "README.md").write_text("# Mine\n")
+    rows = jsonl(tmp_path / "r.jsonl", [{"prompt": f"{n} plus {n}?"} for n in range(8)])
+    options = f"--loss_type {loss_type} --use_cpu --max_steps 1 --batch_size 4 --num_generations 2 --bf16 no"
+    options += " --report_to none --save_strategy no --max_completion_length 4 --mini_batch_size 4"
+    options += f" --reward_funcs {__name__}.count_nines --dataset_name {rows} --model_name_or_path {tmp_path / 'base'}"
+    with pytest.warns(UserWarning, match="stays as it is") if own_readme else nullcontext():
+        assert run("train", "--output_dir", out, *options.split()) == 0
+    names = ["policy, tokenizer", *["value_model"] * (loss_type == "apa"), *["README.md"] * (not own_readme)]
+    assert f"{', '.join(names)} and trainer_state.json are in {out}\n" in capsys.readouterr().out
 
 
 # ---- of what is uploaded ----

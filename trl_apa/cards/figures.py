@@ -66,8 +66,11 @@ def note_loaded_step(state: Any) -> None:
     Args:
         state: the trainer's, with the folder of that checkpoint.
     """
-    step = int(PurePath(state.best_model_checkpoint).name.rpartition("-")[2])
-    state.log_history.append({LOADED_STEP: step, "step": state.global_step})
+    number = PurePath(state.best_model_checkpoint).name.rpartition("-")[2]
+    # A callback may have named a folder of its own.
+    step = int(number) if number.isdecimal() else state.best_global_step
+    if step is not None:
+        state.log_history.append({LOADED_STEP: step, "step": state.global_step})
 
 
 def step_of_weights(history: Sequence[Mapping[str, Any]], steps: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trl_apa.commands.outputs import check_output_folder
+from trl_apa.commands.outputs import check_output_folder, saved_in
 from trl_apa.commands.parsing import OneLineParser
 
 
@@ -34,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
 
     with loading("adapter", options.adapter):
         merge_and_save(options.adapter, options.output_dir, dtype=getattr(torch, options.dtype))
+    has_card = False
     with warn_if_report_fails(None, "writing a model card"):
         auto = language_model_class(AutoConfig.from_pretrained(options.output_dir)).__name__
         card = merged_card(options.adapter, name_of_folder(options.output_dir), auto)
-        write_card(card, options.output_dir)
-    print(f"model, tokenizer and README.md are in {options.output_dir}")
+        has_card = write_card(card, options.output_dir)
+    print(saved_in(options.output_dir, "model", "tokenizer", has_card and "README.md"))
     return 0

@@ -12,7 +12,7 @@ from trl_apa.commands.launching import LAUNCH_PART, launch
 from trl_apa.commands.lengths import check_prompt_lengths, check_response_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, loading
 from trl_apa.commands.options import NO_EFFECT, CommandParser, Part
-from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
+from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume, saved_in
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.commands.reward_options import reward_part
 from trl_apa.commands.rows import load_rows, preference
@@ -96,12 +96,11 @@ def main(argv: Sequence[str]) -> int:
     trainer.accelerator.print(f"{config.loss_type}: {len(trainer.rollouts)} responses, kl_coef {config.kl_coef}")
     trainer.card_datasets = data.names
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_pretrained(config.output_dir)
+    has_card = trainer.save_pretrained(config.output_dir)
     trainer.save_state()
-    critic = ", value_model/" if config.needs_values else ""
-    trainer.accelerator.print(
-        f"policy, tokenizer{critic}, README.md and trainer_state.json are in {config.output_dir}"
-    )
+    beside = trainer.accelerator.unwrap_model(trainer.model).parts_beside_policy
+    names = ("policy", "tokenizer", *beside, has_card and "README.md", "trainer_state.json")
+    trainer.accelerator.print(saved_in(config.output_dir, *names))
     if config.push_to_hub:
         trainer.push_to_hub()
     return 0

@@ -1,4 +1,4 @@
-"""Checks a command's outputs and the checkpoint to resume before anything is loaded."""
+"""A command's outputs: checked, and the checkpoint to resume, before anything is loaded; named once written."""
 
 import os
 from pathlib import Path
@@ -57,3 +57,14 @@ def checkpoint_to_resume(resume: str | None, output_dir: str | Path) -> str | bo
     if not Path(str(resume)).is_dir():
         raise ValueError(f"resume_from_checkpoint={resume!r}: there is no such folder")
     return resume
+
+
+def saved_in(folder: str | Path, *names: str | bool) -> str:
+    """`model, tokenizer and README.md are in runs/sft`.
+
+    Args:
+        folder: of the outputs.
+        names: of what was written; what was not is False.
+    """
+    *written, last = [name for name in names if isinstance(name, str)]
+    return f"{', '.join(written)} and {last} are in {folder}"

@@ -10,7 +10,7 @@ from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.groups import HELPS, model_part, trl_title
 from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
-from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
+from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume, saved_in
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.redaction.trackers import hide_secrets_from
 
@@ -73,8 +73,9 @@ def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
         trainer.evaluate()
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    trainer.create_model_card()
-    trainer.accelerator.print(f"model, tokenizer, README.md and trainer_state.json are in {config.output_dir}")
+    has_card = trainer.create_model_card()
+    names = ("model", "tokenizer", has_card and "README.md", "trainer_state.json")
+    trainer.accelerator.print(saved_in(config.output_dir, *names))
     if config.push_to_hub:
         trainer.push_to_hub()
     return 0

@@ -10,7 +10,7 @@ from trl_apa.commands.launching import launch
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, loading
 from trl_apa.commands.options import CommandParser
-from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
+from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume, saved_in
 from trl_apa.commands.progress import APA_COLUMNS, print_lines
 from trl_apa.commands.reward_options import RewardArguments
 from trl_apa.commands.rows import load_rows, prompts_by
@@ -91,11 +91,10 @@ def _trainer(
 
 def _save(trainer: APATrainer) -> None:
     config = trainer.args
-    trainer.save_pretrained(config.output_dir)
+    has_card = trainer.save_pretrained(config.output_dir)
     trainer.save_state()
-    values = "" if trainer.model.value_model is None else ", value_model/"
-    trainer.accelerator.print(
-        f"policy, tokenizer{values}, README.md and trainer_state.json are in {config.output_dir}"
-    )
+    beside = trainer.accelerator.unwrap_model(trainer.model).parts_beside_policy
+    names = ("policy", "tokenizer", *beside, has_card and "README.md", "trainer_state.json")
+    trainer.accelerator.print(saved_in(config.output_dir, *names))
     if config.push_to_hub:
         trainer.push_to_hub()
