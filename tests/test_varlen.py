@@ -195,11 +195,12 @@ def states(width=8, of_values=None, dtype=torch.bfloat16, tokens=6):
 
 POSITION_BIAS = torch.eye(3, dtype=torch.bfloat16)[None, None]
 FALLBACKS = {
-    "float32": ({"dtype": torch.float32}, {}, "2.12", "it computes in float32, not in half precision"),
+    "float32": ({"dtype": torch.float32}, {}, "2.12", "it computes in float32, not in one type of half precision"),
     "dropout": ({}, {"dropout": 0.1}, "2.12", "its attention is not plainly causal"),
     "a bias of positions": ({}, {"position_bias": POSITION_BIAS}, "2.12", "is not plainly causal"),
     "not causal": ({}, {"is_causal": False}, "2.12", "is not plainly causal"),
     "odd heads": ({"width": 12}, {}, "2.12", "its heads have a width of 12 for keys and 12 for values"),
+    "wide heads": ({"width": 264}, {}, "2.12", "its heads have a width of 264"),
     "heads in the gap": ({"width": 208}, {}, "2.12", "its heads have a width of 208"),
     "narrower values": ({"of_values": 16, "width": 24}, {}, "2.12", "width of 24 for keys and 16 for values"),
     "no windows": ({}, {"sliding_window": 2}, "2.10", "has no windows"),
@@ -230,6 +231,12 @@ def test_where_the_kernel_runs():
     with FakeTensorMode():
         assert varlen.is_for_flash(*states())
     assert varlen.why_not_at_once(torch.nn.Module(), states(), 0.0, None, None, {}).startswith("torch has no flash")
+
+
+def test_mixed_types_are_named():
+    query, key, value = states()
+    why = varlen.why_not_at_once(torch.nn.Module(), (query.float(), key, value), 0.0, None, None, {})
+    assert why == "it computes in bfloat16 and float32, not in one type of half precision"
 
 
 def test_other_numbers_of_keys_than_tokens_are_refused():
@@ -269,7 +276,7 @@ def test_without_it_prompts_are_not_shared_nor_windows_packed_and_a_warning_says
         assert not shares_prompts(model)
     assert [str(warning.message) for warning in caught] == [
         "LlamaForCausalLM: attention of its packed rows takes a launch a sequence instead of one a layer: it computes "
-        "in float32, not in half precision"
+        "in float32, not in one type of half precision"
     ]
     windowed = family_model("window")
     chosen = Layouts([windowed])
