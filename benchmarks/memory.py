@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -31,6 +32,7 @@ LLAMA, NEOX = LlamaConfig(**SIZES), GPTNeoXConfig(**SIZES)
 GPT2 = GPT2Config(vocab_size=1000, n_embd=128, n_layer=2, n_head=4, eos_token_id=None, bos_token_id=None)
 LARGE_VOCABULARY = LlamaConfig(**{**SIZES, "vocab_size": 32000, "hidden_size": 64})
 WIDE = LlamaConfig(**{**SIZES, "hidden_size": 192, "intermediate_size": 512, "num_key_value_heads": 2})
+WIDEST = LlamaConfig(**{**SIZES, "hidden_size": 512, "num_hidden_layers": 1, "vocab_size": 100})
 IN_FLOAT32 = {"dtype": torch.float32, "autocast": None, "max_length": 256, "max_new_tokens": 24}
 IN_FLOAT32 |= {"micro_batch_size": 4, "generation_batch_size": 4, "lora_r": 8}
 FULL, QUANTISED = {**IN_FLOAT32, "lora_r": 0}, {**IN_FLOAT32, "dtype": torch.bfloat16, "autocast": torch.bfloat16}
@@ -55,6 +57,12 @@ CASES = {
     "full, a head for values": Setup(GPT2, **FULL, value="head", gradient_checkpointing=False),
     "full, no value model": Setup(GPT2, **FULL, value=None, gradient_checkpointing=False),
     "LoRA, no value model": Setup(LLAMA, **IN_FLOAT32, value=None),
+    "LoRA, a learned log Z": Setup(
+        WIDEST,
+        **{**IN_FLOAT32, **SHORT, "micro_batch_size": 2, "generation_batch_size": 2},
+        value=None,
+        learned_normalizer=True,
+    ),
     "one unfrozen layer": Setup(LLAMA, **FULL, num_unfrozen_layers=1, gradient_checkpointing=False),
 }
 
@@ -68,9 +76,9 @@ class Measured:
     lasting: int
 
 
-def measure(setup: Setup, folder: str | Path) -> Measured:
+def measure(setup: Setup, folder: str | Path, **options: Any) -> Measured:
     """Train and sample with the real trainer on the CPU, in an iteration in which the optimizer has its states."""
-    trainer = build_trainer(setup, folder)
+    trainer = build_trainer(setup, folder, **options)
     rows = setup.micro_batch_size * setup.gradient_accumulation_steps
     generator = torch.Generator().manual_seed(0)
 
@@ -90,29 +98,32 @@ def measure(setup: Setup, folder: str | Path) -> Measured:
 
 
 def lasting_bytes(trainer: APATrainer) -> int:
-    """Weights of policy, value model and reference, and the optimizer's states."""
+    """Weights of policy, value model and reference, the optimizer's states, and a learned log Z."""
     networks = [trainer.model, *([] if trainer.ref_model is None else [trainer.ref_model])]
-    states = (state for states in trainer.optimizer.state.values() for state in states.values())
+    states = [state for states in trainer.optimizer.state.values() for state in states.values()]
+    states += trainer.run_state.normalizer.state_dict().values()
     return _storages(tensor for network in networks for tensor in _tensors(network)) + _storages(states)
 
 
-def build_trainer(setup: Setup, folder: str | Path) -> APATrainer:
-    """The trainer that `setup` describes, with random weights."""
-    config = APAConfig(
-        output_dir=str(folder),
-        report_to="none",
-        use_cpu=True,
-        bf16=setup.autocast is not None,
-        batch_size=setup.micro_batch_size * setup.gradient_accumulation_steps,
-        mini_batch_size=setup.micro_batch_size,
-        gradient_accumulation_steps=setup.gradient_accumulation_steps,
-        tokens_per_micro_batch=setup.tokens_per_micro_batch,
-        gradient_checkpointing=setup.gradient_checkpointing,
-        max_completion_length=setup.max_new_tokens,
-        num_unfrozen_layers=setup.num_unfrozen_layers,
-        optim="adamw_torch_fused",
-        advantage_estimator="batch" if setup.value is None else "gae",
-    )
+def build_trainer(setup: Setup, folder: str | Path, **options: Any) -> APATrainer:
+    """The trainer that `setup` and more options of the config describe, with random weights."""
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": setup.autocast is not None,
+        "batch_size": setup.micro_batch_size * setup.gradient_accumulation_steps,
+        "mini_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "tokens_per_micro_batch": setup.tokens_per_micro_batch,
+        "gradient_checkpointing": setup.gradient_checkpointing,
+        "max_completion_length": setup.max_new_tokens,
+        "num_unfrozen_layers": setup.num_unfrozen_layers,
+        "optim": "adamw_torch_fused",
+        "advantage_estimator": "batch" if setup.value is None else "gae",
+        "normalizer": "learned" if setup.learned_normalizer else None,
+    }
+    config = APAConfig(**{**given, **options})
     lora = LoraConfig(r=setup.lora_r, target_modules=setup.lora_target_modules, task_type="CAUSAL_LM")
     return APATrainer(
         config,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reproduction.win_rates import Comparison, WinRates, answers_file, sampling_seed, summarize, verdicts_file
-from trl_apa.commands import generate, winrate_options
+from trl_apa.commands import generate_options, winrate_options
 from trl_apa.commands.options import did_you_mean, read_yaml
 from trl_apa.commands.row_file import record_of
 from trl_apa.winrate import Judgement, Pair
@@ -42,7 +42,7 @@ def options_of(comparison: Comparison, more: Sequence[str]) -> Options:
     """
     parser = winrate_options.make_parser()
     of_winrate = vars(parser.parse_args([*ANY_ANSWERS, *ANY_JUDGE])).keys() - {"ours", "theirs"}
-    of_generate = generate.make_parser().parse([]).keys()
+    of_generate = generate_options.make_parser().parse([]).keys()
     in_file = read_yaml(str(comparison.winrate))
     for name in in_file:
         _check_option(name, of_winrate, str(comparison.winrate))
@@ -52,7 +52,7 @@ def options_of(comparison: Comparison, more: Sequence[str]) -> Options:
     to_generate = ["--config", str(comparison.generate), *_words(given, of_generate)]
     to_winrate = [word for name, value in in_file.items() for word in _as_words(name, value)]
     to_winrate += _words(given, of_winrate)
-    generate.make_parser().parse(to_generate)
+    generate_options.make_parser().parse(to_generate)
     return Options(to_generate, to_winrate, parser.parse_args([*ANY_ANSWERS, *to_winrate]))
 
 

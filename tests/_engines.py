@@ -24,6 +24,8 @@ RUN |= {"ppo_epochs": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_ste
 ACCUMULATED = {"mini_batch_size": 2, "gradient_accumulation_steps": 2}
 # Fewer than two of the longest rows have, so that the two processes need unequally many passes.
 BY_TOKENS = {**ACCUMULATED, "tokens_per_micro_batch": 20}
+# Its constants are 0 in the first step, one for all states in the second, and of states after that.
+NORMALIZED = {"normalizer": "learned", "whiten_advantages": False}
 
 
 def announce_rank(rank):
@@ -46,8 +48,8 @@ def whole_weights(trainer):
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwargs):
-    """A trainer after two steps on its rows of eight rollouts, and what there is to compare of it."""
+def stepped(make_config, folder, rows=range(8), model=None, config=None, num_steps=2, **kwargs):
+    """A trainer after some steps on its rows of eight rollouts, and what there is to compare of it."""
     model = (
         tiny_model() if model is None else model
     )  # before the config, so that ZeRO-3 does not shard it as it is made
@@ -57,7 +59,7 @@ def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwarg
     if hasattr(trainer.model.value_model, "head"):
         torch.nn.init.normal_(trainer.model.value_model.head.out.weight)  # sends gradient to the trunk at once
     own = [[column[row] for row in rows] for column in tiny_rollouts(8)]
-    stats = [trainer.step(*own) for _ in range(2)][-1]
+    stats = [trainer.step(*own) for _ in range(num_steps)][-1]
     answers = trainer.generate(QUERIES, generate_ref_response=True, do_sample=False, max_new_tokens=4)
     trainer.save_pretrained(f"{folder}/saved")
     return trainer, {
@@ -65,6 +67,13 @@ def stepped(make_config, folder, rows=range(8), model=None, config=None, **kwarg
         "answers": [[answer.tolist() for answer in part] for part in answers],
         "weights": whole_weights(trainer),
     }
+
+
+def normalized(make_config, folder, rows=range(8), model=None, **config):
+    """Four steps with a learned log Z(s)."""
+    outcome = stepped(make_config, folder, rows, model, {**NORMALIZED, **config}, num_steps=4)[1]
+    assert abs(outcome["stats"]["apa/normalizer/log_normalizer"]) > 1e-3
+    return outcome
 
 
 def on_one_base(make_config, folder, rows=range(8), model=None, **config):

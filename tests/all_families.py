@@ -92,6 +92,10 @@ STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_gro
 OVERRIDES = {
     "bamba": {**STATES, "attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
+    "dory": {
+        **{"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {**STATES, "mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},

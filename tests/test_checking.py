@@ -181,7 +181,7 @@ def test_a_network_that_does_otherwise_in_train_mode_is_found(tmp_path, only):
 def test_a_layout_that_does_not_suit_the_network_is_found(tmp_path, monkeypatch, only):
     only(reading.layouts)
     trainer = tiny_trainer(tmp_path, family_model("rwkv"), {"value_model": "head"}, **SMALL)
-    monkeypatch.setattr(trainer, "_layouts", lambda longest, **options: Layout.PADDED)
+    monkeypatch.setattr(trainer, "layouts", lambda longest, **options: Layout.PADDED)
     assert {"log-probs, padded", "log-probs, as trained"} <= set(wrong(trainer.check(PROMPTS)))
 
 

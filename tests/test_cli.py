@@ -28,11 +28,24 @@ from tests._cli import refused, run
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa import APAConfig
 from trl_apa.cli import COMMANDS
-from trl_apa.commands import env, evaluate, generate, launching, offline, plot, reward, sft, train
+from trl_apa.commands import (
+    env,
+    evaluate,
+    evaluate_options,
+    generate_options,
+    launching,
+    offline,
+    plot,
+    reward,
+    reward_options,
+    sft,
+    train_options,
+)
 from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.models import import_reward_function
 from trl_apa.commands.parsing import OneLineParser
 from trl_apa.commands.rows import demonstration, load_prompts, load_rows, preference, prompts_by
+from trl_apa.commands.sampling_options import SamplingOptions
 from trl_apa.config.precision import default_bf16
 from trl_apa.data.sources import Row
 from trl_apa.demo.options import parse_options
@@ -43,8 +56,8 @@ from trl_apa.offline import OfflineConfig
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 OUR_CONFIGS = ROOT / "trl_apa" / "accelerate_configs"
-WITH_YAML = {"sft": sft, "reward": reward, "train": train, "offline": offline}
-WITH_YAML |= {"evaluate": evaluate, "generate": generate}
+WITH_YAML = {"sft": sft, "reward": reward, "train": train_options, "offline": offline}
+WITH_YAML |= {"evaluate": evaluate_options, "generate": generate_options}
 
 
 def yaml_file(tmp_path, text):
@@ -133,13 +146,36 @@ def test_the_file_is_read_as_the_command_line_and_the_command_line_wins(tmp_path
         score_clip: null
         whiten_advantages: false
     """
-    values = train.make_parser().parse(["--config", str(yaml_file(tmp_path, text)), "--kl_coef", "0.25"])
+    values = train_options.make_parser().parse(["--config", str(yaml_file(tmp_path, text)), "--kl_coef", "0.25"])
     assert values["learning_rate"] == 1e-4 and values["kl_coef"] == 0.25
     assert values["eval_strategy"] == "no"
     assert values["stop_strings"] == ["\n\nHuman:"] and values["reward_weights"] == [2.0]
     assert values["lr_scheduler_kwargs"] == {"power": 2}
     assert values["score_clip"] is None and values["whiten_advantages"] is False
     assert values["gamma"] == 1.0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_types_and_speaks_of_the_command(capsys, command):
+    """No name of an option in capitals in place of its type; no function of the library in place of the command."""
+    assert run(command, "--help") == 0
+    told = capsys.readouterr().out
+    options = re.findall(r"^  --(\w[\w-]*)(?: (\S.*?))?(?:  .*)?$", told, flags=re.MULTILINE)
+    assert "debug" in dict(options)
+    for name, value in options:
+        assert value.strip("[]") != name.upper().replace("-", "_"), f"--{name} {value}"
+    assert "train()" not in told and "Read it" not in told and "ithout effect." not in told
+    for name, text in re.findall(r"^  --no_(\w+)\s+(.*)", told, flags=re.MULTILINE):
+        assert text == f"{name} off."
+
+
+def test_help_of_train_leaves_out_what_would_do_nothing(capsys):
+    assert run("train", "--help") == 0
+    short = capsys.readouterr().out
+    assert run("train", "--help-all") == 0
+    rest = capsys.readouterr().out.partition("options without effect in this command:")[2]
+    for name in ("label_smoothing_factor", "tool_timeout", "do_train", "is_peft_model"):
+        assert f"  --{name} " not in short and f"  --{name} " in rest
 
 
 def test_help_groups_the_options(capsys):
@@ -180,6 +216,18 @@ def test_help_says_when_bf16_is_on(tmp_path, capsys, monkeypatch, command):
         assert default_bf16(fp16, use_cpu=False) is on and default_bf16(fp16, use_cpu=True) is False
 
 
+@pytest.mark.parametrize("command", WITH_YAML)
+def test_the_name_of_an_option_that_is_on_or_off_alone_means_on(command):
+    """Also where neither is the default."""
+    parser = WITH_YAML[command].make_parser()
+    either = (bool, bool | None)
+    names = [field.name for fields in parser.groups.values() for field in fields if field.hint in either]
+    assert {"bf16", "use_cpu"} <= set(names)
+    values = parser.parse([f"--{name}" for name in names])
+    assert {values[name] for name in names} == {True}
+    assert parser.parse(["--bf16", "no"])["bf16"] is False and parser.parse([])["bf16"] is None
+
+
 def test_options_are_read_with_either_spelling(tmp_path):
     path = str(tmp_path)
     for spelling in (
@@ -188,7 +236,7 @@ def test_options_are_read_with_either_spelling(tmp_path):
         [f"--output-dir={path}"],
         [f"--output_dir={path}"],
     ):
-        values = train.make_parser().parse([*spelling, "--kl-coef", "0.5", "--max_steps", "3"])
+        values = train_options.make_parser().parse([*spelling, "--kl-coef", "0.5", "--max_steps", "3"])
         assert (values["output_dir"], values["kl_coef"], values["max_steps"]) == (path, 0.5, 3)
         assert str(parse_options([*spelling, "--sft_steps", "7"]).output_dir) == path
         options = paper_parser().parse_args(["fig3", "--scale", "mini", *spelling, "--sft-steps", "7"])
@@ -206,12 +254,14 @@ def test_the_example_files_have_options_that_exist(path, tmp_path):
     parser.build({**parser.parse(["--config", str(path), "--use_cpu"]), "output_dir": str(tmp_path)})
 
 
-@pytest.mark.parametrize("command", [evaluate, generate, offline, train])
+@pytest.mark.parametrize("command", [evaluate_options, generate_options, offline, train_options])
 def test_arguments_of_the_chat_template_are_json_on_the_command_line(command, tmp_path):
     parser = command.make_parser()
     values = parser.parse(["--chat_template_kwargs", '{"enable_thinking": false}', "--use_cpu"])
     parts = parser.build({**values, "output_dir": str(tmp_path)})
-    (config,) = [part for part in parts if isinstance(part, APAConfig | OfflineConfig)]
+    (config,) = [part for part in parts if isinstance(part, APAConfig | OfflineConfig | SamplingOptions)]
+    if isinstance(config, SamplingOptions):
+        config = APAConfig(output_dir=str(tmp_path), **vars(config))
     assert config.chat_template_kwargs == {"enable_thinking": False}
 
 
@@ -259,6 +309,29 @@ def test_a_reward_function_is_found_in_the_working_directory(tmp_path, monkeypat
     ]:
         with pytest.raises(ValueError, match=problem):
             import_reward_function(name)
+
+
+def test_servers_and_judges_are_reward_functions_of_a_command(tmp_path, monkeypatch):
+    (tmp_path / "style.yaml").write_text("model: m\nrubric: Is it short?\nbase_url: http://127.0.0.1:9/v1\n")
+    monkeypatch.chdir(tmp_path)
+    rewards = reward_options.RewardArguments(reward_funcs=["https://host/score", "judge:style.yaml"])
+    assert [type(function).__name__ for function in rewards.functions()] == ["ServedReward", "JudgeReward"]
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        reward_options.RewardArguments(reward_funcs=["judge:nowhere.yaml"]).functions()
+
+
+@pytest.mark.parametrize("options", ["--load_in_8bit", "--load_in_4bit --dtype bfloat16"])
+def test_a_reward_model_learns_on_a_quantised_base_without_autocast(tmp_path, monkeypatch, options):
+    """TRL leaves its head in bfloat16, which the hidden states of such a base need not be in."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base")
+    jsonl(tmp_path / "rows.jsonl", hh_rows(8))
+    options += " --use_peft --lora_target_modules all-linear --use_cpu --report_to none --max_steps 1"
+    argv = ["--model_name_or_path", "base", "--dataset_name", "rows.jsonl", "--output_dir", "reward", *options.split()]
+    assert run("reward", *argv) == 0
+    state = json.loads((tmp_path / "reward" / "trainer_state.json").read_text())
+    assert state["global_step"] == 1
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
@@ -606,10 +679,10 @@ def test_the_launchers_of_the_page_start_the_command(pipeline, launcher):
     "arguments",
     [
         DataArguments,
-        train.RewardArguments,
-        train.OtherModelArguments,
-        evaluate.EvaluateArguments,
-        generate.GenerateArguments,
+        reward_options.RewardArguments,
+        train_options.OtherModelArguments,
+        evaluate_options.EvaluateArguments,
+        generate_options.GenerateArguments,
         launching.LaunchArguments,
     ],
 )

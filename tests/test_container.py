@@ -80,3 +80,9 @@ def test_the_commands_of_the_page_name_arguments_that_there_are(page):
     assert {name for line in lines for name in re.findall(r"--build-arg (\w+)", line)} == names
     (volume,) = of("VOLUME")
     assert all(f":{volume}" in line for line in lines if line.startswith("docker run"))
+
+
+def test_an_image_for_gpus_gets_what_tritons_kernels_are_compiled_with():
+    (step,) = [rest for rest in of("RUN") if "gcc" in rest]
+    assert step.startswith('if [ -z "$TORCH_INDEX" ]') and "libc6-dev" in step and "python3-dev" in step
+    assert [name for name, _ in STATEMENTS].index("USER") > STATEMENTS.index(["RUN", step])

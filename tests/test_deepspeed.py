@@ -13,6 +13,7 @@ from tests._engines import (
     assert_equal_outcome,
     assert_equal_runs,
     assert_reloads,
+    normalized,
     on_one_base,
     rows_of,
     stepped,
@@ -33,6 +34,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # inherited by the processes that import D
 deepspeed = pytest.importorskip("deepspeed", reason="make test-distributed installs it")
 
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+PADDED = ACCUMULATED | {"padding_free": False}
+WITHOUT_CRITIC = ACCUMULATED | {"advantage_estimator": "batch"}
 # DeepSpeed does not know the gradient of one network alone.
 MISSING = ("apa/grad_norm/policy", "apa/grad_norm/value")
 
@@ -100,14 +103,19 @@ def everything(rank, stage, folder, base, judge):
     # What accelerate does on GPUs before a model is loaded in parts.
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     rows, make_config = rows_of(rank), with_zero(stage)
-    trainer, full = stepped(make_config, f"{folder}/full", rows, config=ACCUMULATED)
+    # All before the first config: ZeRO-3 shards what is made later, and then nothing can scale or compare its weights.
+    full, tokens, no_critic, padded = (tiny_model() for _ in range(4))
+    trainer, full = stepped(make_config, f"{folder}/full", rows, full, ACCUMULATED)
     assert trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == stage
-    assert trainer._layouts(LONG) is Layout.PACKED
+    assert trainer.layouts(LONG) is Layout.PACKED
     held = sum(parameter.numel() for parameter in trainer.model.parameters())
     return {
         "full": full,
         "held": held,
-        "by tokens": by_tokens(stage, make_config, f"{folder}/tokens", rows),
+        "by tokens": stepped(make_config, f"{folder}/tokens", rows, tokens, BY_TOKENS)[1],
+        "without a critic": stepped(make_config, f"{folder}/no-critic", rows, no_critic, WITHOUT_CRITIC)[1],
+        "padded": stepped(make_config, f"{folder}/padded", rows, padded, PADDED)[1],
+        "normalized": normalized(make_config, f"{folder}/normalized", rows, base, **ACCUMULATED),
         "one base": on_one_base(make_config, f"{folder}/one-base", rows, base, **ACCUMULATED),
         "train": trained_in_parts(make_config, f"{folder}/train", base, reward_funcs=[few_nines, judge]),
         "bf16": stepped(with_zero(stage, bf16={"enabled": True}), f"{folder}/bf16", rows, base, {"bf16": True})[1],
@@ -150,22 +158,23 @@ def test_two_processes_step_as_one_and_save_whole_networks(ranks, folder, stage)
     assert_reloads(folder / "full" / "saved", expected["weights"])
 
 
-def by_tokens(stage, make_config, folder, rows):
-    """What a step leaves; under ZeRO-3 why there is none."""
-    if stage == 2:
-        return stepped(make_config, folder, rows, config=BY_TOKENS)[1]
-    with pytest.raises(ValueError, match="tokens_per_micro_batch=20 does not go with ZeRO-3") as refused:
-        stepped(make_config, folder, rows, config=BY_TOKENS)
-    return str(refused.value)
-
-
-def test_so_they_do_in_passes_of_so_many_tokens(ranks, folder, stage):
-    if stage == 3:
-        assert all("shard with FSDP2" in rank["by tokens"] for rank in ranks)
-        return
-    _, expected = stepped(alone, folder / "tokens-alone")
+@pytest.mark.parametrize("how", ["by tokens", "padded"])
+def test_so_they_do_in_other_passes(ranks, folder, how):
+    _, expected = stepped(alone, folder / f"{how}-alone")
     for rank in ranks:
-        assert_equal_outcome(rank["by tokens"], expected, MISSING)
+        assert_equal_outcome(rank[how], expected, MISSING)
+
+
+def test_so_they_do_without_a_critic(ranks, folder):
+    _, expected = stepped(alone, folder / "no-critic-alone", config={"advantage_estimator": "batch"})
+    for rank in ranks:
+        assert_equal_outcome(rank["without a critic"], expected, ["apa/grad_norm/policy"])
+
+
+def test_so_they_do_with_a_learned_normalizer(ranks, folder, models):
+    expected = normalized(alone, folder / "normalized-alone", model=models[0])
+    for rank in ranks:
+        assert_equal_outcome(rank["normalized"], expected, MISSING)
 
 
 def test_so_they_do_with_all_networks_on_one_base(ranks, folder, models):

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests._cli import run
 from tests.test_cli import jsonl, make_model
-from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer, tiny_trainer
+from tests.tiny import EOS, VOCABULARY, lora_config, tiny_model, tiny_tokenizer, tiny_trainer
 from trl_apa.commands.evaluate import COLUMNS, WINS, table
 from trl_apa.evaluation.held_out import distinct_ngrams, held_out_metrics, standard_error
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
@@ -128,24 +130,50 @@ def test_the_table_has_intervals_and_no_wins_of_the_reference_over_itself():
     assert len({len(line) for line in (heads, reference, other)}) == 1
 
 
-def test_a_model_has_no_wins_over_itself_under_either_of_its_names(tmp_path, capsys, monkeypatch):
-    """In the table and in the file; its other checkpoint has."""
+@pytest.fixture
+def evaluated(tmp_path, capsys, monkeypatch):
+    """Runs the command on three prompts; returns its results, and what it says."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_rewards.py").write_text(
         "def length(completions, **_):\n    return [float(len(c)) for c in completions]\n"
     )
-    make_model(tmp_path / "base")
-    make_model(tmp_path / "other")
     jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(3)])
-    options = "--reward_funcs own_rewards.length --max_completion_length 4 --max_prompt_length 64 --use_cpu"
+    make_model(tmp_path / "base")
+
+    def evaluated(*argv):
+        options = "--reward_funcs own_rewards.length --max_completion_length 4 --max_prompt_length 64 --use_cpu"
+        capsys.readouterr()
+        assert run("evaluate", "--dataset_name", "rows.jsonl", "--output", "out.json", *options.split(), *argv) == 0
+        return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr()
+
+    return evaluated
+
+
+def test_a_model_has_no_wins_over_itself_under_either_of_its_names(evaluated, tmp_path):
+    """In the table and in the file; its other checkpoint has."""
+    make_model(tmp_path / "other")
     names = ["base", "./base/", "other"]
-    given = ["--checkpoints", *names, "--dataset_name", "rows.jsonl", "--output", "out.json", *options.split()]
-    assert run("evaluate", *given) == 0
-    rows = capsys.readouterr().out.splitlines()[-3:]
+    results, said = evaluated("--checkpoints", *names)
+    rows = said.out.splitlines()[-3:]
     assert [row.split()[-1] == "-" for row in rows] == [True, True, False] and all("±" in row for row in rows)
-    results = json.loads((tmp_path / "out.json").read_text())
     assert ["win_rate" in results[name] for name in names] == [False, False, True]
+
+
+def test_a_quantised_model_is_measured_as_it_is(evaluated):
+    """No adapters are needed where nothing is trained: those that its trainer gets add nothing."""
+    pytest.importorskip("bitsandbytes")
+    results, _ = evaluated("--checkpoints", "base", "--load_in_4bit")
+    assert results["base"]["kl"] == 0
+    plain, _ = evaluated("--checkpoints", "base")
+    assert results["base"]["entropy"] != plain["base"]["entropy"]
+
+
+def test_no_learning_rate_is_told_of_where_nothing_learns(evaluated, tmp_path):
+    get_peft_model(AutoModelForCausalLM.from_pretrained("base"), lora_config()).save_pretrained("adapter")
+    AutoTokenizer.from_pretrained("base").save_pretrained("adapter")
+    results, said = evaluated("--checkpoints", "base", "adapter")
+    assert results["adapter"]["kl"] == pytest.approx(0, abs=1e-4) and "learning_rate" not in said.err + said.out
 
 
 def test_online_and_offline_measure_the_same_of_one_policy(tmp_path):

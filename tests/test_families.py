@@ -57,7 +57,7 @@ def battery(kind):
     cells["KL at rate 0"] = _moves_nowhere(trainer)
     of_lora = _with_lora(run_checks)
     cells["LoRA"] = of_lora.ok
-    cells["rows are read"] = READ[trainer._layouts(16)]
+    cells["rows are read"] = READ[trainer.layouts(16)]
     return cells, (report, of_lora)
 
 

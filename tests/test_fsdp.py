@@ -21,6 +21,7 @@ from tests._engines import (
     assert_equal_outcome,
     assert_equal_runs,
     assert_reloads,
+    normalized,
     on_one_base,
     rows_of,
     stepped,
@@ -65,7 +66,7 @@ def in_half_precision(folder, rows):
 def in_packed_rows(folder, rows, model, longest):
     """What comes of two steps in which rows of so many tokens are packed."""
     trainer, outcome = stepped(with_fsdp, folder, rows, model, ACCUMULATED)
-    assert trainer._layouts(longest) is Layout.PACKED
+    assert trainer.layouts(longest) is Layout.PACKED
     return outcome
 
 
@@ -74,7 +75,7 @@ def everything(rank, folder, base):
     rows = rows_of(rank)
     trainer, full = stepped(with_fsdp, f"{folder}/full", rows, config=ACCUMULATED)
     assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
-    assert trainer._layouts(LONG) is Layout.PACKED
+    assert trainer.layouts(LONG) is Layout.PACKED
     module = trainer.model
     for layers in (module.policy.model.layers, module.value_model.network.layers, trainer.ref_model.model.layers):
         for parameter in layers.parameters():
@@ -95,6 +96,7 @@ def everything(rank, folder, base):
         "one base": on_one_base(with_fsdp, f"{folder}/one-base", rows, **ACCUMULATED),
         "clipped apart": stepped(with_fsdp, f"{folder}/apart", rows, config=ACCUMULATED | CLIPPED_APART)[1],
         "without a critic": stepped(with_fsdp, f"{folder}/no-critic", rows, config=ACCUMULATED | WITHOUT_CRITIC)[1],
+        "normalized": normalized(with_fsdp, f"{folder}/normalized", rows, **ACCUMULATED),
         "own critic": stepped(with_fsdp, f"{folder}/own", rows, None, ACCUMULATED, value_model=critic())[1],
         "train": trained_in_parts(with_fsdp, f"{folder}/train", base, state_dict_type="SHARDED_STATE_DICT"),
         "bf16": in_half_precision(f"{folder}/bf16", rows),
@@ -167,6 +169,12 @@ def test_so_they_do_without_a_critic(ranks, folder):
     for rank in ranks:
         assert_equal_outcome(rank["without a critic"], expected)
     assert not (folder / "no-critic" / "saved" / "value_model").exists()
+
+
+def test_so_they_do_with_a_learned_normalizer(ranks, folder):
+    expected = normalized(alone, folder / "normalized-alone")
+    for rank in ranks:
+        assert_equal_outcome(rank["normalized"], expected)
 
 
 def test_so_they_do_with_a_critic_of_the_users_own(ranks, folder):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from tests import _cli
 from tests.tiny import byte_tokenizer, lora_config
 from trl_apa import APAConfig
-from trl_apa.commands import generate, row_file
+from trl_apa.commands import generate, generate_options, row_file
 from trl_apa.commands.models import checkpoint_stamp
 from trl_apa.commands.row_file import RowFile
 
@@ -108,6 +108,19 @@ def test_the_rows_of_a_batch_are_on_disk_before_the_next_is_sampled(run, tmp_pat
     assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert len({row["completion"] for row in rows}) == 10
     assert sorted(path.name for path in output.parent.iterdir()) == [".rows.jsonl.run.json", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(("argv", "autocast"), [([], False), (["--bf16"], True), (["--bf16", "no"], False)])
+def test_sampling_computes_in_bfloat16_where_bf16_says_so(run, monkeypatch, argv, autocast):
+    sample, found = generate.generate_responses, []
+
+    def generate_responses(*args, **options):
+        found.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return sample(*args, **options)
+
+    monkeypatch.setattr(generate, "generate_responses", generate_responses)
+    assert run(*argv) is None
+    assert found == [autocast and torch.bfloat16] and not torch.is_autocast_enabled("cpu")
 
 
 def test_a_batch_depends_on_the_seed_and_its_number_alone(run, tmp_path):
@@ -332,7 +345,7 @@ def test_a_link_is_followed(tmp_path):
 
 def test_chat_messages_and_token_ids_are_told_apart(tmp_path):
     config = APAConfig(output_dir=str(tmp_path), use_cpu=True)
-    values = generate.make_parser().parse(["--model_name_or_path", str(tmp_path)])
+    values = generate_options.make_parser().parse(["--model_name_or_path", str(tmp_path)])
     rows = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
     asked = [{"prompt": row} for row in rows] + [
         {"input_ids": [1]},

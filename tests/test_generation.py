@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_the_prompt_comes_back_unless_told_otherwise_and_an_eos_in_it_cuts_nothi
 
 def test_length_sampler_is_drawn_once_a_batch(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    trainer._end_token_ids = []
+    trainer.special_tokens = replace(trainer.special_tokens, ends=[])
     draws = iter([3, 5])
     queries = [torch.tensor([2, 3]), torch.tensor([4]), torch.tensor([5, 6, 7]), torch.tensor([8, 9, 2, 3])]
     responses = trainer.generate(queries, length_sampler=lambda: next(draws), batch_size=2, return_prompt=False)
@@ -116,7 +117,7 @@ def letter_tokenizer():
 def test_a_stop_string_ends_the_response_with_the_tokens_that_spell_it(tmp_path, pad):
     """Also where pad equals EOS: the pads that fill a stopped row up are not part of the response."""
     trainer = APATrainer(tiny_config(tmp_path), tiny_model(), tokenizer=letter_tokenizer())
-    trainer._pad_token_id = pad
+    trainer.special_tokens = replace(trainer.special_tokens, pad=pad)
     queries = [torch.tensor([2 + i, 3]) for i in range(12)]
     options = {"return_prompt": False, "do_sample": False, "max_new_tokens": 10, "batch_size": 12}
     free = trainer.generate(queries, **options)
@@ -265,7 +266,7 @@ def test_every_id_that_may_end_a_response_is_known():
 
 def test_max_length_counts_the_query_and_not_its_padding(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    trainer._end_token_ids = []
+    trainer.special_tokens = replace(trainer.special_tokens, ends=[])
     queries = [torch.tensor([2, 3]), torch.tensor([4, 5, 6, 7, 8, 9])]
     responses = trainer.generate(queries, return_prompt=False, batch_size=2, max_length=10)
     assert [len(response) for response in responses] == [8, 4]

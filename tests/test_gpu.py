@@ -230,7 +230,7 @@ def test_a_step_on_a_common_prompt_takes_one_launch_a_layer(tmp_path, monkeypatc
         at_once.clear()
         after = parameters_after_step(trainer, *rows)
         changes.append(torch.cat([(after[name] - before[name]).flatten().float().cpu() for name in before]))
-    assert trainer._layouts(32, share=True) is Layout.SHARED
+    assert trainer.layouts(32, share=True) is Layout.SHARED
     # Policy, pi_init and values of two micro-batches before the update or in it, two layers; 20 + 45 tokens.
     if attention == "sdpa":
         assert set(at_once) == {65} and len(at_once) >= 2 * 2 * 3

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from tests.endpoint import Endpoint, prefers_longer, servers
 from tests.tiny import byte_tokenizer
-from trl_apa.commands import generate, winrate
+from trl_apa.cli import COMMANDS
+from trl_apa.commands import generate_options, winrate
 from trl_apa.winrate import VerdictCache
 
 
@@ -49,7 +50,7 @@ def run_in_process(command, argv, rows):
 
     row_file.write_all = write_all
     torch.set_num_threads(1)
-    import_module(f"trl_apa.commands.{command}").main(argv)
+    import_module(COMMANDS[command][0]).main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def options(policy, tmp_path, count=10):
 
 def test_responses_are_those_of_a_command_that_was_not_killed(policy, tmp_path, capsys):
     argv = list(map(str, options(policy, tmp_path)))
-    assert generate.main([*argv, "--output", str(tmp_path / "untouched.jsonl")]) == 0
+    assert generate_options.main([*argv, "--output", str(tmp_path / "untouched.jsonl")]) == 0
     output = tmp_path / "responses.jsonl"
     there = 0
     # in the first row, within a batch, and at its end
@@ -85,7 +86,7 @@ def test_responses_are_those_of_a_command_that_was_not_killed(policy, tmp_path, 
         content = output.read_bytes()
         assert content.count(b"\n") == there and not content.endswith(b"\n")
     capsys.readouterr()
-    assert generate.main([*argv, "--output", str(output)]) == 0
+    assert generate_options.main([*argv, "--output", str(output)]) == 0
     assert f"{output}: 6 of 20 responses are done already" in capsys.readouterr().err
     assert output.read_bytes() == (tmp_path / "untouched.jsonl").read_bytes()
     texts = [json.loads(line)["completion"] for line in output.read_text().splitlines()]
@@ -94,7 +95,7 @@ def test_responses_are_those_of_a_command_that_was_not_killed(policy, tmp_path, 
 
 def test_so_they_are_after_a_kill_from_outside(policy, tmp_path):
     argv = list(map(str, options(policy, tmp_path, count=60)))
-    assert generate.main([*argv, "--output", str(tmp_path / "untouched.jsonl")]) == 0
+    assert generate_options.main([*argv, "--output", str(tmp_path / "untouched.jsonl")]) == 0
     output = tmp_path / "responses.jsonl"
     process = start("generate", [*argv, "--output", output])
     while not output.exists() or output.read_bytes().count(b"\n") < 5:
@@ -103,7 +104,7 @@ def test_so_they_are_after_a_kill_from_outside(policy, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     wait_for_kill(process)
     assert 5 <= output.read_bytes().count(b"\n") < 120
-    assert generate.main([*argv, "--output", str(output)]) == 0
+    assert generate_options.main([*argv, "--output", str(output)]) == 0
     assert output.read_bytes() == (tmp_path / "untouched.jsonl").read_bytes()
 
 

@@ -43,6 +43,14 @@ EXPECTED = {
     "switch": (PADDED, PADDED, PADDED),
     "bart": (PADDED, PADDED, PADDED),
 }
+
+
+def expected_of(family, model):
+    """Older versions of transformers read capped attention with SDPA, which caps nothing and can be packed."""
+    ignores_cap = family == "capped attention" and model.config._attn_implementation != "eager"
+    return EXPECTED["window" if ignores_cap else family]
+
+
 LENGTHS = ((3, 4), (9, 6), (5, 2), (7, 9), (1, 1), (2, 7), (6, 3), (3, 8))
 
 
@@ -76,7 +84,7 @@ def test_logprobs_are_those_of_each_row_alone(tmp_path, family):
         for row, alone in zip(stats[name], expected, strict=True):
             torch.testing.assert_close(torch.tensor(row)[: len(alone)].float(), alone, rtol=1e-5, atol=5e-5)
     assert abs(stats["objective/kl"]) < 1e-5
-    assert tuple(trainer._layouts(longest) for longest in (6, 8, 16)) == EXPECTED[family]
+    assert tuple(trainer.layouts(longest) for longest in (6, 8, 16)) == expected_of(family, model)
 
 
 @pytest.mark.parametrize("family", ["griffin", "longrope", "xlstm", "bart"])
@@ -260,8 +268,9 @@ def test_each_trial_is_made_once_and_one_that_crosses_a_window_when_rows_do(monk
 
     monkeypatch.setattr(layouts, "try_layouts", noted)
     model = family_model("capped attention", sliding_window=20)
+    inside = expected_of("capped attention", model)[0]
     chosen = Layouts([model, copy.deepcopy(model)])  # pi_init, a copy
-    assert [chosen(longest) for longest in (6, 20, 13)] == [PADDED] * 3 and len(made) == 1
+    assert [chosen(longest) for longest in (6, 20, 13)] == [inside] * 3 and len(made) == 1
     assert [chosen(longest) for longest in (21, 30)] == [PADDED] * 2 and len(made) == 2
     assert layout_trial(model, 25).lengths == (6, 21, 26)
     assert sampling_trial(model, 5).is_exact_batched
@@ -332,7 +341,7 @@ def test_a_family_without_a_gradient_at_pads_is_not_padded(tmp_path, monkeypatch
             UserWarning, match="has no finite gradient of a padded batch: rows are processed one by one"
         ):
             trainer = tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8, padding_free=False)
-        assert trainer._layouts(16) is SEPARATE
+        assert trainer.layouts(16) is SEPARATE
         stepped = parameters_after_step(trainer, *rollouts)
     assert_same(stepped, parameters_after_step(tiny_trainer(tmp_path, tiny_model(seed=77), batch_size=8), *rollouts))
 

@@ -5,18 +5,19 @@ import os
 
 import pytest
 import yaml
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from tests._cli import refused, run
 from tests.test_cli import hh_rows, jsonl, make_model
-from trl_apa.commands import offline, reward, sft, train
+from trl_apa.commands import offline, reward, sft, train_options
 from trl_apa.commands.data_options import DataArguments
-from trl_apa.commands.mixture import KEYS, entries_of, mixture_rows
+from trl_apa.commands.mixture import KEYS, READERS, entries_of, mixture_rows
 from trl_apa.commands.rows import demonstration, load_rows, preference, prompts_by
 
 
-COMMANDS = {"sft": sft, "reward": reward, "train": train, "offline": offline}
+COMMANDS = {"sft": sft, "reward": reward, "train": train_options, "offline": offline}
 
 
 @pytest.fixture
@@ -73,6 +74,67 @@ def test_a_path_may_be_a_file_and_fractions_are_shares_of_the_mixture(files):
     ours = [row.fields for row in mixture_rows([{**entry, "path": "prompts.jsonl"} for entry in entries])]
     assert ours == list(theirs) and len(ours) == 30 + 10
     assert next(row.fields for row in mixture_rows(entries_of(["prompts.jsonl"]))) == {"prompt": "Is 0 even?"}
+
+
+def prompts_file(path, text, count):
+    jsonl(path, [{"prompt": text.format(number)} for number in range(count)])
+
+
+def test_a_data_set_of_fraction_0_has_no_row(files):
+    """As in TRL, where a line of a YAML file is switched off so."""
+    shares = {"first": 0.5, "second": 0}
+    entries = [{"path": "json", "data_files": f"{name}.jsonl", "fraction": share} for name, share in shares.items()]
+    theirs = get_dataset(DatasetMixtureConfig(datasets=[DatasetConfig(**entry) for entry in entries]))["train"]
+    ours = [row.fields for row in mixture_rows(entries)]
+    assert [row["chosen"] for row in ours] == theirs["chosen"] and len(ours) == 10
+
+
+@pytest.mark.parametrize("limit", [4, 8, 12])
+def test_a_limit_keeps_the_shares_of_a_mixture(files, limit):
+    """Those of the sizes, 10 and 30, or those asked for; at each place to less than a row of each data set."""
+    prompts_file(files / "a.jsonl", "a {}", 10)
+    prompts_file(files / "b.jsonl", "b {}", 30)
+    for fractions, share in ((None, 1 / 4), ((1, 1), 1 / 2)):
+        entries = [{"path": f"{name}.jsonl"} for name in "ab"]
+        if fractions is not None:
+            entries = [{**entry, "fraction": part} for entry, part in zip(entries, fractions, strict=True)]
+        data = data_of("train", yaml_with(files / "run.yaml", datasets=entries, max_train_rows=limit))
+        rows, _ = load_rows(data, prompts_by(data))
+        of_a = [prompt for prompt in rows["prompt"] if prompt.startswith("a")]
+        assert len(rows) == limit and abs(len(of_a) - share * limit) <= 0.5
+        assert of_a == [f"a {number}" for number in range(len(of_a))]
+
+
+def test_streams_take_turns_and_the_longer_one_goes_on(files, monkeypatch):
+    from datasets import IterableDataset
+
+    def load_dataset(path, streaming, **options):
+        return IterableDataset.from_generator(
+            lambda: ({"prompt": f"{path} {n}"} for n in range({"a/a": 2, "b/b": 9}[path]))
+        )
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    options = {"datasets": ["a/a", "b/b"], "streaming": True, "max_train_rows": 7}
+    data = data_of("train", yaml_with(files / "run.yaml", **options))
+    rows, _ = load_rows(data, prompts_by(data))
+    assert rows["prompt"] == ["a/a 0", "b/b 0", "a/a 1", "b/b 1", "b/b 2", "b/b 3", "b/b 4"]
+
+
+def test_what_is_said_of_a_row_names_its_data_set(files, capsys):
+    prompts_file(files / "a.jsonl", "a {}", 3)
+    jsonl(files / "b.jsonl", [{"prompt": "b"}, {"other": "b"}])
+    data = data_of("train", yaml_with(files / "run.yaml", datasets=["a.jsonl", "b.jsonl"]))
+    load_rows(data, prompts_by(data))
+    assert "(row 2 of b.jsonl)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files_of_it", ["a.jsonl", ["a.jsonl", "b.jsonl"], {"train": "a.jsonl", "test": ["b.jsonl"]}])
+def test_a_reader_of_files_is_not_taken_for_the_name_of_a_data_set(files_of_it):
+    entry = json.dumps({"path": "json", "data_files": files_of_it})
+    data = DataArguments(datasets=[entry, "owner/name"], eval_dataset_name="held/out")
+    names = "a.jsonl" if files_of_it == "a.jsonl" else "a.jsonl, b.jsonl"
+    assert data.names == [names, "owner/name"]  # what is trained on, which a model card links
+    assert set(READERS) <= _PACKAGED_DATASETS_MODULES.keys()
 
 
 def test_the_test_split_is_held_out_by_prompt_and_is_the_same_in_every_command(files):
@@ -145,7 +207,18 @@ STREAM = "--dataset_name a/b --dataset_streaming"
         ),
         ("""--datasets '{"pth": "a"}'""", "datasets, number 1: there is no 'pth'; did you mean 'path'?"),
         ("""--datasets '{"name": "a"}'""", "datasets, number 1 has no path"),
-        ("""--datasets a '{"path": "a", "fraction": 0}'""", "datasets, number 2: fraction=0: it should be above 0"),
+        (
+            """--datasets a '{"path": "a", "fraction": -1}'""",
+            "datasets, number 2: fraction=-1: it should be a number from",
+        ),
+        (
+            """--datasets a '{"path": "a", "fraction": NaN}'""",
+            "datasets, number 2: fraction=nan: it should be a number f",
+        ),
+        (
+            """--datasets '{"path": "first.jsonl", "fraction": 0}'""",
+            "every fraction is 0: at least one data set should",
+        ),
         ("""--datasets '{"path": "a", "columns": "b"}'""", "columns='b' should be a list"),
         ("""--datasets '{"path": '""", "datasets, number 1 is not JSON"),
     ],
@@ -163,7 +236,7 @@ def test_variables_under_env_are_set(files, monkeypatch, capsys):
     monkeypatch.setenv("OF_A_RUN", "before")
     monkeypatch.delenv("OF_ANOTHER", raising=False)
     path = yaml_with(files / "run.yaml", env={"OF_A_RUN": 1, "OF_ANOTHER": "x"}, seed=3)
-    assert train.make_parser().parse(["--config", path])["seed"] == 3
+    assert train_options.make_parser().parse(["--config", path])["seed"] == 3
     assert (os.environ["OF_A_RUN"], os.environ.pop("OF_ANOTHER")) == ("1", "x")
     path = yaml_with(files / "run.yaml", env=["A=1"])
     assert "env should hold variables" in refused(capsys, "train", "--config", path)

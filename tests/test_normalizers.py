@@ -28,6 +28,7 @@ from tests.test_update import assert_same, parameters_after_step, row_logprobs
 from tests.test_without_critic import grouped_rollouts
 from tests.tiny import tiny_config, tiny_model, tiny_pairs, tiny_rollouts, tiny_trainer
 from trl_apa.algorithms.kl import kl_full
+from trl_apa.algorithms.learned_normalizers import LearnedNormalizer, moments_of, state_residuals
 from trl_apa.algorithms.losses import apa_loss
 from trl_apa.algorithms.normalizers import group_normalized_advantages
 from trl_apa.algorithms.regression import response_regression_loss
@@ -106,7 +107,7 @@ def test_at_the_optimum_the_expected_gradient_of_a_group_of_the_policys_own_samp
 def descend(tree, behaviour, of_responses=False, normalizer="group", kl_coef=KL_COEF, steps=400, lr=1.0):
     """Gradient descent where the responses are all there are, each in the share that the behaviour gives it."""
     logits_SV = tree.init_SV.clone() if behaviour != "policy" else random_logits(tree)
-    count = len(tree.scores_N)
+    count, learned = len(tree.scores_N), LearnedNormalizer()
     prompts_N = torch.zeros(count, dtype=torch.long)
     advantages_NR = tree.scores_N[:, None].expand_as(tree.mask_NR) if of_responses else tree.advantages_NR
     for _ in range(steps):
@@ -114,21 +115,33 @@ def descend(tree, behaviour, of_responses=False, normalizer="group", kl_coef=KL_
         pi_SV = logits_SV.log_softmax(-1)
         shares = shares_of(tree, behaviour, pi_SV.detach())
         logprobs_NR, ref_logprobs_NR = (x[tree.state_NR, tree.token_NR] for x in (pi_SV, tree.init_SV))
+        # copies in proportion to the shares, at least one; the group of the prompt has about 600 responses
+        copies = (shares * 600).round().long().clamp(min=1)
+        every, first = torch.arange(count).repeat_interleave(copies), copies.cumsum(0) - copies
+        moved = logprobs_NR.detach() - ref_logprobs_NR
+        of_group = advantages_NR[every], moved[every], tree.mask_NR[every]
         shifted_NR = advantages_NR
         if normalizer == "group":
-            # copies in proportion to the shares, at least one; the group of the prompt has about 600 responses
-            copies = (shares * 600).round().long().clamp(min=1)
-            every = torch.arange(count).repeat_interleave(copies)
-            moved = logprobs_NR.detach() - ref_logprobs_NR
-            of_group = advantages_NR[every], moved[every], tree.mask_NR[every], prompts_N[every]
-            first = copies.cumsum(0) - copies
-            shifted_NR = group_normalized_advantages(*of_group, kl_coef, of_responses)[first]
+            shifted_NR = group_normalized_advantages(*of_group, prompts_N[every], kl_coef, of_responses)[first]
+        elif normalizer == "learned":
+            shift = shift_of_tables(learned, of_group, tree.state_NR[every], kl_coef, of_responses)
+            shifted_NR = advantages_NR + shift[first]
         root_N1 = shares.sqrt()[:, None]  # the losses are homogeneous of degree 2
         rows = root_N1 * logprobs_NR, root_N1 * ref_logprobs_NR, root_N1 * shifted_NR
         loss = (response_regression_loss if of_responses else apa_loss)(*rows, tree.mask_NR, kl_coef, 1)[0]
         (gradient,) = torch.autograd.grad(loss, logits_SV)
         logits_SV = (logits_SV - lr * gradient).detach()
     return logits_SV.log_softmax(-1)
+
+
+def shift_of_tables(learned, of_group, state_NR, kl_coef, of_responses):
+    """What is added to the advantages, of a regression that can give every state a number of its own."""
+    residual_NR, states_NR = state_residuals(*of_group, kl_coef, of_responses)
+    hidden = torch.nn.functional.one_hot(state_NR[states_NR], int(state_NR.max()) + 1).double()
+    shift_NR = torch.zeros_like(residual_NR)
+    shift_NR[states_NR] = learned(hidden).to(shift_NR)
+    learned.learn(moments_of(hidden, residual_NR[states_NR]), kl_coef)
+    return shift_NR[:, :1].expand_as(shift_NR) if of_responses else shift_NR
 
 
 def distance(tree, learned_SV, kl_coef=KL_COEF):
@@ -260,10 +273,6 @@ def test_it_is_off_by_default_and_changes_the_update_with_a_value_model_too(tmp_
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"normalizer='learned': it should be 'none' or 'group'.*learn_state_normaliser"
-    ):
-        tiny_config(tmp_path, normalizer="learned")
     with pytest.warns(
         UserWarning, match="normalizer='group' has no effect with loss_type='awr': only 'apa' and 'resp"
     ):

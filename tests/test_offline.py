@@ -255,6 +255,16 @@ def test_what_was_learned_before_an_evaluation_failed_is_kept(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_the_lines_of_the_value_model_say_what_they_are_of(tmp_path, capsys):
+    """Eight rows in batches of four, twice; the policy's lines follow."""
+    options = {"value_epochs": 2, "logging_steps": 1, "disable_tqdm": False, "max_steps": 1}
+    trainer_of(tmp_path, ragged_rows(), per_device_train_batch_size=4, **options).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    of_values = [line.partition("  loss ")[0].strip() for line in lines if "value model" in line]
+    assert of_values == [f"value model, step {step}/4" for step in (1, 2, 3, 4)]
+    assert "value model" not in lines[4] and "loss" in lines[4]
+
+
 class SpoilOptimizer(TrainerCallback):
     """Before the checkpoint of a step is written, one number of the optimizer's state becomes NaN."""
 

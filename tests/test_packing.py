@@ -17,6 +17,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.all_families import small_model
 from tests.test_training import trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step
 from tests.tiny import FAMILIES, LAYERS, SHARED, lora_config, tiny_model, tiny_rollouts, tiny_trainer
@@ -30,7 +31,7 @@ from trl_apa.models.logprobs import (
     trunk_and_head,
 )
 from trl_apa.models.packed_rows import PackedRow
-from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, let_pack
+from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, attending_with, let_pack
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, Rollouts, pack_tokens, pad_tokens, response_mask
 
@@ -352,3 +353,15 @@ def test_logits_in_chunks_give_the_same_and_none_is_kept_for_the_backward_pass(m
     # What other devices than the CPU take; their kernel is not there to be tried.
     by_trl = logprobs._token_logprobs_by_trl(head(hidden.detach()) / 0.7, targets, with_entropy=True)
     torch.testing.assert_close(by_trl, expected)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "moshi"])
+def test_a_config_with_parts_that_no_model_has_read_is_left_as_it_was(family):
+    """Their implementation of attention is None, for which no network can be asked."""
+    network = small_model(family).eval()
+    configs = {"": network.config, **{name: getattr(network.config, name) for name in network.config.sub_configs}}
+    before = {name: config._attn_implementation for name, config in configs.items()}
+    with attending_with(network, PER_SEQUENCE):
+        assert network.config._attn_implementation == PER_SEQUENCE
+    assert {name: config._attn_implementation for name, config in configs.items()} == before
+    assert None in before.values() and why_not_packed(network) is None

@@ -21,7 +21,7 @@ from reproduction.win_rates import read_comparison
 from tests._cli import refused, run
 from trl_apa import APATrainer
 from trl_apa.cli import BUG
-from trl_apa.commands import offline, train
+from trl_apa.commands import offline, train_options
 from trl_apa.commands.options import read_yaml
 
 
@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parents[1] / "reproduction" / "configs"
 WIN_RATES = "fig1"
 FIGURES = sorted(read_yaml(str(FOLDER / INDEX)).keys() - {MINI, WIN_RATES})
 OF_THE_PAPER = [name for name in FIGURES if name.startswith("fig")]
-PARSERS = {"train": train.make_parser, "offline": offline.make_parser}
+PARSERS = {"train": train_options.make_parser, "offline": offline.make_parser}
 
 
 def curves_of(name):

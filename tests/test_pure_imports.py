@@ -17,6 +17,7 @@ MATHEMATICS = (
     "estimators",
     "named",
     "normalizers",
+    "learned_normalizers",
     "reference_rewards",
     "rewards",
     "losses",

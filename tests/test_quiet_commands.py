@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests._cli import run
 from tests.test_cli import hh_rows, jsonl, make_model
-from trl_apa.commands.quiet import LOGGED, WARNINGS, without_known_warnings
+from trl_apa.commands.quiet import LOGGED, WARNINGS, without_known_warnings, without_report_of_new_head
 
 
 def deprecated_option(tmp_path):
@@ -36,6 +36,8 @@ RAISED = {
     "transformers.modeling_utils": deprecated_property,
     "torch.utils.data.dataloader": pinned_memory,
 }
+OF_LOADING = "transformers.modeling_utils"
+RENAMED = {"transformers.training_args", "transformers.modeling_utils"}
 SIMILAR = {
     "transformers.training_args": "`gradient_checkpointing_kwargs` is deprecated and will be removed in v6. "
     "Use `activation_checkpointing_kwargs` instead.",
@@ -72,7 +74,6 @@ def test_each_hidden_warning_has_its_test():
     assert {hidden.place for hidden in LOGGED} == {
         "bitsandbytes.backends.cpu.ops",
         "bitsandbytes.autograd._functions",
-        "transformers.modeling_utils",
     }
 
 
@@ -80,6 +81,8 @@ def test_each_hidden_warning_has_its_test():
 def test_the_very_warning_is_hidden_and_one_like_it_is_shown(tmp_path, place):
     if place == "torch.utils.data.dataloader" and torch.accelerator.is_available():
         pytest.skip("memory is pinned for an accelerator")
+    if place in RENAMED and "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+        pytest.skip("this version of transformers has not renamed it")
     (told,) = seen(lambda: RAISED[place](tmp_path))
     assert seen(quietly(lambda: RAISED[place](tmp_path))) == []
     # From another module, or with another text, it is shown; afterwards it is shown again.
@@ -102,7 +105,7 @@ class Kept(logging.Handler):
 def kept():
     """What is logged on the loggers of libraries."""
     handler = Kept()
-    loggers = [logging.getLogger(hidden.place) for hidden in LOGGED]
+    loggers = [logging.getLogger(place) for place in (*(hidden.place for hidden in LOGGED), OF_LOADING)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
@@ -113,6 +116,7 @@ def kept():
         logger.setLevel(level)
 
 
+@pytest.mark.skipif(not hasattr(eight_bit, "logger"), reason="this version of bitsandbytes does not log it")
 def test_the_cast_before_8_bit_products_is_hidden(kept, monkeypatch):
     def product():
         weight = torch.zeros(2, 4, dtype=torch.int8)
@@ -157,10 +161,16 @@ def test_the_new_head_of_a_reward_model_is_hidden_and_other_new_weights_are_show
     load()
     assert len(kept.texts) == 1 and "score.weight" in kept.texts[0] and "embed_out.weight" in kept.texts[0]
     kept.texts.clear()
-    quietly(load)()
+    with without_report_of_new_head():
+        load()
     assert kept.texts == []
-    quietly(lambda: load(num_hidden_layers=2))()
+    with without_report_of_new_head():
+        load(num_hidden_layers=2)
     assert len(kept.texts) == 1 and "gpt_neox.layers.1" in kept.texts[0].replace("{0, 1}", "1")
+    # A reward function that loads one to score with it would score by a random head: that is said in every command.
+    kept.texts.clear()
+    quietly(load)()
+    assert len(kept.texts) == 1 and "score.weight" in kept.texts[0]
 
 
 def test_importing_the_package_hides_nothing():

@@ -22,7 +22,7 @@ from tests.fake_vllm import Server, install
 from tests.test_training import trainer_for
 from tests.tiny import tiny_model
 from trl_apa import cli
-from trl_apa.commands import launching, train
+from trl_apa.commands import launching, train_options
 from trl_apa.redaction import errors_without_secrets, without_secrets_in_error
 from trl_apa.redaction.patterns import HIDDEN
 from trl_apa.winrate.comparing import Question
@@ -190,7 +190,7 @@ def test_commands_do_not_repeat_secrets_in_what_they_refuse(tmp_path, capsys):
 def test_the_help_of_a_command_shows_the_options_of_a_file_without_secrets(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"hub_token: {PLANTED['hub_token']}\nrun_name: Shown0Run\n")
     with pytest.raises(SystemExit):
-        train.main(["--config", str(tmp_path / "run.yaml"), "--help"])
+        train_options.main(["--config", str(tmp_path / "run.yaml"), "--help"])
     said = capsys.readouterr().out
     assert "Shown0Run" in said and HIDDEN in said and leaks(said) == []
 

@@ -38,7 +38,7 @@ class Always:
 
 
 def reading(trainer, layout):
-    trainer._layouts = trainer._layout = Always(layout)
+    trainer.layouts = trainer._layout = Always(layout)
     return trainer
 
 
@@ -90,7 +90,7 @@ def test_an_update_is_that_of_padded_batches(tmp_path, setup, family):
                 torch.nn.init.normal_(parameter)
         results.append(parameters_after_step(trainer, *tiny_rollouts()))
         stats.append(trainer.step(*tiny_rollouts()))
-        assert trainer._layouts.asked > 2
+        assert trainer.layouts.asked > 2
     for result, stat in zip(results[1:], stats[1:], strict=True):
         assert_same(result, results[0], tolerance=2e-5)
         for name in ("objective/kl", "objective/entropy", "apa/loss/total", "apa/val/vpred", "apa/policy/approxkl"):
@@ -122,7 +122,7 @@ def test_offline_learning_reads_rows_separately_too(tmp_path, loss_type):
     results = []
     for layout in (PADDED, SEPARATE):
         trainer = trainer_of(tmp_path, rows, tiny_model(), loss_type=loss_type, max_steps=3)
-        trainer._layouts, trainer._layout = Always(layout), layout
+        trainer.layouts, trainer._layout = Always(layout), layout
         trainer.train()
         results.append(parameters(trainer))
     assert_same(*results, tolerance=2e-5)
@@ -179,7 +179,7 @@ def test_an_evaluation_measures_what_each_row_has_alone(tmp_path, monkeypatch, f
 def test_values_are_those_of_each_row_alone(tmp_path):
     trainer = learner(tmp_path, family_model("griffin"))
     value_model, (queries, responses, _) = trainer.model.value_model, tiny_rollouts()
-    tokens = lay_out(trainer._layouts(longest_row(queries, responses)), queries, responses, 0)
+    tokens = lay_out(trainer.layouts(longest_row(queries, responses)), queries, responses, 0)
     width = max(len(response) for response in responses)
     with torch.no_grad():
         values_BR = trainer.model(**tokens, response_width=width, with_policy=False)["values"]

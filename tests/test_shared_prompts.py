@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.families import family_model
-from tests.test_layouts import EXPECTED
+from tests.test_layouts import EXPECTED, expected_of
 from tests.test_training import StopAt, parameters, trainer_for
 from tests.test_update import assert_same, learner, parameters_after_step, row_logprobs, row_values
 from tests.tiny import FAMILIES, lora_config, tiny_config, tiny_model, tiny_tokenizer, tiny_trainer
@@ -256,7 +256,7 @@ def test_a_quantised_base_reads_a_common_prompt_once(tmp_path, monkeypatch, bits
         policy = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
         kwargs = {"peft_config": lora_config(), "value_model": "adapter"}
         trainer = tiny_trainer(tmp_path, policy, kwargs, batch_size=6, mini_batch_size=6, learning_rate=0.0)
-        assert trainer._layouts(9, share=True) is Layout.SHARED
+        assert trainer.layouts(9, share=True) is Layout.SHARED
         results.append(trainer.step(QUERIES, RESPONSES, SCORES))
     for name in ("objective/logprobs", "objective/ref_logprobs"):
         pairs = zip(*(stats[name] for stats in results), strict=True)
@@ -267,8 +267,9 @@ def test_a_quantised_base_reads_a_common_prompt_once(tmp_path, monkeypatch, bits
 @pytest.mark.filterwarnings("ignore:.*rows are processed one by one")
 def test_prompts_are_shared_where_a_trial_finds_them_exact(family):
     """Of these families in those that are packed, and nowhere else."""
-    layouts = Layouts([family_model(family)])
-    for longest, expected in zip((6, 8, 16), EXPECTED[family], strict=True):
+    model = family_model(family)
+    layouts = Layouts([model])
+    for longest, expected in zip((6, 8, 16), expected_of(family, model), strict=True):
         shares = layouts(longest, share=True) is Layout.SHARED
         assert shares is (expected is Layout.PACKED)
         assert layouts(longest) is expected
@@ -322,9 +323,9 @@ def test_attention_that_fails_behind_a_prompt_is_packed(monkeypatch):
 
 
 def test_padding_free_says_whether_anything_is_packed(tmp_path):
-    assert tiny_trainer(tmp_path, padding_free=False)._layouts(LONG, share=True) is Layout.PADDED
-    assert tiny_trainer(tmp_path)._layouts(LONG, packable=False, share=True) is Layout.PADDED
-    assert tiny_trainer(tmp_path, padding_free=True)._layouts(LONG, share=True) is Layout.SHARED
+    assert tiny_trainer(tmp_path, padding_free=False).layouts(LONG, share=True) is Layout.PADDED
+    assert tiny_trainer(tmp_path).layouts(LONG, packable=False, share=True) is Layout.PADDED
+    assert tiny_trainer(tmp_path, padding_free=True).layouts(LONG, share=True) is Layout.SHARED
 
 
 def test_equal_queries_have_one_number():

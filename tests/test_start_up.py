@@ -6,19 +6,25 @@ import os
 import subprocess
 import sys
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
 from transformers import HfArgumentParser
+from trl import ModelConfig
 
-from trl_apa.commands import check, evaluate, generate, memory, offline, reward, sft, train
+from trl_apa import APAConfig
+from trl_apa.cli import COMMANDS, WITH_TRAINER
+from trl_apa.commands import check, evaluate_options, generate_options, memory, offline, reward, sft, train_options
+from trl_apa.commands.evaluate_options import EvaluateSampling
 from trl_apa.commands.field_parser import FieldParser, OptionField
+from trl_apa.commands.generate_options import GenerateLoading, GenerateSampling
 from trl_apa.commands.options import CommandParser
+from trl_apa.commands.sampling_options import LoadingOptions
 
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 # Commands whose options are their own, and not those of a Trainer's config.
-OWN_OPTIONS = ("demo", "check", "memory", "winrate", "merge", "paper", "plot", "env")
+OWN_OPTIONS = [command for command in COMMANDS if command not in WITH_TRAINER]
 ASK = """
 import sys
 from trl_apa.cli import main
@@ -107,7 +113,10 @@ def described(action):
 
 def assert_same_options(ours, theirs):
     ours, theirs = ([described(action) for action in parser._actions] for parser in (ours, theirs))
-    ours = [action for action in ours if "--help-all" not in action["option_strings"]]  # which is ours alone
+    alone = (["--help-all"], ["--debug"])  # of ours
+    ours = [
+        action for action in ours if action["default"] != argparse.SUPPRESS or action["option_strings"] not in alone
+    ]
     ours = {tuple(action["option_strings"]): action for action in ours}
     theirs = {tuple(action["option_strings"]): action for action in theirs}
     assert len(theirs) > 5 and ours == theirs
@@ -120,12 +129,16 @@ def test_every_kind_of_field_is_read_as_transformers_reads_it():
         FieldParser({"fields": [wrong]})
 
 
-@pytest.mark.parametrize("module", [check, evaluate, generate, memory, offline, reward, sft, train])
+@pytest.mark.parametrize(
+    "module", [check, evaluate_options, generate_options, memory, offline, reward, sft, train_options]
+)
 def test_the_options_of_every_command_are_those_that_transformers_would_make(module, monkeypatch):
     """Defaults, spellings, choices, conversions, groups."""
     made = []
     original = CommandParser.__init__
-    monkeypatch.setattr(CommandParser, "__init__", lambda self, *args: (made.append(self), original(self, *args))[1])
+    monkeypatch.setattr(
+        CommandParser, "__init__", lambda self, *args, **kw: (made.append(self), original(self, *args, **kw))[1]
+    )
     with pytest.raises(SystemExit):
         module.main(["--help"])
     parser = made[0]
@@ -141,3 +154,31 @@ def test_the_options_of_every_command_are_those_that_transformers_would_make(mod
     assert_same_options(parser._parser, theirs)
     titles = [group.title for group in theirs._action_groups]
     assert [group.title for group in parser._parser._action_groups] == titles
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        (GenerateLoading, ModelConfig),
+        (LoadingOptions, ModelConfig),
+        (GenerateSampling, APAConfig),
+        (EvaluateSampling, APAConfig),
+    ],
+)
+def test_options_that_are_written_out_are_those_of_the_config_that_is_made_of_them(options, config):
+    """Name, type, default, and all that a command line reads of them; their help may be another."""
+
+    def read(cls):
+        hints = get_type_hints(cls)
+        ours = [field for field in dataclasses.fields(cls) if field.name in options.__dataclass_fields__]
+        return {
+            field.name: (
+                hints[field.name],
+                field.default,
+                {name: value for name, value in field.metadata.items() if name != "help"},
+            )
+            for field in ours
+        }
+
+    assert read(options) == read(config)
+    assert len(read(options)) == len(dataclasses.fields(options)) >= 5

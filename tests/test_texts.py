@@ -174,7 +174,7 @@ def test_a_score_is_that_of_the_row_alone_in_training_and_for_a_win_rate(tmp_pat
     queries = [trainer._query({"prompt": prompt}) for prompt, _, _ in asked]
     responses = [as_sampled(policy_tokenizer, answer, ended) for _, answer, ended in asked]
     scores = trainer.score(queries, responses, prompts=[prompt for prompt, _, _ in asked])
-    ends = trainer._end_token_ids
+    ends = trainer.special_tokens.ends
     expected = []
     for (prompt, answer, ended), query, response in zip(asked, queries, responses, strict=True):
         assert answer_text(policy_tokenizer, query, response) == answer

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 from tests.made_tokenizers import CHAT_TEMPLATES, KINDS, made_tokenizer
 from tests.tiny import tiny_config
 from trl_apa import APATrainer
-from trl_apa.commands import generate
+from trl_apa.commands import generate, generate_options
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.rollout.prompts import query_of
 from trl_apa.rollout.tokenizing import prompt_ids, warn_again
@@ -185,7 +185,7 @@ def test_training_evaluation_the_commands_and_offline_learning_ask_in_one_way(tm
     model.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
     options = ["--model_name_or_path", tmp_path / "policy", "--output", tmp_path / "answers.jsonl", "--use_cpu"]
-    generate.main([str(option) for option in ["--prompt", text, *options, "--max_completion_length", "2"]])
+    generate_options.main([str(option) for option in ["--prompt", text, *options, "--max_completion_length", "2"]])
     assert asked == [ids]
     assert json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])["prompt"] == text
 

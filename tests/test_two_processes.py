@@ -17,6 +17,7 @@ from tests._engines import (
     alone,
     announce_rank,
     assert_equal_outcome,
+    normalized,
     on_one_8bit_base,
     on_one_base,
     rows_of,
@@ -102,6 +103,8 @@ WITHOUT_CRITIC = [
     ("astar_po", "optimal_value", False),
     ("rloo", "tests.test_two_processes:ABOVE_THE_BEST", False),
 ]
+# A loss, and where its advantages come from.
+NORMALIZED = [("apa", "gae"), ("response_apa", "batch")]
 COMPARED = ("group", "leave_one_out", "group_log_mean_exp", "batch")
 # One to three for each of the eight rows, and five for the last: on one of two ranks alone.
 REF_REWARDS = [[0.3 * row - 1.0] * (row % 3) + [0.5] for row in range(7)] + [[-1.0, 0.0, 1.0, 0.5, -0.5]]
@@ -383,6 +386,9 @@ def everything(rank, folder):
     results["row by row"] = stepped(
         tiny_config, f"{folder}/griffin", rows, family_model("griffin", scale=1.0), ACCUMULATED
     )[1]
+    for loss_type, estimator in NORMALIZED:
+        options = {"loss_type": loss_type, "advantage_estimator": estimator, **ACCUMULATED}
+        results["normalized", loss_type] = normalized(tiny_config, f"{folder}/normalized-{loss_type}", rows, **options)
     results["life"] = live_a_little(rank, f"{own}/life")
     results["failures"] = fail_in_one_process(rank, f"{own}/failures")
     results["ended"] = end_in_one_process(rank, f"{folder}/ended")
@@ -443,6 +449,13 @@ def test_two_ranks_without_a_critic_equal_one_process(tmp_path, ranks, loss_type
     if single.args.estimator.needs_groups and loss_type != "rebel":
         first, second = (rank[loss_type, name, whiten][2] for rank in ranks)
         assert "(the first: of another process)" in first and "(the first: queries[2], 'w9 w9')" in second
+
+
+@pytest.mark.parametrize(("loss_type", "estimator"), NORMALIZED)
+def test_two_ranks_learn_log_z_of_the_states_of_both(tmp_path, ranks, loss_type, estimator):
+    expected = normalized(alone, tmp_path, loss_type=loss_type, advantage_estimator=estimator)
+    for rank in ranks:
+        assert_equal_outcome(rank["normalized", loss_type], expected)
 
 
 def test_two_ranks_sample_pi_init_for_each_prompt_once_and_agree(ranks):

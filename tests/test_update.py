@@ -1,6 +1,7 @@
 """`step` against the formulas written out: same parameters afterwards, whatever the padding, order and split."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,7 +212,7 @@ def test_pad_equal_to_eos_trains_as_with_a_pad_of_its_own(tmp_path):
     rollouts = tiny_rollouts()
     expected = parameters_after_step(learner(tmp_path), *rollouts)
     trainer = learner(tmp_path)
-    trainer._pad_token_id = 1
+    trainer.special_tokens = replace(trainer.special_tokens, pad=1)
     assert_same(parameters_after_step(trainer, *rollouts), expected)
 
 

@@ -341,7 +341,7 @@ def test_a_tokenizer_needs_pad_or_eos(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     trainer = APATrainer(tiny_config(tmp_path), tiny_model(), tokenizer=tokenizer)
-    assert trainer._pad_token_id == tokenizer.eos_token_id
+    assert trainer.special_tokens.pad == tokenizer.eos_token_id
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a pad nor an EOS token"):

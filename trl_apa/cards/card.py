@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and not in its __all__
 
@@ -21,11 +21,8 @@ from trl_apa.redaction import without_secrets
 FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("template.md")
 LIBRARIES = ("trl-apa", "trl", "transformers", "torch", "peft", "datasets", "tokenizers")
-# What tells a generated card from a README of somebody's own: our tags and TRL's, and what peft writes.
-GENERATED = re.compile(
-    r"\A---\n(?:.*\n)*?(?:- generated_from_trainer|library_name: peft)\n(?:.*\n)*?---$", re.MULTILINE
-)
 DATA_FILES = {".json", ".jsonl", ".csv", ".parquet"}
+# Both together tell a generated card from a README of the user's own.
 TAGS = ("generated_from_trainer", "trl-apa")
 
 
@@ -85,20 +82,26 @@ class Card:
     papers: Sequence[Paper] = ()
 
 
-def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> None:
+def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> bool:
     """Write `README.md`, without secrets and without paths of this machine.
 
-    A `README.md` that is no generated model card stays, with a warning.
+    A `README.md` that is no generated model card of this package stays, with a warning.
 
     Args:
         card: what it says.
         folder: where the model lies; made if it is not there.
         holders: options whose secrets are hidden.
+
+    Returns:
+        Whether it was written.
     """
     file = Path(folder) / FILE
-    if file.is_file() and not GENERATED.search(file.read_text(encoding="utf-8", errors="replace")):
-        warnings.warn(f"{file} is no generated model card and stays as it is: no card is written", stacklevel=2)
-        return
+    if file.is_file() and not is_generated(file):
+        warnings.warn(
+            f"{file} is no generated model card and stays as it is: no card is written; move it to get one",
+            stacklevel=2,
+        )
+        return False
     file.parent.mkdir(parents=True, exist_ok=True)
     card = without_secrets(card, *holders)
     hub_base = hub_name(card.base_model)
@@ -122,6 +125,17 @@ def write_card(card: Card, folder: str | os.PathLike[str], *holders: Any) -> Non
         versions={name: version(name) for name in LIBRARIES},
     )
     text.save(file)
+    return True
+
+
+def is_generated(file: Path) -> bool:
+    """Whether a `README.md` has both `TAGS` in the metadata that it begins with."""
+    try:
+        metadata = metadata_load(file) or {}
+    except (ValueError, yaml.YAMLError):
+        return False
+    tags = metadata.get("tags")
+    return isinstance(tags, list) and all(tag in tags for tag in TAGS)
 
 
 def _notes(card: Card) -> list[str]:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
-from importlib.util import find_spec
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import get_comet_experiment_url, get_trackio_space_url, is_peft_model
 from trl_apa.cards.card import Card, shown_name
-from trl_apa.cards.figures import OF_VALUES, figures_of
+from trl_apa.cards.figures import OF_VALUES, figures_of, step_of_weights
 from trl_apa.cards.papers import papers_of
 from trl_apa.models.loading import language_model_class
 from trl_apa.models.network_parts import Network
@@ -84,7 +84,7 @@ def policy_card(
         rewards=[] if trainer.scorer is None else trainer.scorer.names,
         task=None if policy.config.is_encoder_decoder else TEXT_GENERATION,
         options=_options(args, (*args.defines_run, *TRAINING_OPTIONS)),
-        figures=figures_of(trainer.state.log_history),
+        figures=figures_of(trainer.state.log_history, steps=trainer.state.global_step),
         links=tracker_links(),
         papers=papers_of(args.loss_type),
         **_common(trainer, policy, name, adapted),
@@ -105,7 +105,7 @@ def value_card(trainer: Any, policy: Network, name: str, folder: Path) -> Card:
         loading=loading,
         tags=["value-model"],
         options=_options(args, ("loss_type", "gamma", "gae_lambda", "vf_coef", "cliprange_value", "value_epochs")),
-        figures=figures_of(trainer.state.log_history, OF_VALUES),
+        figures=figures_of(trainer.state.log_history, OF_VALUES, trainer.state.global_step),
         papers=papers_of(args.loss_type),
         **_common(trainer, policy, f"{name}, value model", adapted),
     )
@@ -133,7 +133,7 @@ def supervised_card(trainer: Any, name: str, what: str, auto: str, task: str, ta
         task=task,
         tags=tags,
         options=_options(trainer.args, (*SUPERVISED_OPTIONS, *TRAINING_OPTIONS)),
-        figures=figures_of(trainer.state.log_history),
+        figures=figures_of(trainer.state.log_history, steps=trainer.state.global_step),
         links=tracker_links(),
         papers=papers_of("apa"),
         **_common(trainer, model, name, adapted),
@@ -150,6 +150,7 @@ def merged_card(adapter: str, name: str, auto: str) -> Card:
     """
     log = Path(adapter) / "trainer_state.json"
     state = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
+    history, steps = state.get("log_history", []), state.get("global_step", 0)
     is_adapter = find_adapter_config_file(adapter) is not None
     base = PeftConfig.from_pretrained(adapter).base_model_name_or_path if is_adapter else None
     imports, loading = _loading(auto, False)
@@ -160,20 +161,26 @@ def merged_card(adapter: str, name: str, auto: str) -> Card:
         loading=loading,
         base_model=base,
         task=TEXT_GENERATION if "Causal" in auto else None,
-        figures=figures_of(state.get("log_history", [])),
-        steps=state.get("global_step", 0),
+        figures=figures_of(history, steps=steps),
+        steps=step_of_weights(history, steps),
         papers=papers_of("apa"),
     )
 
 
 def tracker_links() -> dict[str, str]:
     """Addresses of the runs at trackers, as TRL's cards link them."""
-    links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
-    if find_spec("wandb") is not None:
-        import wandb
-
-        links["Weights & Biases"] = None if wandb.run is None else wandb.run.url
+    readers: dict[str, tuple[str, Callable[[], str | None]]] = {
+        "trackio": ("Trackio", get_trackio_space_url),
+        "comet_ml": ("Comet", get_comet_experiment_url),
+        "wandb": ("Weights & Biases", lambda: getattr(sys.modules["wandb"].run, "url", None)),
+    }
+    links = {name: read() for module, (name, read) in readers.items() if _is_in_use(module)}
     return {name: address for name, address in links.items() if address}
+
+
+def _is_in_use(tracker: str) -> bool:
+    """Whether a tracker's package is imported: the log folder `wandb/` is a package too, though one without a file."""
+    return getattr(sys.modules.get(tracker), "__file__", None) is not None
 
 
 def _common(trainer: Any, network: Network, name: str, adapted: bool) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def _common(trainer: Any, network: Network, name: str, adapted: bool) -> dict[st
         "base_model": base_name(network),
         "datasets": trainer.card_datasets,
         "library": "peft" if adapted else "transformers",
-        "steps": trainer.state.global_step,
+        "steps": step_of_weights(trainer.state.log_history, trainer.state.global_step),
     }
 
 

@@ -120,6 +120,7 @@ def _setup(subject: Subject) -> Setup:
         lora_target_modules=None if peft_config is None else _targets(peft_config),
         value=_value(module),
         reference=reference or "auto",
+        learned_normalizer=args.learns_normalizer,
         num_unfrozen_layers=args.num_unfrozen_layers,
         micro_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -101,7 +101,7 @@ def _subject(trainer: Any, prompts: Sequence[Any]) -> Subject:
     args, device = trainer.args, trainer.accelerator.device
     module = trainer.accelerator.unwrap_model(trainer.model)
     torch.manual_seed(0)
-    for_encoder = trainer._decoder_start_token_id is not None
+    for_encoder = trainer.special_tokens.decoder_start is not None
     options = (trainer.processing_class, args.max_prompt_length, args.chat_template_kwargs, for_encoder)
     new_tokens = min(NEW_TOKENS, args.max_completion_length)
     room = (max_positions(module.policy) or 2**62) - new_tokens
@@ -120,13 +120,13 @@ def _subject(trainer: Any, prompts: Sequence[Any]) -> Subject:
         reference=lambda policy: reference_policy(policy, trainer.ref_model),
         tokenizer=trainer.processing_class,
         args=args,
-        layout_of=trainer._layouts,
+        layout_of=trainer.layouts,
         around=trainer.accelerator.autocast,
         queries=queries,
         responses=[response.to(device) for response in responses],
-        pad_token_id=trainer._pad_token_id,
-        decoder_start_token_id=trainer._decoder_start_token_id,
-        end_token_ids=trainer._end_token_ids,
+        pad_token_id=trainer.special_tokens.pad,
+        decoder_start_token_id=trainer.special_tokens.decoder_start,
+        end_token_ids=trainer.special_tokens.ends,
         has_learned=trainer.num_iterations_done > 0 or trainer.state.global_step > 0,
         vllm=trainer.vllm,
         step=trainer.state.global_step,

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -55,11 +56,6 @@ def methods_of(cls: type) -> dict[str, Any]:
     return {name: inspect.getattr_static(cls, name, None) for name in (*CALLED, *NOT_IN_TRAIN, *INSTEAD)}
 
 
-def is_overridden(trainer: Any, name: str, own: Mapping[str, Any]) -> bool:
-    """Whether a method of `trainer` is another than that in `own`: of a subclass, patched, or set on the instance."""
-    return name in vars(trainer) or inspect.getattr_static(type(trainer), name, None) is not own[name]
-
-
 def check_class(cls: type, own: Mapping[str, Any]) -> None:
     """Raise TypeError if a class overrides what is never called, or takes other arguments than those it is given.
 
@@ -73,11 +69,52 @@ def check_class(cls: type, own: Mapping[str, Any]) -> None:
             _check(cls.__name__, name, getattr(method, "__func__", method), not is_static)
 
 
-def check_instance(trainer: Any, own: Mapping[str, Any]) -> None:
-    """`check_class`, and the same for methods that were set on the trainer itself."""
-    check_class(type(trainer), own)
-    for name in own.keys() & vars(trainer).keys():
-        _check("trainer", name, vars(trainer)[name], False)
+@dataclass(frozen=True)
+class Overrides:
+    """The methods of classic that a subclass or a script has replaced: of a subclass, patched, or set on the instance.
+
+    Args:
+        trainer: whose methods they are.
+        own: `methods_of` the class that defines them.
+    """
+
+    trainer: Any
+    own: Mapping[str, Any]
+
+    def include(self, *names: str) -> bool:
+        """Whether one of these methods is replaced, so that `step` has to call it."""
+        of_instance, cls = vars(self.trainer), type(self.trainer)
+        return any(
+            name in of_instance or inspect.getattr_static(cls, name, None) is not self.own[name] for name in names
+        )
+
+    def check(self, args: Any) -> None:
+        """
+        Args:
+            args: the trainer's `APAConfig`.
+
+        Raises:
+            TypeError: for a method that is never called, or that takes other arguments than those it is given.
+            ValueError: for one that these options never call.
+        """
+        check_class(type(self.trainer), self.own)
+        for name in self.own.keys() & vars(self.trainer).keys():
+            _check("trainer", name, vars(self.trainer)[name], False)
+        if self.include("loss") and args.algorithm.compares_responses:
+            raise ValueError(
+                f"loss is overridden, and loss_type={args.loss_type!r} compares responses, which classic's arguments "
+                "do not tell apart; give loss_type an Algorithm in place of the override"
+            )
+        if self.include("compute_advantages") and not args.estimator.needs_values:
+            raise ValueError(
+                f"compute_advantages is overridden, and advantage_estimator={args.advantage_estimator!r} has no values"
+                " for it; leave the option out, or give the option an AdvantageEstimator in place of the override"
+            )
+        if self.include("_kl_penalty") and not self.include("compute_rewards") and not args.kl_in_reward:
+            raise ValueError(
+                f"_kl_penalty is overridden, but with loss_type={args.loss_type!r} no KL is in the reward, so that it "
+                "would have no effect; override compute_rewards, or set loss_type='ppo'"
+            )
 
 
 def _check(owner: str, name: str, method: Any, takes_self: bool) -> None:

@@ -33,10 +33,10 @@ class CheckArguments:
     peft: str | None = option(
         None, "'lora': new LoRA adapters on the model, as quantization needs them.", choices=[NEW_LORA]
     )
-    lora_r: int = option(16, "Their rank.")
+    lora_r: int = option(16, "Rank of new adapters.")
     lora_target_modules: list[str] | None = option(["all-linear"], "Layers with adapters; 'default' is peft's choice.")
-    quantization: str | None = option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
-    device: str | None = option(None, "By default a GPU, if there is one.", choices=["cpu", "cuda"])
+    quantization: str | None = option(None, "Quantize the base below adapters.", choices=["8bit", "4bit"])
+    device: str | None = option(None, "Where to check; a GPU by default, if there is one.", choices=["cpu", "cuda"])
     dtype: str | None = option(
         None,
         "Type of unquantized weights; bfloat16 with quantization and float32 without by default.",
@@ -45,14 +45,16 @@ class CheckArguments:
     bf16: bool = option(False, "Compute in bfloat16 (autocast).")
     attn_implementation: str | None = option(None, "Attention: sdpa, eager, flash_attention_2, ...")
     value_model: str = option("separate", "The value model: separate, adapter, head, or a checkpoint.")
-    advantage_estimator: str = option("gae", "Of the run that is meant; 'group', say, has no value model.")
-    max_prompt_length: int | None = option(None, "Longest prompt of the run that is meant, tokens.")
-    max_completion_length: int = option(64, "Longest response, tokens.")
+    advantage_estimator: str = option("gae", "Of the run to check for; 'group', say, has no value model.")
+    max_prompt_length: int | None = option(
+        None, "Longest prompt of the run to check for, tokens; that of prompts by default."
+    )
+    max_completion_length: int = option(64, "Longest response of the run to check for, tokens.")
     gradient_checkpointing: bool = option(False, "Keep each layer's input only and compute the rest twice.")
     prompts: str | None = option(None, "File of texts to read, one a line; by default four questions.")
-    use_vllm: bool = option(False, "Look at vLLM's log-probs too.")
-    trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    json: bool = option(False, "Print JSON.")
+    use_vllm: bool = option(False, "Compare with vLLM's log-probs too.")
+    trust_remote_code: bool = option(False, "Let code that comes with the model run.")
+    json: bool = option(False, "Print the report as JSON.")
 
     def model_name(self) -> str:
         """The model.
@@ -116,9 +118,10 @@ def make_parser() -> CommandParser:
     """The options of the command."""
     return CommandParser(
         "check",
-        "Measure on a model and a machine whether log-probs, gradients, sampling, saving and sizes are right: "
-        "`trl-apa check MODEL`. Exit status 1 if something is wrong.",
+        "Measure on a model and a machine whether log-probs, gradients, sampling, saving and sizes are right. "
+        "Exit status 1 if something is wrong.",
         Part(CheckArguments, lambda name: "model"),
+        positional="[MODEL]",
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trl_apa.commands.mixture import entries_of
+from trl_apa.commands.mixture import entries_of, shown_name
 from trl_apa.config.fields import option
 from trl_apa.data.layouts import LAYOUTS
 
@@ -96,9 +96,9 @@ class DataArguments:
 
     @property
     def names(self) -> list[str]:
-        """Of the data sets, as they were given."""
-        of_mixture = [] if self.datasets is None else [entry["path"] for entry in entries_of(self.datasets)]
-        return of_mixture + [name for name in (self.dataset_name, self.eval_dataset_name) if name is not None]
+        """Of the data sets that are trained on, as they were given."""
+        of_mixture = [] if self.datasets is None else [shown_name(entry) for entry in entries_of(self.datasets)]
+        return of_mixture + ([] if self.dataset_name is None else [self.dataset_name])
 
     @property
     def source(self) -> str:
@@ -108,12 +108,7 @@ class DataArguments:
             ValueError: without `dataset_name` and `datasets`.
         """
         if self.datasets is not None:
-            return ", ".join(entry["path"] for entry in entries_of(self.datasets))
+            return ", ".join(self.names)
         if self.dataset_name is None:
             raise ValueError("dataset_name is not set: name a file or a data set of the hub")
         return self.dataset_name
-
-
-# What the commands that do not train read.
-PROMPT_NAMES = {"dataset_name", "dataset_config", "dataset_data_dir", "dataset_layout", "dataset_test_split"}
-PROMPT_NAMES |= {"eval_share", "max_eval_rows", "dataset_prompt_column"}

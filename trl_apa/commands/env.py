@@ -12,7 +12,7 @@ PACKAGES = ("trl-apa", "torch", "transformers", "trl", "accelerate", "peft", "da
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    OneLineParser(prog="trl-apa env", description="Versions and devices.").parse_args(argv)
+    OneLineParser(prog="trl-apa env", description="Print versions and devices, for a bug report.").parse_args(argv)
     for name, value in environment().items():
         print(f"{name:<14}{value}")
     return 0

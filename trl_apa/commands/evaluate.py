@@ -2,29 +2,26 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_apa.commands.data_options import PROMPT_NAMES, DataArguments
-from trl_apa.commands.groups import apa_part, model_part
+from peft import LoraConfig
+from trl import ModelConfig
+
+from trl_apa._trl import is_peft_model
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer
-from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.options import CommandParser
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.rows import load_prompts
-from trl_apa.commands.train_options import reward_part
-from trl_apa.config.fields import option
+from trl_apa.config.apa import APAConfig
+from trl_apa.config.rates import PRETRAINED_RATE
 from trl_apa.evaluation.held_out import held_out_metrics
+from trl_apa.models.network_parts import Network
 from trl_apa.trainer.apa import APATrainer
 
 
-MODEL_NAMES = {"dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"}
-SAMPLING_NAMES = {"temperature", "top_p", "top_k", "max_completion_length", "stop_strings", "max_prompt_length"}
-SAMPLING_NAMES |= {"generation_batch_size", "chat_template_kwargs", "seed", "use_cpu", "bf16"}
-APA_NAMES = {*SAMPLING_NAMES, "reward_weights", "per_device_eval_batch_size"}
 # Standard errors on either side of a mean within which the mean of all prompts lies in 95 of 100 samples of prompts.
 NUM_STDERRS = 1.96
 # Heading, metric, format.
@@ -43,39 +40,18 @@ COLUMNS = (
 WINS = ("win_rate", "win_rate_stderr")
 
 
-@dataclass
-class EvaluateArguments:
-    """What is compared, and with what."""
+def run(parser: CommandParser, values: dict[str, Any]) -> int:
+    """Run the command with its options, read; returns the exit status.
 
-    checkpoints: list[str] | None = option(
-        None, "Folders or hub names of language models or adapters, each a row of the table."
-    )
-    ref_model_name_or_path: str | None = option(
-        None, "What KL and wins are measured against; the first checkpoint by default."
-    )
-    output: str | None = option(None, "File for the metrics as JSON.")
-
-
-def make_parser() -> CommandParser:
-    """The options of the command."""
-    return CommandParser(
-        "evaluate",
-        "Reward, KL (nats per response), entropy (nats per token), length (tokens), distinct n-grams of checkpoints "
-        "on the same prompts, and how often each beats the reference.",
-        Part(EvaluateArguments, lambda name: "checkpoints"),
-        Part(DataArguments, lambda name: "prompts", PROMPT_NAMES),
-        reward_part(),
-        model_part(MODEL_NAMES),
-        apa_part(APA_NAMES),
-    )
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = make_parser()
+    Args:
+        parser: that has read them.
+        values: every option.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        values = parser.parse(argv)
-        arguments, data, rewards, model, config = parser.build({**values, "output_dir": scratch})
+        arguments, data, rewards, loading, sampling = parser.build(values)
+        model = ModelConfig(**vars(loading))
+        # A trainer tells of a learning rate that it chooses itself, which nothing uses here.
+        config = APAConfig(output_dir=scratch, learning_rate=PRETRAINED_RATE, **vars(sampling))
         if not arguments.checkpoints:
             raise ValueError("checkpoints is not set: name the folders or hub names of the models")
         check_output_file("output", arguments.output)
@@ -90,9 +66,16 @@ def main(argv: Sequence[str]) -> int:
         scorers = load_rewards(rewards.reward_model_name_or_path, functions, trust)
         results = {}
         for name, tokenizer in tokenizers.items():
-            # Nothing is learned here; this critic has no trunk of its own.
+            policy = load(name)
             trainer = APATrainer(
-                config, load(name), reference, tokenizer, prompts, reward_funcs=scorers, value_model="head"
+                config,
+                policy,
+                reference,
+                tokenizer,
+                prompts,
+                reward_funcs=scorers,
+                value_model="head",  # nothing is learned here, and this critic has no trunk of its own
+                peft_config=adapters_without_effect(policy),
             )
             results[name] = held_out_metrics(trainer, list(prompts))
             if is_same_model(name, reference_name):  # which wins on half of the prompts, by chance
@@ -104,6 +87,14 @@ def main(argv: Sequence[str]) -> int:
             Path(arguments.output).absolute().parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def adapters_without_effect(policy: Network) -> LoraConfig | None:
+    """New adapters on a quantised model, which a trainer takes with adapters alone: they add exactly zero to it."""
+    if not getattr(policy, "is_quantized", False) or is_peft_model(policy):
+        return None
+    task = "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM"
+    return LoraConfig(r=1, target_modules="all-linear", task_type=task)
 
 
 def is_same_model(name: str, reference_name: str) -> bool:

@@ -6,26 +6,24 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig
 
-from trl_apa.commands.data_options import PROMPT_NAMES, DataArguments
-from trl_apa.commands.evaluate import MODEL_NAMES, SAMPLING_NAMES
-from trl_apa.commands.groups import apa_part, model_part
+from trl_apa.commands.generate_options import BATCH_SIZE, GenerateSampling
 from trl_apa.commands.lengths import check_prompt_lengths, config_of
 from trl_apa.commands.models import checkpoint_stamp, load_policy, load_tokenizer
-from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.options import CommandParser
 from trl_apa.commands.outputs import check_output_file
 from trl_apa.commands.row_file import RowFile, Write, digest
 from trl_apa.commands.rows import load_prompts
+from trl_apa.commands.sampling_options import LoadingOptions
 from trl_apa.config.apa import APAConfig
-from trl_apa.config.fields import option
-from trl_apa.data.sources import LINE_SUFFIXES, TABLE_READERS
 from trl_apa.models.modes import make_repeatable
 from trl_apa.models.network_parts import Network, num_token_ids
 from trl_apa.redaction import without_secrets
@@ -35,48 +33,20 @@ from trl_apa.rollout.texts import answer_text, is_ended
 from trl_apa.trainer.validation import check_positions, check_tokens
 
 
-BATCH_SIZE = 8
 STANDARD_OUTPUT = (None, "-", "/dev/stdout")
 
 
-@dataclass
-class GenerateArguments:
-    """Prompts and output of the command."""
+def run(parser: CommandParser, values: dict[str, Any]) -> int:
+    """Run the command with its options, read; returns the exit status.
 
-    prompt: list[str] | None = option(None, "Prompts, in place of those of a data set.")
-    output: str | None = option(
-        None,
-        "File for the JSON lines; stdout by default. What this command wrote there before it was killed "
-        "is not made again.",
-    )
-    overwrite: bool = option(False, "Begin anew, whatever the file holds.")
-    trust_remote_code: bool = option(False, "Let code that comes with the model run.")
-
-    def __post_init__(self) -> None:
-        name = (self.output or "").lower()
-        if name.endswith(tuple(TABLE_READERS)) and not name.endswith(LINE_SUFFIXES[0]):
-            raise ValueError(f"output={self.output!r} will hold JSON lines: its name should end with .jsonl")
-
-
-def make_parser() -> CommandParser:
-    """The options of the command."""
-    return CommandParser(
-        "generate",
-        "Responses of a model to prompts, as JSON lines with prompt and completion.",
-        Part(GenerateArguments, lambda name: "model" if name == "trust_remote_code" else "prompts"),
-        Part(DataArguments, lambda name: "prompts", PROMPT_NAMES),
-        model_part({*MODEL_NAMES, "model_name_or_path", "model_revision"}),
-        apa_part({*SAMPLING_NAMES, "num_generations"}),
-    )
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = make_parser()
+    Args:
+        parser: that has read them.
+        values: every option.
+    """
+    arguments, data, loading, sampling = parser.build(values)
+    model = ModelConfig(**vars(loading))
     with tempfile.TemporaryDirectory() as scratch:
-        values = parser.parse(argv)
-        batch_size = values["num_generations"]
-        arguments, data, model, config = parser.build({**values, "output_dir": scratch, "batch_size": batch_size})
+        config = APAConfig(output_dir=scratch, batch_size=sampling.num_generations, **vars(sampling))
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: name the folder or the hub name of the model")
     if (arguments.prompt is None) == (data.dataset_name is None):
@@ -105,10 +75,10 @@ def main(argv: Sequence[str]) -> int:
 def _what_rows_depend_on(values: dict[str, Any], rows: Sequence[dict[str, Any]], config: APAConfig) -> dict[str, Any]:
     """By name of the option, with what was found for it where that can change: files, rows, the device."""
     name = values["model_name_or_path"]
-    loading = {option: values[option] for option in sorted({*MODEL_NAMES, "model_revision"})}
-    sampling = {
-        option: getattr(config, option) for option in sorted({*SAMPLING_NAMES, "num_generations"} - {"use_cpu"})
-    }
+    of_loading = {*LoadingOptions.__dataclass_fields__, "model_revision"}
+    of_sampling = GenerateSampling.__dataclass_fields__.keys() - {"use_cpu"}
+    loading = {option: values[option] for option in sorted(of_loading)}
+    sampling = {option: getattr(config, option) for option in sorted(of_sampling)}
     return {
         "command": "generate",
         "model_name_or_path": os.path.normpath(name) if os.path.isdir(name) else name,
@@ -157,7 +127,8 @@ def _answers(
     for start in range(first - first % size, len(queries), size):
         batch = queries[start : start + size]
         set_seed(_batch_seed(config.seed, start // size))
-        responses = generate_responses(policy, batch, tokenizer=tokenizer, batch_size=size, **options)
+        with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
+            responses = generate_responses(policy, batch, tokenizer=tokenizer, batch_size=size, **options)
         sampled = list(zip(rows[start : start + size], batch, responses, strict=True))
         for row, query, response in sampled[max(first - start, 0) :]:
             yield _answer(tokenizer, prompt_of(row), query, response, ends)

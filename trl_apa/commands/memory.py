@@ -34,7 +34,7 @@ class MemoryArguments:
         "The policy: a folder with a config.json, a hub name (common ones need no hub), or a shape: "
         "family=llama,hidden_size=4096,...",
     )
-    quantization: str | None = option(None, "Of the base below adapters.", choices=["8bit", "4bit"])
+    quantization: str | None = option(None, "Quantize the base below adapters.", choices=["8bit", "4bit"])
     dtype: str | None = option(
         None,
         "Type of unquantized weights; bfloat16 with quantization and float32 without by default.",
@@ -50,10 +50,13 @@ class MemoryArguments:
     )
     reference: str = option(
         "auto",
-        "pi_init: the base without adapters, a frozen copy of the adapter, or a copy.",
+        "pi_init: the base without adapters, a frozen copy of the adapter, or a copy; auto: as the trainer would.",
         choices=list(REFERENCES),
     )
     reward: str = option("none", "The reward model: none (a function), adapter, separate, or a model as for --model.")
+    normalizer: str = option(
+        "none", "Of APA; what 'group' needs is too little to be counted.", choices=["none", "group", "learned"]
+    )
     batch: int = option(1, "Rows of a micro-batch (mini_batch_size).")
     gradient_accumulation_steps: int = option(1, "Micro-batches of an optimizer step.")
     tokens_per_micro_batch: int | None = option(None, "Most tokens of a micro-batch, in place of --batch.")
@@ -96,6 +99,7 @@ class MemoryArguments:
             value=None if self.value == "none" else _network(self.value, NETWORKS["value"]),
             reference=self.reference,
             reward=None if self.reward == "none" else _network(self.reward, NETWORKS["reward"]),
+            learned_normalizer=self.normalizer == "learned",
             micro_batch_size=self.batch,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
@@ -122,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "memory",
         "Predict the peak memory of each GPU, by component, from the config alone: no weights, no GPU.",
-        Part(MemoryArguments, lambda name: "training"),
+        Part(MemoryArguments, lambda name: "the run"),
     )
     (arguments,) = parser.build(parser.parse(argv))
     from trl_apa.memory import Planner
@@ -133,8 +137,7 @@ def main(argv: Sequence[str]) -> int:
         planner = Planner(setup)
         prediction = planner.prediction
         print("\n".join(table(prediction)), flush=True)
-        if setup.cuts_by_tokens:
-            print(f"\n{proposal(planner.tokens_that_fit([int(size * GIB) for size in CARDS.values()]))}", flush=True)
+        print(f"\n{proposal(planner.tokens_that_fit([int(size * GIB) for size in CARDS.values()]))}", flush=True)
         too_small = [card for card, size in CARDS.items() if prediction.peak > size * GIB]
         if too_small:
             print("\nwhat to change, each change alone:", flush=True)

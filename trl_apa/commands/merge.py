@@ -11,10 +11,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    parser = OneLineParser(prog="trl-apa merge", description="Put an adapter into its base, for good.")
+    parser = OneLineParser(
+        prog="trl-apa merge",
+        description="Merge an adapter into its base, as a checkpoint that plain transformers loads.",
+    )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub name of an adapter of a language model")
     parser.add_argument("--output_dir", "--output-dir", required=True, help="where the merged model is written")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the merged weights")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the merged weights (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     check_output_folder("output_dir", options.output_dir)
     import torch

@@ -1,9 +1,11 @@
 """Several data sets in place of one: the entries of TRL's `DatasetMixtureConfig`, and their rows."""
 
+import heapq
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ KEYS: dict[str, tuple[type, ...]] = {
     "columns": (list,),
     "fraction": (int, float),
 }
+# Paths that name how files are read. `tests/test_mixtures.py` compares them with those of `datasets`.
+READERS = ("arrow", "csv", "json", "parquet", "text", "xml")
 
 
 def entries_of(datasets: Sequence[str]) -> list[Entry]:
@@ -53,12 +57,12 @@ def _entry(number: int, text: str) -> Entry:
             raise ValueError(f"{where}: {key}={value!r} should be a {kinds}")
     if "path" not in entry:
         raise ValueError(f"{where} has no path: the name of a data set, or a file")
-    if entry.get("fraction", 1) <= 0:
-        raise ValueError(f"{where}: fraction={entry['fraction']}: it should be above 0")
+    if not (0 <= entry.get("fraction", 1) < math.inf):
+        raise ValueError(f"{where}: fraction={entry['fraction']}: it should be a number from 0 on")
     return entry
 
 
-def mixture_rows(entries: Sequence[Entry], streaming: bool = False) -> Iterator[Row]:
+def mixture_rows(entries: Sequence[Entry], streaming: bool = False, in_turn: bool = False) -> Iterator[Row]:
     """The rows of the data sets, one data set after the other; each is read as TRL reads it.
 
     They are not joined to one table, which would refuse texts from a csv beside texts from JSON.
@@ -66,6 +70,8 @@ def mixture_rows(entries: Sequence[Entry], streaming: bool = False) -> Iterator[
     Args:
         entries: see `entries_of`. `path` may be a file too.
         streaming: read rows as they are asked for, instead of whole data sets first.
+        in_turn: mix the rows evenly, so that the first of them have the shares of all: those of the data sets' sizes,
+            or equal ones of streams, whose sizes are not known.
 
     Raises:
         FileNotFoundError: if a `path` is one and nothing is there.
@@ -78,16 +84,46 @@ def mixture_rows(entries: Sequence[Entry], streaming: bool = False) -> Iterator[
     if fractions and len(fractions) < len(entries):
         raise ValueError(f"{len(fractions)} of {len(entries)} datasets have a fraction: all should, or none")
     counts = _counts([len(table) for table in tables], fractions) if fractions else [None] * len(tables)
-    for entry, table, count in zip(entries, tables, counts, strict=True):
-        with _named(entry):
-            for number, fields in enumerate(islice(table, count), start=1):
-                yield Row(number, fields)
+    parts = [_rows(*part) for part in zip(entries, tables, counts, strict=True)]
+    if not in_turn:
+        return chain.from_iterable(parts)
+    weights = [
+        1 if streaming else len(table) if count is None else count for table, count in zip(tables, counts, strict=True)
+    ]
+    return _mixed(parts, weights)
+
+
+def _rows(entry: Entry, table: Any, count: int | None) -> Iterator[Row]:
+    with _named(entry):
+        for number, fields in enumerate(islice(table, count), start=1):
+            yield Row(number, fields, source=shown_name(entry))
+
+
+def _mixed(parts: Sequence[Iterable[Row]], weights: Sequence[int]) -> Iterator[Row]:
+    """All rows, so that at each place every part has given about its weight's share."""
+
+    def placed(part: int) -> Iterator[tuple[float, int, Row]]:
+        return (((number + 0.5) / weights[part], part, row) for number, row in enumerate(parts[part]))
+
+    merged = heapq.merge(*map(placed, range(len(parts))), key=lambda item: item[:2])
+    return (row for _, _, row in merged)
+
+
+def shown_name(entry: Entry) -> str:
+    """What a data set is called: its path, or its files where the path is that of a reader of `datasets`."""
+    files = entry.get("data_files")
+    if entry["path"] not in READERS or not files:
+        return str(entry["path"])
+    of_splits = list(files.values()) if isinstance(files, dict) else [files]
+    return ", ".join(str(name) for part in of_splits for name in (part if isinstance(part, list) else [part]))
 
 
 def _counts(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
     """How many rows each data set gives to the largest mixture that has those shares and no row twice."""
+    if not any(fractions):
+        raise ValueError("every fraction is 0: at least one data set should have rows")
     weights = [fraction / sum(fractions) for fraction in fractions]
-    total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    total = min(size / weight for size, weight in zip(sizes, weights, strict=True) if weight > 0)
     return [round(weight * total) for weight in weights]
 
 

@@ -21,6 +21,8 @@ from trl import ModelConfig, get_quantization_config
 
 from trl_apa.models import gguf, load_language_model, load_reward_model
 from trl_apa.models.critic import ADAPTER_PREFIX
+from trl_apa.rollout.scoring import JUDGE
+from trl_apa.rollout.served_rewards import ServedReward, is_address
 
 
 @contextmanager
@@ -142,7 +144,9 @@ def import_reward_function(name: str) -> Callable[..., Any]:
     """
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise ValueError(f"reward_funcs has {name!r}; it should be a dotted name: module.function")
+        raise ValueError(
+            f"reward_funcs has {name!r}; it should be a dotted name (module.function), a server's address, judge:FILE"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -153,6 +157,22 @@ def import_reward_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"reward_funcs has {name!r}, a {type(function).__name__}; it should be a function")
     return function
+
+
+def reward_function(name: str) -> Callable[..., Any]:
+    """The function that a dotted name means, a server's address, or `judge:FILE`.
+
+    Raises:
+        ValueError: if it cannot be imported or called, or the address or file is wrong.
+        OSError, ImportError: without that file, or the package that asks the judge.
+    """
+    if is_address(name):
+        return ServedReward(name)
+    if name.startswith(JUDGE):
+        from trl_apa.winrate.rubric import JudgeReward  # needs the openai package
+
+        return JudgeReward(name.removeprefix(JUDGE))
+    return import_reward_function(name)
 
 
 def load_rewards(

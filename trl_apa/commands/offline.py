@@ -7,15 +7,16 @@ from transformers import TrainingArguments
 from trl import get_peft_config
 
 from trl_apa.commands.data_options import DataArguments
-from trl_apa.commands.groups import SAMPLING, model_part, training_title
+from trl_apa.commands.groups import HELPS, SAMPLING, UNREAD, model_part, training_title
 from trl_apa.commands.launching import LAUNCH_PART, launch
 from trl_apa.commands.lengths import check_prompt_lengths, check_response_lengths, config_of
 from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, loading
-from trl_apa.commands.options import CommandParser, Part
+from trl_apa.commands.options import NO_EFFECT, CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
+from trl_apa.commands.reward_options import reward_part
 from trl_apa.commands.rows import load_rows, preference
-from trl_apa.commands.train_options import OtherModelArguments, reward_part
+from trl_apa.commands.train_options import OtherModelArguments
 from trl_apa.data.pairs import Preference
 from trl_apa.data.sources import Row
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig, label_pairs
@@ -30,10 +31,14 @@ COLUMNS: tuple[Column, ...] = (
 
 def offline_title(name: str) -> str:
     """The group of an option of `OfflineConfig`."""
+    if name in UNREAD:
+        return NO_EFFECT
     if name in SAMPLING:
         return "sampling"
     if name == "reward_weights":
         return "rewards"
+    if name == "resume_anyway":
+        return "saving and resuming"
     return training_title(name) if name in TrainingArguments.__dataclass_fields__ else "the algorithm"
 
 
@@ -47,7 +52,7 @@ def make_parser() -> CommandParser:
         reward_part(),
         model_part(),
         Part(OtherModelArguments, lambda name: "model"),
-        Part(OfflineConfig, offline_title),
+        Part(OfflineConfig, offline_title, helps=HELPS),
         LAUNCH_PART,
     )
 

@@ -1,23 +1,28 @@
 """What the commands' parsers share: options in groups, YAML whose keys and values are checked, and 'did you mean'."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from trl_apa.commands.field_parser import FieldParser, OptionField
-from trl_apa.commands.parsing import DefaultsFormatter, OneLineParser
+from trl_apa.commands.parsing import DefaultsFormatter, OneLineParser, add_debug
 from trl_apa.redaction import without_secrets
 
 
+# The groups that only `--help-all` shows.
+OLDER_NAMES = "names and options of older scripts"
+NO_EFFECT = "options without effect in this command"
 # Groups of `--help` in their order; those that are not here come last.
 TITLES = (
     "checkpoints",
@@ -42,11 +47,9 @@ TITLES = (
     "several devices",
     "launching",
     "Hugging Face hub",
+    NO_EFFECT,
+    OLDER_NAMES,
 )
-# What `--help` says of an option that is not set, where its field's own text is about another default.
-WHERE_NOT_SET = {"bf16": "Compute in bfloat16 (autocast); by default where a GPU supports it, and not with fp16."}
-# The group that only `--help-all` shows.
-OLDER_NAMES = "names and options of older scripts"
 
 
 class Part(NamedTuple):
@@ -56,11 +59,13 @@ class Part(NamedTuple):
         dataclass: the class that the options are for.
         title_of: name of a field to the title of its group in `--help`.
         names: the fields that are options; None means all of them.
+        helps: what `--help` says of a field in this command, where its own text is about another one.
     """
 
     dataclass: type
     title_of: Callable[[str], str]
     names: Collection[str] | None = None
+    helps: Mapping[str, str] = MappingProxyType({})
 
 
 class CommandParser:
@@ -73,13 +78,14 @@ class CommandParser:
         command: its name.
         description: what it does.
         parts: where its options come from. No two may have a field of the same name.
+        positional: what may stand before the options, for the usage.
     """
 
-    def __init__(self, command: str, description: str, *parts: Part):
+    def __init__(self, command: str, description: str, *parts: Part, positional: str = ""):
         self.parts = parts
         self._hints = {name: hint for part in parts for name, hint in get_type_hints(part.dataclass).items()}
         program = f"trl-apa {command}"
-        usage = f"{program} [--config FILE] [--option value ...]"
+        usage = " ".join(filter(None, (program, positional, "[--config FILE] [--option value ...]")))
         self.groups = _groups(parts)
         self._parser = _Parser(
             self.groups,
@@ -92,10 +98,12 @@ class CommandParser:
         self._parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
         if self._parser.hidden:
             self._parser.add_argument(
-                "--help-all", action=_HelpAll, help="show also the names and options of older scripts, and exit"
+                "--help-all", action=_HelpAll, help=f"show also {' and '.join(self._parser.hidden_titles)}, and exit"
             )
         self._actions = {action.dest: action for action in reversed(self._parser._actions)}
         self._names = sorted(self._actions.keys() - {"help", "help_all", "config"})
+        if "debug" not in self._names:
+            add_debug(self._parser)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Every option's value, by name.
@@ -162,7 +170,12 @@ class _Parser(FieldParser):
     @property
     def hidden(self) -> list[argparse._ArgumentGroup]:
         """Groups that `--help` leaves out."""
-        return [group for group in self._action_groups if group.title == OLDER_NAMES]
+        return [group for group in self._action_groups if group.title in (OLDER_NAMES, NO_EFFECT)]
+
+    @property
+    def hidden_titles(self) -> list[str]:
+        """Of these groups."""
+        return [str(group.title) for group in self.hidden]
 
     def format_help(self, everything: bool = False) -> str:
         """Without the secrets of a file, whose options are defaults."""
@@ -252,17 +265,19 @@ def _groups(parts: Sequence[Part]) -> dict[str, list[OptionField]]:
         hints = get_type_hints(part.dataclass)
         fields = {field.name: field for field in dataclasses.fields(part.dataclass)}
         for name in _names(part):
-            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], _told(fields[name])))
+            field = _told(fields[name], hints[name], part.helps.get(name))
+            groups.setdefault(part.title_of(name), []).append(OptionField(name, hints[name], field))
     return {title: groups[title] for title in sorted(groups, key=lambda title: (*TITLES, title).index(title))}
 
 
-def _told(field: "dataclasses.Field[Any]") -> "dataclasses.Field[Any]":
-    """The field with the help that is true of a command."""
-    if field.default is not None or field.name not in WHERE_NOT_SET:
-        return field
-    metadata = {**field.metadata, "help": WHERE_NOT_SET[field.name]}
-    told: Any = dataclasses.field(default=None, metadata=metadata)
-    return told  # type: ignore[no-any-return]  # a field, which stubs type as its default
+def _told(field: "dataclasses.Field[Any]", hint: Any, help: str | None) -> "dataclasses.Field[Any]":
+    """The field with the help that is true of a command, and the name of any bool alone meaning True."""
+    more: dict[str, Any] = {} if help is None else {"help": help}
+    if hint == bool | None and field.default is None:
+        more |= {"nargs": "?", "const": True}
+    told = copy.copy(field)
+    told.metadata = MappingProxyType({**field.metadata, **more})
+    return told
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:

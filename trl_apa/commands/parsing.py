@@ -9,10 +9,21 @@ from trl_apa.redaction import without_secrets_in_error
 
 # Set while a command runs with `--debug`, so that processes that it starts show their tracebacks too.
 DEBUG = "TRL_APA_DEBUG"
+# What stands for the value of an option, by the name of its type.
+METAVARS = {
+    **dict.fromkeys(("int", "natural", "positive_int", "_positive"), "INT"),
+    **dict.fromkeys(("float", "positive_float"), "FLOAT"),
+    "truth": "BOOL",
+    "JSON object": "JSON",
+}
 
 
 class OnceFormatter(argparse.HelpFormatter):
-    """Shows each option in one spelling, though `--output_dir` and `--output-dir` are both read."""
+    """Shows each option in one spelling, though `--output_dir` and `--output-dir` are both read, and its type."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = str if action.type is None else action.type
+        return METAVARS.get(getattr(kind, "__name__", ""), "TEXT")
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         strings = action.option_strings
@@ -24,9 +35,11 @@ class OnceFormatter(argparse.HelpFormatter):
 
 
 class DefaultsFormatter(OnceFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults too, where an option that is not given has a value."""
+    """Shows defaults too, where an option that is not given has a value; of `--no_x` no more than that x is off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):
+            return f"{action.dest} off."
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -36,6 +49,13 @@ def once(option_strings: Sequence[str]) -> list[str]:
     for text in option_strings:
         found.setdefault(text.replace("_", "-"), text)
     return list(found.values())
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """`--debug` for `--help` alone: `trl_apa.cli` reads it and takes it away."""
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
 
 
 class BriefParser(argparse.ArgumentParser):
@@ -56,9 +76,7 @@ class OneLineParser(BriefParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{"formatter_class": OnceFormatter, **kwargs})
-        self.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+        add_debug(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, with the other spelling of each option read as the option."""

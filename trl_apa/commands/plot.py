@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    parser = OneLineParser(prog="trl-apa plot", description="Reward, KL, and reward against KL, as PNG.")
+    parser = OneLineParser(prog="trl-apa plot", description="Plot reward, KL, and reward against KL of runs, as PNG.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or its trainer_state.json")
     parser.add_argument(
         "--output_dir", "--output-dir", help="where the plots are written (default: the first run's folder)"

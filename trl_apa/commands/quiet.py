@@ -7,7 +7,7 @@ package sees them all.
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -54,7 +54,6 @@ LOGGED = (
         "bitsandbytes.autograd._functions",
         r"MatMul8bitLt: inputs will be cast from torch\.\w+ to float16 during quantization",
     ),
-    Hidden("transformers.modeling_utils", NEW_HEAD),
 )
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -74,17 +73,32 @@ class _Leaves(logging.Filter):
 @contextmanager
 def without_known_warnings() -> Iterator[None]:
     """Inside, what is in `WARNINGS` and `LOGGED` is not shown; everything else is as before."""
-    filters = {
-        place: _Leaves([hidden.text for hidden in LOGGED if hidden.place == place])
-        for place in {hidden.place for hidden in LOGGED}
-    }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _not_logged(LOGGED):
         for hidden in WARNINGS:
             warnings.filterwarnings("ignore", rf"{hidden.text}\Z", module=rf"{re.escape(hidden.place)}\Z")
+        yield
+
+
+@contextmanager
+def without_report_of_new_head() -> Iterator[None]:
+    """Inside, a reward model is made from a language model, and nothing says that its head is new.
+
+    Only there: of a reward model that is to score, the same report is the one sign that its scores are noise.
+    """
+    with _not_logged([Hidden("transformers.modeling_utils", NEW_HEAD)]):
+        yield
+
+
+@contextmanager
+def _not_logged(all_hidden: Sequence[Hidden]) -> Iterator[None]:
+    filters = {
+        place: _Leaves([hidden.text for hidden in all_hidden if hidden.place == place])
+        for place in {hidden.place for hidden in all_hidden}
+    }
+    for place, leaves in filters.items():
+        logging.getLogger(place).addFilter(leaves)
+    try:
+        yield
+    finally:
         for place, leaves in filters.items():
-            logging.getLogger(place).addFilter(leaves)
-        try:
-            yield
-        finally:
-            for place, leaves in filters.items():
-                logging.getLogger(place).removeFilter(leaves)
+            logging.getLogger(place).removeFilter(leaves)

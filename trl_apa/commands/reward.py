@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from trl import RewardConfig, get_peft_config
 
 from trl_apa.commands.launching import launch
@@ -9,6 +11,7 @@ from trl_apa.commands.lengths import check_row_lengths, config_of
 from trl_apa.commands.models import load_tokenizer, loading, loading_options
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.progress import REWARD_COLUMNS
+from trl_apa.commands.quiet import without_report_of_new_head
 from trl_apa.commands.rows import load_rows, preference
 from trl_apa.commands.supervised import check_options, finish, say_what_is_left_out, supervised_parser
 from trl_apa.config.precision import Bf16WherePossible
@@ -48,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         check_row_lengths(part, tokenizer, model_config, config.max_length)
     options = {**loading_options(model, trust), "revision": model.model_revision}
     config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
-    with loading("model", name):
+    with loading("model", name), without_report_of_new_head():
         trainer = QuietRewardTrainer(
             model=name,
             args=config,
@@ -57,6 +60,18 @@ def main(argv: Sequence[str]) -> int:
             processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
+    keep_precision_of_head(trainer.model)
     trainer.card_datasets = data.names
     say_what_is_left_out(trainer, rows, held_out, f"more than max_length={config.max_length} tokens")
     return finish(trainer, REWARD_COLUMNS)
+
+
+def keep_precision_of_head(model: nn.Module) -> None:
+    """Give the head that is trained beside adapters the dtype that it was loaded in.
+
+    On a quantised base TRL casts all that is trained to bfloat16, as adapters take any input. A head takes its own
+    dtype alone, which without autocast is that of the unquantised weights.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(next(module.original_module.parameters()).dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.mixture import entries_of, mixture_rows
-from trl_apa.data import BadRow, Preference, preference_rows, sft_rows, split_by_prompt
+from trl_apa.data import Preference, preference_rows, sft_rows, split_by_prompt
 from trl_apa.data.hh import parse_row, split_dialogue
 from trl_apa.data.layouts import rows_in_layout
 from trl_apa.data.sources import Row, iter_rows
@@ -41,12 +41,13 @@ def load_rows(arguments: DataArguments, convert: Callable[[Row], Fields]) -> "tu
     _check_stream(arguments)
     rows: Iterable[Row]
     if arguments.datasets is not None:
-        rows = _in_layout(mixture_rows(entries_of(arguments.datasets), arguments.streaming), arguments)
+        entries, in_turn = entries_of(arguments.datasets), arguments.max_train_rows is not None
+        rows = _in_layout(mixture_rows(entries, arguments.streaming, in_turn), arguments)
     else:
         rows = _read(arguments, name, arguments.dataset_train_split)
     held_out: Iterable[Row] | None = None
     if arguments.eval_share is not None:
-        rows, held_out = _split(rows, arguments.eval_share)
+        rows, held_out = _split(name, rows, arguments.eval_share)
     elif arguments.eval_dataset_name is not None:
         folder = arguments.eval_dataset_data_dir
         held_out = _read(arguments, arguments.eval_dataset_name, test_split or "train", folder)
@@ -66,7 +67,7 @@ def load_prompts(arguments: DataArguments) -> "Dataset":
     """
     rows: Iterable[Row] = _read(arguments, arguments.source, arguments.dataset_test_split or "train")
     if arguments.eval_share is not None:
-        _, rows = _split(rows, arguments.eval_share)
+        _, rows = _split(arguments.source, rows, arguments.eval_share)
     return _converted(arguments.source, rows, prompts_by(arguments), arguments.max_eval_rows)
 
 
@@ -100,12 +101,12 @@ def _check_stream(arguments: DataArguments) -> None:
             )
 
 
-def _split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
+def _split(source: str, rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
     """A function of the rows alone, so that what one command holds out no other trains on."""
     found = list(rows)
     keyed = [_Keyed(_opening_text(row.fields), row) for row in found if row.problem is None]
     if not keyed:
-        raise ValueError("dataset_name has no row")
+        raise ValueError(f"{source} has no row")
     parts = split_by_prompt(keyed, {"held out": share, "train": 1 - share})
     # Rows that cannot be read go with those to train on, where they are counted.
     trained_on = [*(pair.row for pair in parts["train"]), *(row for row in found if row.problem is not None)]
@@ -120,7 +121,7 @@ def _opening_text(fields: Fields) -> str:
 
 def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields], limit: int | None) -> "Dataset":
     good: dict[str, Fields] = {}
-    bad: list[BadRow] = []
+    bad: list[tuple[Row, str]] = []
     num_repeated = 0
     for place, row in enumerate(rows):
         if limit is not None and len(good) == limit:
@@ -130,7 +131,7 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
                 raise ValueError(row.problem)
             fields = convert(row)
         except ValueError as error:
-            bad.append(BadRow(row.number, str(error)))
+            bad.append((row, str(error)))
         else:
             # Several preferences have the same prompt, or the same preferred response.
             shortened = "rejected" in row.fields and "rejected" not in fields
@@ -138,7 +139,7 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
             num_repeated += key in good
             good.setdefault(key, fields)
     if not good:
-        reason = f"row {bad[0].row}: {bad[0].reason}" if bad else "it is empty"
+        reason = f"{_place(bad[0][0])}: {bad[0][1]}" if bad else "it is empty"
         raise ValueError(f"{source} has no usable row: {reason}")
     _say_what_is_left_out(source, bad, num_repeated)
     names = dict.fromkeys(name for fields in good.values() for name in fields)
@@ -150,18 +151,22 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Fields
         raise ValueError(f"{source}: a column holds values of different types: {error}") from error
 
 
-def _say_what_is_left_out(source: str, bad: Sequence[BadRow], num_repeated: int) -> None:
+def _say_what_is_left_out(source: str, bad: Sequence[tuple[Row, str]], num_repeated: int) -> None:
     """On stderr, because some commands print rows; one process speaks."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     if bad:
-        reasons = Counter(row.reason for row in bad)
-        first = {row.reason: row.row for row in reversed(bad)}
-        told = [f"{count} x {reason} (row {first[reason]})" for reason, count in reasons.most_common(MOST_REASONS)]
+        reasons = Counter(reason for _, reason in bad)
+        first = {reason: _place(row) for row, reason in reversed(bad)}
+        told = [f"{count} x {reason} ({first[reason]})" for reason, count in reasons.most_common(MOST_REASONS)]
         told += ["..."] if len(reasons) > MOST_REASONS else []
         print(f"{source}: rows left out: {len(bad)}: {'; '.join(told)}", file=sys.stderr, flush=True)
     if num_repeated:
         print(f"{source}: rows that repeat another one: {num_repeated}, read once", file=sys.stderr, flush=True)
+
+
+def _place(row: Row) -> str:
+    return f"row {row.number}" if row.source is None else f"row {row.number} of {row.source}"
 
 
 def prompts_by(arguments: DataArguments) -> Callable[[Row], Fields]:

@@ -7,13 +7,12 @@ from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
 from trl_apa.commands.data_options import DataArguments
-from trl_apa.commands.groups import model_part, trl_title
+from trl_apa.commands.groups import HELPS, model_part, trl_title
 from trl_apa.commands.launching import LAUNCH_PART
 from trl_apa.commands.options import CommandParser, Part
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import Column, print_lines
 from trl_apa.redaction.trackers import hide_secrets_from
-from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
 def supervised_parser(command: str, description: str, config: type, trained: str) -> CommandParser:
@@ -27,7 +26,9 @@ def supervised_parser(command: str, description: str, config: type, trained: str
     """
     names = DataArguments.__dataclass_fields__.keys() - {"dataset_prompt_column"}
     data = Part(DataArguments, lambda name: "data", names)
-    return CommandParser(command, description, data, model_part(), Part(config, trl_title(trained)), LAUNCH_PART)
+    return CommandParser(
+        command, description, data, model_part(), Part(config, trl_title(trained), helps=HELPS), LAUNCH_PART
+    )
 
 
 def check_options(model: ModelConfig, config: TrainingArguments) -> None:
@@ -72,8 +73,7 @@ def finish(trainer: Trainer, columns: Sequence[Column]) -> int:
         trainer.evaluate()
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    with warn_if_report_fails(None, "writing a model card"):
-        trainer.create_model_card()
+    trainer.create_model_card()
     trainer.accelerator.print(f"model, tokenizer, README.md and trainer_state.json are in {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub()

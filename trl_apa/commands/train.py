@@ -1,4 +1,4 @@
-"""`trl-apa train`: align a policy with APA, AWR or PPO."""
+"""`trl-apa train`: align a policy with APA or another loss."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,20 +12,13 @@ from trl_apa.commands.models import load_policy, load_rewards, load_tokenizer, l
 from trl_apa.commands.options import CommandParser
 from trl_apa.commands.outputs import check_output_folder, checkpoint_to_resume
 from trl_apa.commands.progress import APA_COLUMNS, print_lines
+from trl_apa.commands.reward_options import RewardArguments
 from trl_apa.commands.rows import load_rows, prompts_by
-from trl_apa.commands.train_options import OtherModelArguments as OtherModelArguments
-from trl_apa.commands.train_options import RewardArguments as RewardArguments
-from trl_apa.commands.train_options import make_parser as make_parser
+from trl_apa.commands.train_options import OtherModelArguments
 from trl_apa.config.apa import APAConfig
 from trl_apa.models.critic import ADAPTER_PREFIX
 from trl_apa.rollout.prompts import PromptSource
 from trl_apa.trainer.apa import APATrainer
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = make_parser()
-    return run(argv, parser, parser.parse(argv))
 
 
 def run(argv: Sequence[str], parser: CommandParser, values: dict[str, Any]) -> int:

@@ -30,9 +30,13 @@ def make_parser() -> OneLineParser:
     add(
         "--references", metavar="ROWS", help="preferences or demonstrations with the same prompts, as `sft` reads them"
     )
-    add("--references_layout", choices=tuple(LAYOUTS), help="as dataset_layout of the other commands")
-    add("--references_data_dir", help="folder inside a hub data set")
-    add("--references_split", default="train", help="split of a hub data set (default: %(default)s)")
+    add(
+        "--references_layout",
+        choices=tuple(LAYOUTS),
+        help="columns of references that are not called prompt, chosen, ...",
+    )
+    add("--references_data_dir", help="of references: folder inside a hub data set")
+    add("--references_split", default="train", help="of references: split of a hub data set (default: %(default)s)")
     add("--cut_at", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
     add("--output", metavar="FILE", help="file for the result and every verdict, as JSON; written at the end")
     add(
@@ -41,14 +45,18 @@ def make_parser() -> OneLineParser:
         help="file of the verdicts, each written as it comes, which are not asked for again (default: "
         "winrate_cache.jsonl beside A)",
     )
-    add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    add("--confidence", type=float, default=0.95, help="of the interval (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap that gives the interval (default: %(default)s)")
+    add("--confidence", type=float, default=0.95, help="probability that the interval covers (default: %(default)s)")
     openai = parser.add_argument_group("--judge openai")
-    openai.add_argument("--base_url", help="of the endpoint (default: OpenAI's)")
-    openai.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with the key (default: %(default)s)")
+    openai.add_argument("--base_url", help="address of the endpoint (default: OpenAI's)")
+    openai.add_argument(
+        "--api_key_env", default="OPENAI_API_KEY", help="environment variable with the key (default: %(default)s)"
+    )
     openai.add_argument("--request", type=_json_object, default={}, help="JSON: more fields of the request")
     openai.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
-    openai.add_argument("--retries", type=int, default=6, help="of a request (default: %(default)s)")
+    openai.add_argument(
+        "--retries", type=int, default=6, help="most times that a failed request is sent again (default: %(default)s)"
+    )
     openai.add_argument(
         "--timeout",
         type=float,
@@ -59,8 +67,15 @@ def make_parser() -> OneLineParser:
     local.add_argument(
         "--tie_margin", type=float, default=0.0, help="scores within this margin are a tie (default: %(default)s)"
     )
-    local.add_argument("--batch_size", type=int, default=8, help="of a forward pass (default: %(default)s)")
-    local.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
+    local.add_argument(
+        "--batch_size", type=int, default=8, help="answers or questions in a forward pass (default: %(default)s)"
+    )
+    local.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: %(default)s)",
+    )
     local.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
     local.add_argument("--trust_remote_code", action="store_true", help="let code that comes with the model run")
     return parser

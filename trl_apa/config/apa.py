@@ -145,9 +145,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             With `advantage_estimator="group"`: `"none"`, or `"std"`, which divides by the standard deviation of the
             prompt's rewards. Defaults to `"std"` for GRPO and CISPO, else to `"none"`.
         normalizer (`str`, *optional*):
-            APA and APA on responses: what stands for log Z(s) in the target. `"none"`, the default and the paper's 0,
-            or `"group"`, a constant for each prompt, estimated from its responses before each update, for APA from the
-            prompt's other responses (`docs/algorithm.md`). `"group"` needs `num_generations` of 2 or more.
+            APA and APA on responses: what stands for log Z(s) in the target (`docs/algorithm.md`). `"none"`, the
+            default and the paper's 0; `"group"`, a constant for each prompt, estimated from its responses before each
+            update, for APA from the prompt's other responses: it needs `num_generations` of 2 or more; `"learned"`, a
+            ridge regression on the policy's last hidden states, fitted to earlier iterations, for APA of every state,
+            for APA on responses of the prompt: one more forward pass of the policy, no third network.
         num_ref_samples (`int`, *optional*, defaults to `8`):
             With `advantage_estimator="quantile"` or `"optimal_value"`: in `train` and `reference_rewards`, responses
             of pi_init that are sampled and scored once for each prompt, unless its row has `ref_rewards`.
@@ -333,67 +335,114 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
 
     loss_type: str = option("apa", f"Policy loss: {', '.join(ALGORITHMS)}, or module:name of an Algorithm.")
     kl_coef: float | None = option(
-        None, "lambda of the paper's objective (2); PPO: the initial KL coefficient. By default loss_type's: APA 0.1."
+        None,
+        "lambda of the paper's objective (2); PPO, RLOO: the initial KL coefficient. By default loss_type's: apa 0.1, "
+        "awr 1, ppo and rloo 0.05, qrpo 0.03, grpo and cispo 0, the others 0.2.",
     )
-    advantage_estimator: str = option(None, f"{', '.join(ESTIMATORS)}, or module:name; only gae needs a value model.")
-    group_normalization: str | None = option(None, "With advantage_estimator='group': 'none', or 'std' of the group.")
-    normalizer: str | None = option(None, "APA, APA on responses: 'none' or 'group' for log Z(s) in the target.")
-    num_ref_samples: int = option(8, "Responses of pi_init that each prompt's rewards are compared with.")
-    value_kl_coef: float | None = option(None, "With 'optimal_value': beta_1 of A*-PO; kl_coef by default.")
-    gamma: float = option(1.0, "Discount a token.")
+    advantage_estimator: str = option(
+        None,
+        f"How rewards become advantages: {', '.join(ESTIMATORS)}, or module:name; only gae needs a value model. "
+        "By default loss_type's: gae for apa, awr and ppo.",
+    )
+    group_normalization: str | None = option(
+        None,
+        "With advantage_estimator='group': 'none', or divide by the group's 'std', by default for grpo and cispo.",
+    )
+    normalizer: str | None = option(
+        None, "apa, response_apa: 'none' (by default), 'group' or 'learned' for log Z(s) in the target."
+    )
+    num_ref_samples: int = option(
+        8, "With quantile and optimal_value: responses of pi_init to each prompt, with which rewards are compared."
+    )
+    value_kl_coef: float | None = option(None, "With optimal_value: beta_1 of A*-PO; kl_coef by default.")
+    gamma: float = option(1.0, "Discount from one token to the next.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
     turn_discount: float = option(1.0, "Discount from one turn of a response to the next, beside gamma.")
     gae_over: str = option("tokens", "What one step of GAE is: 'tokens', or 'turns' of rollouts with tools.")
     vf_coef: float = option(1.0, "Weight of the value loss.")
-    whiten_advantages: bool | None = switch("Give the iteration's advantages mean 0 and variance 1.")
+    whiten_advantages: bool | None = switch(
+        "Give the iteration's advantages mean 0 and variance 1; by default for apa, awr and ppo."
+    )
     whiten_rewards: bool = option(False, "Divide token rewards by their standard deviation.")
     scale_rewards: bool = option(False, "Divide scores by their running standard deviation.")
     center_rewards: bool = option(False, "With scale_rewards, subtract the running mean first.")
     score_clip: float | None = option(None, "Clip scores to [-score_clip, score_clip] after scaling.")
     missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without EOS.")
-    batch_size: int = option(None, "Rollouts of one process in one iteration.")
-    per_device_train_batch_size: int = option(None, "Rollouts a forward pass of the update.")
-    tokens_per_micro_batch: int | None = option(None, "Most tokens of a forward pass, in place of a number of rows.")
+    batch_size: int = option(
+        None, "Rollouts of one process in one iteration; 64 by default, or one mini-batch if that is more."
+    )
+    per_device_train_batch_size: int = option(
+        None, "Rollouts in one forward pass of the update; by default the most up to 8 that divide batch_size."
+    )
+    tokens_per_micro_batch: int | None = option(
+        None, "Most tokens in one forward pass of the update, in place of a number of rows."
+    )
     num_epochs_per_batch: int = option(2, "Passes over the rollouts of an iteration.")
-    cliprange: float | None = option(None, "PPO, GRPO, RLOO: clip range of the ratio.")
-    cliprange_high: float | None = option(None, "GRPO, RLOO, CISPO: clip range above 1, if it is another one.")
-    loss_aggregation: str | None = option(None, "GRPO only: 'dapo', 'grpo' or 'dr_grpo'.")
-    kl_in: str | None = option(None, "Policy gradients: charge 'reward' or 'loss' for KL.")
+    cliprange: float | None = option(None, "ppo, grpo, rloo: clip range of the ratio; 0.2 by default.")
+    cliprange_high: float | None = option(
+        None, "grpo, rloo, cispo: clip range above 1; cliprange by default, for cispo 4."
+    )
+    loss_aggregation: str | None = option(None, "grpo: 'dapo' (by default), 'grpo' or 'dr_grpo'.")
+    kl_in: str | None = option(
+        None, "Policy gradients: charge 'reward' or 'loss' for KL; the reward by default for ppo and rloo."
+    )
     importance_correction: str | None = option(None, "Policy gradients: 'truncate' or 'mask' ratios to the sampler.")
-    importance_level: str | None = option(None, "With importance_correction: ratios of a 'token' or a 'sequence'.")
-    importance_max: float | None = option(3.0, "With importance_correction: largest ratio; None: no bound.")
-    importance_min: float | None = option(None, "With importance_correction: smallest ratio; None: no bound.")
+    importance_level: str | None = option(
+        None, "With importance_correction: ratios of a 'token' (by default) or a 'sequence' (for rloo)."
+    )
+    importance_max: float | None = option(3.0, "With importance_correction: largest ratio.")
+    importance_min: float | None = option(None, "With importance_correction: smallest ratio; no bound by default.")
     cliprange_value: float | None = option(None, "Clip range of the values in the value loss; none by default.")
-    init_kl_coef: float | None = option(None, "PPO only: classic's name of kl_coef.")
-    adap_kl_ctrl: bool | None = switch("With KL in the reward: adapt the coefficient.")
-    target: float | None = option(None, "With KL in the reward: what the controller aims at, nats per sequence.")
-    horizon: float | None = option(None, "With KL in the reward: responses over which the controller reacts.")
-    kl_penalty: str | None = option(None, "Policy gradients: the KL charged: 'kl', 'abs', 'mse', 'k3', 'full'.")
+    init_kl_coef: float | None = option(None, "ppo only: classic's name of kl_coef.")
+    adap_kl_ctrl: bool | None = switch("With KL in the reward: adapt the coefficient; by default for ppo.")
+    target: float | None = option(
+        None, "With KL in the reward: what the controller aims at, nats per sequence; 6 by default."
+    )
+    horizon: float | None = option(
+        None, "With KL in the reward: responses over which the controller reacts; 10000 by default."
+    )
+    kl_penalty: str | None = option(
+        None,
+        "Policy gradients: the KL charged: 'kl', 'abs', 'mse', 'k3', 'full'; 'kl' in the reward, 'k3' in the loss.",
+    )
     max_prompt_length: int | None = option(None, "train(): keep the last tokens of a prompt; all by default.")
     num_generations: int = option(1, "train(): responses to each prompt of an iteration.")
-    shuffle: str | None = option(None, "Draw 'rows' or 'groups' of a prompt into optimizer steps.")
+    shuffle: str | None = option(
+        None,
+        "Draw 'rows' or 'groups' of a prompt into optimizer steps; groups if num_generations is above 1.",
+    )
     generation_batch_size: int | None = option(None, "train(): rows that are sampled at a time; all by default.")
     stop_strings: list[str] | None = option(None, "train(): texts that end a response.")
     log_completions: bool = option(False, "train(): show, save and track the completions of each iteration.")
     num_completions_to_print: int = option(4, "With log_completions: rows on the terminal, chosen at random.")
     skip_unscored: bool = option(False, "train(): leave out responses that a reward function gives None or NaN.")
-    reward_timeout: float | None = option(None, "Seconds that reward functions in Python may take for one iteration.")
+    reward_timeout: float | None = option(
+        None, "Seconds that reward functions may take for one iteration; no limit by default."
+    )
     exact_kl: bool = option(True, "Report the KL of the policy that sampled, with a forward pass where it is unknown.")
     max_kl: float | None = option(None, "train(): stop when an iteration's KL is above it, nats a response.")
-    reward_weights: list[float] | None = option(None, "Weights of the reward functions; 1 each by default.")
+    reward_weights: list[float] | None = option(
+        None, "A weight for each reward, models before functions; 1 each by default."
+    )
     chat_template_kwargs: Json = option(None, "JSON; more arguments of the chat template.")
-    max_completion_length: int = option(128, "max_new_tokens of generate unless the call says otherwise.")
+    max_completion_length: int = option(128, "Most tokens of a response, unless a call of generate says otherwise.")
     temperature: float = option(1.0, "Of sampling and of the log-probs in the update.")
-    top_p: float = option(1.0, "Of sampling.")
-    top_k: int = option(0, "Of sampling; 0 is off.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens with this share of the probability; 1 is off.")
+    top_k: int = option(0, "Sample from so many likeliest tokens; 0 is off.")
     padding_free: bool | None = switch("No padding in the update; by default wherever that is exact.")
-    value_learning_rate: float | None = option(None, "Learning rate of the value model.")
-    value_max_grad_norm: float | None = option(None, "Clip of the value model's gradient, apart from the policy's.")
-    num_unfrozen_layers: int | None = option(None, "Train only the highest layers of each network; all by default.")
+    value_learning_rate: float | None = option(None, "Learning rate of the value model; learning_rate by default.")
+    value_max_grad_norm: float | None = option(
+        None, "Clip the value model's gradient at this norm; by default max_grad_norm clips both networks' together."
+    )
+    num_unfrozen_layers: int | None = option(
+        None, "Train only so many of the highest layers of each network; all by default."
+    )
     steps: int = option(20000, "Rollouts a process will see in the classic loop.")
-    early_stopping: bool = option(False, "Skip an iteration's remaining epochs when the policy has moved too far.")
-    target_kl: float = option(1.0, "With early_stopping: KL to the rollout policy, nats a token; 1.5 times it stops.")
-    ratio_threshold: float | None = option(None, "PPO only: skip a mini-batch whose mean ratio is above it.")
+    early_stopping: bool = option(
+        False, "Leave out an iteration's remaining epochs when the policy has moved by 1.5 times target_kl."
+    )
+    target_kl: float = option(1.0, "With early_stopping: KL to the policy that sampled, nats a token.")
+    ratio_threshold: float | None = option(None, "ppo: skip a mini-batch whose mean ratio is above it; 10 by default.")
     optimize_device_cache: bool = option(False, "Empty the device's cache after every backward pass.")
 
     resume_anyway: list[str] | None = option(
@@ -511,6 +560,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
     def normalizes_groups(self) -> bool:
         """Whether log Z of each prompt is estimated from its responses."""
         return self.reads("normalizer") and self.normalizer == "group"
+
+    @property
+    def learns_normalizer(self) -> bool:
+        """Whether log Z(s) is learned from the policy's hidden states."""
+        return self.reads("normalizer") and self.normalizer == "learned"
 
     @property
     def compares_by(self) -> str:
@@ -755,11 +809,8 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
                 "kl_penalty='kl' with kl_in='loss' charges nothing: the expected gradient of log pi - log pi_init is "
                 "0. Set kl_penalty to 'mse' or 'k3', or kl_in='reward'"
             )
-        if self.normalizer not in (None, "none", "group"):
-            raise ValueError(
-                f"normalizer={self.normalizer!r}: it should be 'none' or 'group'. A log Z(s) that is learned is an "
-                "option of offline learning, learn_state_normaliser"
-            )
+        if self.normalizer not in (None, "none", "group", "learned"):
+            raise ValueError(f"normalizer={self.normalizer!r}: it should be 'none', 'group' or 'learned'")
         if self.loss_aggregation not in (None, *GRPO_AGGREGATIONS):
             names = ", ".join(GRPO_AGGREGATIONS)
             raise ValueError(f"loss_aggregation={self.loss_aggregation!r}: it should be one of {names}")

@@ -19,8 +19,10 @@ class ToolOptions:
             ever.
     """
 
-    max_tool_calling_iterations: int | None = option(None, "Most times that tool calls of a rollout are answered.")
-    tool_timeout: float | None = option(60.0, "Seconds that one call of a tool may take.")
+    max_tool_calling_iterations: int | None = option(
+        None, "Most times that tool calls of a rollout are answered; no limit by default."
+    )
+    tool_timeout: float | None = option(60.0, "Seconds that one call of a tool may take before it is abandoned.")
 
     def _check_tool_options(self) -> None:
         """

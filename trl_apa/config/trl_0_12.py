@@ -72,7 +72,9 @@ class TRL012Options:
     response_length: int | None = option(None, "TRL 0.12 - 1.12's name of max_completion_length.")
     local_batch_size: int | None = option(None, "TRL 0.12 - 1.12's name of batch_size.")
     num_mini_batches: int | None = option(None, "Optimizer steps an epoch.")
-    total_episodes: int | None = option(None, "Rollouts that train() makes, over all processes.")
+    total_episodes: int | None = option(
+        None, "Rollouts to train on, over all processes; num_train_epochs times the prompts by default."
+    )
     local_rollout_forward_batch_size: int | None = option(None, "Rollouts of one forward pass without gradient.")
     kl_estimator: str | None = option(None, "PPO only: 'k1' or 'k3', another name of kl_penalty.")
     stop_token: str | None = option(None, "'eos', where responses end in any case.")

@@ -49,7 +49,9 @@ class VLLMOptions:
     vllm_enable_sleep_mode: bool = option(False, "Colocate: give memory back during the update.")
     vllm_gpu_memory_utilization: float = option(0.3, "Colocate: share of the device's memory that vLLM takes.")
     vllm_tensor_parallel_size: int = option(1, "Colocate: processes that hold one copy of the policy together.")
-    vllm_max_model_length: int | None = option(None, "Colocate: most tokens of a prompt and its response.")
+    vllm_max_model_length: int | None = option(
+        None, "Colocate: most tokens of a prompt and its response; what the model's config says by default."
+    )
     vllm_server_base_url: str | None = option(None, "Server: its address, in place of host and port.")
     vllm_server_host: str = option("0.0.0.0", "Server: its host.")
     vllm_server_port: int = option(8000, "Server: its port.")

@@ -35,7 +35,7 @@ def rows_in_layout(row: Row, layout: str) -> list[Row]:
     try:
         return LAYOUTS[layout](row)
     except ValueError as error:
-        return [Row(row.number, {}, str(error))]
+        return [row._replace(fields={}, problem=str(error))]
 
 
 def _as_row(row: Row, found: Preference | Demonstration, *replaced: str) -> Row:
@@ -45,4 +45,4 @@ def _as_row(row: Row, found: Preference | Demonstration, *replaced: str) -> Row:
 
 def _with(row: Row, texts: dict[str, Any], *replaced: str) -> Row:
     others = {name: value for name, value in row.fields.items() if name not in replaced}
-    return Row(row.number, {**others, **texts})
+    return row._replace(fields={**others, **texts})

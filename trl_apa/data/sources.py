@@ -33,11 +33,13 @@ class Row(NamedTuple):
         number: its place in the source, from 1; the line number in a file of JSON lines.
         fields: its columns; empty if it could not be read.
         problem: why it could not be read, or None.
+        source: what it was read from, where there are several sources.
     """
 
     number: int
     fields: dict[str, Any]
     problem: str | None = None
+    source: str | None = None
 
 
 class BadRow(NamedTuple):

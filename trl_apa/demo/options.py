@@ -92,9 +92,9 @@ def parse_options(argv: Sequence[str]) -> DemoOptions:
     )
     add("--learning-rate", positive_float, "of policy and value model at the start; it falls linearly to 0")
     add("--sft-steps", positive_int, "optimizer steps of supervised fine-tuning")
-    add("--pairs", positive_int, "preference pairs for the reward model", dest="num_pairs", metavar="PAIRS")
+    add("--pairs", positive_int, "preference pairs for the reward model", dest="num_pairs")
     add("--reward-steps", positive_int, "optimizer steps of the reward model")
-    add("--threads", positive_int, "torch threads", dest="num_threads", metavar="THREADS")
+    add("--threads", positive_int, "torch threads", dest="num_threads")
     return DemoOptions(**vars(parser.parse_args(argv)))
 
 

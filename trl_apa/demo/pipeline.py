@@ -117,7 +117,28 @@ def prepare(options: DemoOptions, report: Report) -> Ingredients:
 
 def align(options: DemoOptions, made: Ingredients, report: Report) -> list[dict[str, float]]:
     """The loop: generate, score, step. Trains `made.policy` in place, saves it, returns each iteration's metrics."""
-    config = APAConfig(
+    tokenizer, reward_model = made.tokenizer, made.reward_model
+    trainer = APATrainer(config_of(options), made.policy, tokenizer=tokenizer)
+    rng = random.Random(options.seed)
+    history = []
+    with report.iterations(f"{options.loss_type.upper()}", options.iterations) as table:
+        for iteration in range(1, options.iterations + 1):
+            prompts = rng.choices(made.corpus.train_prompts, k=options.batch_size)
+            queries = encode(tokenizer, prompts)
+            responses = trainer.generate(queries, return_prompt=False, batch_size=options.batch_size)
+            scores = reward_model(prompts, responses)
+            measured = measure_responses(made.policy, made.initial_policy, tokenizer, prompts, responses, scores)
+            stats = trainer.step(queries, responses, scores)
+            metrics = {"iteration": iteration, **measured, **numbers_of_step(stats)}
+            history.append(metrics)
+            table.add(iteration, metrics)
+    trainer.save_pretrained(str(options.output_dir / "model"))
+    return history
+
+
+def config_of(options: DemoOptions) -> APAConfig:
+    """The options of the trainer."""
+    return APAConfig(
         output_dir=str(options.output_dir),
         loss_type=options.loss_type,
         kl_coef=options.kl_coef,
@@ -135,23 +156,6 @@ def align(options: DemoOptions, made: Ingredients, report: Report) -> list[dict[
         disable_tqdm=True,
         report_to="none",
     )
-    tokenizer, reward_model = made.tokenizer, made.reward_model
-    trainer = APATrainer(config, made.policy, tokenizer=tokenizer)
-    rng = random.Random(options.seed)
-    history = []
-    with report.iterations(f"{options.loss_type.upper()}", options.iterations) as table:
-        for iteration in range(1, options.iterations + 1):
-            prompts = rng.choices(made.corpus.train_prompts, k=options.batch_size)
-            queries = encode(tokenizer, prompts)
-            responses = trainer.generate(queries, return_prompt=False, batch_size=options.batch_size)
-            scores = reward_model(prompts, responses)
-            measured = measure_responses(made.policy, made.initial_policy, tokenizer, prompts, responses, scores)
-            stats = trainer.step(queries, responses, scores)
-            metrics = {"iteration": iteration, **measured, **numbers_of_step(stats)}
-            history.append(metrics)
-            table.add(iteration, metrics)
-    trainer.save_pretrained(str(options.output_dir / "model"))
-    return history
 
 
 def measure(options: DemoOptions, made: Ingredients) -> Evaluation:
@@ -178,8 +182,7 @@ def save(options: DemoOptions, result: dict[str, Any], training: list[dict[str, 
 
 def save_cards(options: DemoOptions, result: dict[str, Any]) -> None:
     """The model cards; one that cannot be written is a warning."""
-    has_values = (options.output_dir / "model" / "value_model").is_dir()
-    policy = policy_card(LANGUAGE_MODEL, result, METRICS, has_values)
+    policy = policy_card(LANGUAGE_MODEL, result, METRICS, config_of(options).estimator.needs_values)
     write_cards(options.output_dir, {"model": policy, **supervised_cards(result, METRICS)})
 
 

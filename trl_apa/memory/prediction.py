@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from trl_apa.algorithms.learned_normalizers import moments_bytes
 from trl_apa.memory.networks import build_networks, classifier_bytes, weight_bytes
 from trl_apa.memory.optimizers import state_bytes, step_bytes
 from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending, scales_of
@@ -24,6 +25,9 @@ from trl_apa.rollout.batch import Layout, lay_out
 
 
 LOGITS, GRADIENTS, CACHE, OVERHEAD = "logits", "gradients", "KV cache", "overhead"
+NORMALIZER = "learned log Z"
+# Matrices as large as its moments that are there beside them while it is fitted.
+FITTING = 6
 PASSING = (GRADIENTS, ACTIVATIONS, LOGITS, CACHE)
 ADAPTERS = "adapters and heads"
 # Tokens that are proposed are a multiple of it.
@@ -39,6 +43,7 @@ PARTS = (
     ADAPTERS,
     "float32 weights",
     "optimizer",
+    NORMALIZER,
     *PASSING,
     "engine's buffers",
     OVERHEAD,
@@ -96,8 +101,9 @@ class Planner:
         self._pass = self._parts(self._update(self._cast))
         step = {GRADIENTS: self._counts.gradients, ACTIVATIONS: step_bytes(setup.optimizer, trained)}
         step = self._parts(step)
-        self._beside_passes = max(_total(generation), _total(step))
-        self.prediction = Prediction(generation, max(self._pass, step, key=_total))
+        fit = self._parts({ACTIVATIONS: FITTING * self._lasting.get(NORMALIZER, 0)})
+        self._beside_passes = max(map(_total, (generation, step, fit)))
+        self.prediction = Prediction(generation, max(self._pass, step, fit, key=_total))
 
     def _update(self, setup: Setup) -> dict[str, int]:
         with pretending(self._module), _autocast(setup):
@@ -153,6 +159,8 @@ def _lasting(module: PolicyAndValue, reference: nn.Module | None, setup: Setup) 
         parts["weights: reward"] = classifier_bytes(
             setup.config if setup.reward == "separate" else setup.reward, setup
         )
+    if setup.learned_normalizer:
+        parts[NORMALIZER] = moments_bytes(module.policy.get_output_embeddings().weight.shape[1])
     parts["optimizer"] = state_bytes(setup.optimizer, (p for network in trained.values() for p in network))
     return parts
 

@@ -27,6 +27,7 @@ class Setup:
             whole frozen copy); "auto" is "base" with adapters and "copy" without.
         reward: None (a function), "adapter" (on the policy's base), "separate" (a classifier of the policy's shape),
             or a config of another one.
+        learned_normalizer: whether log Z(s) is learned (`normalizer="learned"`).
         num_unfrozen_layers: train only so many of the highest layers; without adapters.
         micro_batch_size: rows of one forward and backward pass.
         gradient_accumulation_steps: of those passes in one optimizer step.
@@ -51,6 +52,7 @@ class Setup:
     value: str | PretrainedConfig | None = "separate"
     reference: str = "auto"
     reward: str | PretrainedConfig | None = None
+    learned_normalizer: bool = False
     num_unfrozen_layers: int | None = None
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
@@ -110,11 +112,6 @@ class Setup:
             raise ValueError("an encoder-decoder: only decoders are predicted")
 
     def _check_sharding(self) -> None:
-        if self.tokens_per_micro_batch is not None and not self.cuts_by_tokens:
-            raise ValueError(
-                f"tokens_per_micro_batch={self.tokens_per_micro_batch} with sharding='zero3': the trainer refuses it "
-                "there"
-            )
         if self.quantization is not None and self.world_size > 1 and self.sharding in ("zero3", "fsdp2"):
             raise ValueError(
                 f"sharding={self.sharding!r} with quantization={self.quantization!r}: quantised weights are not "
@@ -127,11 +124,6 @@ class Setup:
         if self.reference != "auto":
             return self.reference
         return "base" if self.lora_r else "copy"
-
-    @property
-    def cuts_by_tokens(self) -> bool:
-        """Whether the trainer takes `tokens_per_micro_batch`."""
-        return self.sharding != "zero3"
 
     @property
     def is_sharded(self) -> bool:

@@ -121,6 +121,26 @@ def held_repeatable(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_card_of_peft(model: nn.Module) -> Iterator[None]:
+    """Inside, saving an adapter writes no `README.md`.
+
+    peft's would name the path of the base on this machine, and begin a `README.md` of the user's with metadata.
+    """
+    adapted = [module for module in model.modules() if isinstance(module, PeftModel)]
+    for module in adapted:
+        module.create_or_update_model_card = _write_no_card
+    try:
+        yield
+    finally:
+        for module in adapted:
+            del module.create_or_update_model_card
+
+
+def _write_no_card(output_dir: str) -> None:
+    """In place of peft's method, which it calls whenever it saves."""
+
+
 def add_adapter(policy: PeftModel, adapter_name: str, config: PeftConfig, argument: str) -> None:
     """Put one more adapter on `policy`, which changes nothing about those that it has.
 

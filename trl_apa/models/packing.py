@@ -126,7 +126,10 @@ def attending_with(network: Any, implementation: str) -> Iterator[None]:
         yield
     finally:
         if own != implementation:
-            network.set_attn_implementation({"": own, **of_parts})
+            known = {name: of_part for name, of_part in of_parts.items() if of_part is not None}
+            network.set_attn_implementation({"": own, **known})
+            for name in of_parts.keys() - known:  # parts that no model has read have none, and cannot be asked for it
+                getattr(network.config, name)._attn_implementation = None
 
 
 def _parts(config: Any) -> list[str]:

@@ -15,7 +15,7 @@ from trl_apa.models.adapter_kinds import refuse_unsupported, with_adapters
 from trl_apa.models.adapters import adapter_parameters, only_adapter
 from trl_apa.models.checkpointing import renamed_method
 from trl_apa.models.classic_outputs import classic_outputs
-from trl_apa.models.classic_value_head import PolicyValueHead
+from trl_apa.models.classic_value_head import HEAD_WEIGHTS, PolicyValueHead
 from trl_apa.models.critic import Critic
 from trl_apa.models.gguf import save_dense_base
 from trl_apa.models.logprobs import TOKEN_FIELDS, policy_outputs
@@ -113,6 +113,7 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         with_value: bool = True,
         with_entropy: bool = False,
         with_logits: bool = False,
+        with_hidden: bool = False,
     ) -> dict[str, Tensor]:
         """What the update reads of a micro-batch at its response tokens.
 
@@ -125,10 +126,12 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
                 networks on one base run in one pass each: see `passes`.
             with_entropy: also the policy's entropy, without gradient.
             with_logits: also the policy's logits; not of a packed layout.
+            with_hidden: with `with_policy`, also the policy's last hidden states.
 
         Returns:
             `logprobs` (nats), `values` (reward units), `entropy` (nats) `(B, R)` and `logits` `(B, R, V)`: float32,
-            those that were asked for.
+            those that were asked for; `hidden` `(B, R, H)` in the policy's own precision, of the state before each
+            token.
 
         Raises:
             RuntimeError: if gradients are to come from one pass through two networks on one base.
@@ -157,12 +160,14 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         hidden_BRH = None
         if with_policy or reads_policy:
             reading = (self.policy, tokens, response_width, temperature)
-            of_policy = policy_outputs(*reading, with_entropy, with_hidden=reads_policy, with_logits=with_logits)
+            reads_hidden = reads_policy or with_hidden
+            of_policy = policy_outputs(*reading, with_entropy, with_hidden=reads_hidden, with_logits=with_logits)
             hidden_BRH = of_policy.hidden_BRH
             named = {
                 "logprobs": of_policy.logprobs_BR,
                 "entropy": of_policy.entropy_BR,
                 "logits": of_policy.logits_BRV,
+                "hidden": hidden_BRH if with_hidden else None,
             }
             outputs = {name: tensor for name, tensor in named.items() if tensor is not None}
         if with_value:
@@ -184,6 +189,13 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
     def value_is_a_head(self) -> bool:
         """Whether the value model has no separate trunk."""
         return isinstance(self.value_model, PolicyValueHead)
+
+    @property
+    def parts_beside_policy(self) -> tuple[str, ...]:
+        """Names of what `save_pretrained` writes beside the policy: a folder, or a head's file."""
+        if self.value_model is None:
+            return ()
+        return (HEAD_WEIGHTS if self.value_is_a_head else VALUE_MODEL_FOLDER,)
 
     @property
     def base_is_shared(self) -> bool:

@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_apa._trl import is_peft_model
 from trl_apa.algorithms.masking import at_least_float32
+from trl_apa.models.adapters import without_card_of_peft
 from trl_apa.models.copying import copy_of_trunk, independent_copy
 from trl_apa.models.gguf import dense_options, gguf_source, load_config
 from trl_apa.models.loading import class_that_knows, load_language_model
@@ -293,14 +294,15 @@ def save_network(
     """A transformer's checkpoint in `path` itself; of a PEFT model an adapter's, by default that of the active one.
 
     peft puts an adapter that is not called "default" into a folder below `path`, where `from_pretrained(path)` does
-    not look for it.
+    not look for it. A `README.md` in `path` stays as it is.
     """
     if not is_peft_model(network):
         with without_unknown_pad(network):
             network.save_pretrained(path, state_dict=state_dict, **kwargs)
         return
     adapter = adapter or network.active_adapter
-    network.save_pretrained(path, state_dict=state_dict, selected_adapters=[adapter], **kwargs)
+    with without_card_of_peft(network):
+        network.save_pretrained(path, state_dict=state_dict, selected_adapters=[adapter], **kwargs)
     folder = Path(path) / adapter
     if adapter != "default" and folder.is_dir():
         shutil.copytree(folder, path, dirs_exist_ok=True)

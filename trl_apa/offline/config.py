@@ -97,33 +97,41 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
     _default_kl_coef: ClassVar[dict[str, float]] = {"apa": 0.3, "awr": 0.25, "qrpo": 0.1, "dro": 0.3}
 
     loss_type: str = option("awr", "'apa', 'awr', 'ilql', 'qrpo' or 'dro'.")
-    kl_coef: float | None = option(None, "lambda of the paper's objective (2); ILQL has none.")
-    gamma: float = option(1.0, "Discount a token.")
+    kl_coef: float | None = option(
+        None, "lambda of the paper's objective (2): apa and dro 0.3, awr 0.25, qrpo 0.1; ilql has none."
+    )
+    gamma: float = option(1.0, "Discount from one token to the next.")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation.")
     whiten_advantages: bool = option(True, "Give the advantages of the data mean 0 and variance 1.")
     value_epochs: int = option(3, "APA and AWR: passes that fit the value model before the policy is trained.")
-    value_learning_rate: float | None = option(None, "Learning rate of these passes.")
+    value_learning_rate: float | None = option(None, "Learning rate of these passes; learning_rate by default.")
     freeze_value: bool = option(True, "APA and AWR: leave the value model as it is after them.")
-    vf_coef: float = option(1.0, "With freeze_value=False, and for DRO, the weight of the value loss.")
+    vf_coef: float = option(1.0, "Weight of the value loss, without freeze_value, and for DRO.")
     learn_state_normaliser: bool = option(False, "APA only: learn log Z(s) by a third network.")
     expectile: float = option(0.7, "ILQL only: tau of the value loss.")
     cql_coef: float = option(0.1, "ILQL only: weight of the CQL term.")
     polyak: float = option(0.005, "ILQL only: rate of the target heads.")
     bc_coef: float = option(1.0, "ILQL only: weight of the policy's negative log-likelihood.")
     ilql_beta: float = option(1.0, "ILQL only: nats per reward unit of advantage in decoding.")
-    max_prompt_length: int | None = option(None, "Keep the last tokens of a prompt; all by default.")
-    max_completion_length: int = option(128, "Keep the first tokens of a response; the limit of sampled ones.")
+    max_prompt_length: int | None = option(None, "Keep the last so many tokens of a prompt; all by default.")
+    max_completion_length: int = option(
+        128, "Keep the first so many tokens of a response; also the most of one that is sampled."
+    )
     add_eos: bool = option(True, "Let a response that is given as text end with EOS.")
-    early_stopping_patience: int | None = option(None, "Evaluations without a better held-out reward before the end.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a better held-out reward; never by default."
+    )
     temperature: float = option(1.0, "Of sampling and of the log-probs in the update.")
-    top_p: float = option(1.0, "Of sampling.")
-    top_k: int = option(0, "Of sampling; 0 is off.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens with this share of the probability; 1 is off.")
+    top_k: int = option(0, "Sample from so many likeliest tokens; 0 is off.")
     stop_strings: list[str] | None = option(None, "Texts that end a sampled response.")
-    reward_weights: list[float] | None = option(None, "Of the reward functions.")
-    num_unfrozen_layers: int | None = option(None, "Train the highest layers only; all by default.")
-    model_adapter_name: str | None = option(None, "Adapter of a PEFT model that is trained.")
-    ref_adapter_name: str | None = option(None, "Adapter of a PEFT model that pi_init is.")
-    chat_template_kwargs: Json = option(None, "More for the chat template.")
+    reward_weights: list[float] | None = option(
+        None, "A weight for each reward, models before functions; 1 each by default."
+    )
+    num_unfrozen_layers: int | None = option(None, "Train only so many of the highest layers; all by default.")
+    model_adapter_name: str | None = option(None, "PEFT adapter that is trained; the active one by default.")
+    ref_adapter_name: str | None = option(None, "PEFT adapter that is pi_init.")
+    chat_template_kwargs: Json = option(None, "JSON; more arguments of the chat template.")
     resume_anyway: list[str] | None = option(
         None, "Options in which a resumed checkpoint may differ although they define its run."
     )

@@ -144,6 +144,10 @@ class OfflineNetworks(PolicyAndValue):
             raise TypeError(f"value_model is a {type(self.value_model).__name__}; it should be a QValueModel")
         return self.value_model
 
+    @property
+    def parts_beside_policy(self) -> tuple[str, ...]:
+        return (*super().parts_beside_policy, *(() if self.normaliser is None else (NORMALISER_FOLDER,)))
+
     def forward(  # type: ignore[override]  # what the base class takes is passed on by name
         self, with_normaliser: bool = False, with_q: bool = False, **inputs: Any
     ) -> dict[str, Tensor]:

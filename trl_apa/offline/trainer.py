@@ -23,6 +23,7 @@ from trl_apa.algorithms.masking import keep_counted, masked_mean, masked_whiten
 from trl_apa.algorithms.reference_rewards import quantile_advantages
 from trl_apa.algorithms.regression import response_regression_loss
 from trl_apa.algorithms.rewards import token_rewards
+from trl_apa.cards.figures import note_loaded_step
 from trl_apa.evaluation import held_out
 from trl_apa.models import ValueModel, reference_policy
 from trl_apa.models.checkpointing import without_checkpointing
@@ -38,12 +39,13 @@ from trl_apa.offline.networks import NORMALISER_FOLDER, OfflineNetworks, offline
 from trl_apa.offline.value_fitting import fit_value_model
 from trl_apa.redaction.trackers import hide_secrets_from
 from trl_apa.rollout.episodes import Episodes
-from trl_apa.rollout.generation import end_token_ids, generate_responses, generation_options
+from trl_apa.rollout.generation import generate_responses, generation_options
 from trl_apa.rollout.prompts import as_rows, query_of, reward_columns
 from trl_apa.rollout.scoring import Scores
+from trl_apa.rollout.special_tokens import SpecialTokens
 from trl_apa.rollout.texts import prompts_and_completions
 from trl_apa.trainer.assembly import assemble
-from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
+from trl_apa.trainer.construction import check_policy_answers, make_scorer, networks_that_read
 from trl_apa.trainer.optimization import check_optimizer_is_finite
 from trl_apa.trainer.resuming import ResumableRuns
 from trl_apa.trainer.run_identity import data_fingerprint, initial_policy_fingerprint
@@ -134,8 +136,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         )
         self._initial_policy = initial_policy_fingerprint(module.policy, self.ref_model)
         networks = offline_networks(args, module)
-        self._end_token_ids = end_token_ids(networks.policy, tokenizer)
-        self._pad_token_id = known_pad_id(tokenizer, networks, self.ref_model)
+        readers = networks_that_read(networks, self.ref_model)
+        self.special_tokens = SpecialTokens.of(tokenizer, networks.policy, readers)
         rows = as_rows(train_dataset)
         self._data_fingerprint = data_fingerprint(rows)
         self.rollouts = rollouts_of(rows, tokenizer, networks.policy, args)
@@ -155,12 +157,11 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         self._fill_in_returns()
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
-        read = networks_that_read(networks, self.ref_model)
-        self._layouts = Layouts(read, padding_free=False, around=self.accelerator.autocast)
+        self.layouts = Layouts(readers, padding_free=False, around=self.accelerator.autocast)
         # Loaders may lay micro-batches out in processes of their own, which are to try nothing out.
-        self._layout = self._layouts(self.rollouts.longest())
+        self._layout = self.layouts(self.rollouts.longest())
         given = (reward_funcs, reward_processing_classes, tokenizer, networks)
-        self.scorer = make_scorer(*given, self._end_token_ids, self.accelerator, args)
+        self.scorer = make_scorer(*given, self.special_tokens.ends, self.accelerator, args)
         self._begin()
 
     def _begin(self) -> None:
@@ -326,7 +327,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
         return measured_BR
 
     def _micro_batch(self, rows: list[int]) -> dict[str, Tensor]:
-        batch = self.rollouts.micro_batch(rows, self._pad_token_id, self._layout)
+        batch = self.rollouts.micro_batch(rows, self.special_tokens.pad, self._layout)
         batch["rewards"] = self.rollouts.rewards_BR[batch["rows"], : _width(batch)]
         return batch
 
@@ -476,9 +477,9 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
             respond=lambda rows: (self._episodes(rows), None),
             logprobs=self._policy_and_reference,
             score=self._score,
-            layouts=self._layouts,
-            pad_token_id=self._pad_token_id,
-            end_token_ids=self._end_token_ids,
+            layouts=self.layouts,
+            pad_token_id=self.special_tokens.pad,
+            end_token_ids=self.special_tokens.ends,
         )
 
     def _query(self, row: dict[str, Any]) -> Tensor:
@@ -494,8 +495,8 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
     def _respond(self, queries: list[Tensor]) -> list[Tensor]:
         args, tokenizer = self.args, self.processing_class
         sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
-        sampling |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self._pad_token_id}
-        sampling |= {"eos_token_id": self._end_token_ids or None}
+        sampling |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self.special_tokens.pad}
+        sampling |= {"eos_token_id": self.special_tokens.ends or None}
         options = generation_options(sampling, {"stop_strings": args.stop_strings})
         with self.learned_policy() as policy, self.accelerator.autocast():
             return generate_responses(policy, queries, tokenizer=tokenizer, batch_size=len(queries), **options)
@@ -530,6 +531,7 @@ class OfflineAPATrainer(CountsTokens, Saving, ResumableRuns):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        note_loaded_step(self.state)
 
 
 def _width(batch: dict[str, Tensor]) -> int:

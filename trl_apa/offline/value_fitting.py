@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PrinterCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from trl_apa.algorithms.losses import value_loss
 from trl_apa.models import ValueModel
@@ -32,6 +32,20 @@ class _ValueFitting(NoTelemetry, CountsTokens):
         loss, stats = value_loss(values_BR, inputs["returns"], mask_BR, num_tokens=num_items_in_batch)
         loss = loss * self.accelerator.num_processes
         return (loss, stats) if return_outputs else loss
+
+
+class _ValueProgress(ProgressCallback):
+    """Its bar, and a line for each log, that say what is trained: the policy's come after them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("value model")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            place = f"value model, step {state.global_step}/{state.max_steps}"
+            self.training_bar.write(f"{place}  loss {float(logs['loss']):.4f}")
 
 
 def fit_value_model(
@@ -65,6 +79,8 @@ def fit_value_model(
         model=value_model, args=own, data_collator=micro_batch, train_dataset=list(range(len(rollouts)))
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_ValueProgress())
     # The Trainer chooses which weights decay by their names in the modules.
     given_names, value_model.given_names = value_model.given_names, {}
     try:

@@ -55,7 +55,7 @@ class Rollouts:
         values_BR: V(s) of the state *before* each token under the value model at rollout time, reward units;
             None without one.
         old_logprobs_BR: log pi_old of the sampled tokens, nats, from a pass over the rollouts that only PPO, early
-            stopping and the exact KL of responses from elsewhere need.
+            stopping, a learned log Z(s) and the exact KL of responses from elsewhere need.
         sampling_logprobs_BR: the same when they were sampled, nats; None unless `generate` noted all of them.
         sampled_by_engine: whether those are an engine's own, of weights and kernels that are not the policy's.
         importance_weights_BR: what advantages are multiplied by, for tokens that another policy has sampled.
@@ -68,6 +68,7 @@ class Rollouts:
             decoder alone, which reads the query there.
         prompts: a number for each row, the same for rows with equal queries: see `equal_queries`.
         sampling_statistics: what sampling says of itself for the log; None if nothing.
+        normalizer_statistics: of the learned log Z(s) that the advantages have; None unless it is learned.
     """
 
     queries: list[Tensor]
@@ -90,6 +91,7 @@ class Rollouts:
     sampled_by_engine: bool = False
     importance_weights_BR: Tensor | None = None
     sampling_statistics: dict[str, float] | None = None
+    normalizer_statistics: dict[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.queries)

@@ -37,8 +37,6 @@ from trl_apa.models.network_parts import Network, pad_token_id_of, use_cache_kep
 from trl_apa.rollout.batch import Rollouts, response_mask, with_known_pads, without_start_tokens
 from trl_apa.rollout.collating import collate, rows_of
 from trl_apa.rollout.generation import (
-    decoder_start_token_id,
-    end_token_ids,
     generate_responses,
     generation_options,
     unmasked_queries,
@@ -47,12 +45,13 @@ from trl_apa.rollout.sampled_logprobs import SampledLogprobs
 from trl_apa.rollout.sampling import EngineSampler, Sampler
 from trl_apa.rollout.scoring import Scorer
 from trl_apa.rollout.shared_prompts import query_keys
+from trl_apa.rollout.special_tokens import SpecialTokens
 from trl_apa.rollout.vllm_generation import VLLMSampler
 from trl_apa.tools.making import make_player, with_environment_rewards
 from trl_apa.tools.sampling import EpisodeSampler
 from trl_apa.trainer.assembly import assemble
 from trl_apa.trainer.classic_methods import ClassicMethods
-from trl_apa.trainer.construction import check_policy_answers, known_pad_id, make_scorer, networks_that_read
+from trl_apa.trainer.construction import check_policy_answers, make_scorer, networks_that_read
 from trl_apa.trainer.drift import DriftWatch
 from trl_apa.trainer.estimation import check_compared_rows, check_groups
 from trl_apa.trainer.experience import Experience
@@ -86,7 +85,7 @@ from trl_apa.trainer.statistics import (
     sampling_difference,
     with_classic_names,
 )
-from trl_apa.trainer.token_budget import TokenBudget, refuse_under_zero3
+from trl_apa.trainer.token_budget import TokenBudget
 from trl_apa.trainer.training_loop import EndOfIteration, TrainingLoop
 from trl_apa.trainer.update import Update
 from trl_apa.trainer.validation import (
@@ -260,7 +259,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self.dataloader = self._prompt_dataloader()
         set_seed(args.seed, device_specific=True)
 
-        self._layouts = self._try_layouts()
+        self.layouts = self._try_layouts()
         check_policy_answers(module.policy, self.accelerator)
         self._note_what_scripts_read()
         if not is_sharded(self.accelerator):
@@ -269,8 +268,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         if self.ref_model is not None:
             self.ref_model = prepare_frozen(self.ref_model, module.policy, self.accelerator)
             answer_as_classic(self.ref_model)
-        self._check_overrides()
-        self._player = make_player(tools, environment_factory, rollout_func, self, self._end_token_ids)
+        self.overrides.check(self.args)
+        self._player = make_player(tools, environment_factory, rollout_func, self, self.special_tokens.ends)
         self.scorer = self._make_scorer(reward_funcs, reward_processing_classes)
         self._begin(sampler)
         self._follow_options(counts_episodes)
@@ -307,7 +306,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             processing_classes = [*processing_classes, *[None] * (len(functions) - len(processing_classes))]
         given = (functions, processing_classes, self.processing_class, self.model)
         options = {"weights": weights, "skip_unscored": args.skip_unscored, "timeout": args.reward_timeout}
-        return make_scorer(*given, self._end_token_ids, self.accelerator, args, **options)
+        return make_scorer(*given, self.special_tokens.ends, self.accelerator, args, **options)
 
     def _begin(self, sampler: Sampler | None) -> None:
         """What changes from one iteration to the next, and the callbacks that see to it."""
@@ -325,7 +324,6 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         sampling = (self._query, self._respond_on_all_processes, self._respond_as_reference, notes, self.processes)
         self._episodes = EpisodeSampler(self._player, *sampling)
         self._ahead = self._make_rollouts_ahead() if args.rollouts_ahead else None
-        refuse_under_zero3(args.tokens_per_micro_batch, self.accelerator)
         self._token_budget = TokenBudget(self.processes)
         self._importance = ImportanceCorrection()
         self._clear_gradient_norms()
@@ -383,9 +381,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
     def _choose_special_tokens(
         self, tokenizer: PreTrainedTokenizerBase, module: PolicyAndValue, stop_token_id: int | None
     ) -> None:
-        self._end_token_ids = end_token_ids(module.policy, tokenizer, stop_token_id)
-        self._decoder_start_token_id = decoder_start_token_id(module.policy)
-        self._pad_token_id = known_pad_id(tokenizer, module, self.ref_model)
+        readers = networks_that_read(module, self.ref_model)
+        self.special_tokens = SpecialTokens.of(tokenizer, module.policy, readers, stop_token_id)
 
     def _prompt_dataloader(self) -> DataLoader[Any] | None:
         """Called while all processes still have the same seed: each takes its own part of one order.
@@ -492,7 +489,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
 
         def shaped(responses: list[Tensor]) -> Any:
             if self.is_encoder_decoder:
-                responses = [nn.functional.pad(r, (1, 0), value=self._decoder_start_token_id) for r in responses]
+                responses = [nn.functional.pad(r, (1, 0), value=self.special_tokens.decoder_start) for r in responses]
             elif return_prompt:
                 responses = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             return responses[0].unsqueeze(0) if single else responses
@@ -548,8 +545,8 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         defaults = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         pad_token_id = pad_token_id_of(self.processing_class)
         defaults |= {"max_new_tokens": args.max_completion_length, "pad_token_id": pad_token_id}
-        defaults["decoder_start_token_id"] = self._decoder_start_token_id
-        return generation_options({**defaults, "eos_token_id": self._end_token_ids or None}, kwargs)
+        defaults["decoder_start_token_id"] = self.special_tokens.decoder_start
+        return generation_options({**defaults, "eos_token_id": self.special_tokens.ends or None}, kwargs)
 
     @contextmanager
     def _module_for_generation(self) -> Iterator[PolicyAndValue]:
@@ -600,15 +597,17 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         self._refuse_while_training("step")
         timer = StageTimer()
         queries, responses, scores, response_masks = map(rows_of, (queries, responses, scores, response_masks))
-        if self._decoder_start_token_id is not None and isinstance(responses, list):
-            responses, response_masks = without_start_tokens(responses, response_masks, self._decoder_start_token_id)
+        if self.special_tokens.decoder_start is not None and isinstance(responses, list):
+            responses, response_masks = without_start_tokens(
+                responses, response_masks, self.special_tokens.decoder_start
+            )
         pad_token_id = pad_token_id_of(self.processing_class)
-        responses = with_known_pads(responses, response_masks, pad_token_id, self._pad_token_id)
+        responses = with_known_pads(responses, response_masks, pad_token_id, self.special_tokens.pad)
         self._check_on_all_processes(queries, responses, scores, response_masks)
         device = self.accelerator.device
         ref_rewards_BN = self.processes.together(lambda: given_ref_rewards(ref_rewards, self.args, device))
         self._prepare_for_updates()
-        running_scores = self.running_scores.state_dict()
+        running_scores, normalizer = self.running_scores.state_dict(), self.run_state.normalizer.state_dict()
         try:
             rollouts, ended_B = self._collect(queries, responses, scores, response_masks)
             rollouts.ref_rewards_BN = ref_rewards_BN
@@ -621,6 +620,7 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             # A caller may catch this (out of memory, for example) and continue: leave no gradient or score behind.
             self.model_wrapped.zero_grad()
             self.running_scores.load_state_dict(running_scores)
+            self.run_state.normalizer.load_state_dict(normalizer)
             if isinstance(error, RuntimeError):
                 with suppress(RuntimeError):  # a device that is lost answers nothing
                     self._check_gradient_norms()
@@ -641,10 +641,12 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
             stats = self._statistics(iteration.rollouts, iteration.record, iteration.ended_B)
             stats |= sampling_difference(iteration.rollouts, iteration.record, iteration.plan[0], self.accelerator)
             stats |= importance_statistics(iteration.rollouts, self.accelerator)
-            overridden = statistics_by_override(self, iteration) if self._calls("record_step_stats") else {}
+            overridden = statistics_by_override(self, iteration) if self.overrides.include("record_step_stats") else {}
             stats |= overridden
         stats["apa/epochs"] = iteration.epochs_done
         stats |= iteration.rollouts.sampling_statistics or {}
+        learned = iteration.rollouts.normalizer_statistics or {}
+        stats |= {f"apa/normalizer/{name}": value for name, value in learned.items()}
         self.run_state.end_iteration(stats["objective/kl"])
         # Losses with the policy that sampled as anchor have targets near it, not near pi_init.
         near = {"apa/policy/unexplained"} if self.args.algorithm.needs_old_logprobs else set()
@@ -677,13 +679,13 @@ class APATrainer(ClassicMethods, Experience, Update, GradientGuard, Saving, Trai
         device = self.accelerator.device
         scores_B = torch.stack([score.detach().reshape(()).float().to(device) for score in scores])
         last_tokens_B = torch.stack([response[-1].to(device) for response in responses])
-        ended_B = torch.isin(last_tokens_B, torch.tensor(self._end_token_ids, dtype=torch.long, device=device))
+        ended_B = torch.isin(last_tokens_B, torch.tensor(self.special_tokens.ends, dtype=torch.long, device=device))
         rollouts = Rollouts(
             queries=[query.long().to(device) for query in queries],
             responses=[response.long().to(device) for response in responses],
             response_mask_BR=response_mask(responses, response_masks, device),
             scores_B=scores_B,
-            decoder_start_token_id=self._decoder_start_token_id,
+            decoder_start_token_id=self.special_tokens.decoder_start,
         )
         return rollouts, ended_B
 

@@ -10,6 +10,7 @@ every other one. All names below are relative to the output folder:
 | `_replaced-checkpoint-6-<run>` | its predecessor of the same run, until the new one has its name |
 | `_deleted-checkpoint-6-<run>` | one that is being deleted |
 | `_older-runs/<run>/checkpoint-6` | another run's, which had the name that a new one was to get |
+| `_older-runs/unknown/value_model` | another run's, which was not to be pushed with this run's policy |
 | `apa_run.json` | the run that began last |
 
 What begins with an underscore is not uploaded to the hub.
@@ -128,7 +129,7 @@ def put_in_place(folder: Path, step: int, run: Run) -> Path:
             delete_folder(replaced)
             place.rename(replaced)
         else:
-            _move_to_older_runs(place, owner)
+            _move_checkpoint(place, owner)
     folder.rename(place)
     flush_directory(output_dir)
     if replaced is not None:
@@ -136,15 +137,28 @@ def put_in_place(folder: Path, step: int, run: Run) -> Path:
     return place
 
 
-def _move_to_older_runs(place: Path, owner: Run | None) -> None:
+def _move_checkpoint(place: Path, owner: Run | None) -> None:
+    whose = "has no readable manifest" if owner is None else "is of another run"
+    target = move_to_older_runs(place, owner)
+    warnings.warn(f"{place} {whose}; it was moved to {target}", stacklevel=2)
+
+
+def move_to_older_runs(place: Path, owner: Run | None = None) -> Path:
+    """Move what another run left in an output folder to `OLDER_RUNS` there.
+
+    Args:
+        place: the file or folder.
+        owner: the run that wrote it, if that is known.
+
+    Returns:
+        Where it is now.
+    """
     shelf = place.parent / OLDER_RUNS / ("unknown" if owner is None else owner.id)
     shelf.mkdir(parents=True, exist_ok=True)
     target, number = shelf / place.name, 1
     while target.exists():
         target, number = shelf / f"{place.name}.{number}", number + 1
-    place.rename(target)
-    whose = "has no readable manifest" if owner is None else "is of another run"
-    warnings.warn(f"{place} {whose}; it was moved to {target}", stacklevel=2)
+    return place.rename(target)
 
 
 def delete_surplus(output_dir: str | os.PathLike[str], run: Run, limit: int | None, keep: str | None) -> None:

@@ -17,7 +17,7 @@ from trl_apa.algorithms.losses import value_loss
 from trl_apa.algorithms.masking import keep_counted
 from trl_apa.algorithms.rewards import RunningMoments, token_rewards
 from trl_apa.classic.forward import ForwardOutputs, classic_inputs, forward_pass, joined
-from trl_apa.classic.hooks import INSTEAD, check_class, check_instance, is_overridden, methods_of
+from trl_apa.classic.hooks import INSTEAD, Overrides, check_class, methods_of
 from trl_apa.classic.statistics import loss_statistics, step_statistics
 from trl_apa.config.apa import APAConfig
 from trl_apa.models import reference_policy
@@ -53,29 +53,10 @@ class ClassicMethods(_BaseTrainer):
                 raise AttributeError(f"{type(self).__name__} has no {name}. Instead, {INSTEAD[name]}")
             return object.__getattribute__(self, name)
 
-    def _calls(self, *names: str) -> bool:
-        """Whether one of these methods is overridden, so that `step` has to call it."""
-        return any(is_overridden(self, name, OWN_METHODS) for name in names)
-
-    def _check_overrides(self) -> None:
-        """Raise an error for an override that these options and networks never call."""
-        check_instance(self, OWN_METHODS)
-        args = self.args
-        if self._calls("loss") and args.algorithm.compares_responses:
-            raise ValueError(
-                f"loss is overridden, and loss_type={args.loss_type!r} compares responses, which classic's arguments "
-                "do not tell apart; give loss_type an Algorithm in place of the override"
-            )
-        if self._calls("compute_advantages") and not args.estimator.needs_values:
-            raise ValueError(
-                f"compute_advantages is overridden, and advantage_estimator={args.advantage_estimator!r} has no values"
-                " for it; leave the option out, or give the option an AdvantageEstimator in place of the override"
-            )
-        if self._calls("_kl_penalty") and not self._calls("compute_rewards") and not args.kl_in_reward:
-            raise ValueError(
-                f"_kl_penalty is overridden, but with loss_type={args.loss_type!r} no KL is in the reward, so that it "
-                "would have no effect; override compute_rewards, or set loss_type='ppo'"
-            )
+    @property
+    def overrides(self) -> Overrides:
+        """Which of these methods a subclass or a script has replaced, so that `step` has to call them."""
+        return Overrides(self, OWN_METHODS)
 
     # ---- rewards, advantages, loss, statistics ----
 
@@ -95,7 +76,7 @@ class ClassicMethods(_BaseTrainer):
             out, as before TRL 0.7.
         """
         scores_B = torch.stack([torch.as_tensor(score, device=masks.device).reshape(()) for score in scores])
-        if self._calls("_kl_penalty"):
+        if self.overrides.include("_kl_penalty"):
             rows = zip(logprobs, ref_logprobs, strict=True)
             kls = torch.stack([self._kl_penalty(*row) for row in rows])
         else:
@@ -219,13 +200,13 @@ class ClassicMethods(_BaseTrainer):
 
     def prepare_model_inputs(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> BatchEncoding:
         """Queries and responses as `model` reads them, padded on the tokenizer's side: see `classic_inputs`."""
-        start = self._decoder_start_token_id
+        start = self.special_tokens.decoder_start
         queries, responses = list(queries), list(responses)
         if start is not None:
             responses, _ = without_start_tokens(responses, None, start)
         side = self.processing_class.padding_side
         device = self.accelerator.device
-        return classic_inputs(queries, responses, self._pad_token_id, side, start).to(device)
+        return classic_inputs(queries, responses, self.special_tokens.pad, side, start).to(device)
 
     def batched_forward_pass(
         self,
@@ -253,7 +234,7 @@ class ClassicMethods(_BaseTrainer):
             `(logprobs, logits or None, values, masks)`, `(B, T - 1)`: see `ForwardOutputs`. Values are None if `model`
             has none. With gradient unless the caller switches it off.
         """
-        start = self._decoder_start_token_id
+        start = self.special_tokens.decoder_start
         responses = list(responses)
         masks = None if response_masks is None else list(response_masks)
         if start is not None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_apa.distributed.sharded import is_sharded, serve_sharded_weights
 from trl_apa.models import PolicyAndValue
 from trl_apa.models.network_checks import check_answers_text
-from trl_apa.models.network_parts import Network, pad_token_id_of, padding_id
+from trl_apa.models.network_parts import Network
 from trl_apa.rollout.scoring import RewardModel, Scorer, reward_functions
 from trl_apa.rollout.served_rewards import ServedReward
 
@@ -17,11 +17,6 @@ from trl_apa.rollout.served_rewards import ServedReward
 def networks_that_read(module: PolicyAndValue, reference: Network | None) -> list[Network]:
     """Every network that reads queries and responses: those of `module`, and pi_init if it is one of its own."""
     return [*module.networks(), *([] if reference is None else [reference])]
-
-
-def known_pad_id(tokenizer: PreTrainedTokenizerBase, module: PolicyAndValue, reference: Network | None) -> int:
-    """The id to pad with, which every network has a row for: see `network_parts.padding_id`."""
-    return padding_id(pad_token_id_of(tokenizer), networks_that_read(module, reference))
 
 
 def check_policy_answers(policy: Network, accelerator: Accelerator) -> None:

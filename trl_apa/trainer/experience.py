@@ -1,6 +1,6 @@
 """Rollouts to what their update needs: passes of the networks over them, and the stages of `preparation`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.shared_prompts import equal_queries
 from trl_apa.trainer.estimation import estimate_advantages, subtract_normalizer
 from trl_apa.trainer.hooked_stages import advantages_by_override, rewards_by_override
+from trl_apa.trainer.normalizing import StatesOfPass, subtract_learned_normalizer
 from trl_apa.trainer.preparation import (
     in_reading_order,
     plan_iteration,
@@ -25,7 +26,6 @@ from trl_apa.trainer.preparation import (
     shaped_ref_rewards,
 )
 from trl_apa.trainer.statistics import StageTimer
-from trl_apa.trainer.token_budget import refuse_under_zero3
 
 
 class Experience(_BaseTrainer):
@@ -33,25 +33,29 @@ class Experience(_BaseTrainer):
 
     def _prepare_iteration(self, rollouts: Rollouts, ended_B: Tensor, timer: StageTimer) -> None:
         """From rollouts to what the update needs, a stage a line."""
-        self._check_overrides()
+        self.overrides.check(self.args)
         with timer("forward_pass"):
             rollouts.sampling_logprobs_BR = self._noted_logprobs(rollouts)
             full_logprobs = self._evaluate_rollouts(rollouts)
         with timer("compute_rewards"):
-            if self._calls("compute_rewards", "_kl_penalty"):
+            if self.overrides.include("compute_rewards", "_kl_penalty"):
                 rewards_by_override(self, rollouts, ended_B, full_logprobs)
             else:
                 rollouts.rewards_BR = rewards_of_tokens(rollouts, ended_B, self.args, self.run_state)
         with timer("compute_advantages"):
-            if self._calls("compute_advantages"):
+            if self.overrides.include("compute_advantages"):
                 advantages_by_override(self, rollouts)
             else:
                 ref_rewards_BN = shaped_ref_rewards(rollouts, self.args, self.run_state)
                 estimate_advantages(rollouts, self.args, self.processes, ref_rewards_BN)
-            subtract_normalizer(rollouts, self.args, self.processes)
+            if self.args.learns_normalizer:
+                reading = self._read_states(rollouts)
+                subtract_learned_normalizer(rollouts, self.args, self.run_state.normalizer, reading, self.processes)
+            else:
+                subtract_normalizer(rollouts, self.args, self.processes)
         self._importance.weigh(rollouts, self.args)
         stream = (self.args.seed, self.accelerator.process_index, self.run_state.num_iterations_done)
-        layout = self._layouts(rollouts.longest(), share=True)
+        layout = self.layouts(rollouts.longest(), share=True)
         plan = plan_iteration(rollouts, ended_B, self.args, stream, layout, self.processes.sum)
         self.run_state.begin_iteration(plan, self.state.global_step)
 
@@ -74,10 +78,11 @@ class Experience(_BaseTrainer):
         rollouts.ref_logprobs_BR = blank_BR.clone()
         algorithm, needs_values = self.args.algorithm, self.args.estimator.needs_values
         needs_old = algorithm.needs_old_logprobs or self.args.kl_in_reward or self.args.early_stopping
-        rewards_overridden = self._calls("compute_rewards", "_kl_penalty")
-        needs_old = needs_old or rewards_overridden or self._calls("loss")
+        rewards_overridden = self.overrides.include("compute_rewards", "_kl_penalty")
+        needs_old = needs_old or rewards_overridden or self.overrides.include("loss")
         noted = rollouts.sampling_logprobs_BR is not None and not rollouts.sampled_by_engine
-        reads_drift = self.args.exact_kl or self.args.normalizes_groups
+        # With a learned normaliser `_read_states` reads them too.
+        reads_drift = (self.args.exact_kl or self.args.normalizes_groups) and not self.args.learns_normalizer
         needs_old = needs_old or self.args.importance_correction is not None or (reads_drift and not noted)
         full_kl = self.args.kl_in_reward and self.args.kl_penalty == "full"
         full: list[Tensor] = []
@@ -89,10 +94,10 @@ class Experience(_BaseTrainer):
             rollouts.kl_penalty_BR = blank_BR.clone()
         # bitsandbytes has one int8 kernel for each mode, and the update runs in this one.
         self.model_wrapped.train()
-        layout_for = partial(self._layouts, packable=not full_kl)
+        layout_for = partial(self.layouts, packable=not full_kl)
         for rows in self._passes_before_update(rollouts, layout_for):
             layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
-            batch = rollouts.micro_batch(rows, self._pad_token_id, layout)
+            batch = rollouts.micro_batch(rows, self.special_tokens.pad, layout)
             index, width = batch["rows"], batch["response_mask"].shape[1]
             if needs_values or needs_old:
                 outputs = self.model_wrapped(**self._model_inputs(batch), with_policy=needs_old, with_logits=full_kl)
@@ -117,6 +122,16 @@ class Experience(_BaseTrainer):
             )
         return (full[0], full[1]) if full else None
 
+    @torch.no_grad()
+    def _read_states(self, rollouts: Rollouts) -> Iterator[StatesOfPass]:
+        """The policy's last hidden states and log-probs of all response tokens, a forward pass at a time."""
+        layout_for = self.layouts
+        for rows in self._passes_before_update(rollouts, layout_for):
+            layout = layout_for(rollouts.longest(rows), share=rollouts.share_prompts(rows))
+            batch = rollouts.micro_batch(rows, self.special_tokens.pad, layout)
+            outputs = self.model_wrapped(**self._model_inputs(batch), with_value=False, with_hidden=True)
+            yield StatesOfPass(batch["rows"], outputs["logprobs"], outputs["hidden"])
+
     def _passes_before_update(self, rollouts: Rollouts, layout_for: Callable[..., Layout]) -> list[list[int]]:
         """The rows of each forward pass over an iteration, cut by tokens or into equally many rows."""
         args, rows = self.args, rollouts.by_length(range(len(rollouts)))
@@ -135,7 +150,6 @@ class Experience(_BaseTrainer):
     ) -> list[list[list[int]]]:
         """For each list of rows, which are read with the same weights, those of its passes: see `TokenBudget`."""
         budget = self.args.tokens_per_micro_batch
-        refuse_under_zero3(budget, self.accelerator)
         if is_sharded(self.accelerator):
             layout = layout_for(rollouts.longest())
             # As many calls of a network on every process.
@@ -178,14 +192,14 @@ class Experience(_BaseTrainer):
     @property
     def _packed(self) -> bool:
         """Whether short rows go without padding."""
-        return self._layouts(LONG) is Layout.PACKED
+        return self.layouts(LONG) is Layout.PACKED
 
     def _try_rows_of_the_run(self) -> None:
         """Make trials with the weights that a run begins with, so that it is the same one when it is resumed."""
         if is_sharded(self.accelerator):
             return
         longest = (self.args.max_prompt_length or LONG) + self.args.max_completion_length
-        self._layouts.try_up_to(longest)
+        self.layouts.try_up_to(longest)
         if self.sampler is None:
             with self._module_for_generation() as module, self.accelerator.autocast():
                 size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size

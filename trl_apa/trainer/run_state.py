@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trl_apa.algorithms.kl import AdaptiveKLController, FixedKLController
+from trl_apa.algorithms.learned_normalizers import LearnedNormalizer
 from trl_apa.algorithms.rewards import RunningMoments
 from trl_apa.trainer.iteration import Iteration
 
@@ -29,6 +30,7 @@ class RunState:
         best_mean_score: highest mean score of an iteration so far, reward units.
         ref_rewards: rewards of responses of pi_init, by prompt: see `reference_rewards.find_ref_rewards`.
         ref_rewards_options: what these depend on, by name.
+        normalizer: with `normalizer="learned"`, what earlier iterations say of log Z(s).
         first_iteration, episodes_before: where the counting of this run began, and the rollouts that were counted
             before.
     """
@@ -44,6 +46,7 @@ class RunState:
     best_mean_score: float = -math.inf
     ref_rewards: dict[str, list[float]] = field(default_factory=dict)
     ref_rewards_options: dict[str, Any] = field(default_factory=dict)
+    normalizer: LearnedNormalizer = field(default_factory=LearnedNormalizer)
     first_iteration: int = 0
     episodes_before: int = 0
 
@@ -108,6 +111,7 @@ class RunState:
             "unlogged": self.unlogged,
             "ref_rewards": self.ref_rewards,
             "ref_rewards_options": self.ref_rewards_options,
+            "normalizer": self.normalizer.state_dict(),
         }
 
     def load_state_dict(
@@ -125,7 +129,7 @@ class RunState:
             device: of the iteration's tensors.
             global_step: optimizer steps that the checkpoint's run had made.
             with_controller, with_iteration: whether these continue too; otherwise the controller stays as it is, and
-                what was left of the iteration, and the rewards of pi_init's responses, are left out.
+                what was left of the iteration, the rewards of pi_init's responses and a learned log Z(s) are left out.
         """
         self.num_iterations_done, self.unlogged = state["num_iterations_done"], state["unlogged"]
         self.first_iteration, self.episodes_before = self.num_iterations_done, self.episodes_in(state)
@@ -137,6 +141,9 @@ class RunState:
         if with_iteration:
             self.ref_rewards = state.get("ref_rewards", {})
             self.ref_rewards_options = state.get("ref_rewards_options", {})
+            self.normalizer = LearnedNormalizer()
+            if "normalizer" in state:
+                self.normalizer.load_state_dict(state["normalizer"], device)
         if state["iteration"] is not None and with_iteration:
             self.iteration = Iteration.from_state_dict(state["iteration"], device)
 

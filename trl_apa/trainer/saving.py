@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from trl_apa.models.classic_value_head import HEAD_WEIGHTS
 from trl_apa.models.policy_and_value import VALUE_MODEL_FOLDER
 from trl_apa.models.value_model import DESCRIPTION
 from trl_apa.telemetry import NoTelemetry
+from trl_apa.trainer.checkpoints import move_to_older_runs
 from trl_apa.trainer.tracker_failures import warn_if_report_fails
 
 
@@ -36,16 +38,18 @@ class Saving(NoTelemetry, _BaseTrainer):
     # What lies beside the policy in its folder: the value model, or a head on the policy.
     value_parts: ClassVar[tuple[str, ...]] = (VALUE_MODEL_FOLDER, HEAD_WEIGHTS)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> bool:
         """Write the policy (an adapter, if it is one), the tokenizer, and the value model in `value_model/`.
 
         Also a model card for each, `README.md`, with the figures so far; a failure of that is a warning.
         Plain transformers, or peft, loads the policy; `APATrainer(value_model=f"{save_directory}/value_model")` the
         value model.
+
+        Returns:
+            Whether the policy's card was written, by this process.
         """
         self._save_pretrained(save_directory)
-        with warn_if_report_fails(self, "writing a model card"):
-            self.create_model_card(save_directory)
+        return self.create_model_card(save_directory)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """What `save_pretrained` and `push_to_hub` call, as in TRL <= 0.11, for subclasses that write more."""
@@ -69,8 +73,7 @@ class Saving(NoTelemetry, _BaseTrainer):
             if self.args.should_save:
                 policy = self.accelerator.unwrap_model(self.model).policy
                 merge_and_save(policy, save_directory, self.processing_class, **kwargs)
-                with warn_if_report_fails(self, "writing a model card"):
-                    self._write_cards(Path(save_directory), None, is_merged=True)
+                self._try_to_write_cards(Path(save_directory), None, is_merged=True)
 
         self.processes.together(write)
 
@@ -103,20 +106,30 @@ class Saving(NoTelemetry, _BaseTrainer):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
-    ) -> None:
+    ) -> bool:
         """Write model cards as `README.md`: for the policy, and for the value model if it has a folder of its own.
 
         A card says what was trained on what with which options, the figures of the log so far (with intervals, where
-        prompts were held out), how the model is loaded, and what to cite. A `README.md` that was not generated stays.
+        prompts were held out), how the model is loaded, and what to cite. A `README.md` that was not generated stays,
+        and a failure is a warning: neither ends a run, or keeps a push from being made.
 
         Args:
             path: the folder of the saved policy, made if it is not there; defaults to `args.output_dir`.
             model_name: by default the folder's name.
             dataset_name: by default `card_datasets`.
             tags: of the hub, beside the trainer's own.
+
+        Returns:
+            Whether the policy's card was written, by this process.
         """
-        if self.is_world_process_zero():
-            self._write_cards(Path(path or self.args.output_dir), model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return False
+        return self._try_to_write_cards(Path(path or self.args.output_dir), model_name, dataset_name, tags)
+
+    def _try_to_write_cards(self, *args: Any, **kwargs: Any) -> bool:
+        with warn_if_report_fails(self, "writing a model card"):
+            return self._write_cards(*args, **kwargs)
+        return False
 
     def _write_cards(
         self,
@@ -125,18 +138,38 @@ class Saving(NoTelemetry, _BaseTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
         is_merged: bool = False,
-    ) -> None:
+    ) -> bool:
         module = self.accelerator.unwrap_model(self.model)
         name, values = model_name or name_of_folder(folder), folder / VALUE_MODEL_FOLDER
-        has_values = (values / DESCRIPTION).is_file() and not is_merged
+        has_values = VALUE_MODEL_FOLDER in module.parts_beside_policy and not is_merged
+        has_values = has_values and (values / DESCRIPTION).is_file()
+        for stale in () if is_merged else self._parts_of_other_runs(folder):
+            warnings.warn(
+                f"{stale} is of another run: this one has none, and the model card leaves it out", stacklevel=2
+            )
         card = policy_card(
             self, module.policy, name, values if has_values else None, module.value_is_a_head, is_merged=is_merged
         )
         cards = {folder: card} | ({values: value_card(self, module.policy, name, values)} if has_values else {})
+        written = {}
         for place, card in cards.items():
             datasets = card.datasets if dataset_name is None else [dataset_name]
             tagged = [*self._tag_names, *card.tags, *([tags] if isinstance(tags, str) else tags or ())]
-            write_card(replace(card, tags=tagged, datasets=datasets), place, vars(self.args))
+            written[place] = write_card(replace(card, tags=tagged, datasets=datasets), place, vars(self.args))
+        return written[folder]
+
+    def _parts_of_other_runs(self, folder: Path) -> list[Path]:
+        """What lies in a folder as if it belonged to this run's policy, and was not written by this run."""
+        own = self.accelerator.unwrap_model(self.model).parts_beside_policy
+        return [folder / name for name in self.value_parts if name not in own and (folder / name).exists()]
+
+    def _set_other_runs_aside(self) -> None:
+        """Move what is not this run's to where nothing is uploaded from."""
+        for stale in self._parts_of_other_runs(Path(self.args.output_dir)):
+            moved = move_to_older_runs(stale)
+            warnings.warn(
+                f"{stale} is of another run, and is not to be pushed with this one: it is now {moved}", stacklevel=3
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the Trainer does, which copies the policy's files alone; the value model's go with them, and a card."""
@@ -144,6 +177,7 @@ class Saving(NoTelemetry, _BaseTrainer):
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if pushes and (self.args.hub_always_push or not busy):
             with warn_if_report_fails(self, "writing the value model and a model card to push"):
+                self._set_other_runs_aside()
                 folder = Path(self.args.output_dir)
                 for name in self.value_parts:
                     source = Path(checkpoint_folder) / name
@@ -157,6 +191,8 @@ class Saving(NoTelemetry, _BaseTrainer):
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Save to `args.output_dir`, write model cards and upload policy, tokenizer, value model and cards.
 
+        A value model that another run left there is moved to `_older-runs/`, which is not uploaded, with a warning.
+
         Args:
             repo_id: where to; defaults to `args.hub_model_id`.
             kwargs: as in [`~transformers.Trainer.push_to_hub`] (`commit_message`, `token`, `blocking`, ...).
@@ -165,4 +201,6 @@ class Saving(NoTelemetry, _BaseTrainer):
             self.args.hub_model_id, self.hub_model_id = repo_id, None
         if type(self)._save_pretrained is not Saving._save_pretrained or "_save_pretrained" in vars(self):
             self._save_pretrained(self.args.output_dir)
+        if self.is_world_process_zero():
+            self._set_other_runs_aside()
         return super().push_to_hub(**kwargs)

@@ -4,24 +4,10 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate import Accelerator
 
 from trl_apa.distributed.processes import Processes
-from trl_apa.distributed.sharded import zero_stage
 from trl_apa.rollout.batch import Layout, Rollouts
 from trl_apa.rollout.passes import Pass, RowLengths, balanced_passes, fewest_passes
-
-
-def refuse_under_zero3(tokens_per_micro_batch: int | None, accelerator: Accelerator) -> None:
-    """
-    Raises:
-        ValueError: under ZeRO-3, which does not add up the gradients of passes whose number differs from step to step.
-    """
-    if tokens_per_micro_batch is not None and zero_stage(accelerator) == 3:
-        raise ValueError(
-            f"tokens_per_micro_batch={tokens_per_micro_batch} does not go with ZeRO-3; set mini_batch_size and "
-            "gradient_accumulation_steps instead, or shard with FSDP2"
-        )
 
 
 class TokenBudget:

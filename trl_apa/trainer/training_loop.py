@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
+from trl_apa.cards.figures import note_loaded_step
 from trl_apa.distributed.sharded import is_sharded
 from trl_apa.evaluation import held_out
 from trl_apa.models import load_policy_and_value
@@ -222,7 +223,7 @@ class TrainingLoop(ResumableRuns):
             if is_sharded(self.accelerator):
                 module = self.accelerator.unwrap_model(self.model)
                 with self.accelerator.autocast():
-                    self._layouts.try_out(module.networks(), module.run_with_policy)
+                    self.layouts.try_out(module.networks(), module.run_with_policy)
             return prepared
         if self._kept_engine is not None:
             self.accelerator.deepspeed_engine_wrapped, self._kept_engine = self._kept_engine, None
@@ -356,7 +357,7 @@ class TrainingLoop(ResumableRuns):
             raise ValueError("train() needs train_dataset, the prompts")
         if self.scorer is None:
             raise ValueError("train() needs reward_funcs or reward_model; without them use generate, score and step")
-        if self._calls("prepare_dataloader"):
+        if self.overrides.include("prepare_dataloader"):
             raise ValueError(
                 "prepare_dataloader is overridden, but train() reads train_dataset by itself; give the rows that it "
                 "should read as train_dataset, or loop over trainer.dataloader with generate, score and step"
@@ -525,7 +526,7 @@ class TrainingLoop(ResumableRuns):
         check_score_inputs(queries, responses, prompts, columns, policy, self.processing_class)
         rows = _as_rows(queries, prompts, columns)
         if self.is_encoder_decoder:
-            responses, _ = without_start_tokens(responses, None, self._decoder_start_token_id)
+            responses, _ = without_start_tokens(responses, None, self.special_tokens.decoder_start)
         scores = self._scores(self._texts(rows, queries, responses), rows, queries, responses)
         if not scores.kept_B.all():
             left_out = torch.nonzero(~scores.kept_B).flatten().tolist()
@@ -574,7 +575,7 @@ class TrainingLoop(ResumableRuns):
                 1
             ],
             num_samples=args.num_ref_samples,
-            end_token_ids=self._end_token_ids,
+            end_token_ids=self.special_tokens.ends,
             missing_eos_penalty=args.missing_eos_penalty or 0.0,
             seed=hash((args.seed, self.accelerator.process_index, len(known))) % 2**63,
         )
@@ -614,10 +615,10 @@ class TrainingLoop(ResumableRuns):
             respond=self._episodes.with_reference,
             logprobs=self.policy_and_reference,
             score=lambda rows, episodes: self._scores_on_all_processes(rows, episodes)[1],
-            layouts=self._layouts,
-            pad_token_id=self._pad_token_id,
-            end_token_ids=self._end_token_ids,
-            decoder_start_token_id=self._decoder_start_token_id,
+            layouts=self.layouts,
+            pad_token_id=self.special_tokens.pad,
+            end_token_ids=self.special_tokens.ends,
+            decoder_start_token_id=self.special_tokens.decoder_start,
             in_lockstep=True,
             score_at_once=getattr(self._player, "environments", None) is not None,
             dtype=torch.float32,
@@ -678,6 +679,7 @@ class TrainingLoop(ResumableRuns):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint), self.model)
+        note_loaded_step(self.state)
 
 
 def _as_rows(queries: list[Tensor], prompts: list[Any] | None, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:

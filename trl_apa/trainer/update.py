@@ -56,7 +56,7 @@ class Update(_BaseTrainer):
             self._collect_iteration()
         iteration = self.run_state.iteration
         # An override of loss reads logits, which a packed row does not have.
-        layouts = partial(self._layouts, packable=False) if self._calls("loss") else self._layouts
+        layouts = partial(self.layouts, packable=False) if self.overrides.include("loss") else self.layouts
         # Between two optimizer steps: rows that a step has read already are not cut again.
         if self.args.tokens_per_micro_batch is not None and iteration.cuts is None and iteration.ends_step:
             iteration.cuts = self._cut_by_tokens(iteration.rollouts, iteration.plan, layouts, iteration.groups)
@@ -67,7 +67,7 @@ class Update(_BaseTrainer):
         loss = torch.zeros((), device=self.accelerator.device)
         for number, rows in enumerate(passes, 1):
             last = number == len(passes)
-            batch = iteration.batch(rows, self._pad_token_id, layouts)
+            batch = iteration.batch(rows, self.special_tokens.pad, layouts)
             with nullcontext() if last else self.accelerator.no_sync(model):
                 self.accelerator.gradient_state._set_sync_gradients(ends_step and last)
                 loss = loss + self._learn_from(batch, model, num_items_in_batch)
@@ -128,7 +128,7 @@ class Update(_BaseTrainer):
         """
         args, record = self.args, self.run_state.iteration.record
         networks = {name: inputs.get(name, True) for name in ("with_policy", "with_value")}
-        if self._calls("loss"):
+        if self.overrides.include("loss"):
             loss = self._overridden_loss(model, inputs, networks) * self.accelerator.num_processes
             return (loss, {}) if return_outputs else loss
         with_entropy = networks["with_policy"] and (record.observing or args.algorithm.classic_statistics)

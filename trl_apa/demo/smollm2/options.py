@@ -69,5 +69,5 @@ def parse_options(argv: Sequence[str]) -> RealDemoOptions:
     )
     parser.add("--learning-rate", positive_float, "of both adapters at the start; it falls linearly to 0")
     parser.add("--reward", str, "what is rewarded", choices=REWARD_NAMES)
-    parser.add("--threads", positive_int, "torch threads", dest="num_threads", metavar="THREADS")
+    parser.add("--threads", positive_int, "torch threads", dest="num_threads")
     return RealDemoOptions(**vars(parser.parse_args(argv)))

@@ -182,7 +182,7 @@ def save_samples(options: RealDemoOptions, before: Evaluation, after: Evaluation
 
 def save_card(options: RealDemoOptions, result: dict[str, Any]) -> None:
     """The model card of what was trained; that it cannot be written is a warning."""
-    has_values = (options.output_dir / "model" / "value_model").is_dir()
+    has_values = config_of(options).estimator.needs_values
     card = policy_card(LANGUAGE_MODEL if options.trains == "all" else ADAPTER, result, METRICS, has_values)
     what = "SmolLM2-135M-Instruct" if options.trains == "all" else "Adapters for SmolLM2-135M-Instruct"
     card = replace(
