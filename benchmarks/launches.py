@@ -30,7 +30,7 @@ from trl_apa.rollout.shared_prompts import equal_queries
 
 GROUP = 8
 # Tokens of prompt and response, and rows of a pass.
-SHAPES = ((128, 32, 8), (512, 128, 8), (128, 32, 64))
+SHAPES = ((128, 32, 8), (512, 128, 8), (128, 32, 32))
 SMALL = ((12, 4, 8),)
 
 

@@ -1,5 +1,6 @@
 """Predicted memory against what the real trainer needs and against arithmetic by hand; what the command says."""
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -22,6 +23,7 @@ from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes
 from trl_apa.memory.setup import SHARDINGS
 from trl_apa.memory.shapes import KNOWN, config_of
 from trl_apa.memory.sharding import BUFFERS, MASTER, Counts, per_process
+from trl_apa.models import varlen
 from trl_apa.rollout.batch import Layout
 
 
@@ -68,6 +70,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("autocast", "launches"), [(torch.bfloat16, True), (None, False)], ids=["bf16", "float32"])
+def test_packed_rows_attend_in_one_launch_as_on_a_gpu(monkeypatch, autocast, launches):
+    kernel, shapes = varlen.varlen_attn, []
+
+    @functools.wraps(kernel)
+    def counted(query, *args, **kwargs):
+        shapes.append(tuple(query.shape))
+        return kernel(query, *args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    sizes = {"micro_batch_size": 3, "max_length": 24, "max_new_tokens": 8, "generation_batch_size": 2}
+    predict(Setup(SMALL, **sizes, autocast=autocast, dtype=torch.float32))
+    assert ((72, 2, 32) in shapes) is launches
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_a_network_that_reads_a_shared_prompt_otherwise_is_packed(monkeypatch, f
     assert Layouts([model], padding_free=True)(LONG, share=True) is Layout.PACKED
 
 
-def test_flash_attention_is_packed_as_before(monkeypatch):
+def test_flash_attention_that_wants_as_many_keys_as_queries_is_packed(monkeypatch):
     def flash(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
         if cu_seq_lens_q is None:
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.families import family_model
 from tests.test_packing import Copies, Waits
@@ -19,7 +20,7 @@ from trl_apa.models import layouts, trial_memory, varlen
 from trl_apa.models.layouts import Layouts, layout_trial, shares_prompts, why_not_packed
 from trl_apa.models.logprobs import response_logprobs, trunk_and_head
 from trl_apa.models.packed_rows import PackedRow
-from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, crosses_a_window
+from trl_apa.models.packing import PER_SEQUENCE, attend_per_sequence, crosses_a_window, let_share
 from trl_apa.models.trials import LONG
 from trl_apa.rollout.batch import Layout, pack_tokens
 
@@ -194,11 +195,12 @@ def states(width=8, of_values=None, dtype=torch.bfloat16, tokens=6):
 
 POSITION_BIAS = torch.eye(3, dtype=torch.bfloat16)[None, None]
 FALLBACKS = {
-    "float32": ({"dtype": torch.float32}, {}, "2.12", "it computes in float32, not in half precision"),
+    "float32": ({"dtype": torch.float32}, {}, "2.12", "it computes in float32, not in one type of half precision"),
     "dropout": ({}, {"dropout": 0.1}, "2.12", "its attention is not plainly causal"),
     "a bias of positions": ({}, {"position_bias": POSITION_BIAS}, "2.12", "is not plainly causal"),
     "not causal": ({}, {"is_causal": False}, "2.12", "is not plainly causal"),
     "odd heads": ({"width": 12}, {}, "2.12", "its heads have a width of 12 for keys and 12 for values"),
+    "wide heads": ({"width": 264}, {}, "2.12", "its heads have a width of 264"),
     "heads in the gap": ({"width": 208}, {}, "2.12", "its heads have a width of 208"),
     "narrower values": ({"of_values": 16, "width": 24}, {}, "2.12", "width of 24 for keys and 16 for values"),
     "no windows": ({}, {"sliding_window": 2}, "2.10", "has no windows"),
@@ -229,6 +231,12 @@ def test_where_the_kernel_runs():
     with FakeTensorMode():
         assert varlen.is_for_flash(*states())
     assert varlen.why_not_at_once(torch.nn.Module(), states(), 0.0, None, None, {}).startswith("torch has no flash")
+
+
+def test_mixed_types_are_named():
+    query, key, value = states()
+    why = varlen.why_not_at_once(torch.nn.Module(), (query.float(), key, value), 0.0, None, None, {})
+    assert why == "it computes in bfloat16 and float32, not in one type of half precision"
 
 
 def test_other_numbers_of_keys_than_tokens_are_refused():
@@ -268,7 +276,7 @@ def test_without_it_prompts_are_not_shared_nor_windows_packed_and_a_warning_says
         assert not shares_prompts(model)
     assert [str(warning.message) for warning in caught] == [
         "LlamaForCausalLM: attention of its packed rows takes a launch a sequence instead of one a layer: it computes "
-        "in float32, not in half precision"
+        "in float32, not in one type of half precision"
     ]
     windowed = family_model("window")
     chosen = Layouts([windowed])
@@ -315,6 +323,55 @@ def test_a_kernel_that_fails_leaves_rows_padded(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", fails)
     assert Layouts([tiny_model()])(LONG) is Layout.PADDED
     assert why_not_packed(tiny_model()) == "could not be tried out: no kernel for this device"
+
+
+# ---- flash attention ----
+
+
+def flash_stand_in(monkeypatch, name):
+    """What transformers registers for a flash attention, with the stand-in in the place of its kernel."""
+    stand_in = StandIn(dtypes=EXACT)
+
+    def flash(module, query, key, value, mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, **kwargs):
+        states = [part.transpose(1, 2).reshape(-1, part.shape[1], part.shape[3]) for part in (query, key, value)]
+        rows, _, length, _ = query.shape
+        if cu_seq_lens_q is None:
+            ends = (torch.arange(rows + 1, dtype=torch.int32) * length,) * 2 + (length, length)
+        else:
+            ends = cu_seq_lens_q, kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"]
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        output = stand_in.kernel(*states, *ends, scale=scaling, window_size=window, enable_gqa=True)
+        return output.unflatten(0, (rows, length)), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash)
+    return stand_in, flash
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["apart", "shared"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_flash_attention_reads_shared_prompts_by_its_own_call(monkeypatch, name, prompts):
+    """One a layer, of gathered keys and values; what it is called without a packed row is handed on."""
+    model, plain = MODELS[name]().eval(), MODELS[name]().eval()
+    kind = f"flash_attention_of_{name}"
+    stand_in, flash = flash_stand_in(monkeypatch, kind)
+    model.config._attn_implementation_internal = kind
+    assert Layouts([model], padding_free=True)(LONG, share=True) is Layout.SHARED
+    assert ALL_ATTENTION_FUNCTIONS[kind].__wrapped__ is flash
+    assert let_share(kind) and ALL_ATTENTION_FUNCTIONS[kind].__wrapped__ is flash  # wrapped once
+    stand_in.calls.clear()
+    logprobs_BR, _ = response_logprobs(model, pack_tokens(QUERIES, RESPONSES, prompts), 5, temperature=0.7)
+    tokens, keys = (41, 41) if prompts is None else (28, 41)
+    assert [(call["shape"][0], call["keys"]) for call in stand_in.calls] == [(tokens, keys)] * 2
+    logprobs_BR.square().sum().backward()
+    alone = [row_logprobs(plain, *row, 0.7) for row in zip(QUERIES, RESPONSES, strict=True)]
+    sum(row.square().sum() for row in alone).backward()
+    for actual, wanted in zip(logprobs_BR, alone, strict=True):
+        torch.testing.assert_close(actual[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
+    assert_gradients_close(model, plain)
+
+
+def test_other_attention_is_told_of_no_shared_prompt():
+    assert let_share(PER_SEQUENCE) and not let_share("eager")
 
 
 def test_windows_are_crossed_where_layers_have_them():

@@ -353,15 +353,16 @@ def separate_inputs(tokens: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _packed_inputs(network: Network, tokens: Mapping[str, Any]) -> dict[str, Any]:
     """A packed row, for attention that knows of sequences in it: `packing.attend_per_sequence`, flash attention."""
-    lengths, device = tokens["sequence_lengths"], tokens["input_ids"].device
+    row, device = PackedRow(tokens["sequence_lengths"], tokens.get("prompt_lengths")), tokens["input_ids"].device
     inputs = {"input_ids": tokens["input_ids"], "position_ids": tokens["position_ids"], "use_cache": False}
     if network.config._attn_implementation.startswith("flash_attention"):
-        ends = send(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
-        bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        return {**inputs, **bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+        bounds = row.bounds(device)
+        inputs |= {"cu_seq_lens_q": bounds.query_ends, "cu_seq_lens_k": bounds.key_ends}
+        inputs |= {"max_length_q": bounds.most_queries, "max_length_k": bounds.most_keys}
+        return {**inputs, "packed_row": row} if row.is_shared else inputs
     # transformers hands on a mask of four dimensions as it is, instead of making one of N x N; it is not read.
     unread = torch.ones(UNREAD_MASK, dtype=torch.bool, device=device)
-    return {**inputs, "attention_mask": unread, "packed_row": PackedRow(lengths, tokens.get("prompt_lengths"))}
+    return {**inputs, "attention_mask": unread, "packed_row": row}
 
 
 def last_hidden_states(output: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """A micro-batch without padding: all sequences in one row, each of which attends to itself alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_apa.models.logprobs import UNREAD_MASK, forward_parameters
 from trl_apa.models.network_parts import Network, inner_model
@@ -23,6 +25,7 @@ PER_SEQUENCE = "sdpa_per_sequence"
 OF_A_CHUNK = {"chunked_attention": "attention_chunk_size"}
 # Layers whose attention sees all tokens before one, or tells the implementation of attention its window.
 OF_A_WINDOW = {"full_attention", "sliding_attention"}
+_GATHERING: set[Callable[..., Any]] = set()
 _LAUNCHES: ContextVar[list[str] | None] = ContextVar("launches", default=None)
 
 
@@ -144,6 +147,42 @@ def let_pack(network: Any) -> None:
     """Give a network whose attention is SDPA the one that can read packed rows; it reads all others as before."""
     if (implementation := for_packed_rows(network)) != network.config._attn_implementation:
         network.set_attn_implementation(implementation)
+
+
+def let_share(implementation: str) -> bool:
+    """Whether packed rows with shared prompts can be handed to an implementation of attention.
+
+    Flash attention then gets the keys and values of a response gathered behind its prompt's, by a function registered
+    with transformers under its name, which passes on what any other caller gives.
+    """
+    if implementation.startswith("flash_attention"):
+        attention = ALL_ATTENTION_FUNCTIONS[implementation]
+        if attention not in _GATHERING:
+            _GATHERING.add(gathering := gathering_keys(attention))
+            AttentionInterface.register(implementation, gathering)
+        return True
+    return implementation == PER_SEQUENCE
+
+
+def gathering_keys(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """`attention` in which each response of a packed row also attends to the prompt that it shares, in one launch."""
+
+    @wraps(attention)
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_row: PackedRow | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if packed_row is not None and (index := packed_row.bounds(key.device).key_index) is not None:
+            # Token by token, as flash attention lays them out.
+            key, value = (part.transpose(1, 2).index_select(1, index).transpose(1, 2) for part in (key, value))
+        return attention(module, query, key, value, *args, **kwargs)
+
+    return attend
 
 
 def why_unsuitable(network: Network, longest: int) -> str | None:

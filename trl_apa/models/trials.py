@@ -23,7 +23,7 @@ from trl_apa.models.logprobs import (
     trunk_and_head,
 )
 from trl_apa.models.network_parts import Network, inner_model, num_token_ids, rope_options, trunk_of
-from trl_apa.models.packing import PER_SEQUENCE, attending_with, for_packed_rows, noting_launches, why_unsuitable
+from trl_apa.models.packing import attending_with, for_packed_rows, let_share, noting_launches, why_unsuitable
 from trl_apa.rollout.batch import Layout, lay_out
 
 
@@ -403,10 +403,10 @@ def _shared(
 
     Returns:
         Their difference from `expected`, and how far the other responses change with the one behind the prompt; None
-        where the network has other attention than `packing.attend_per_sequence`, or that fails.
+        where its attention cannot be told of a shared prompt, or that fails.
     """
     base = inner_model(network)
-    if for_packed_rows(base) != PER_SEQUENCE:
+    if not let_share(implementation := for_packed_rows(base)):
         return None
     query, response = queries[-1], responses[-1]
     # Shorter, so that their ends are not taken for each other's; the other row lies between the two of one prompt.
@@ -416,7 +416,7 @@ def _shared(
     targets = None if base.get_output_embeddings() is None else rows[1]
     changed_rows = rows[0], [response.flip(0), *rows[1][1:]]
     try:
-        with attending_with(base, PER_SEQUENCE):
+        with attending_with(base, implementation):
             outputs = in_layout(network, Layout.SHARED, *rows, 0, prompts=prompts)
             changed = in_layout(network, Layout.SHARED, *changed_rows, 0, prompts=prompts)
     except torch.OutOfMemoryError:

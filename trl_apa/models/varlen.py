@@ -19,8 +19,8 @@ States = tuple[Tensor, Tensor, Tensor]
 KERNEL_TYPES = (torch.float16, torch.bfloat16)
 # What transformers hands to attention that the kernel has no argument for.
 BESIDE = ("position_bias", "softcap", "s_aux", "output_attentions")
-# Widths of heads: of these the kernel takes multiples, and no GPU refuses to learn with one outside the gap.
-MULTIPLE, GAP = 8, range(193, 225)
+# Widths of heads: the kernel takes multiples up to the widest, and no GPU refuses to learn with one outside the gap.
+MULTIPLE, WIDEST, GAP = 8, 256, range(193, 225)
 
 
 def is_for_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -59,9 +59,11 @@ def why_not_at_once(
     """
     query, key, value = states
     takes, width = _parameters(varlen_attn), query.shape[-1]
-    if query.dtype not in KERNEL_TYPES or not query.dtype == key.dtype == value.dtype:
-        return f"it computes in {str(query.dtype).removeprefix('torch.')}, not in half precision"
-    if value.shape[-1] != width or width % MULTIPLE or width in GAP:
+    types = {query.dtype, key.dtype, value.dtype}
+    if len(types) > 1 or not types <= set(KERNEL_TYPES):
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in types)
+        return f"it computes in {' and '.join(names)}, not in one type of half precision"
+    if value.shape[-1] != width or width % MULTIPLE or width > WIDEST or width in GAP:
         return f"its heads have a width of {width} for keys and {value.shape[-1]} for values"
     beside = [options.get(name) for name in BESIDE]
     if dropout or not is_causal(module, options) or any(part is not None and part is not False for part in beside):
