@@ -34,6 +34,7 @@ from trl_apa.cards.card import hub_name, shown_name
 from trl_apa.cards.papers import APA, PAPERS, papers_of
 from trl_apa.offline import OfflineAPATrainer, OfflineConfig
 from trl_apa.offline.config import LOSS_TYPES
+from trl_apa.trainer.resuming import is_complete
 
 
 CARD = Card("m", "A model.", ["import os"], "model = os.sep")
@@ -215,6 +216,33 @@ def test_cards_of_adapters_load_them(tmp_path, value_model):
 
 
 @pytest.mark.filterwarnings("ignore:no dataset")
+def test_a_checkpoint_of_adapters_has_a_card_of_the_run(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora_config())
+    trained(tmp_path / "run", policy, config={"save_strategy": "steps", "save_steps": 1})
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        card = card_in(folder)
+        assert card.data.model_name == f"run/checkpoint-{step}" and f"After {step} optimizer step" in card.text
+        assert is_complete(folder)
+        for place in (folder, folder / "value_model"):
+            assert "trl-apa" in card_in(place).data.tags
+            assert str(tmp_path) not in (place / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_a_checkpoint_of_adapters_of_a_command_has_one_too(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base")
+    jsonl(tmp_path / "rows.jsonl", hh_rows(8))
+    options = "--use_peft --lora_target_modules all-linear --use_cpu --report_to none --max_steps 1 --save_steps 1"
+    names = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", "rows.jsonl", "--output_dir", "run"]
+    assert run(command, *names, *options.split()) == 0
+    card = card_in(tmp_path / "run" / "checkpoint-1")
+    assert card.data.model_name == "run/checkpoint-1" and "trl-apa" in card.data.tags
+    assert str(tmp_path) not in (tmp_path / "run" / "checkpoint-1" / "README.md").read_text()
+
+
 def test_an_encoder_decoder_is_loaded_as_one(tmp_path):
     tiny_trainer(tmp_path, tiny_model("t5")).save_pretrained(tmp_path / "m")
     assert load_as_it_says(tmp_path / "m")["model"].config.is_encoder_decoder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from trl_apa.models.loading import language_model_class
 from trl_apa.models.network_parts import Network
 
 
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Of TrainingArguments; an algorithm's config has a list of its own besides.
 TRAINING_OPTIONS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
@@ -227,5 +229,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def name_of_folder(folder: str | os.PathLike[str]) -> str:
-    """A model's name, where none is given: that of its folder."""
-    return Path(folder).resolve().name
+    """A model's name, where none is given: that of its folder, behind that of the run if it is a checkpoint."""
+    path = Path(folder).resolve()
+    checkpoint = CHECKPOINT.search(path.name)
+    return path.name if checkpoint is None else f"{path.parent.name}/{checkpoint[0]}"

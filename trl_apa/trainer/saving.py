@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.trainer_utils import HubStrategy
 
-from trl_apa._trl import _BaseTrainer
+from trl_apa._trl import _BaseTrainer, is_peft_model
 from trl_apa.cards import write_card
 from trl_apa.cards.of_runs import name_of_folder, policy_card, value_card
 from trl_apa.distributed.processes import Processes
@@ -88,6 +88,10 @@ class Saving(NoTelemetry, _BaseTrainer):
         module, base_folder = self.accelerator.unwrap_model(self.model), self.args.output_dir
         module.save_pretrained(output_dir, state_dict=state_dict, base_folder=base_folder)
         self.processing_class.save_pretrained(output_dir)
+        if is_peft_model(module.policy):
+            # peft has written a card without figures, with the path of the base.
+            with warn_if_report_fails(self, "writing a model card"):
+                self.create_model_card(output_dir)
 
     def _push_if_best(self, scores_B: Tensor) -> None:
         """Push the policy to the hub if its mean score is the best so far and the config asks for it."""
