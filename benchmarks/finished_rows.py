@@ -18,28 +18,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from benchmarks.workload import EOS, PAD, Workload
+from benchmarks.workload import ENDS, EOS, PAD, Workload, end_with
 from trl_apa.rollout import generation
 from trl_apa.rollout.generation import generate_responses
 
 
-# Probability of EOS at each token: 0 gives responses that are all as long as the limit.
-KINDS = {"long tail": 1 / 28, "short": 1 / 8, "equal": 0.0}
 BATCH_SIZES, PROMPTS, ASKED = (4, 16, 64), (16, 64, 128, 512), 8
-
-
-def end_with(probability: float, network: LlamaForCausalLM) -> torch.utils.hooks.RemovableHandle:
-    """Let every response end with this probability at each token."""
-
-    def replace(head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
-        logits[..., EOS] = torch.tensor(probability).log()
-        return logits
-
-    return network.lm_head.register_forward_hook(replace)
 
 
 def seconds(
@@ -69,7 +56,7 @@ def compare_lengths(workload: Workload, limit: int, rounds: int) -> None:
     network, rows = workload.model().eval(), workload.rollouts()[0]
     print("| responses | at a time | to the longest, CPU s | left out | refilled | tokens, mean | refilled |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for kind, probability in KINDS.items():
+    for kind, probability in ENDS.items():
         handle = end_with(probability, network)
         for size in BATCH_SIZES:
             given = (network, rows, size, limit)

@@ -3,6 +3,7 @@
 import sys
 import tempfile
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,24 @@ from transformers import GenerationConfig
 
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.serving import serve
-from benchmarks.workload import EOS, NEW_TOKENS, PAD, Workload
+from benchmarks.workload import EOS, PAD, Workload
 from trl_apa import APAConfig, APATrainer
 from trl_apa.rollout import shared_prompts
 
 
-def make_trainer(workload: Workload, folder: str, padding_free: bool | None) -> APATrainer:
+# What the trainer of a side has other than the default. Responses that `generate` made need no pass for their KL, as
+# all need none without an exact one.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, sampled": {"exact_kl": False},
+    "ours, padded": {"padding_free": False},
+    "ours, not shared": {},
+    "ours, no critic": {"advantage_estimator": "group"},
+    "ours, GRPO": {"loss_type": "grpo"},
+}
+
+
+def make_trainer(workload: Workload, folder: str, **options: Any) -> APATrainer:
     config = APAConfig(
         output_dir=folder,
         use_cpu=True,
@@ -23,21 +36,22 @@ def make_trainer(workload: Workload, folder: str, padding_free: bool | None) -> 
         batch_size=workload.batch_size,
         mini_batch_size=workload.mini_batch_size,
         ppo_epochs=workload.epochs,
-        padding_free=padding_free,
         shuffle=workload.shuffle,
+        num_generations=workload.rows_per_prompt,
+        **options,
     )
     return APATrainer(config, workload.model(), tokenizer=workload.tokenizer())
 
 
-def serve_ours(workload: Workload, padding_free: bool | None) -> None:
+def serve_ours(workload: Workload, **options: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(workload, folder, padding_free)
+        trainer = make_trainer(workload, folder, **options)
         queries, responses, scores = workload.rollouts()
-        options = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "return_prompt": False}
+        sampling = {"do_sample": True, "max_new_tokens": workload.limit, "return_prompt": False}
         serve(
             {
                 "step": lambda: trainer.step(queries, responses, scores),
-                "generate": lambda: trainer.generate(queries, batch_size=workload.generation_batch_size, **options),
+                "generate": lambda: trainer.generate(queries, batch_size=workload.generation_batch_size, **sampling),
             }
         )
 
@@ -51,7 +65,13 @@ def serve_plain(workload: Workload) -> None:
 @torch.no_grad()
 def generate_sorted(model: torch.nn.Module, queries: list[Tensor], workload: Workload) -> None:
     """transformers' `generate` on batches of queries of similar length, padded on the left."""
-    options = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "top_k": 0, "pad_token_id": PAD, "eos_token_id": EOS}
+    options = {
+        "do_sample": True,
+        "max_new_tokens": workload.limit,
+        "top_k": 0,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
     by_length = sorted(queries, key=len)
     for start in range(0, len(queries), workload.generation_batch_size):
         batch = by_length[start : start + workload.generation_batch_size]
@@ -71,4 +91,4 @@ if __name__ == "__main__":
     else:
         if side == "ours, not shared":
             shared_prompts.SHORTEST = sys.maxsize  # no prompt has so many tokens
-        serve_ours(workload, False if side == "ours, padded" else None)
+        serve_ours(workload, **OPTIONS[side])

@@ -14,13 +14,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.workload import SIZES, SPREADS, Workload
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# The trainer; the trainer with padding; the bare network calls.
-OURS = ("ours", "ours, padded", "plain")
+# The trainer; on responses that it sampled; with padding; the bare network calls.
+OURS = ("ours", "ours, sampled", "ours, padded", "plain")
+# Ratios to be reached: by call and lengths, of a column.
+AIMS = {("step", "ragged"): "sampled 0.38, TRL 0.42, plain 1.05"}
+AIM = "plain 1.05"
+# Sides that are modules of their own in this environment.
+MODULES = {"TRL GRPO": "benchmarks.grpo_side"}
 Costs = dict[str, dict[str, list[float]]]
 # What one side of the workload costs when one thing about it grows.
 GROWTHS: dict[str, Sequence] = {
@@ -29,6 +35,8 @@ GROWTHS: dict[str, Sequence] = {
     "vocabulary": (4096, 8192, 32768),
     "epochs": (1, 2, 4),
 }
+# The same of groups, which are read with their prompt once.
+GROWTHS_OF_GROUPS: dict[str, Sequence] = {"rows_per_prompt": (1, 2, 4, 8, 16), "prompt": (64, 128, 256, 512)}
 
 
 class Side:
@@ -71,7 +79,7 @@ class Side:
 def sides(workload: Workload, ours: Sequence[str], classic_python: Path | None) -> Iterator[dict[str, Side]]:
     """Those of `OURS` that are named, and TRL 0.11.4 if its environment is."""
     text = workload.to_json()
-    running = {name: Side(sys.executable, "benchmarks.our_side", name, text) for name in ours}
+    running = {name: Side(sys.executable, MODULES.get(name, "benchmarks.our_side"), name, text) for name in ours}
     if classic_python is not None:
         running["TRL 0.11.4"] = Side(str(classic_python), "benchmarks.classic_side", text)
     try:
@@ -113,8 +121,8 @@ def print_comparison(
 ) -> None:
     """A line for each workload and call."""
     print(
-        f"{'model':<9} {'lengths':<10} {'real':>5}  {'call':<9} {'ours / TRL 0.11.4':>18} {'padded / TRL':>18}"
-        f" {'ours / plain':>18} {'CPU s':>7} {'tokens/s':>9} {'MiB':>6} {'TRL MiB':>8}"
+        f"{'model':<9} {'lengths':<10} {'real':>5}  {'call':<9} {'ours / TRL 0.11.4':>18} {'sampled / TRL':>18}"
+        f" {'padded / TRL':>18} {'ours / plain':>18} {'CPU s':>7} {'tokens/s':>9} {'MiB':>6} {'TRL MiB':>8}  aim"
     )
     for workload in workloads:
         tokens, share = tokens_of(workload)
@@ -127,9 +135,11 @@ def print_comparison(
                 classic_peak = max(costs["TRL 0.11.4"]["peak"]) if classic_python else float("nan")
                 print(
                     f"{workload.size:<9} {workload.spread:<10} {share:>5.0%}  {action:<9}"
-                    f" {ratios(costs, 'ours', 'TRL 0.11.4'):>18} {ratios(costs, 'ours, padded', 'TRL 0.11.4'):>18}"
+                    f" {ratios(costs, 'ours', 'TRL 0.11.4'):>18} {ratios(costs, 'ours, sampled', 'TRL 0.11.4'):>18}"
+                    f" {ratios(costs, 'ours, padded', 'TRL 0.11.4'):>18}"
                     f" {ratios(costs, 'ours', 'plain'):>18} {seconds:>7.2f} {done / seconds:>9.0f}"
-                    f" {max(costs['ours']['peak']):>6.0f} {classic_peak:>8.0f}",
+                    f" {max(costs['ours']['peak']):>6.0f} {classic_peak:>8.0f}"
+                    f"  {AIMS.get((action, workload.spread), AIM)}",
                     flush=True,
                 )
 
@@ -150,17 +160,33 @@ def print_growth(base: Workload, growths: dict[str, Sequence]) -> None:
 
 
 def main() -> None:
+    # They measure with what is above.
+    from benchmarks import groups, sampled_lengths
+
+    def print_groups(*given: Any) -> None:
+        print(f"\n{groups.GROUP} responses to each prompt:")
+        groups.print_table(*given)
+
+    def print_sampling(*given: Any) -> None:
+        print("\n`generate`, waiting prompts in the places of finished rows:")
+        sampled_lengths.print_table(*given)
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classic-python", type=Path, default=ROOT / ".venv-parity/bin/python")
     parser.add_argument("--sizes", nargs="+", default=["128 x 4", "256 x 4"], choices=list(SIZES))
     parser.add_argument("--spreads", nargs="+", default=list(SPREADS), choices=list(SPREADS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-growth", action="store_true", help="leave out the second table")
+    parser.add_argument(
+        "--no-growth", action="store_true", help="leave out the tables of what one step costs as something grows"
+    )
     parser.add_argument("--quick", action="store_true", help="a few seconds: one small workload, without TRL 0.11.4")
     options = parser.parse_args()
     if options.quick:
-        small = Workload(size="32 x 2", vocabulary=64, batch_size=8, mini_batch_size=4, epochs=1)
+        tiny = {"size": "32 x 2", "vocabulary": 64}
+        small = Workload(**tiny, batch_size=8, mini_batch_size=4, epochs=1)
         print_comparison([small], 1, None, ours=("ours", "plain"))
+        print_groups([groups.workload_of(128, 8, **tiny, batch_size=16)], 1, None)
+        print_sampling(sampled_lengths.workloads_of(limit=8, batch_size=16, **tiny)[:1], 1, None)
         if not options.no_growth:
             print_growth(small, {"epochs": (2,)})
         return
@@ -168,8 +194,13 @@ def main() -> None:
         sys.exit(f"--classic-python {options.classic_python} is not there; `make bench` makes it")
     workloads = [Workload(size=size, spread=spread) for size in options.sizes for spread in options.spreads]
     print_comparison(workloads, options.repeats, options.classic_python)
+    size = options.sizes[-1]
+    in_groups = [groups.workload_of(*shape, size=size) for shape in groups.FIRST]
+    print_groups(in_groups, options.repeats, options.classic_python)
+    print_sampling(sampled_lengths.workloads_of(size), options.repeats, options.classic_python)
     if not options.no_growth:
         print_growth(Workload(size=options.sizes[0]), GROWTHS)
+        print_growth(groups.workload_of(128, 32, size=options.sizes[0]), GROWTHS_OF_GROUPS)
 
 
 if __name__ == "__main__":

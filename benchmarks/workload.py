@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 
@@ -29,6 +29,21 @@ SPREADS = {
 }
 
 
+# Probability of EOS at each token, by what it makes of the lengths of responses.
+ENDS = {"long tail": 1 / 28, "short": 1 / 8, "equal": 0.0}
+
+
+def end_with(probability: float, network: Any) -> Any:
+    """Let every response of a language model end with this probability at each token; returns the hook's handle."""
+
+    def replace(head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
+        logits[..., EOS] = torch.tensor(probability).log()
+        return logits
+
+    return network.lm_head.register_forward_hook(replace)
+
+
 @dataclass
 class Workload:
     """A model, and rollouts for it.
@@ -43,6 +58,8 @@ class Workload:
         rows_per_prompt: neighbours that have the same query.
         prompt, response: tokens of each query and of each response, instead of those of the spread.
         shuffle: what `step` draws into mini-batches, "rows" or "groups" of one query.
+        limit: most tokens that `generate` samples for a query.
+        ends: probability with which a sampled response ends at each token; None leaves that to the weights.
         seed: of weights, tokens and lengths.
     """
 
@@ -58,12 +75,14 @@ class Workload:
     prompt: int | None = None
     response: int | None = None
     shuffle: str = "rows"
+    limit: int = NEW_TOKENS
+    ends: float | None = None
     seed: int = 1
 
     @property
     def new_tokens(self) -> int:
         """What `generate` samples for all queries; an end of sequence is one word among thousands."""
-        return self.batch_size * NEW_TOKENS
+        return self.batch_size * self.limit
 
     @property
     def lengths(self) -> tuple[int | None, int | None]:
@@ -81,9 +100,12 @@ class Workload:
         torch.manual_seed(self.seed)
         ids = {"vocab_size": self.vocabulary, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
         positions = max(512, int(512 * self.length), (self.prompt or 0) + (self.response or 0))
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             LlamaConfig(**ids, **SIZES[self.size], max_position_embeddings=positions)
         )
+        if self.ends is not None:
+            end_with(self.ends, model)
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         words = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, self.vocabulary)}}

@@ -43,6 +43,7 @@ from trl_apa.commands import (
 )
 from trl_apa.commands.data_options import DataArguments
 from trl_apa.commands.models import import_reward_function
+from trl_apa.commands.options import read_yaml
 from trl_apa.commands.parsing import OneLineParser
 from trl_apa.commands.rows import demonstration, load_prompts, load_rows, preference, prompts_by
 from trl_apa.commands.sampling_options import SamplingOptions
@@ -251,7 +252,9 @@ def test_options_are_read_with_either_spelling(tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_example_files_have_options_that_exist(path, tmp_path):
     parser = WITH_YAML[path.stem.partition("-")[0]].make_parser()
-    parser.build({**parser.parse(["--config", str(path), "--use_cpu"]), "output_dir": str(tmp_path)})
+    values = parser.parse(["--config", str(path), "--use_cpu"])
+    assert read_yaml(str(path)).keys() <= values.keys()
+    assert len(parser.build({**values, "output_dir": str(tmp_path)})) == len(parser.parts)
 
 
 @pytest.mark.parametrize("command", [evaluate_options, generate_options, offline, train_options])

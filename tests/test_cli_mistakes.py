@@ -303,7 +303,7 @@ def lines_of(capsys, command, options, status=2):
     return [line for line in capsys.readouterr().err.strip().splitlines() if "Failed to read schema" not in line]
 
 
-def check(lines, command, problem):
+def assert_told(lines, command, problem):
     assert 1 <= len(lines) <= 3, lines
     assert lines[0].startswith(f"trl-apa {command}: ") and all(len(line) < 1100 for line in lines)
     assert any(part in "\n".join(lines) for part in problem.split("|")), lines
@@ -319,12 +319,12 @@ def test_a_mistake_is_told_in_a_line_or_two_before_weights_are_loaded(capsys, mo
         raise AssertionError("weights are loaded")
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
-    check(lines_of(capsys, command, options), command, problem)
+    assert_told(lines_of(capsys, command, options), command, problem)
 
 
 @pytest.mark.parametrize(("command", "options", "problem"), LATE, ids=[" ".join(case[:2]) for case in LATE])
 def test_a_mistake_that_shows_later_is_told_in_a_line_or_two(capsys, command, options, problem):
-    check(lines_of(capsys, command, options), command, problem)
+    assert_told(lines_of(capsys, command, options), command, problem)
 
 
 def test_where_a_reward_function_failed_is_said(capsys):
@@ -408,7 +408,7 @@ OF_THE_MACHINE = [
 @pytest.mark.parametrize(("error", "said"), OF_THE_MACHINE, ids=[said for _, said in OF_THE_MACHINE])
 def test_what_the_machine_lacks_is_no_bug(capsys, failing, error, said):
     failing(error)
-    check(lines_of(capsys, "env", ""), "env", f"trl-apa env: {said}")
+    assert_told(lines_of(capsys, "env", ""), "env", f"trl-apa env: {said}")
 
 
 def test_running_out_of_memory_inside_a_reward_function_is_told_as_that(capsys, failing):

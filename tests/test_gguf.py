@@ -54,6 +54,13 @@ def one_step(trainer):
     trainer.step(queries, responses, [torch.tensor(float(i)) for i in range(4)])
 
 
+def changes_in_one_step(trainer):
+    """Whether the policy learns."""
+    before = [parameter.detach().clone() for parameter in trainer.model.policy.parameters()]
+    one_step(trainer)
+    return any(not torch.equal(*pair) for pair in zip(before, trainer.model.policy.parameters(), strict=True))
+
+
 @torch.no_grad()
 def logits(model):
     return model.eval()(IDS).logits
@@ -187,17 +194,20 @@ def test_a_resumed_run_is_the_one_that_never_stopped(folder, tmp_path):
 @pytest.mark.slow
 def test_every_network_may_come_from_a_file(folder, tmp_path):
     networks = {"ref_model": from_file(folder), "value_model": from_file(folder)}
-    one_step(trainer_of(tmp_path, folder, options=networks))
+    assert changes_in_one_step(trainer_of(tmp_path, folder, options=networks))
     path = str(folder / NAME)
-    one_step(APATrainer(tiny_config(tmp_path, max_completion_length=4), path, ref_model=path, value_model=path))
-    one_step(trainer_of(tmp_path, folder, options={"value_model": load_value_model(path, lora=2)}))
+    assert changes_in_one_step(
+        APATrainer(tiny_config(tmp_path, max_completion_length=4), path, ref_model=path, value_model=path)
+    )
+    assert changes_in_one_step(trainer_of(tmp_path, folder, options={"value_model": load_value_model(path, lora=2)}))
     wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(folder, gguf_file=NAME, peft_config=lora_config())
     wrapper.save_pretrained(tmp_path / "wrapped")
-    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "wrapped")
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "wrapped")
+    assert torch.equal(logits(again.pretrained_model), logits(wrapper.pretrained_model))
     given = AutoModelForCausalLMWithValueHead.from_pretrained(from_file(folder), peft_config=lora_config())
-    one_step(trainer_of(tmp_path, folder, given))
+    assert changes_in_one_step(trainer_of(tmp_path, folder, given))
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, gguf_file=NAME, num_labels=1)
-    one_step(trainer_of(tmp_path, folder, options={"value_model": classifier}))
+    assert changes_in_one_step(trainer_of(tmp_path, folder, options={"value_model": classifier}))
 
 
 def test_offline_training_takes_it_too(folder, tmp_path):

@@ -457,9 +457,9 @@ def test_a_run_that_ends_between_two_checkpoints_is_saved_where_it_ended(tmp_pat
 
 def test_resume_anyway_takes_one_name_and_classics_names(tmp_path, checkpoint_6):
     options = {"max_steps": 8, "mini_batch_size": 4, "ppo_epochs": 4}
-    trainer_for(tmp_path, **options, resume_anyway=["ppo_epochs"]).train(
-        resume_from_checkpoint=checkpoint_6, resume_anyway="mini_batch_size"
-    )
+    trainer = trainer_for(tmp_path, **options, resume_anyway=["ppo_epochs"])
+    trainer.train(resume_from_checkpoint=checkpoint_6, resume_anyway="mini_batch_size")
+    assert trainer.state.global_step == 8
 
 
 def test_episodes_count_by_what_each_iteration_had(tmp_path):

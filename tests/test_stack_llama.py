@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from trl_apa import ValueModel
 from trl_apa.cli import COMMANDS
-from trl_apa.commands import reward, sft, train
+from trl_apa.commands import reward, sft, train_options
 from trl_apa.commands.launching import shipped_configs
 from trl_apa.commands.options import read_yaml
 from trl_apa.models import load_policy, load_reward_model
@@ -186,8 +186,13 @@ def test_the_files_have_the_numbers_of_table_1():
     assert {**read_yaml(str(ROOT / "reproduction/configs/fig2-apa.yaml")), "output_dir": apa["output_dir"]} == apa
 
 
-@pytest.mark.parametrize(("name", "command"), [("sft", sft), ("reward", reward), ("apa", train)])
+@pytest.mark.parametrize(("name", "command"), [("sft", sft), ("reward", reward), ("apa", train_options)])
 def test_the_files_have_options_that_exist(tmp_path, name, command):
     parser = command.make_parser()
-    values = parser.parse(["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu"])
-    parser.build({**values, "output_dir": str(tmp_path)})
+    file = FOLDER / f"{name}.yaml"
+    values = parser.parse(["--config", str(file), "--use_cpu"])
+    given = {option: value for option, value in read_yaml(str(file)).items() if option != "output_dir"}
+    assert given.keys() <= values.keys()
+    made = parser.build({**values, "output_dir": str(tmp_path)})
+    config = next(part for part in made if isinstance(part, TrainingArguments))
+    assert config.output_dir == str(tmp_path) and config.learning_rate == float(given["learning_rate"])

@@ -41,6 +41,21 @@ def test_the_vocabularys_head_has_one_of_the_names_in_the_list(wrapper, family):
     assert any(hasattr(tiny_model(family), name) for name in wrapper.lm_head_namings)
 
 
+def test_classics_name_of_the_hubs_token_is_read(tmp_path, monkeypatch):
+    model, seen = tiny_model(), []
+    for name in ("load_language_model", "read_value_head"):
+        monkeypatch.setattr(value_head, name, lambda *args, name=name, **given: seen.append(given) or found[name])
+    found = {"load_language_model": model, "read_value_head": None}
+    for given in ({"use_auth_token": "t"}, {"use_auth_token": "t", "token": "t"}, {"use_auth_token": None}, {}):
+        AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path), **given)
+        expected = "t" if given.get("use_auth_token") else None
+        assert [options.get("token") for options in seen] == [expected, expected]
+        assert not any("use_auth_token" in options for options in seen)
+        seen.clear()
+    with pytest.raises(ValueError, match="use_auth_token and token"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path), use_auth_token="t", token="u")
+
+
 @pytest.mark.parametrize("wrapper, family", KINDS)
 @pytest.mark.parametrize("in_config, given, expected", [(None, None, 0.1), (0.5, None, 0.5), (0.5, 0.0, 0.0)])
 def test_the_heads_dropout_is_that_of_the_config_unless_it_is_given(

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
     functions = rewards.functions()
     rows, held_out = load_rows(data, response_with_reward)
-    check_ref_rewards_are_given(rows, config.loss_type)
+    check_rows_for_qrpo(rows, config.loss_type)
     tokenizer, model_config = load_tokenizer(name, model, trust), config_of(name, model, trust)
     check_response_lengths(rows, tokenizer, model_config, config)
     check_prompt_lengths(held_out, tokenizer, model_config, config)
@@ -115,7 +115,7 @@ def response_with_reward(row: Row) -> dict[str, Any]:
     return preference(row)
 
 
-def check_ref_rewards_are_given(rows: Iterable[dict[str, Any]], loss_type: str) -> None:
+def check_rows_for_qrpo(rows: Iterable[dict[str, Any]], loss_type: str) -> None:
     """
     Raises:
         ValueError: with the number of the row, from 1, if one has no `ref_rewards` and the loss reads them.

@@ -47,6 +47,12 @@ def make_parser() -> OneLineParser:
     )
     add("--seed", type=int, default=0, help="of the bootstrap that gives the interval (default: %(default)s)")
     add("--confidence", type=float, default=0.95, help="probability that the interval covers (default: %(default)s)")
+    _add_judges(parser)
+    return parser
+
+
+def _add_judges(parser: OneLineParser) -> None:
+    """The options of one kind of judge each."""
     openai = parser.add_argument_group("--judge openai")
     openai.add_argument("--base_url", help="address of the endpoint (default: OpenAI's)")
     openai.add_argument(
@@ -78,7 +84,6 @@ def make_parser() -> OneLineParser:
     )
     local.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
     local.add_argument("--trust_remote_code", action="store_true", help="let code that comes with the model run")
-    return parser
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
             v_head_init_strategy, v_head_initializer_range, summary_dropout_prob: of a new head, see the class.
             use_gradient_checkpointing, gradient_checkpointing_kwargs: for a quantised model that gets new adapters,
                 see peft's `prepare_model_for_kbit_training`.
-            kwargs: those in `supported_args` go to the class itself, the others to transformers' `from_pretrained`.
+            kwargs: those in `supported_args` go to the class itself, the others to transformers' `from_pretrained`;
+                classic's `use_auth_token` as `token`.
 
         Raises:
             ValueError: naming the argument that is of the wrong type or does not fit another.
@@ -129,6 +130,7 @@ class ValueHeadWrapper(nn.Module, PushToHubMixin):
         """
         source = pretrained_model_name_or_path
         _check_arguments(source, peft_config, reward_adapter)
+        _rename_token(kwargs)
         own = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
         own |= {"v_head_init_strategy": v_head_init_strategy, "v_head_initializer_range": v_head_initializer_range}
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
@@ -352,6 +354,13 @@ def _check_arguments(source: Any, peft_config: Any, reward_adapter: Any) -> None
             f"reward_adapter is a {type(reward_adapter).__name__}; it should be a str, the folder or hub name of an "
             "adapter"
         )
+
+
+def _rename_token(kwargs: dict[str, Any]) -> None:
+    """What classic scripts called `token`; transformers 5 does not know the old name any more."""
+    given = kwargs.pop("use_auth_token", None)
+    if given is not None and kwargs.setdefault("token", given) != given:
+        raise ValueError("use_auth_token and token are two names of one argument, and differ: set token alone")
 
 
 def _check_language_model(model: Any, is_encoder_decoder: bool | None, wrapper: str) -> None:
