@@ -86,7 +86,7 @@ demo: $(if $(REAL),.venv-real/.installed,install) ## align a small language mode
 	$(if $(REAL),.venv-real,.venv)/bin/trl-apa demo --output-dir runs/demo$(if $(REAL),-real) $(ARGS)
 
 docs: .venv-docs/.installed ## build the documentation site in site/, with no warning
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build
 
 test-docs: docs ## visit every page of the site in a headless browser: Chromium and its driver have to be installed
 	HF_HUB_OFFLINE=1 .venv-docs/bin/python -m pytest -q -m site tests/test_site.py $(ARGS)

@@ -115,7 +115,7 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
     """
     Configuration of [`APATrainer`]. Everything of [`~transformers.TrainingArguments`] works too, and every option that
     PPO scripts set (`docs/migrating.md`); only the options that are new or have another default are listed here, and
-    those of vLLM in [`VLLMOptions`](trl_apa/config/vllm.py) and of tools in [`ToolOptions`](trl_apa/config/tools.py).
+    those of vLLM in `trl_apa.config.vllm.VLLMOptions` and of tools in `trl_apa.config.tools.ToolOptions`.
 
     An option may be set later too, under any of its names: it counts from the next `step`, `generate` or `train` on,
     or the assignment raises (`trl_apa/config/later.py` has the table).
@@ -243,9 +243,11 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
             In `train` and `evaluate`, rows that the model samples at a time. Defaults to all of an iteration.
         stop_strings (`list[str]`, *optional*):
             In `train` and `evaluate`, texts that end a response; they belong to it.
-        log_completions (`bool`, *optional*, defaults to `False`), num_completions_to_print (`int`, *optional*,
-            defaults to `4`): In `train`, prompts, completions and rewards of each iteration go to `completions/` in
-            `output_dir` as parquet, to trackers that have tables, and some rows to the terminal (this needs rich).
+        log_completions (`bool`, *optional*, defaults to `False`):
+            In `train`, prompts, completions and rewards of each iteration go to `completions/` in `output_dir` as
+            parquet, to trackers that have tables, and some rows to the terminal (this needs rich).
+        num_completions_to_print (`int`, *optional*, defaults to `4`):
+            How many rows go to the terminal.
         skip_unscored (`bool`, *optional*, defaults to `False`):
             In `train`, a response to which a reward function gives None or NaN is left out of the update. Otherwise it
             is an error.
@@ -312,11 +314,12 @@ class APAConfig(OptionsSetLater, trl_0_12.TRL012Options, VLLMOptions, ToolOption
         learning_rate (`float`, *optional*):
             By default 1.41e-5, and 3e-4 for a policy whose adapters alone are trained: the trainer chooses, and sets
             it here. [`PPOConfig`] keeps classic's 1.41e-5 for both.
-        lr_scheduler_type (*optional*, defaults to `"constant"`), gradient_checkpointing (`bool`, *optional*, off by
-            default):
-            Other defaults than `TrainingArguments`. `logging_nan_inf_filter`, which waits for the device at each loss,
-            is on by default with fp16 only: elsewhere a gradient that is not finite ends the run. `bf16` is on by
-            default where a GPU supports it and off elsewhere.
+        lr_scheduler_type (*optional*, defaults to `"constant"`):
+            As in `TrainingArguments`, with another default.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            As in `TrainingArguments`; TRL's configs have another default. `logging_nan_inf_filter`, which waits for
+            the device at each loss, is on by default with fp16 only: elsewhere a gradient that is not finite ends the
+            run. `bf16` is on by default where a GPU supports it and off elsewhere.
 
     Raises:
         ValueError: naming the option, when one is out of range or not finite (inf is taken where it says that there

@@ -118,8 +118,9 @@ class PolicyAndValue(nn.Module, PushToHubMixin):
         """What the update reads of a micro-batch at its response tokens.
 
         Args:
-            input_ids, token_index, predicting_index, response_index, position_ids, attention_mask, sequence_lengths,
-                prompt_lengths, row_groups, encoder_input_ids, encoder_attention_mask: see `batch.lay_out`.
+            input_ids, token_index, predicting_index, response_index, position_ids: see `batch.lay_out`.
+            attention_mask, sequence_lengths, prompt_lengths, row_groups: likewise.
+            encoder_input_ids, encoder_attention_mask: likewise.
             response_width: `R`, tokens.
             temperature: the sampling temperature.
             with_policy, with_value: which of the two networks to run, as far as they are there. With gradient,

@@ -73,20 +73,34 @@ class OfflineConfig(RedactedOptions, _BaseConfig):
         early_stopping_patience (`int`, *optional*):
             Stop when the held-out reward has not risen for so many evaluations, and go back to the best checkpoint.
             Needs `eval_dataset`, reward functions, and an `eval_strategy`, with which checkpoints are saved too.
-        temperature (`float`, *optional*, defaults to `1.0`), top_p (`float`, *optional*, defaults to `1.0`),
-            top_k (`int`, *optional*, defaults to `0`), stop_strings (`list[str]`, *optional*):
-            Of sampling in `evaluate`; the log-probs in the update are taken at `temperature` too.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of sampling in `evaluate`; the log-probs in the update are taken at it too.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of sampling in `evaluate`.
+        top_k (`int`, *optional*, defaults to `0`):
+            Of sampling in `evaluate`.
+        stop_strings (`list[str]`, *optional*):
+            Of sampling in `evaluate`, texts that end a response.
         reward_weights (`list[float]`, *optional*):
             Of the reward functions, whose weighted sum is the reward. Defaults to 1 each.
-        num_unfrozen_layers (`int`, *optional*), model_adapter_name (`str`, *optional*), ref_adapter_name (`str`,
-            *optional*), chat_template_kwargs (`dict`, *optional*), resume_anyway (`list[str]`, *optional*):
+        num_unfrozen_layers (`int`, *optional*):
+            As in [`APAConfig`].
+        model_adapter_name (`str`, *optional*):
+            As in [`APAConfig`].
+        ref_adapter_name (`str`, *optional*):
+            As in [`APAConfig`].
+        chat_template_kwargs (`dict`, *optional*):
+            As in [`APAConfig`].
+        resume_anyway (`list[str]`, *optional*):
             As in [`APAConfig`].
         learning_rate (`float`, *optional*):
             By default 1.41e-5, and 3e-4 for a policy whose adapters alone are trained: the trainer chooses, and sets
             it here.
-        lr_scheduler_type (*optional*, defaults to `"constant"`), gradient_checkpointing (`bool`, *optional*, off by
-            default):
-            Other defaults than `TrainingArguments`. `bf16` is on by default where a GPU supports it and off elsewhere.
+        lr_scheduler_type (*optional*, defaults to `"constant"`):
+            As in `TrainingArguments`, with another default.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            As in `TrainingArguments`; TRL's configs have another default. `bf16` is on by default where a GPU supports
+            it and off elsewhere.
 
     Raises:
         ValueError: naming the option, when one is out of range or not finite, or does not fit another.
