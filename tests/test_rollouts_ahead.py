@@ -32,9 +32,9 @@ def asked(server):  # noqa: F811
     return [body["prompt"] for path, body in server.requests if path == "/v1/completions"]
 
 
-def looped(tmp_path, folder, adapted, behind, iterations=4):  # noqa: F811
+def looped(tmp_path, folder, adapted, behind, iterations=4, **options):  # noqa: F811
     """The classic loop: each iteration sampled `behind` iterations before it is learned. Its trainer and responses."""
-    options = {**GREEDY, **FAR, "use_vllm": False}
+    options = {**GREEDY, **FAR, "use_vllm": False, **options}
     trainer = trainer_for(tmp_path, model=policy_from(folder, adapted), **options)
     source, tokenizer, sampled = PromptSource(trainer.train_dataset, 4, seed=3), tiny_tokenizer(), {}
 
@@ -52,13 +52,19 @@ def looped(tmp_path, folder, adapted, behind, iterations=4):  # noqa: F811
     return trainer, [sampled[iteration][1] for iteration in range(iterations)]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_each_iteration_is_sampled_before_the_update_on_the_one_before(tmp_path, folder, server, adapted):  # noqa: F811
+@pytest.mark.parametrize(("adapted", "normalizer"), [(False, "none"), (True, "none"), (False, "learned")])
+def test_each_iteration_is_sampled_before_the_update_on_the_one_before(
+    tmp_path,
+    folder,  # noqa: F811
+    server,  # noqa: F811
+    adapted,
+    normalizer,
+):
     """Iteration k by the policy that learned from 0 to k-2: a loop over `generate` and `step` says the same."""
-    expected, stale = looped(tmp_path / "loop", folder, adapted, behind=1)
-    _, fresh = looped(tmp_path / "fresh", folder, adapted, behind=0)
+    expected, stale = looped(tmp_path / "loop", folder, adapted, behind=1, normalizer=normalizer)
+    _, fresh = looped(tmp_path / "fresh", folder, adapted, behind=0, normalizer=normalizer)
     assert [torch.cat(rows).tolist() for rows in stale] != [torch.cat(rows).tolist() for rows in fresh]
-    trainer = ahead(tmp_path, folder, server, adapted)
+    trainer = ahead(tmp_path, folder, server, adapted, normalizer=normalizer)
     trainer.train()
     assert_same(parameters(trainer), parameters(expected), tolerance=1e-30)
     assert len(asked(server)) == 4, "none is asked for that is not learned"
@@ -88,14 +94,14 @@ def test_the_server_samples_while_the_trainer_learns(tmp_path, folder, server): 
     assert not late and trainer.num_iterations_done == len(asked(server)) == 4
 
 
-@pytest.mark.parametrize("stop", [2, 4, 9])
-def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path, folder, server, stop):  # noqa: F811
+@pytest.mark.parametrize(("stop", "normalizer"), [(2, "none"), (4, "none"), (9, "none"), (9, "learned")])
+def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path, folder, server, stop, normalizer):  # noqa: F811
     """The checkpoint holds what was sampled ahead: the policy that sampled it is gone."""
-    through = ahead(tmp_path / "through", folder, server)
+    through = ahead(tmp_path / "through", folder, server, normalizer=normalizer)
     through.train()
-    ahead(tmp_path / "stopped", folder, server, callbacks=[StopAt(stop)]).train()
+    ahead(tmp_path / "stopped", folder, server, normalizer=normalizer, callbacks=[StopAt(stop)]).train()
     before = len(asked(server))
-    again = ahead(tmp_path / "stopped", folder, server)
+    again = ahead(tmp_path / "stopped", folder, server, normalizer=normalizer)
     again.train(resume_from_checkpoint=True)
     assert_same(parameters(again), parameters(through), tolerance=1e-30)
     assert logged(again, "train_loss")[:-1] == logged(through, "train_loss")[:-1]
