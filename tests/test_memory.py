@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from benchmarks import gpu
 from benchmarks.memory import CASES, compare
@@ -18,8 +18,8 @@ from trl_apa.commands import memory
 from trl_apa.memory import Planner, Setup, advice, predict
 from trl_apa.memory.networks import build_networks
 from trl_apa.memory.optimizers import state_bytes, step_bytes
-from trl_apa.memory.prediction import NORMALIZER, PASSING, _longest_rows
-from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes
+from trl_apa.memory.prediction import NORMALIZER, PASSING, _autocast, _layout, _longest_rows
+from trl_apa.memory.pretending import ACTIVATIONS, LiveBytes, pretending
 from trl_apa.memory.setup import SHARDINGS
 from trl_apa.memory.shapes import KNOWN, config_of
 from trl_apa.memory.sharding import BUFFERS, MASTER, Counts, per_process
@@ -423,3 +423,16 @@ def test_flops_of_a_row_by_hand():
     # times that where all weights are trained, twice where the base is frozen.
     assert gpu.step_flops("full", trunk, vocabulary) == 9920 + 9600 + 3 * (9920 + 9600)
     assert gpu.step_flops("one-base", trunk, vocabulary) == 9920 + 9600 + 2 * (9920 + 9600)
+
+
+def test_rows_beyond_a_window_are_predicted_as_a_gpu_reads_them():
+    """Padded in float32, in which no kernel attends in one launch, and packed in half precision."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1000}
+    config = MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, sliding_window=16, eos_token_id=None)
+    layouts = {}
+    for dtype in (None, torch.bfloat16):
+        setup = Setup(config, max_length=48, max_new_tokens=16, value="head", dtype=torch.float32, autocast=dtype)
+        module, _ = build_networks(setup)
+        with pretending(module), _autocast(setup):
+            layouts[dtype] = _layout(module, setup)
+    assert layouts == {None: Layout.PADDED, torch.bfloat16: Layout.PACKED}

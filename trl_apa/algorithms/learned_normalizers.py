@@ -75,16 +75,21 @@ def moments_of(states_NH: Tensor, residuals_N: Tensor) -> Tensor:
         residuals_N (`Tensor` `(N,)`): y.
 
     Returns:
-        `(H + 2, H + 2)`, float64 (float32 on MPS, which has no float64).
+        `(H + 2, H + 2)`, float64; on the device of the states, or on the CPU where that has no float64 (MPS).
     """
-    accumulator = torch.float32 if states_NH.device.type == "mps" else torch.float64
-    size, residuals_N = states_NH.shape[1] + 2, residuals_N.detach().to(states_NH.device)
-    moments_ZZ = torch.zeros(size, size, dtype=accumulator, device=states_NH.device)
+    device = _with_float64(states_NH.device)
+    size, residuals_N = states_NH.shape[1] + 2, residuals_N.detach().to(device)
+    moments_ZZ = torch.zeros(size, size, dtype=torch.float64, device=device)
     for states, residuals in zip(states_NH.detach().split(AT_ONCE), residuals_N.split(AT_ONCE), strict=True):
-        columns = states, torch.ones_like(residuals)[:, None], residuals[:, None]
-        rows_NZ = torch.cat([column.to(accumulator) for column in columns], dim=1)
+        columns = states.to(device), torch.ones_like(residuals)[:, None], residuals[:, None]
+        rows_NZ = torch.cat([column.double() for column in columns], dim=1)
         moments_ZZ.addmm_(rows_NZ.T, rows_NZ)
     return moments_ZZ
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU in place of one without float64: in float32 rounding passes for variance."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def ridge_coefficients(moments_ZZ: Tensor, penalty: float) -> Tensor:
@@ -100,7 +105,7 @@ def ridge_coefficients(moments_ZZ: Tensor, penalty: float) -> Tensor:
         penalty (`float`): positive, in states; may be infinite.
 
     Returns:
-        w and b, `(H + 1,)`, in the precision of the moments.
+        w and b, `(H + 1,)`, in the precision of the moments. w is 0 where rounding leaves nothing to solve.
     """
     count = moments_ZZ[-2, -2]
     mean_H, mean = moments_ZZ[:-2, -2] / count, moments_ZZ[-1, -2] / count
@@ -114,8 +119,9 @@ def ridge_coefficients(moments_ZZ: Tensor, penalty: float) -> Tensor:
         squares_HH = squares_HH * scale_H[:, None] * scale_H
         squares_HH.diagonal().add_(penalty * varies_H.sum())
         products_H = scale_H * (moments_ZZ[:-2, -1] - count * mean_H * mean)
-        solved_H1 = torch.cholesky_solve(products_H[:, None], torch.linalg.cholesky(squares_HH))
-        weights_H = scale_H * solved_H1[:, 0]
+        factor_HH, failed = torch.linalg.cholesky_ex(squares_HH)
+        if not bool(failed):  # otherwise the mean residual is what can be told
+            weights_H = scale_H * torch.cholesky_solve(products_H[:, None], factor_HH)[:, 0]
     return torch.cat([weights_H, (mean - weights_H @ mean_H)[None]])
 
 
@@ -147,6 +153,7 @@ class LearnedNormalizer:
         self._moments: Tensor | None = None
         self._fits: Tensor | None = None
         self._errors: Tensor | None = None
+        self._kl_coef: float | None = None
 
     @property
     def coefficients(self) -> Tensor | None:
@@ -157,13 +164,19 @@ class LearnedNormalizer:
         return self._fits[int(least.int().argmax())]
 
     def __call__(self, states_NH: Tensor) -> Tensor:
-        """h of hidden states `(N, H)`, in the unit of Adv, float64 (float32 on MPS), detached: `(N,)`."""
+        """h of hidden states `(N, H)`, in the unit of Adv, float32 or float64 as they are, detached: `(N,)`."""
         states_NH = states_NH.detach()
         coefficients_K = self.coefficients
         if coefficients_K is None:
             return torch.zeros(len(states_NH), device=states_NH.device)
-        coefficients_K = coefficients_K.to(states_NH.device)
-        return states_NH.to(coefficients_K.dtype) @ coefficients_K[:-1] + coefficients_K[-1]
+        found_N = states_NH.to(coefficients_K.device).double() @ coefficients_K[:-1] + coefficients_K[-1]
+        return found_N.to(torch.promote_types(states_NH.dtype, torch.float32)).to(states_NH.device)
+
+    def use(self, kl_coef: float) -> None:
+        """Before h is read for an iteration: what was learned of residuals with another lambda is forgotten."""
+        if self._kl_coef not in (None, kl_coef):
+            self._moments = self._fits = self._errors = None
+        self._kl_coef = kl_coef
 
     def learn(self, moments_ZZ: Tensor, kl_coef: float) -> dict[str, float]:
         """Take in the states of an iteration, once their h was read.
@@ -195,14 +208,16 @@ class LearnedNormalizer:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue from here."""
-        return {"moments": self._moments, "fits": self._fits, "errors": self._errors}
+        return {"moments": self._moments, "fits": self._fits, "errors": self._errors, "kl_coef": self._kl_coef}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
         """Continue from a `state_dict`, with its tensors on `device`, by default where they are."""
+        device = _with_float64(device) if device is not None else None
         moved = (
             None if tensor is None else tensor.to(device) for tensor in map(state.get, ("moments", "fits", "errors"))
         )
         self._moments, self._fits, self._errors = moved
+        self._kl_coef = state.get("kl_coef")
 
 
 def _statistics(moments_ZZ: Tensor, coefficients_K: Tensor, kl_coef: float) -> dict[str, float]:

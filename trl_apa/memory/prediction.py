@@ -1,5 +1,6 @@
 """Peak memory of sampling and of learning, by part, from the config alone."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -221,11 +222,12 @@ def _pretend_update(module: PolicyAndValue, setup: Setup) -> dict[str, int]:
 
 def _layout(module: PolicyAndValue, setup: Setup) -> Layout:
     """In which rows as long as a row can be are read."""
-    if not setup.is_sharded:
-        return Layouts(module.networks())(setup.max_length)
-    layouts = ShardedLayouts(module.networks())
-    layouts.try_out(module.networks())
-    return layouts(setup.max_length)
+    with warnings.catch_warnings(action="ignore"):  # of a slower layout: the run itself says so
+        if not setup.is_sharded:
+            return Layouts(module.networks())(setup.max_length)
+        layouts = ShardedLayouts(module.networks())
+        layouts.try_out(module.networks())
+        return layouts(setup.max_length)
 
 
 def _longest_rows(setup: Setup, layout: Layout) -> dict[str, Any]:

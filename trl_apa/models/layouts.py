@@ -223,7 +223,7 @@ def why_not_packed(network: Network, longest: int = LONG) -> str | None:
 
 def _launches_per_sequence(network: Network, trial: LayoutTrial) -> str | None:
     """Why launches may cost more than a packed row saves in tokens; None on a CPU, and with one launch a layer."""
-    return trial.per_sequence if launches_cost(inner_model(network).device) else None
+    return trial.per_sequence if launches_cost(next(inner_model(network).parameters())) else None
 
 
 def shares_prompts(network: Network, longest: int = LONG) -> bool:

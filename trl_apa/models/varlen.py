@@ -36,9 +36,9 @@ def is_for_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, grouped))
 
 
-def launches_cost(device: torch.device) -> bool:
-    """Whether a launch of a kernel costs what many tokens do."""
-    return device.type != "cpu"
+def launches_cost(weight: Tensor) -> bool:
+    """Whether a launch of a kernel costs what many tokens do where a weight is: on a GPU, or a pretended one."""
+    return isinstance(weight, FakeTensor) or weight.device.type != "cpu"
 
 
 def why_not_at_once(

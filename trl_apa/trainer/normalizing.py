@@ -44,6 +44,7 @@ def subtract_learned_normalizer(
         passes: of the policy over all rows of this process, each row once.
         processes: of the run.
     """
+    normalizer.use(args.kl_coef)
     of_responses, mask_BR = args.algorithm.of_responses, rollouts.response_mask_BR
     rollouts.old_logprobs_BR = torch.zeros_like(mask_BR, dtype=torch.float32)
     shift_BR = torch.zeros_like(rollouts.advantages_BR)
