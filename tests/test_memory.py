@@ -345,7 +345,7 @@ def test_what_cannot_be_predicted_is_refused_by_name(capsys, monkeypatch):
         assert problem in _cli.refused(capsys, "memory", *options)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero3"])
 def test_a_budget_of_tokens_is_proposed_and_taken_under_each_engine(tmp_path, capsys, sharding):
     SMALL.save_pretrained(tmp_path)
     options = ("--model", tmp_path, "--value", "head", "--lora-r", 0, "--world-size", 2, "--sharding", sharding)
