@@ -122,7 +122,7 @@ def test_streams_take_turns_and_the_longer_one_goes_on(files, monkeypatch):
 
 def test_what_is_said_of_a_row_names_its_data_set(files, capsys):
     prompts_file(files / "a.jsonl", "a {}", 3)
-    jsonl(files / "b.jsonl", [{"prompt": "b"}, {"other": "b"}])
+    jsonl(files / "b.jsonl", [{"prompt": "b", "other": "b"}, {"prompt": None, "other": "b"}])
     data = data_of("train", yaml_with(files / "run.yaml", datasets=["a.jsonl", "b.jsonl"]))
     load_rows(data, prompts_by(data))
     assert "(row 2 of b.jsonl)" in capsys.readouterr().err
