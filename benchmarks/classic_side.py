@@ -7,7 +7,7 @@ import torch
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 from benchmarks.serving import serve
-from benchmarks.workload import EOS, PAD, Workload
+from benchmarks.workload import Workload
 
 
 def main(workload: Workload) -> None:
@@ -20,13 +20,7 @@ def main(workload: Workload) -> None:
     )
     trainer = PPOTrainer(config, model, None, workload.tokenizer())
     queries, responses, scores = workload.rollouts()
-    options = {
-        "do_sample": True,
-        "max_new_tokens": workload.limit,
-        "top_k": 0,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-    }
+    options = workload.sampling()
 
     def step() -> None:
         trainer.step(list(queries), list(responses), list(scores))

@@ -6,14 +6,12 @@ GRPO next to the update of TRL's `GRPOTrainer` on the same tokens.
 As `benchmarks.speed` measures: each side in a process of its own on one thread, asked in turn, ratios within a turn.
 """
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed import ROOT, measure, ratios, sides
-from benchmarks.workload import SIZES, Workload
+from benchmarks.speed import classic_if_there, make_parser, measure, ratios, sides
+from benchmarks.workload import Workload
 
 
 GROUP = 8
@@ -62,19 +60,12 @@ def print_table(workloads: Sequence[Workload], repeats: int, classic_python: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classic-python", type=Path, default=ROOT / ".venv-parity/bin/python")
-    parser.add_argument("--sizes", nargs="+", default=["256 x 4"], choices=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a few seconds: one small workload")
-    options = parser.parse_args()
+    options = make_parser(__doc__, ["256 x 4"], "a few seconds: one small workload").parse_args()
     if options.quick:
         small = {"size": "32 x 2", "vocabulary": 64, "batch_size": 16}
         print_table([workload_of(128, 8, **small)], 1, None)
         return
-    classic = options.classic_python if options.classic_python.exists() else None
-    if classic is None:
-        print(f"without TRL 0.11.4: {options.classic_python} is not there; `make bench` makes it", file=sys.stderr)
+    classic = classic_if_there(options.classic_python)
     workloads = [workload_of(*shape, size=size) for size in options.sizes for shape in SHAPES]
     workloads += [workload_of(128, 32, size=size, shuffle="rows") for size in options.sizes]
     print_table(workloads, options.repeats, classic)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from benchmarks.plain_calls import PlainUpdate
 from benchmarks.serving import serve
-from benchmarks.workload import EOS, PAD, Workload
+from benchmarks.workload import PAD, Workload
 from trl_apa import APAConfig, APATrainer
 from trl_apa.rollout import shared_prompts
 
@@ -65,13 +65,7 @@ def serve_plain(workload: Workload) -> None:
 @torch.no_grad()
 def generate_sorted(model: torch.nn.Module, queries: list[Tensor], workload: Workload) -> None:
     """transformers' `generate` on batches of queries of similar length, padded on the left."""
-    options = {
-        "do_sample": True,
-        "max_new_tokens": workload.limit,
-        "top_k": 0,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-    }
+    options = workload.sampling()
     by_length = sorted(queries, key=len)
     for start in range(0, len(queries), workload.generation_batch_size):
         batch = by_length[start : start + workload.generation_batch_size]

@@ -4,14 +4,12 @@
 that the lengths of the responses are others of one distribution in each turn; the table has medians.
 """
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed import ROOT, measure, ratios, sides
-from benchmarks.workload import ENDS, SIZES, Workload
+from benchmarks.speed import classic_if_there, make_parser, measure, ratios, sides
+from benchmarks.workload import ENDS, Workload
 
 
 AT_A_TIME = (4, 16, 64)
@@ -49,18 +47,11 @@ def print_table(workloads: Sequence[Workload], repeats: int, classic_python: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classic-python", type=Path, default=ROOT / ".venv-parity/bin/python")
-    parser.add_argument("--sizes", nargs="+", default=["256 x 4"], choices=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="half a minute: a small model, without TRL 0.11.4")
-    options = parser.parse_args()
+    options = make_parser(__doc__, ["256 x 4"], "half a minute: a small model, without TRL 0.11.4").parse_args()
     if options.quick:
         print_table(workloads_of("32 x 2", limit=8, vocabulary=64, batch_size=16)[:2], 1, None)
         return
-    classic = options.classic_python if options.classic_python.exists() else None
-    if classic is None:
-        print(f"without TRL 0.11.4: {options.classic_python} is not there; `make bench` makes it", file=sys.stderr)
+    classic = classic_if_there(options.classic_python)
     print_table([each for size in options.sizes for each in workloads_of(size)], options.repeats, classic)
 
 

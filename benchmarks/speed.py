@@ -159,6 +159,30 @@ def print_growth(base: Workload, growths: dict[str, Sequence]) -> None:
             print(f"{name:<11} {value:>7} {tokens:>7} {answer['cpu']:>7.2f} {unit:>24.3f} {answer['peak']:>6.0f}")
 
 
+def make_parser(doc: str, sizes: Sequence[str], quick: str) -> argparse.ArgumentParser:
+    """Options of the benchmarks that compare with TRL 0.11.4.
+
+    Args:
+        doc: of the module, which begins with what it does.
+        sizes: of networks, by default.
+        quick: what `--quick` does.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--classic-python", type=Path, default=ROOT / ".venv-parity/bin/python")
+    parser.add_argument("--sizes", nargs="+", default=list(sizes), choices=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def classic_if_there(classic_python: Path) -> Path | None:
+    """The Python of TRL 0.11.4's environment, or None, and a line that says so."""
+    if classic_python.exists():
+        return classic_python
+    print(f"without TRL 0.11.4: {classic_python} is not there; `make bench` makes it", file=sys.stderr)
+    return None
+
+
 def main() -> None:
     # They measure with what is above.
     from benchmarks import groups, sampled_lengths
@@ -171,15 +195,11 @@ def main() -> None:
         print("\n`generate`, waiting prompts in the places of finished rows:")
         sampled_lengths.print_table(*given)
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classic-python", type=Path, default=ROOT / ".venv-parity/bin/python")
-    parser.add_argument("--sizes", nargs="+", default=["128 x 4", "256 x 4"], choices=list(SIZES))
+    parser = make_parser(__doc__, ["128 x 4", "256 x 4"], "a few seconds: one small workload, without TRL 0.11.4")
     parser.add_argument("--spreads", nargs="+", default=list(SPREADS), choices=list(SPREADS))
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--no-growth", action="store_true", help="leave out the tables of what one step costs as something grows"
     )
-    parser.add_argument("--quick", action="store_true", help="a few seconds: one small workload, without TRL 0.11.4")
     options = parser.parse_args()
     if options.quick:
         tiny = {"size": "32 x 2", "vocabulary": 64}

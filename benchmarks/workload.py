@@ -113,6 +113,11 @@ class Workload:
         tokenizer.pre_tokenizer = WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
+    def sampling(self) -> dict[str, Any]:
+        """Options of transformers' `generate`, and of TRL 0.11.4's: no token is left out for being unlikely."""
+        options = {"do_sample": True, "max_new_tokens": self.limit, "top_k": 0}
+        return {**options, "pad_token_id": PAD, "eos_token_id": EOS}
+
     def rollouts(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Queries, responses and scores: the arguments of `step`."""
         generator = torch.Generator().manual_seed(self.seed)

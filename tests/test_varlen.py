@@ -113,6 +113,16 @@ def test_each_response_sees_its_prompt_and_itself_within_a_window(monkeypatch, w
         ]
 
 
+def assert_as_each_row_alone(logprobs_BR, model, plain):
+    """Log-probs of packed rows, and the gradient through them, are those of `plain` on each row by itself."""
+    logprobs_BR.square().sum().backward()
+    alone = [row_logprobs(plain, *row, 0.7) for row in zip(QUERIES, RESPONSES, strict=True)]
+    sum(row.square().sum() for row in alone).backward()
+    for actual, wanted in zip(logprobs_BR, alone, strict=True):
+        torch.testing.assert_close(actual[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
+    assert_gradients_close(model, plain)
+
+
 @pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["apart", "shared"])
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", MODELS)
@@ -126,12 +136,7 @@ def test_logprobs_and_gradients_are_those_of_each_row_alone(monkeypatch, name, v
     # Of two layers: OPT has scaled its queries, and says so.
     expected = {("mistral", "2.10"): 0, ("qwen2", "2.10"): 1, ("opt", "2.10"): 0}.get((name, version), 2)
     assert len(stand_in.calls) == expected and len(one_by_one) == (2 - expected) * 6
-    logprobs_BR.square().sum().backward()
-    alone = [row_logprobs(plain, *row, 0.7) for row in zip(QUERIES, RESPONSES, strict=True)]
-    sum(row.square().sum() for row in alone).backward()
-    for actual, wanted in zip(logprobs_BR, alone, strict=True):
-        torch.testing.assert_close(actual[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
-    assert_gradients_close(model, plain)
+    assert_as_each_row_alone(logprobs_BR, model, plain)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -364,12 +369,7 @@ def test_flash_attention_reads_shared_prompts_by_its_own_call(monkeypatch, name,
     logprobs_BR, _ = response_logprobs(model, pack_tokens(QUERIES, RESPONSES, prompts), 5, temperature=0.7)
     tokens, keys = (41, 41) if prompts is None else (28, 41)
     assert [(call["shape"][0], call["keys"]) for call in stand_in.calls] == [(tokens, keys)] * 2
-    logprobs_BR.square().sum().backward()
-    alone = [row_logprobs(plain, *row, 0.7) for row in zip(QUERIES, RESPONSES, strict=True)]
-    sum(row.square().sum() for row in alone).backward()
-    for actual, wanted in zip(logprobs_BR, alone, strict=True):
-        torch.testing.assert_close(actual[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
-    assert_gradients_close(model, plain)
+    assert_as_each_row_alone(logprobs_BR, model, plain)
 
 
 def test_other_attention_is_told_of_no_shared_prompt():
